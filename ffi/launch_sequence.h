@@ -34,6 +34,8 @@
 //     // Only while capturing: the stream's next work depends on `node` too.
 //     // [cuStreamUpdateCaptureDependencies, CU_STREAM_ADD_CAPTURE_DEPENDENCIES]
 //     int AddDependency(Stream stream, Node node);
+//     // Only while capturing: make an empty node the stream's newest work. [cuGraphAddEmptyNode + the call above]
+//     int AddEmptyNode(Stream stream);
 //   };
 //   struct Kernels {                // each enqueues its launches on `stream` and nothing anywhere else; 0 = success
 //     int Sort(Stream stream);      // routes -> permuted rows and tile map
@@ -59,7 +61,7 @@ struct LaunchPlan {
   std::size_t output_bytes = 0;  // T*H*sizeof(out)
 };
 
-enum class LaunchStep { kNone, kIsCapturing, kZero, kSort, kPrepare, kGemm1, kJoin, kGemm2, kCombine };
+enum class LaunchStep { kNone, kIsCapturing, kEmpty, kZero, kSort, kPrepare, kGemm1, kJoin, kGemm2, kCombine };
 
 inline const char* LaunchStepName(LaunchStep step) {
   switch (step) {
@@ -67,6 +69,8 @@ inline const char* LaunchStepName(LaunchStep step) {
       return "none";
     case LaunchStep::kIsCapturing:
       return "asking whether the stream is capturing";
+    case LaunchStep::kEmpty:
+      return "capturing a call without tokens";
     case LaunchStep::kZero:
       return "zeroing the output";
     case LaunchStep::kSort:
@@ -108,10 +112,13 @@ LaunchResult EnqueueFusedMoe(Api& api, typename Api::Stream stream, const Launch
     return code == 0;
   };
 
-  // No tokens: nothing to compute, and neither a memset nor a launch may be empty.
-  if (plan.output_bytes == 0) return result;
-
   if (!run(LaunchStep::kIsCapturing, api.IsCapturing(stream, &result.captured))) return result;
+
+  // No tokens: nothing to compute, and neither a memset nor a launch may be empty. XLA refuses a trace without nodes.
+  if (plan.output_bytes == 0) {
+    if (result.captured) run(LaunchStep::kEmpty, api.AddEmptyNode(stream));
+    return result;
+  }
 
   // The branch starts at the entry, not beside GEMM1, so that the sort, which leaves the memory idle, hides it as well.
   typename Api::Node zeroed{};
