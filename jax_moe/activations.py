@@ -1,7 +1,7 @@
 """Activation functions of an expert, as small frozen objects with their parameters.
 
 Each takes the fp32 pre-activations and returns the fp32 intermediate. Gated ones take two arguments
-(gate, up), the others one. ``kind`` is the number that the C++ handler and the kernels switch on
+(gate, up), the others one. ``kind`` is the name that travels to the C++ handler and the kernels
 (``ffi/problem.h`` has the same list).
 """
 
@@ -24,7 +24,7 @@ class SwiGLU:
     beta: float = 0.0
     limit: float | None = None
 
-    kind: ClassVar[int] = 0
+    kind: ClassVar[str] = "swiglu"
     gated: ClassVar[bool] = True
 
     def __call__(self, gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -38,7 +38,7 @@ class SwiGLU:
 class GeGLU:
     """``gelu_tanh(gate) * up``, the tanh approximation of GELU (Hendrycks & Gimpel 2016)."""
 
-    kind: ClassVar[int] = 1
+    kind: ClassVar[str] = "geglu"
     gated: ClassVar[bool] = True
 
     def __call__(self, gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -49,7 +49,7 @@ class GeGLU:
 class ReLU2:
     """``relu(up) ** 2``, without a gate (So et al. 2021; Nemotron-H)."""
 
-    kind: ClassVar[int] = 2
+    kind: ClassVar[str] = "relu2"
     gated: ClassVar[bool] = False
 
     def __call__(self, up: jax.Array) -> jax.Array:
@@ -67,7 +67,7 @@ class SiTU:
     beta: float = 4.0
     linear_beta: float | None = 25.0
 
-    kind: ClassVar[int] = 3
+    kind: ClassVar[str] = "situ"
     gated: ClassVar[bool] = True
 
     def __call__(self, gate: jax.Array, up: jax.Array) -> jax.Array:

@@ -1,8 +1,9 @@
-"""Token to expert assignment."""
+"""Token to expert assignment: ``Routing``, and the router rules of published models."""
 
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 
 @jax.tree_util.register_dataclass
@@ -17,3 +18,114 @@ class Routing:
 
     expert_ids: jax.Array
     weights: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Softmax:
+    """Softmax over all experts, then the k largest.
+
+    ``renormalize`` divides the k weights by their sum, which equals a softmax over the k largest logits
+    (Mixtral, Qwen3-MoE with ``norm_topk_prob``, gpt-oss).
+    """
+
+    renormalize: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Sigmoid:
+    """Sigmoid of each logit, then the k largest; ``renormalize`` divides the k weights by their sum."""
+
+    renormalize: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class DeepSeekV3:
+    """DeepSeek-V3's auxiliary-loss-free router (arXiv:2412.19437, section 2.1.2); also Nemotron-H.
+
+    Scores are sigmoids. *Selection* adds a bias per expert: a group of E/num_groups neighbouring experts
+    scores the sum of its two largest biased scores, the ``top_groups`` best groups stay, and the k largest
+    biased scores among them are chosen. The *weights* are the unbiased scores, divided by their sum where
+    ``renormalize`` says so, times ``scaling_factor``. The defaults are DeepSeek-V3's.
+    """
+
+    num_groups: int = 8
+    top_groups: int = 4
+    scaling_factor: float = 2.5
+    renormalize: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama4:
+    """The k largest logits, weighted by their sigmoids; use it with ``fused_moe(weight_on="input")``."""
+
+
+Method = Softmax | Sigmoid | DeepSeekV3 | Llama4
+
+
+def route(logits: jax.Array, k: int, method: Method = Softmax(), *, bias: jax.Array | None = None) -> Routing:
+    """Chooses k experts for each token. Ties go to the lower expert id.
+
+    Args:
+      logits: ``[T, E]``, any float dtype; everything is computed in float32.
+      k: experts per token, ``1 <= k <= E``.
+      method: the router's rule.
+      bias: float ``[E]``, DeepSeekV3 only: added to the scores for selection, not for the weights.
+
+    Returns:
+      Routing with ``[T, k]`` leaves, the best expert first.
+
+    Raises:
+      TypeError, ValueError: an argument does not fit the above.
+    """
+    if not isinstance(method, Method):
+        raise TypeError(f"method: got {method!r}, needs Softmax, Sigmoid, DeepSeekV3 or Llama4")
+    if logits.ndim != 2 or not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise ValueError(f"logits: got {logits.dtype}{list(logits.shape)}, needs floats [T, E]")
+    num_experts = logits.shape[1]
+    if not 1 <= k <= num_experts:
+        raise ValueError(f"k: got {k}, needs 1 <= k <= E = {num_experts}")
+    if bias is not None and not isinstance(method, DeepSeekV3):
+        raise ValueError(f"bias: got an array, but {type(method).__name__} has no selection bias")
+    logits = logits.astype(jnp.float32)
+
+    match method:
+        case Softmax(renormalize):
+            weights, expert_ids = jax.lax.top_k(jax.nn.softmax(logits), k)
+        case Sigmoid(renormalize):
+            weights, expert_ids = jax.lax.top_k(jax.nn.sigmoid(logits), k)
+        case Llama4():
+            chosen, expert_ids = jax.lax.top_k(logits, k)
+            weights, renormalize = jax.nn.sigmoid(chosen), False
+        case DeepSeekV3():
+            weights, expert_ids = _grouped_top_k(jax.nn.sigmoid(logits), k, method, bias)
+            renormalize = method.renormalize
+    if renormalize:
+        weights = weights / weights.sum(-1, keepdims=True)
+    if isinstance(method, DeepSeekV3):
+        weights = weights * method.scaling_factor
+    return Routing(expert_ids.astype(jnp.int32), weights)
+
+
+def _grouped_top_k(scores, k: int, method: DeepSeekV3, bias) -> tuple[jax.Array, jax.Array]:
+    tokens, num_experts = scores.shape
+    groups, top_groups = method.num_groups, method.top_groups
+    if groups < 1 or num_experts % groups:
+        raise ValueError(f"method.num_groups: got {groups}, needs a divisor of E = {num_experts}")
+    group_size = num_experts // groups
+    if not 1 <= top_groups <= groups or k > top_groups * group_size:
+        raise ValueError(
+            f"method.top_groups: got {top_groups}, needs 1 <= top_groups <= {groups} groups of {group_size} experts, "
+            f"enough for k = {k}"
+        )
+    if bias is not None and bias.shape != (num_experts,):
+        raise ValueError(f"bias: got shape {tuple(bias.shape)}, needs [E] = [{num_experts}]")
+
+    biased = scores if bias is None else scores + bias.astype(jnp.float32)
+    grouped = biased.reshape(tokens, groups, group_size)
+    group_scores = jax.lax.top_k(grouped, min(2, group_size))[0].sum(-1)
+    _, kept = jax.lax.top_k(group_scores, top_groups)
+    is_kept = (kept[:, :, None] == jnp.arange(groups)).any(1)
+    # -inf, not 0: a biased score may itself be negative and must still beat an expert of a dropped group.
+    candidates = jnp.where(is_kept[:, :, None], grouped, -jnp.inf).reshape(tokens, num_experts)
+    _, expert_ids = jax.lax.top_k(candidates, k)
+    return jnp.take_along_axis(scores, expert_ids, axis=1), expert_ids

@@ -1,0 +1,140 @@
+"""The FFI library: its targets, their registration, and the primitive that lowers to the one custom call.
+
+The primitive exists for what a bare ``jax.ffi.ffi_call`` cannot do: choose attributes and workspaces by
+platform when the program is *lowered* (so that one trace exports to several platforms), and refuse, with a
+message, to be batched, differentiated, or partitioned by XLA.
+"""
+
+import ctypes
+import functools
+import os
+import pathlib
+
+import jax
+import jax.export
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+import jax_moe
+from jax_moe import plan
+
+TARGET = "jax_moe_fused_moe_v1"
+"""Target of the custom call. The version is in the name because exported programs outlive this library."""
+
+_HANDLERS = {"cpu": "JaxMoeFusedMoeCpu"}
+
+
+def library_path() -> pathlib.Path:
+    """Where the compiled handlers are: in the package, or where ``JAX_MOE_FFI_LIBRARY`` says.
+
+    Raises:
+      ImportError: no library there.
+    """
+    if override := os.environ.get("JAX_MOE_FFI_LIBRARY"):
+        candidates = [pathlib.Path(override)]
+    else:
+        candidates = [pathlib.Path(folder) / "lib" / "libjax_moe_ffi.so" for folder in jax_moe.__path__]
+    for candidate in candidates:
+        if candidate.exists():
+            return candidate
+    raise ImportError(
+        f"jax_moe: the FFI library is missing, looked in {', '.join(map(str, candidates))}. "
+        "Install the package (`pip install .` builds it) rather than importing it from the source folder."
+    )
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The loaded library; opening it starts no backend and touches no device."""
+    return ctypes.CDLL(str(library_path()))
+
+
+def register() -> None:
+    """Registers the targets with XLA, once, when ``jax_moe`` is imported.
+
+    At import and not at first use, because a program that was exported or cached needs its targets before
+    anything of ours is traced. The CPU handler is stateless, so this is safe before the backend exists.
+    """
+    for platform, symbol in _HANDLERS.items():
+        jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(getattr(library(), symbol)), platform=platform)
+
+
+def export_checks() -> list[jax.export.DisabledSafetyCheck]:
+    """What ``jax.export.export(f, disabled_checks=...)`` needs to let our custom call through.
+
+    ``jax.export`` refuses custom calls whose stability nobody vouches for; we do, by versioning the target.
+    """
+    return [jax.export.DisabledSafetyCheck.custom_call(TARGET)]
+
+
+fused_moe_p = Primitive("jax_moe_fused_moe")
+"""``out = fused_moe_p.bind(*operands, problem=...)``; operands as ``ffi/problem.h`` lists them."""
+
+
+@fused_moe_p.def_impl
+def _run_eagerly(*operands, problem: plan.Problem):
+    return _jitted(problem)(*operands)
+
+
+@functools.lru_cache(maxsize=None)
+def _jitted(problem: plan.Problem):
+    return jax.jit(functools.partial(fused_moe_p.bind, problem=problem))
+
+
+@fused_moe_p.def_abstract_eval
+def _result_type(x, *_, problem: plan.Problem):
+    # The output has the shape of x and, inside shard_map, varies over the same mesh axes.
+    return x.update(dtype=problem.out_dtype, weak_type=False)
+
+
+def _lower_cpu(ctx, *operands, problem: plan.Problem):
+    _refuse_partitioning(ctx.module_context.axis_context)
+    return _custom_call(ctx, operands, problem.attributes(), plan.cpu_workspaces(problem))
+
+
+def _custom_call(ctx, operands, attributes, workspaces):
+    """Emits the call; the workspaces become results behind the output, and are dropped here."""
+    results = [jax.core.ShapedArray(w.shape, w.dtype) for w in workspaces]
+    rule = jax.ffi.ffi_lowering(TARGET)
+    return rule(ctx.replace(avals_out=[*ctx.avals_out, *results]), *operands, **attributes)[:1]
+
+
+def _refuse_partitioning(axis_context) -> None:
+    """Raises unless each device runs this call on arrays of its own.
+
+    XLA cannot split a custom call: it would gather every operand, the weights included, on every device and
+    say nothing. Inside ``shard_map`` over all mesh axes the operands are local and all is well.
+    """
+    mesh = getattr(axis_context, "mesh", None)
+    if mesh is None:
+        num_devices = getattr(axis_context, "num_devices", 1)
+    else:
+        automatic = set(mesh.axis_names) - set(axis_context.manual_axes)
+        num_devices = 1
+        for axis in automatic:
+            num_devices *= mesh.shape[axis]
+    if num_devices != 1:
+        raise ValueError(
+            f"fused_moe: this program is compiled for {num_devices} devices, and XLA would silently gather the "
+            "weights on each of them. Call jax_moe.sharded_moe(..., mesh=mesh), or put fused_moe in a "
+            "jax.shard_map over all the mesh's axes."
+        )
+
+
+def _refuse_vmap(*_, **__):
+    raise NotImplementedError(
+        "fused_moe has no vmap rule. Tokens are already a batch: reshape x to [tokens, hidden] and call it once; "
+        "for several layers, use jax.lax.scan."
+    )
+
+
+def _refuse_grad(*_, **__):
+    raise NotImplementedError(
+        "fused_moe has no derivative: NVFP4 weights are for inference. Train on the dense weights, or wrap the "
+        "call in jax.lax.stop_gradient(...) arguments and jax.custom_vjp with a rule of your own."
+    )
+
+
+mlir.register_lowering(fused_moe_p, _lower_cpu, platform="cpu")
+batching.primitive_batchers[fused_moe_p] = _refuse_vmap
+ad.primitive_jvps[fused_moe_p] = _refuse_grad

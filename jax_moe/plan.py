@@ -1,0 +1,74 @@
+"""The static launch plan: everything about one call that is known when it is traced."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from jax_moe import activations
+
+Precision = Literal["w4a16", "w4a4"]
+Combine = Literal["atomic", "ordered"]
+WeightOn = Literal["output", "input"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The shapes and options of one ``fused_moe`` call; hashable, so that it can be a static argument.
+
+    ``num_experts`` counts the experts held locally (L of DESIGN section 2), ``intermediate_size`` is the
+    local I, padding of a prepared layout included.
+    """
+
+    num_tokens: int
+    top_k: int
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    activation: activations.Activation
+    precision: Precision
+    combine: Combine
+    weight_on: WeightOn
+    out_dtype: jnp.dtype
+    layout: str
+
+    @property
+    def num_routes(self) -> int:
+        """(token, slot) pairs: T*K."""
+        return self.num_tokens * self.top_k
+
+    def attributes(self) -> dict[str, object]:
+        """The custom call's attributes, as the handlers' ``ffi/problem.h`` decodes them."""
+        alpha, beta, limit = activations.parameters(self.activation)
+        return {
+            "precision": self.precision,
+            "combine": self.combine,
+            "weight_on": self.weight_on,
+            "activation": self.activation.kind,
+            "alpha": jnp.float32(alpha),
+            "beta": jnp.float32(beta),
+            "limit": jnp.float32(limit),
+        }
+
+
+def cpu_workspaces(problem: Problem) -> list[jax.ShapeDtypeStruct]:
+    """Scratch buffers of the CPU handler, as extra results of the custom call, in the order it binds them.
+
+    XLA allocates and reuses them like any temporary; the handler allocates nothing that grows with the model.
+    Activations are widened to float32 once here, so that the inner loop need not.
+    """
+    tokens, routes, hidden = problem.num_tokens, problem.num_routes, problem.hidden_size
+    if problem.combine == "ordered":
+        sum_rows = routes
+    else:
+        sum_rows = 0 if problem.out_dtype == jnp.float32 else tokens
+    int32, float32 = jnp.int32, jnp.float32
+    return [
+        jax.ShapeDtypeStruct((routes,), int32),  # route_order: permuted row -> route
+        jax.ShapeDtypeStruct((problem.num_experts + 1,), int32),  # expert_starts: first permuted row
+        jax.ShapeDtypeStruct((problem.num_experts,), int32),  # active_experts: those that have rows
+        jax.ShapeDtypeStruct((tokens if problem.weight_on == "output" else routes, hidden), float32),  # activations
+        jax.ShapeDtypeStruct((routes, problem.intermediate_size), float32),  # intermediate, rounded
+        jax.ShapeDtypeStruct((sum_rows, hidden), float32),  # sums
+    ]

@@ -1,0 +1,141 @@
+"""From dense weights to ``Experts``: quantisation, and calibration of the input scales."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jax_moe import activations, nvfp4, reference
+from jax_moe.experts import Experts, Projection
+from jax_moe.progress import track
+from jax_moe.routing import Routing
+
+
+def quantize_experts(
+    gate: jax.Array | None,
+    up: jax.Array,
+    down: jax.Array,
+    *,
+    gate_bias: jax.Array | None = None,
+    up_bias: jax.Array | None = None,
+    down_bias: jax.Array | None = None,
+    progress: bool = True,
+) -> Experts:
+    """Quantises one layer's dense experts to NVFP4, one expert at a time.
+
+    Each matrix of each expert gets the global scale amax / (6 * 448). Beyond the result itself, memory holds
+    one expert, so ``gate``, ``up`` and ``down`` may be host arrays or memory maps larger than the device.
+
+    Args:
+      gate: ``[E, I, H]`` of any float dtype, or None for activations without a gate.
+      up: ``[E, I, H]``.
+      down: ``[E, H, I]``.
+      gate_bias, up_bias: ``[E, I]``, both or neither where there is a gate.
+      down_bias: ``[E, H]``.
+      progress: show a progress bar on a terminal, if it takes longer than a second.
+
+    Returns:
+      Experts in the canonical layout, without input scales.
+
+    Raises:
+      ValueError: shapes do not fit one another, or H or I is not a multiple of 16.
+    """
+    if up.ndim != 3:
+        raise ValueError(f"up: got shape {tuple(up.shape)}, needs [E, I, H]")
+    num_experts, intermediate, hidden = up.shape
+    expected = {
+        "gate": (gate, (num_experts, intermediate, hidden)),
+        "down": (down, (num_experts, hidden, intermediate)),
+        "gate_bias": (gate_bias, (num_experts, intermediate)),
+        "up_bias": (up_bias, (num_experts, intermediate)),
+        "down_bias": (down_bias, (num_experts, hidden)),
+    }
+    for name, (array, shape) in expected.items():
+        if array is not None and array.shape != shape:
+            raise ValueError(f"{name}: got shape {tuple(array.shape)}, needs {list(shape)}")
+    for name, size in (("E", num_experts), ("H", hidden), ("I", intermediate)):
+        if size == 0 or (name != "E" and size % nvfp4.BLOCK_SIZE):
+            raise ValueError(f"up: got {name} = {size}, needs a positive multiple of {nvfp4.BLOCK_SIZE}")
+    if gate is None and gate_bias is not None:
+        raise ValueError("gate_bias: got an array, but there is no gate")
+    if gate is not None and (gate_bias is None) != (up_bias is None):
+        raise ValueError("gate_bias, up_bias: got only one of them, needs both or neither")
+
+    parts = (up,) if gate is None else (gate, up)
+    biases = (up_bias,) if gate is None else (gate_bias, up_bias)
+    quantized = []
+    for expert in track(range(num_experts), "quantize experts", enabled=progress):
+        pair = [_quantize_matrix(part[expert]) for part in parts]
+        quantized.append((jax.tree.map(lambda *p: jnp.stack(p), *pair), _quantize_matrix(down[expert])))
+    gate_up_leaves, down_leaves = jax.tree.map(lambda *leaf: jnp.stack(leaf), *quantized)
+    gate_up_bias = None if up_bias is None else jnp.stack([jnp.asarray(b, jnp.float32) for b in biases], axis=1)
+    return Experts(
+        gate_up=Projection(*gate_up_leaves, bias=gate_up_bias),
+        down=Projection(*down_leaves, bias=None if down_bias is None else jnp.asarray(down_bias, jnp.float32)),
+    )
+
+
+@jax.jit
+def _quantize_matrix(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    matrix = matrix.astype(jnp.float32)
+    global_scale = nvfp4.global_scale_for(jnp.max(jnp.abs(matrix)))
+    return *nvfp4.quantize(matrix, global_scale), global_scale
+
+
+def calibrate(
+    experts: Experts,
+    x: jax.Array,
+    routing: Routing,
+    *,
+    activation: activations.Activation = activations.SwiGLU(),
+    weight_on: str = "output",
+) -> Experts:
+    """Fills the input scales that ``precision="w4a4"`` needs, from one batch of real activations.
+
+    A scale is amax / (6 * 448) of what the projection reads: x for ``gate_up``, and for ``down`` each expert's
+    own w4a16 intermediate. An expert that no token reached takes the largest scale among the others. Scales that
+    are already there are only ever raised, so that calling this on batch after batch covers them all.
+
+    Args:
+      experts: canonical layout; all experts of the layer (the scale of x is shared by all of them).
+      x: bfloat16 ``[T, H]``, T >= 1.
+      routing: of these tokens.
+      activation, weight_on: as ``fused_moe`` will be called.
+
+    Returns:
+      The experts with ``gate_up.input_scale`` (``[]``) and ``down.input_scale`` (``[E]``) set.
+
+    Raises:
+      ValueError: T is 0.
+    """
+    if x.shape[0] == 0:
+        raise ValueError("x: got no tokens, calibration needs at least one")
+    num_experts = experts.down.global_scale.shape[0]
+
+    def expert_amax(expert):
+        chosen = routing.expert_ids == expert
+        if weight_on == "output":
+            h = reference.intermediate(x, experts, expert, activation=activation, precision="w4a16")
+            return jnp.max(jnp.where(chosen.any(1)[:, None], jnp.abs(h), 0))
+        amaxes = []
+        for slot in range(routing.expert_ids.shape[1]):
+            weighted = reference.weighted_input(x, routing.weights[:, slot])
+            h = reference.intermediate(weighted, experts, expert, activation=activation, precision="w4a16")
+            amaxes.append(jnp.max(jnp.where(chosen[:, slot, None], jnp.abs(h), 0)))
+        return jnp.max(jnp.stack(amaxes))
+
+    x_amax = jnp.max(jnp.abs(x.astype(jnp.float32)))
+    if weight_on == "input":
+        x_amax = jnp.max(jnp.abs(reference.weighted_input(x[:, None], routing.weights)).astype(jnp.float32))
+    h_amax = jax.lax.map(expert_amax, jnp.arange(num_experts))
+    h_amax = jnp.where(h_amax > 0, h_amax, jnp.max(h_amax))
+
+    def raise_to(projection: Projection, amax: jax.Array) -> Projection:
+        scale = nvfp4.global_scale_for(amax)
+        if projection.input_scale is not None:
+            scale = jnp.maximum(scale, projection.input_scale)
+        return dataclasses.replace(projection, input_scale=scale)
+
+    return dataclasses.replace(
+        experts, gate_up=raise_to(experts.gate_up, x_amax), down=raise_to(experts.down, h_amax)
+    )

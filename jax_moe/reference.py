@@ -1,0 +1,106 @@
+"""The oracle: the op written to be read, in plain ``jnp``, one expert after another.
+
+It runs every token through every local expert and keeps what the routing asks for, so it is slow, needs no
+sorting and has no indices to get wrong. All arithmetic is float32 at the highest precision on dequantised
+weights; the rounding points are those of DESIGN section 3.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jax_moe import activations, nvfp4
+from jax_moe.experts import Experts, Projection
+from jax_moe.routing import Routing
+
+
+def project(x: jax.Array, weights: Projection, input_scale: jax.Array | float) -> jax.Array:
+    """``input_scale * global_scale * (x @ W.T) + bias`` in float32.
+
+    Args:
+      x: ``[T, C]``, without its global scale.
+      weights: one matrix: payload ``[N, C/2]``, block_scale ``[N, C/16]``, global_scale ``[]``, bias ``[N]``.
+      input_scale: the global scale of ``x``.
+
+    Returns:
+      float32 ``[T, N]``.
+    """
+    matrix = nvfp4.dequantize(weights.payload, weights.block_scale)
+    products = jnp.dot(x.astype(jnp.float32), matrix.T, precision=jax.lax.Precision.HIGHEST)
+    scaled = products * (input_scale * weights.global_scale)
+    return scaled if weights.bias is None else scaled + weights.bias
+
+
+def intermediate(
+    x: jax.Array, experts: Experts, expert: jax.Array | int, *, activation: activations.Activation, precision: str
+) -> jax.Array:
+    """The fp32 intermediate ``[T, I]`` of one local expert, before it is rounded for GEMM2."""
+    input_scale: jax.Array | float = 1.0
+    if precision == "w4a4":
+        input_scale = _required(experts.gate_up.input_scale)
+        x = nvfp4.quantize_dequantize(x, input_scale)
+    gate_up = _select(experts.gate_up, expert)
+    num_parts = gate_up.global_scale.shape[0]
+    return activation(*(project(x, _select(gate_up, part), input_scale) for part in range(num_parts)))
+
+
+def expert_mlp(
+    x: jax.Array, experts: Experts, expert: jax.Array | int, *, activation: activations.Activation, precision: str
+) -> jax.Array:
+    """float32 ``[T, H]``: all rows of ``x`` (bf16 ``[T, H]``) through one local expert, unweighted."""
+    h = intermediate(x, experts, expert, activation=activation, precision=precision)
+    down = _select(experts.down, expert)
+    if precision == "w4a4":
+        scale = _required(down.input_scale)
+        return project(nvfp4.quantize_dequantize(h, scale), down, scale)
+    return project(h.astype(jnp.bfloat16), down, 1.0)
+
+
+def fused_moe(
+    x: jax.Array,
+    experts: Experts,
+    routing: Routing,
+    *,
+    activation: activations.Activation = activations.SwiGLU(),
+    precision: str = "w4a16",
+    combine: str = "atomic",
+    weight_on: str = "output",
+    expert_offset: jax.Array | int = 0,
+    out_dtype=jnp.bfloat16,
+) -> jax.Array:
+    """What :func:`jax_moe.fused_moe` computes, up to the order of float32 sums; same arguments.
+
+    ``combine`` only chooses an order of summation, so it has no effect here.
+    """
+    del combine
+    num_experts = experts.down.global_scale.shape[0]
+    num_slots = routing.expert_ids.shape[1]
+
+    def add_expert(total, expert):
+        chosen = routing.expert_ids == expert + expert_offset
+        weights = jnp.where(chosen, routing.weights, 0)
+        if weight_on == "output":
+            y = expert_mlp(x, experts, expert, activation=activation, precision=precision)
+            return total + jnp.where(chosen.any(1)[:, None], weights.sum(1)[:, None] * y, 0), None
+        for slot in range(num_slots):
+            y = expert_mlp(weighted_input(x, weights[:, slot]), experts, expert, activation=activation, precision=precision)
+            total = total + jnp.where(chosen[:, slot, None], y, 0)
+        return total, None
+
+    total, _ = jax.lax.scan(add_expert, jnp.zeros(x.shape, jnp.float32), jnp.arange(num_experts))
+    return total.astype(out_dtype)
+
+
+def weighted_input(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """``weight_on="input"``: x times its routing weight, rounded to bfloat16; ``[..., H]`` and ``[...]``."""
+    return (x.astype(jnp.float32) * weights[..., None]).astype(jnp.bfloat16)
+
+
+def _select(tree, index):
+    """Indexes the lead axis of every leaf that has one."""
+    return jax.tree.map(lambda leaf: leaf[index] if leaf.ndim else leaf, tree)
+
+
+def _required(input_scale: jax.Array | None) -> jax.Array:
+    if input_scale is None:
+        raise ValueError("experts: precision='w4a4' needs the input scales that jax_moe.calibrate() fills")
+    return input_scale
