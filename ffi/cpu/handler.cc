@@ -1,0 +1,115 @@
+// The CPU handler of jax_moe_fused_moe_v1: validate, sort routes by expert, GEMM1, GEMM2, combine.
+//
+// It has no state and allocates nothing that grows with the model: what it needs beyond its operands are workspaces,
+// which are results of the custom call.
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#include "cpu/kernels.h"
+#include "cpu/parallel_for.h"
+#include "decode.h"
+
+namespace jax_moe {
+namespace {
+
+// The best kernels this machine can run, or those that JAX_MOE_CPU_KERNELS names (for tests); chosen once.
+const Kernels& ChooseKernels() {
+  static const Kernels* const chosen = [] {
+    const char* wanted = std::getenv("JAX_MOE_CPU_KERNELS");
+    const auto allowed = [wanted](const char* name) { return wanted == nullptr || std::strcmp(wanted, name) == 0; };
+    (void)allowed;
+#if defined(JAX_MOE_X86_VARIANTS)
+    __builtin_cpu_init();
+    // The features tested are exactly those that CMakeLists.txt compiles for.
+    if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx2") &&
+        __builtin_cpu_supports("fma")) {
+      return &kKernelsAvx512;
+    }
+    if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &kKernelsAvx2;
+#endif
+    return &kKernelsBaseline;
+  }();
+  return *chosen;
+}
+
+ffi::Error DecodeWorkspaces(const ffi::RemainingRets& rets, Call* call) {
+  const Problem& p = call->problem;
+  const int64_t routes = p.num_routes();
+  const bool ordered = p.combine == Combine::kOrdered;
+  const int64_t activation_rows = p.weight_on == WeightOn::kInput ? routes : p.num_tokens;
+  const int64_t sum_rows = ordered ? routes : p.out_is_bf16 ? p.num_tokens : 0;
+  constexpr size_t kNumResults = 7;
+  if (rets.size() != kNumResults) {
+    return Refuse("results: got " + std::to_string(rets.size()) + ", needs " + std::to_string(kNumResults) +
+                  " (out and the workspaces of plan.cpu_workspaces)");
+  }
+  JAX_MOE_TRY(GetResultData(rets, 1, "workspace route_order", ffi::S32, {routes}, &call->route_order));
+  JAX_MOE_TRY(GetResultData(rets, 2, "workspace expert_starts", ffi::S32, {p.num_experts + 1}, &call->expert_starts));
+  JAX_MOE_TRY(GetResultData(rets, 3, "workspace active_experts", ffi::S32, {p.num_experts}, &call->active_experts));
+  JAX_MOE_TRY(
+      GetResultData(rets, 4, "workspace activations", ffi::F32, {activation_rows, p.hidden_size}, &call->activations));
+  JAX_MOE_TRY(
+      GetResultData(rets, 5, "workspace intermediate", ffi::F32, {routes, p.intermediate_size}, &call->intermediate));
+  JAX_MOE_TRY(GetResultData(rets, 6, "workspace sums", ffi::F32, {sum_rows, p.hidden_size}, &call->sums));
+  if (!ordered && !p.out_is_bf16) call->sums = static_cast<float*>(p.out);
+  return ffi::Error::Success();
+}
+
+// A counting sort: permuted rows by expert, then by route. Routes of experts that are not local are left out.
+void SortRoutes(Call* call) {
+  const Problem& p = call->problem;
+  int32_t* starts = call->expert_starts;
+  std::memset(starts, 0, (p.num_experts + 1) * sizeof(*starts));
+  for (int64_t route = 0; route < p.num_routes(); ++route) {
+    const int64_t expert = LocalExpert(p, route);
+    if (expert >= 0) ++starts[expert + 1];
+  }
+  call->num_active = 0;
+  for (int64_t expert = 0; expert < p.num_experts; ++expert) {
+    if (starts[expert + 1] != 0) call->active_experts[call->num_active++] = static_cast<int32_t>(expert);
+    starts[expert + 1] += starts[expert];
+  }
+  call->num_rows = starts[p.num_experts];
+  // Filling advances each start to its expert's end, which is the next one's start; moving them up restores them.
+  for (int64_t route = 0; route < p.num_routes(); ++route) {
+    const int64_t expert = LocalExpert(p, route);
+    if (expert >= 0) call->route_order[starts[expert]++] = static_cast<int32_t>(route);
+  }
+  std::memmove(starts + 1, starts, p.num_experts * sizeof(*starts));
+  starts[0] = 0;
+}
+
+ffi::Error FusedMoe(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                    ffi::Dictionary attributes) {
+  Call call = {};
+  int64_t intermediate_size = 0;
+  JAX_MOE_TRY(CanonicalIntermediateSize(args, &intermediate_size));
+  JAX_MOE_TRY(DecodeProblem(args, rets, attributes, intermediate_size, &call.problem));
+  JAX_MOE_TRY(DecodeCanonicalWeights(args, &call.problem));
+  JAX_MOE_TRY(DecodeWorkspaces(rets, &call));
+  if (call.problem.num_tokens == 0) return ffi::Error::Success();
+
+  SortRoutes(&call);
+  const Kernels& kernels = ChooseKernels();
+  const int64_t threads = pool.num_threads();
+  ParallelFor(pool, threads, call.num_activation_rows(), [&](int64_t unit) { kernels.prepare_row(call, unit); });
+  ParallelFor(pool, threads, call.num_gate_up_units(), [&](int64_t unit) { kernels.gate_up_unit(call, unit); });
+  ParallelFor(pool, threads, call.num_down_units(), [&](int64_t unit) { kernels.down_unit(call, unit); });
+  if (call.problem.combine == Combine::kOrdered) {
+    ParallelFor(pool, threads, call.problem.num_tokens, [&](int64_t unit) { kernels.combine_row(call, unit); });
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace jax_moe
+
+// Everything else in the library is hidden.
+extern "C" __attribute__((visibility("default"))) XLA_FFI_Error* JaxMoeFusedMoeCpu(XLA_FFI_CallFrame* call_frame);
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    JaxMoeFusedMoeCpu, jax_moe::FusedMoe,
+    xla::ffi::Ffi::Bind().Ctx<xla::ffi::ThreadPool>().RemainingArgs().RemainingRets().Attrs());

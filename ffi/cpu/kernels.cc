@@ -1,0 +1,250 @@
+// Compiled once per instruction set, with JAX_MOE_KERNELS naming the variant (CMakeLists.txt).
+//
+// Both GEMMs and both precisions are one loop, Multiply: sixteen rows of NVFP4 weights times a block of fp32 rows. The
+// lanes of a vector run along the contraction axis, where a block of weights is contiguous and exactly sixteen values,
+// so that expanding it needs no transposition; the price is a horizontal sum at the end of each panel.
+
+#include "cpu/kernels.h"
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/activation.h"
+#include "cpu/simd.h"
+#include "nvfp4.h"
+
+namespace jax_moe {
+namespace {
+
+// A panel of kPanelRows x kPanelDepth weights is expanded once and stays in the L1 cache while a block of rows passes
+// over it, kTileTokens at a time: the accumulators of a tile are what the registers hold.
+constexpr int kUnitColumns = kBlockSize;
+#if defined(__AVX512F__)
+constexpr int kPanelRows = 8;
+constexpr int kTileTokens = 3;
+#elif defined(__AVX2__)
+constexpr int kPanelRows = 2;
+constexpr int kTileTokens = 3;
+#else
+constexpr int kPanelRows = 2;
+constexpr int kTileTokens = 1;
+#endif
+constexpr int kPanelDepth = 1024;
+// Input rows per pass: enough to pay for the expansion, few enough that they and the sums stay in the L2 cache.
+constexpr int kBlockTokens = 64;
+
+struct E4M3Table {
+  float value[256];
+  constexpr E4M3Table() : value() {
+    for (int code = 0; code < 256; ++code) value[code] = E4M3ToFloat(static_cast<uint8_t>(code));
+  }
+};
+constexpr E4M3Table kE4M3;
+
+// Sixteen rows of one weight matrix, N x C.
+struct WeightRows {
+  const uint8_t* payload;
+  const uint8_t* block_scale;
+  int64_t depth;  // C
+
+  WeightRows(const Projection& projection, int64_t row, int64_t depth)
+      : payload(projection.payload + row * (depth / 2)),
+        block_scale(projection.block_scale + row * (depth / kBlockSize)),
+        depth(depth) {}
+};
+
+inline void ExpandPanel(const WeightRows& weights, int first_row, int64_t begin, int64_t depth, float* panel) {
+  for (int row = 0; row < kPanelRows; ++row) {
+    const uint8_t* payload = weights.payload + ((first_row + row) * weights.depth + begin) / 2;
+    const uint8_t* scales = weights.block_scale + ((first_row + row) * weights.depth + begin) / kBlockSize;
+    for (int64_t k = 0; k < depth; k += kBlockSize) {
+      Store(panel + row * depth + k, DequantizeBlock(payload + k / 2, kE4M3.value[scales[k / kBlockSize]]));
+    }
+  }
+}
+
+// sums[t][first_row + r] += panel row r . inputs[t], for the tokens of one tile.
+template <int kTokens>
+inline void MultiplyTile(const float* panel, int64_t depth, const float* const* inputs, int64_t begin, int first_row,
+                         float (*sums)[kUnitColumns]) {
+  Lanes accumulators[kTokens][kPanelRows] = {};
+  const float* rows[kTokens];
+  for (int t = 0; t < kTokens; ++t) rows[t] = inputs[t] + begin;
+  for (int64_t k = 0; k < depth; k += kLanes) {
+    Lanes values[kTokens];
+    for (int t = 0; t < kTokens; ++t) values[t] = Load(rows[t] + k);
+    for (int r = 0; r < kPanelRows; ++r) {
+      const Lanes weight = Load(panel + r * depth + k);
+      for (int t = 0; t < kTokens; ++t) {
+        for (int i = 0; i < kParts; ++i) {
+          accumulators[t][r].part[i] = MultiplyAdd(weight.part[i], values[t].part[i], accumulators[t][r].part[i]);
+        }
+      }
+    }
+  }
+  for (int t = 0; t < kTokens; ++t) {
+    for (int r = 0; r < kPanelRows; ++r) sums[t][first_row + r] += SumLanes(accumulators[t][r]);
+  }
+}
+
+// sums[t][n] = weight row n . inputs[t], for 16 weight rows and at most kBlockTokens inputs.
+void Multiply(const WeightRows& weights, const float* const* inputs, int count, float (*sums)[kUnitColumns]) {
+  alignas(64) float panel[kPanelRows * kPanelDepth];
+  memset(sums, 0, count * sizeof(*sums));
+  for (int row = 0; row < kUnitColumns; row += kPanelRows) {
+    for (int64_t begin = 0; begin < weights.depth; begin += kPanelDepth) {
+      const int64_t left = weights.depth - begin;
+      const int64_t depth = left < kPanelDepth ? left : kPanelDepth;
+      ExpandPanel(weights, row, begin, depth, panel);
+      int t = 0;
+      for (; t + kTileTokens <= count; t += kTileTokens) {
+        MultiplyTile<kTileTokens>(panel, depth, inputs + t, begin, row, sums + t);
+      }
+      for (; t < count; ++t) MultiplyTile<1>(panel, depth, inputs + t, begin, row, sums + t);
+    }
+  }
+}
+
+// A block of an intermediate or an activation as the GEMM will multiply it, global scale left out: w4a4 quantises and
+// expands again, w4a16 rounds to bf16.
+inline void RoundBlock(Precision precision, float global_scale, float* values) {
+  if (precision == Precision::kW4A4) {
+    uint8_t codes[kBlockSize];
+    const float block_scale = kE4M3.value[QuantizeBlock(values, global_scale, codes)];
+    for (int i = 0; i < kBlockSize; ++i) values[i] = E2M1ToFloat(codes[i]) * block_scale;
+  } else {
+    for (int i = 0; i < kBlockSize; ++i) values[i] = BF16ToFloat(BF16FromFloat(values[i]));
+  }
+}
+
+void PrepareRow(const Call& call, int64_t row) {
+  const Problem& p = call.problem;
+  const bool weighted = p.weight_on == WeightOn::kInput;
+  const int64_t route = weighted ? call.route_order[row] : 0;
+  const uint16_t* from = p.x + (weighted ? route / p.top_k : row) * p.hidden_size;
+  float* to = call.activations + row * p.hidden_size;
+  for (int64_t h = 0; h < p.hidden_size; h += kBlockSize) {
+    float block[kBlockSize];
+    for (int i = 0; i < kBlockSize; ++i) block[i] = BF16ToFloat(from[h + i]);
+    if (weighted) {
+      const float weight = p.routing_weights[route];
+      for (int i = 0; i < kBlockSize; ++i) block[i] = BF16ToFloat(BF16FromFloat(block[i] * weight));
+    }
+    if (p.precision == Precision::kW4A4) RoundBlock(p.precision, *p.gate_up.input_scale, block);
+    memcpy(to + h, block, sizeof(block));
+  }
+}
+
+// Sixteen sums scaled and biased.
+inline void Finish(const float* sums, float scale, const float* bias, float* result) {
+  for (int i = 0; i < kUnitColumns; ++i) result[i] = sums[i] * scale;
+  if (bias != nullptr) {
+    for (int i = 0; i < kUnitColumns; ++i) result[i] += bias[i];
+  }
+}
+
+void GateUpUnit(const Call& call, int64_t unit) {
+  const Problem& p = call.problem;
+  const bool quantized = p.precision == Precision::kW4A4;
+  const int64_t units_per_expert = p.intermediate_size / kUnitColumns;
+  const int64_t expert = call.active_experts[unit / units_per_expert];
+  const int64_t column = unit % units_per_expert * kUnitColumns;
+  const float input_scale = quantized ? *p.gate_up.input_scale : 1.0f;
+  const float down_input_scale = quantized ? p.down.input_scale[expert] : 1.0f;
+  const int64_t end = call.expert_starts[expert + 1];
+  for (int64_t begin = call.expert_starts[expert]; begin < end; begin += kBlockTokens) {
+    const int count = static_cast<int>(end - begin < kBlockTokens ? end - begin : kBlockTokens);
+    const float* inputs[kBlockTokens];
+    for (int t = 0; t < count; ++t) {
+      const int64_t row = p.weight_on == WeightOn::kInput ? begin + t : call.route_order[begin + t] / p.top_k;
+      inputs[t] = call.activations + row * p.hidden_size;
+    }
+    alignas(64) float sums[2][kBlockTokens][kUnitColumns];
+    for (int64_t part = 0; part < p.num_parts; ++part) {
+      const int64_t weight_row = (expert * p.num_parts + part) * p.intermediate_size + column;
+      Multiply(WeightRows(p.gate_up, weight_row, p.hidden_size), inputs, count, sums[part]);
+      const float scale = input_scale * p.gate_up.global_scale[expert * p.num_parts + part];
+      const float* bias = p.gate_up.bias == nullptr ? nullptr : p.gate_up.bias + weight_row;
+      for (int t = 0; t < count; ++t) Finish(sums[part][t], scale, bias, sums[part][t]);
+    }
+    for (int t = 0; t < count; ++t) {
+      float block[kUnitColumns];
+      Activate(p, sums[0][t], sums[p.num_parts - 1][t], block);
+      RoundBlock(p.precision, down_input_scale, block);
+      memcpy(call.intermediate + (begin + t) * p.intermediate_size + column, block, sizeof(block));
+    }
+  }
+}
+
+void DownUnit(const Call& call, int64_t unit) {
+  const Problem& p = call.problem;
+  const bool ordered = p.combine == Combine::kOrdered;
+  const int64_t column = unit * kUnitColumns;
+  // Whatever is accumulated into is zeroed here, on every call: XLA's buffers arrive with anything in them.
+  if (!ordered) {
+    for (int64_t t = 0; t < p.num_tokens; ++t) {
+      memset(call.sums + t * p.hidden_size + column, 0, kUnitColumns * sizeof(float));
+    }
+  }
+  for (int64_t active = 0; active < call.num_active; ++active) {
+    const int64_t expert = call.active_experts[active];
+    const int64_t weight_row = expert * p.hidden_size + column;
+    const WeightRows weights(p.down, weight_row, p.intermediate_size);
+    const float input_scale = p.precision == Precision::kW4A4 ? p.down.input_scale[expert] : 1.0f;
+    const float scale = input_scale * p.down.global_scale[expert];
+    const float* bias = p.down.bias == nullptr ? nullptr : p.down.bias + weight_row;
+    const int64_t end = call.expert_starts[expert + 1];
+    for (int64_t begin = call.expert_starts[expert]; begin < end; begin += kBlockTokens) {
+      const int count = static_cast<int>(end - begin < kBlockTokens ? end - begin : kBlockTokens);
+      const float* inputs[kBlockTokens];
+      for (int t = 0; t < count; ++t) inputs[t] = call.intermediate + (begin + t) * p.intermediate_size;
+      alignas(64) float sums[kBlockTokens][kUnitColumns];
+      Multiply(weights, inputs, count, sums);
+      for (int t = 0; t < count; ++t) {
+        const int64_t route = call.route_order[begin + t];
+        const float weight = p.weight_on == WeightOn::kInput ? 1.0f : p.routing_weights[route];
+        float block[kUnitColumns];
+        Finish(sums[t], scale, bias, block);
+        float* to = call.sums + (ordered ? route : route / p.top_k) * p.hidden_size + column;
+        if (ordered) {
+          for (int i = 0; i < kUnitColumns; ++i) to[i] = weight * block[i];
+        } else {
+          for (int i = 0; i < kUnitColumns; ++i) to[i] += weight * block[i];
+        }
+      }
+    }
+  }
+  if (!ordered && p.out_is_bf16) {
+    uint16_t* out = static_cast<uint16_t*>(p.out);
+    for (int64_t t = 0; t < p.num_tokens; ++t) {
+      const int64_t at = t * p.hidden_size + column;
+      for (int i = 0; i < kUnitColumns; ++i) out[at + i] = BF16FromFloat(call.sums[at + i]);
+    }
+  }
+}
+
+void CombineRow(const Call& call, int64_t token) {
+  const Problem& p = call.problem;
+  for (int64_t h = 0; h < p.hidden_size; h += kUnitColumns) {
+    float total[kUnitColumns] = {};
+    for (int64_t route = token * p.top_k; route < (token + 1) * p.top_k; ++route) {
+      if (LocalExpert(p, route) < 0) continue;
+      const float* contribution = call.sums + route * p.hidden_size + h;
+      for (int i = 0; i < kUnitColumns; ++i) total[i] += contribution[i];
+    }
+    const int64_t at = token * p.hidden_size + h;
+    if (p.out_is_bf16) {
+      for (int i = 0; i < kUnitColumns; ++i) static_cast<uint16_t*>(p.out)[at + i] = BF16FromFloat(total[i]);
+    } else {
+      memcpy(static_cast<float*>(p.out) + at, total, sizeof(total));
+    }
+  }
+}
+
+}  // namespace
+
+#define JAX_MOE_STRING(text) #text
+#define JAX_MOE_NAME(text) JAX_MOE_STRING(text)
+const Kernels JAX_MOE_KERNELS = {JAX_MOE_NAME(JAX_MOE_KERNELS), PrepareRow, GateUpUnit, DownUnit, CombineRow};
+
+}  // namespace jax_moe
