@@ -76,7 +76,7 @@ def _run_eagerly(*operands, problem: plan.Problem):
     return _jitted(problem)(*operands)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _jitted(problem: plan.Problem):
     return jax.jit(functools.partial(fused_moe_p.bind, problem=problem))
 

@@ -53,17 +53,13 @@ def fused_moe(
         x, experts, routing, activation=activation, precision=precision, combine=combine, weight_on=weight_on,
         expert_offset=expert_offset, out_dtype=out_dtype,
     )  # fmt: skip
-    operands = _vary_alike(
-        (x, routing.expert_ids, routing.weights, jnp.asarray(expert_offset, jnp.int32))
-        + _operands(experts.gate_up)
-        + _operands(experts.down)
-    )
+    tokens = (x, routing.expert_ids, routing.weights, jnp.asarray(expert_offset, jnp.int32))
+    weights = (*_operands(experts.gate_up), *_operands(experts.down))
+    operands = _vary_alike(*map(jnp.asarray, tokens + weights))
     return ffi.fused_moe_p.bind(*operands, problem=problem)
 
 
-def check(
-    x, experts, routing, *, activation, precision, combine, weight_on, expert_offset, out_dtype
-) -> plan.Problem:
+def check(x, experts, routing, *, activation, precision, combine, weight_on, expert_offset, out_dtype) -> plan.Problem:
     """Checks the arguments of :func:`fused_moe` and returns what is static about them.
 
     Raises:
@@ -154,7 +150,7 @@ def _check_array(name: str, array, dtype, shape) -> tuple[int, ...]:
     if dtype is not None and array.dtype != dtype:
         raise TypeError(f"{name}: got dtype {array.dtype}, needs {jnp.dtype(dtype)}")
     matches = len(array.shape) == len(shape) and all(
-        isinstance(want, str) or got == want for got, want in zip(array.shape, shape)
+        isinstance(want, str) or got == want for got, want in zip(array.shape, shape, strict=True)
     )
     if not matches:
         wanted = ", ".join(map(str, shape))
@@ -185,11 +181,11 @@ def _operands(projection: Projection) -> tuple[jax.Array, ...]:
     return payload, projection.block_scale, projection.global_scale, input_scale, bias
 
 
-def _vary_alike(operands: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+def _vary_alike(*operands: jax.Array) -> tuple[jax.Array, ...]:
     """Inside ``shard_map``, marks every operand as varying over each mesh axis that any of them varies over."""
     varying = [frozenset(jax.typeof(operand).mat.varying) for operand in operands]
     union = frozenset().union(*varying)
     return tuple(
         jax.lax.pcast(operand, tuple(union - axes), to="varying") if union - axes else operand
-        for operand, axes in zip(operands, varying)
+        for operand, axes in zip(operands, varying, strict=True)
     )

@@ -5,6 +5,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_moe import activations
 
@@ -46,9 +47,9 @@ class Problem:
             "combine": self.combine,
             "weight_on": self.weight_on,
             "activation": self.activation.kind,
-            "alpha": jnp.float32(alpha),
-            "beta": jnp.float32(beta),
-            "limit": jnp.float32(limit),
+            "alpha": np.float32(alpha),
+            "beta": np.float32(beta),
+            "limit": np.float32(limit),
         }
 
 
@@ -59,10 +60,8 @@ def cpu_workspaces(problem: Problem) -> list[jax.ShapeDtypeStruct]:
     Activations are widened to float32 once here, so that the inner loop need not.
     """
     tokens, routes, hidden = problem.num_tokens, problem.num_routes, problem.hidden_size
-    if problem.combine == "ordered":
-        sum_rows = routes
-    else:
-        sum_rows = 0 if problem.out_dtype == jnp.float32 else tokens
+    in_place = 0 if problem.out_dtype == jnp.float32 else tokens
+    sum_rows = routes if problem.combine == "ordered" else in_place
     int32, float32 = jnp.int32, jnp.float32
     return [
         jax.ShapeDtypeStruct((routes,), int32),  # route_order: permuted row -> route

@@ -136,6 +136,4 @@ def calibrate(
             scale = jnp.maximum(scale, projection.input_scale)
         return dataclasses.replace(projection, input_scale=scale)
 
-    return dataclasses.replace(
-        experts, gate_up=raise_to(experts.gate_up, x_amax), down=raise_to(experts.down, h_amax)
-    )
+    return dataclasses.replace(experts, gate_up=raise_to(experts.gate_up, x_amax), down=raise_to(experts.down, h_amax))

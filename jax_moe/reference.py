@@ -82,7 +82,9 @@ def fused_moe(
             y = expert_mlp(x, experts, expert, activation=activation, precision=precision)
             return total + jnp.where(chosen.any(1)[:, None], weights.sum(1)[:, None] * y, 0), None
         for slot in range(num_slots):
-            y = expert_mlp(weighted_input(x, weights[:, slot]), experts, expert, activation=activation, precision=precision)
+            y = expert_mlp(
+                weighted_input(x, weights[:, slot]), experts, expert, activation=activation, precision=precision
+            )
             total = total + jnp.where(chosen[:, slot, None], y, 0)
         return total, None
 

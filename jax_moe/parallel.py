@@ -1,0 +1,168 @@
+"""``sharded_moe``: expert and tensor parallelism, with the local op inside one ``shard_map``."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jax_moe import activations, moe, nvfp4, plan
+from jax_moe.experts import CANONICAL, Experts, Projection
+from jax_moe.routing import Routing
+
+Axis = str | tuple[str, ...] | None
+"""One mesh axis, several that act as one, or none."""
+
+
+def sharded_moe(
+    x: jax.Array,
+    experts: Experts,
+    routing: Routing,
+    *,
+    mesh: Mesh,
+    expert_axis: Axis = "expert",
+    tensor_axis: Axis = "tensor",
+    data_axis: Axis = "data",
+    activation: activations.Activation = activations.SwiGLU(),
+    precision: plan.Precision = "w4a16",
+    combine: plan.Combine = "atomic",
+    weight_on: plan.WeightOn = "output",
+    out_dtype=jnp.bfloat16,
+) -> jax.Array:
+    """:func:`jax_moe.fused_moe` over a device mesh; the weights never move.
+
+    Every device runs its own experts (``expert_axis``), its own slice of I (``tensor_axis``), or both, on the tokens
+    of its slice of ``data_axis``. The partial outputs are summed in float32 over the two model axes and rounded
+    once. A data axis may be one of the model axes too (tokens and experts spread over the same devices): the tokens
+    are then gathered over it first and the sum is scattered back.
+
+    Args:
+      x, experts, routing: global arrays as for ``fused_moe``; ids are global. :func:`expert_shardings` gives the
+        shardings under which ``experts`` is used in place.
+      mesh: the device mesh. A default axis name that it lacks is not used; at least one axis must be.
+      expert_axis: shards E; its size must divide E.
+      tensor_axis: shards I; I divided by its size must be a multiple of 16.
+      data_axis: shards T; its size must divide T.
+      activation, precision, combine, weight_on, out_dtype: as for ``fused_moe``.
+
+    Returns:
+      ``[T, H]`` of ``out_dtype``, sharded over ``data_axis``.
+
+    Raises:
+      TypeError, ValueError: as ``fused_moe``, or the mesh does not fit.
+    """
+    options = dict(activation=activation, precision=precision, combine=combine, weight_on=weight_on)
+    problem = moe.check(x, experts, routing, **options, expert_offset=0, out_dtype=out_dtype)
+    specs = partition_specs(experts, mesh, expert_axis=expert_axis, tensor_axis=tensor_axis)
+    expert_axes = _axes_in(mesh, "expert_axis", expert_axis)
+    tensor_axes = _axes_in(mesh, "tensor_axis", tensor_axis)
+    data_axes = _axes_in(mesh, "data_axis", data_axis)
+    if not (expert_axes or tensor_axes or data_axes):
+        raise ValueError(
+            f"mesh: got axes {mesh.axis_names}, none of which is the expert_axis ({expert_axis!r}), tensor_axis "
+            f"({tensor_axis!r}) or data_axis ({data_axis!r})"
+        )
+    _check_divides(mesh, "data_axis", data_axes, "T", problem.num_tokens)
+
+    reduced = expert_axes + tensor_axes
+    gathered = tuple(axis for axis in data_axes if axis in reduced)
+    summed = tuple(axis for axis in reduced if axis not in gathered)
+    tokens = PartitionSpec(data_axes or None, None)
+
+    def local_moe(x, experts: Experts, routing: Routing):
+        if gathered:
+            x, routing = jax.tree.map(lambda a: jax.lax.all_gather(a, gathered, tiled=True), (x, routing))
+        offset = jax.lax.axis_index(expert_axes) * experts.down.global_scale.shape[0] if expert_axes else 0
+        if tensor_axes:
+            experts = _bias_on_first(experts, jax.lax.axis_index(tensor_axes) == 0)
+        partial_dtype = jnp.float32 if reduced else out_dtype
+        y = moe.fused_moe(x, experts, routing, **options, expert_offset=offset, out_dtype=partial_dtype)
+        if summed:
+            y = jax.lax.psum(y, summed)
+        if gathered:
+            y = jax.lax.psum_scatter(y, gathered, tiled=True)
+        return y.astype(out_dtype)
+
+    run = jax.shard_map(local_moe, mesh=mesh, in_specs=(tokens, specs, tokens), out_specs=tokens)
+    return run(x, experts, routing)
+
+
+def expert_shardings(
+    experts: Experts, mesh: Mesh, *, expert_axis: Axis = "expert", tensor_axis: Axis = "tensor"
+) -> Experts:
+    """The ``NamedSharding`` of every leaf of ``experts``, for ``jax.device_put(experts, ...)`` or ``in_shardings``.
+
+    Raises:
+      ValueError: the mesh does not divide E or I.
+    """
+    specs = partition_specs(experts, mesh, expert_axis=expert_axis, tensor_axis=tensor_axis)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
+
+def partition_specs(
+    experts: Experts, mesh: Mesh, *, expert_axis: Axis = "expert", tensor_axis: Axis = "tensor"
+) -> Experts:
+    """The ``PartitionSpec`` of every leaf of ``experts``: E over ``expert_axis``, I over ``tensor_axis``.
+
+    Raises:
+      ValueError: the mesh does not divide E or I, or lacks an axis that is not the default one.
+    """
+    if experts.layout != CANONICAL:
+        raise ValueError(f"experts.layout: got {experts.layout!r}, needs {CANONICAL!r}")
+    num_experts, _, intermediate, _ = experts.gate_up.payload.shape
+    expert_axes = _axes_in(mesh, "expert_axis", expert_axis)
+    tensor_axes = _axes_in(mesh, "tensor_axis", tensor_axis)
+    if shared := set(expert_axes) & set(tensor_axes):
+        raise ValueError(f"expert_axis, tensor_axis: both got {sorted(shared)}, need different mesh axes")
+    _check_divides(mesh, "expert_axis", expert_axes, "E", num_experts)
+    _check_divides(mesh, "tensor_axis", tensor_axes, "I", intermediate, multiple=nvfp4.BLOCK_SIZE)
+
+    e, i = expert_axes or None, tensor_axes or None
+    gate_up = Projection(
+        payload=PartitionSpec(e, None, i, None),
+        block_scale=PartitionSpec(e, None, i, None),
+        global_scale=PartitionSpec(e, None),
+        input_scale=PartitionSpec(),
+        bias=PartitionSpec(e, None, i),
+    )
+    down = Projection(
+        payload=PartitionSpec(e, None, i),
+        block_scale=PartitionSpec(e, None, i),
+        global_scale=PartitionSpec(e),
+        input_scale=PartitionSpec(e),
+        bias=PartitionSpec(e, None),
+    )
+    return Experts(_where_present(gate_up, experts.gate_up), _where_present(down, experts.down), experts.layout)
+
+
+def _where_present(specs: Projection, projection: Projection) -> Projection:
+    """Drops the specs of absent leaves, so that both trees have one structure."""
+    absent = [f.name for f in dataclasses.fields(projection) if getattr(projection, f.name) is None]
+    return dataclasses.replace(specs, **dict.fromkeys(absent))
+
+
+def _bias_on_first(experts: Experts, is_first: jax.Array) -> Experts:
+    """Keeps the down bias on one device of a tensor-parallel group: the sum over the group adds it once."""
+    if experts.down.bias is None:
+        return experts
+    bias = jnp.where(is_first, experts.down.bias, 0)
+    return dataclasses.replace(experts, down=dataclasses.replace(experts.down, bias=bias))
+
+
+def _axes_in(mesh: Mesh, argument: str, axis: Axis) -> tuple[str, ...]:
+    """The mesh axes that ``argument`` names; none where it has its default and the mesh has no such axis."""
+    axes = () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
+    if argument == f"{axis}_axis" and axis not in mesh.axis_names:
+        return ()
+    for name in axes:
+        if name not in mesh.axis_names:
+            raise ValueError(f"{argument}: got {axis!r}, but the mesh has the axes {mesh.axis_names}")
+    return axes
+
+
+def _check_divides(mesh: Mesh, argument: str, axes: tuple[str, ...], name: str, size: int, multiple: int = 1) -> None:
+    parts = math.prod(mesh.shape[axis] for axis in axes)
+    if size % (parts * multiple):
+        slices = f"slices that are multiples of {multiple}" if multiple > 1 else "equal slices"
+        raise ValueError(f"{argument}: {axes} has {parts} devices, which does not divide {name} = {size} into {slices}")
