@@ -1,0 +1,150 @@
+"""The PTX instructions that the kernels need and CuTe DSL has no name for, one function each."""
+
+from cutlass import Float32, Int32, Int64, Uint32
+from cutlass._mlir import ir
+from cutlass._mlir.dialects import llvm
+from cutlass.cutlass_dsl import dsl_user_op, T
+
+
+def _asm(result, operands, text, constraints, pure, loc, ip):
+    return llvm.inline_asm(
+        result, operands, text, constraints, has_side_effects=not pure, is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT, loc=loc, ip=ip,
+    )  # fmt: skip
+
+
+def _words(values, loc, ip):
+    return [Uint32(v).ir_value(loc=loc, ip=ip) for v in values]
+
+
+@dsl_user_op
+def rotate_right(word: Uint32, bits: int, *, loc=None, ip=None) -> Uint32:
+    (w,) = _words([word], loc, ip)
+    return Uint32(_asm(T.i32(), [w], f"shf.r.wrap.b32 $0, $1, $1, {bits};", "=r,r", True, loc, ip))
+
+
+@dsl_user_op
+def multiply_bf16x2(a: Uint32, b: Uint32, *, loc=None, ip=None) -> Uint32:
+    return Uint32(_asm(T.i32(), _words([a, b], loc, ip), "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", True, loc, ip))
+
+
+@dsl_user_op
+def broadcast_half(word: Uint32, upper: bool, *, loc=None, ip=None) -> Uint32:
+    """Both halves of the result are the low (or upper) half of ``word``."""
+    pick = "{h, h}" if upper else "{l, l}"
+    text = f"{{ .reg .b16 l, h; mov.b32 {{l, h}}, $1; mov.b32 $0, {pick}; }}"
+    return Uint32(_asm(T.i32(), _words([word], loc, ip), text, "=r,r", True, loc, ip))
+
+
+@dsl_user_op
+def pack_bf16x2(low: Float32, high: Float32, *, loc=None, ip=None) -> Uint32:
+    """Two fp32 values rounded to nearest even."""
+    operands = [Float32(v).ir_value(loc=loc, ip=ip) for v in (high, low)]
+    return Uint32(_asm(T.i32(), operands, "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", True, loc, ip))
+
+
+@dsl_user_op
+def load_shared_v4(address: Int32, *, loc=None, ip=None) -> tuple[Uint32, Uint32, Uint32, Uint32]:
+    """16 bytes of shared memory; ``address`` in the shared window."""
+    struct = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
+    value = _asm(
+        struct, [Int32(address).ir_value(loc=loc, ip=ip)], "ld.shared.v4.u32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r",
+        False, loc, ip,
+    )  # fmt: skip
+    return tuple(Uint32(llvm.extractvalue(T.i32(), value, [i], loc=loc, ip=ip)) for i in range(4))
+
+
+@dsl_user_op
+def copy_16_bytes(shared: Int32, source: Int64, num_bytes: Int32, *, loc=None, ip=None) -> None:
+    """``cp.async`` of ``num_bytes`` (0 or 16) bytes; the rest of the 16 is filled with zeros."""
+    operands = [
+        Int32(shared).ir_value(loc=loc, ip=ip), Int64(source).ir_value(loc=loc, ip=ip),
+        Int32(num_bytes).ir_value(loc=loc, ip=ip),
+    ]  # fmt: skip
+    _asm(None, operands, "cp.async.cg.shared.global.L2::128B [$0], [$1], 16, $2;", "r,l,r,~{memory}", False, loc, ip)
+
+
+@dsl_user_op
+def bulk_copy(shared: Int32, source: Int64, num_bytes: Int32, barrier: Int32, *, loc=None, ip=None) -> None:
+    """Bulk copy of contiguous global memory, counted by an mbarrier; all 16-byte aligned."""
+    operands = [
+        Int32(shared).ir_value(loc=loc, ip=ip), Int64(source).ir_value(loc=loc, ip=ip),
+        Int32(num_bytes).ir_value(loc=loc, ip=ip), Int32(barrier).ir_value(loc=loc, ip=ip),
+    ]  # fmt: skip
+    text = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];"
+    _asm(None, operands, text, "r,l,r,r,~{memory}", False, loc, ip)
+
+
+@dsl_user_op
+def store_global(address: Int64, words, *, loc=None, ip=None) -> None:
+    """Stores 1, 2 or 4 words, aligned to their size."""
+    operands = [Int64(address).ir_value(loc=loc, ip=ip), *_words(words, loc, ip)]
+    names = ", ".join(f"${i + 1}" for i in range(len(words)))
+    vector = f".v{len(words)}" if len(words) > 1 else ""
+    names = f"{{{names}}}" if len(words) > 1 else names
+    text = f"st.global{vector}.b32 [$0], {names};"
+    _asm(None, operands, text, "l" + ",r" * len(words) + ",~{memory}", False, loc, ip)
+
+
+@dsl_user_op
+def store_global_f32x4(address: Int64, values, *, loc=None, ip=None) -> None:
+    """Stores four fp32 values, 16-byte aligned."""
+    operands = [Int64(address).ir_value(loc=loc, ip=ip), *(Float32(v).ir_value(loc=loc, ip=ip) for v in values)]
+    text = "st.global.v4.f32 [$0], {$1, $2, $3, $4};"
+    _asm(None, operands, text, "l,f,f,f,f,~{memory}", False, loc, ip)
+
+
+@dsl_user_op
+def add_global_bf16x4(address: Int64, low: Uint32, high: Uint32, *, loc=None, ip=None) -> None:
+    """Adds four bf16 values atomically (each of the four on its own), 8-byte aligned."""
+    operands = [Int64(address).ir_value(loc=loc, ip=ip), *_words([low, high], loc, ip)]
+    text = "red.relaxed.gpu.global.add.noftz.v2.bf16x2 [$0], {$1, $2};"
+    _asm(None, operands, text, "l,r,r,~{memory}", False, loc, ip)
+
+
+@dsl_user_op
+def add_global_f32x4(address: Int64, values, *, loc=None, ip=None) -> None:
+    """Adds four fp32 values atomically (each of the four on its own), 16-byte aligned."""
+    operands = [Int64(address).ir_value(loc=loc, ip=ip), *(Float32(v).ir_value(loc=loc, ip=ip) for v in values)]
+    text = "red.relaxed.gpu.global.add.v4.f32 [$0], {$1, $2, $3, $4};"
+    _asm(None, operands, text, "l,f,f,f,f,~{memory}", False, loc, ip)
+
+
+def _unary(text, name):
+    @dsl_user_op
+    def operation(a: Float32, *, loc=None, ip=None) -> Float32:
+        operand = Float32(a).ir_value(loc=loc, ip=ip)
+        return Float32(_asm(T.f32(), [operand], text, "=f,f", True, loc, ip))
+
+    operation.__name__ = name
+    return operation
+
+
+exp2 = _unary("ex2.approx.ftz.f32 $0, $1;", "exp2")
+reciprocal_approximate = _unary("rcp.approx.ftz.f32 $0, $1;", "reciprocal_approximate")
+reciprocal = _unary("rcp.rn.f32 $0, $1;", "reciprocal")
+absolute = _unary("abs.f32 $0, $1;", "absolute")
+round_e4m3 = _unary(
+    "{ .reg .b16 p; .reg .b32 h; .reg .b16 l, u; cvt.rn.satfinite.e4m3x2.f32 p, 0f00000000, $1; "
+    "cvt.rn.f16x2.e4m3x2 h, p; mov.b32 {l, u}, h; cvt.f32.f16 $0, l; }",
+    "round_e4m3",
+)  # saturates at 448, keeps NaN
+
+
+def _binary(text, name):
+    @dsl_user_op
+    def operation(a: Float32, b: Float32, *, loc=None, ip=None) -> Float32:
+        operands = [Float32(v).ir_value(loc=loc, ip=ip) for v in (a, b)]
+        return Float32(_asm(T.f32(), operands, text, "=f,f,f", True, loc, ip))
+
+    operation.__name__ = name
+    return operation
+
+
+divide = _binary("div.rn.f32 $0, $1, $2;", "divide")
+maximum = _binary("max.NaN.f32 $0, $1, $2;", "maximum")
+minimum = _binary("min.NaN.f32 $0, $1, $2;", "minimum")
+copy_sign = _binary("copysign.f32 $0, $2, $1;", "copy_sign")  # magnitude of a, sign of b
+
+
+

@@ -1,0 +1,571 @@
+"""The two grouped GEMMs of sm_90a: NVFP4 weights from registers, gathered tokens from shared memory.
+
+One main loop serves both GEMMs and both precisions. A thread block has one producer warpgroup and several
+consumer warpgroups. Weights are the M side of ``wgmma``: a consumer turns its share of a prepared 128 x 64 block
+(``layout.py``) into bf16 A fragments and multiplies them with N tokens that lie K-major in shared memory. Blocks are
+persistent and walk over (expert, weight tile, token tile) as ``common/schedule.py`` orders them.
+
+Per 64 values of the contraction a consumer warp issues about 140 instructions for 4608 bytes of weights, which is 34 bytes a
+clock and SM where HBM gives 19: dequantisation hides behind memory for few tokens and behind the tensor cores for many.
+"""
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32
+from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
+
+from jax_moe.kernels.common import epilogue, ptx, schedule
+from jax_moe.kernels.common.memory import array, pointer
+from jax_moe.kernels.sm90 import layout, plan
+
+_WARPGROUP = 128
+_BLOCK_K = layout.BLOCK_K
+_TOKEN_ROW_BYTES = _BLOCK_K * 2
+_CHUNK_BYTES = 16
+_CHUNKS = _TOKEN_ROW_BYTES // _CHUNK_BYTES
+_ROWS_PER_PASS = _WARPGROUP // _CHUNKS
+_REDUCTION_FULL, _REDUCTION_EMPTY, _CONSUMERS = 1, 2, 3  # named barriers; 0 is sync_threads
+
+
+class _Gemm:
+    """What GEMM1 and GEMM2 share: the pipeline and the main loop."""
+
+    def __init__(self, tile: plan.Tile):
+        self.tile = tile
+        self.n = tile.token_tile
+        self.stages = tile.stages
+        self.consumers = tile.m_warpgroups * tile.k_warpgroups
+        self.threads = _WARPGROUP * (1 + self.consumers)
+        self.weight_bytes = tile.m_warpgroups * layout.BLOCK_BYTES
+        self.token_bytes = self.n * _TOKEN_ROW_BYTES
+        self.accumulators = self.n // 8 * 4  # fp32 registers of one 64-row half
+
+    def _registers(self):
+        """(producer, consumer) registers a thread after the split, or None where all may keep what they start with."""
+        if self.threads * self.tile.ctas_per_sm > 768:
+            return None
+        total = 65536 // self.tile.ctas_per_sm // _WARPGROUP
+        producer = 40
+        consumer = min(240, (total - producer) // self.consumers // 8 * 8)
+        return producer, consumer
+
+    # -- set-up -------------------------------------------------------------------------------------------------
+
+    def _tiled_mma(self):
+        operation = warpgroup.MmaF16BF16Op(
+            BFloat16, Float32, (64, self.n, 16), warpgroup.OperandSource.RMEM, OperandMajorMode.K, OperandMajorMode.K
+        )
+        mma = cute.make_tiled_mma(operation)
+        mma.set(warpgroup.Field.ACCUMULATE, True)  # sums start as zeros, so that one loop body serves all steps
+        return mma
+
+    def _token_layout(self):
+        atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, BFloat16)
+        return cute.tile_to_shape(atom, (self.n, _BLOCK_K, self.stages), order=(0, 1, 2))
+
+    # -- consumer -----------------------------------------------------------------------------------------------
+
+    def _dequantise(self, address, fragment, half, scales):
+        """Fills ``fragment`` (u32[4 registers, 4 steps]) with one 64-row half of a block."""
+        words = ptx.load_shared_v4(address + half * (layout.CODE_BYTES // 2))
+        for step in range(4):
+            word = words[step]
+            lower, upper = scales[2 * half][step], scales[2 * half + 1][step]
+            mask = Uint32(layout.PAIR_MASK)
+            fragment[0, step] = ptx.multiply_bf16x2(word & mask, lower)
+            fragment[1, step] = ptx.multiply_bf16x2(ptx.rotate_right(word, 3) & mask, upper)
+            fragment[2, step] = ptx.multiply_bf16x2(ptx.rotate_right(word, 6) & mask, lower)
+            spread = (word & Uint32(layout.SPREAD_MASK)) * Uint32(layout.SPREAD_FACTOR)
+            fragment[3, step] = ptx.multiply_bf16x2(spread & mask, upper)
+
+    def _load_scales(self, address: Int32):
+        """bf16x2 block scales (both halves the same) of a thread's rows: 4 rows by 4 steps."""
+        scales = []
+        for word in ptx.load_shared_v4(address):
+            mask, exponent = Uint32(layout.SCALE_MASK), Uint32(layout.SCALE_EXPONENT)
+            first = (word & mask) | exponent
+            second = (ptx.rotate_right(word, 8) & mask) | exponent
+            scales.append([ptx.broadcast_half(first, False), ptx.broadcast_half(first, True),
+                           ptx.broadcast_half(second, False), ptx.broadcast_half(second, True)])  # fmt: skip
+        return scales
+
+    @cute.jit
+    def _step(self, mma, accumulators, fragments, tokens, weights, barriers, slot, phase, tid, m_warpgroup):
+        """Waits for one stage, dequantises it and issues its products as one ``wgmma`` group."""
+        cute.arch.mbarrier_wait(barriers + slot, phase)
+        block = weights.toint() + slot * self.weight_bytes + m_warpgroup * layout.BLOCK_BYTES
+        codes = Int32(block + tid * 16)
+        scale_words = Int32(block + layout.CODE_BYTES + (tid // 4) * 16)
+        scales = self._load_scales(scale_words)
+        for half in cutlass.range_constexpr(2):
+            registers = cute.recast_tensor(fragments[half], Uint32)
+            registers = cute.make_tensor(registers.iterator, cute.make_layout((4, 4)))
+            self._dequantise(codes, registers, half, scales)
+        warpgroup.fence()
+        for step in cutlass.range_constexpr(4):
+            for half in cutlass.range_constexpr(2):
+                cute.gemm(mma, accumulators[half], fragments[half][None, None, step], tokens[None, None, step, slot],
+                          accumulators[half])  # fmt: skip
+        warpgroup.commit_group()
+
+    @cute.jit
+    def _release(self, barriers, slot, lane):
+        if lane == 0:
+            cute.arch.mbarrier_arrive(barriers + self.stages + slot)
+
+    @cute.jit
+    def _main_loop(self, mma, accumulators, fragment_sets, tokens, weights, barriers, first, k_blocks, tid, m_warpgroup, k_warpgroup):  # fmt: skip
+        """Sums this warpgroup's steps of one unit; ``first`` counts the stages of all units before it."""
+        lane = tid % 32
+        for half in cutlass.range_constexpr(2):
+            accumulators[half].fill(0.0)
+        k_split = self.tile.k_warpgroups
+        position = first + k_warpgroup
+        slot = position % self.stages
+        phase = (position // self.stages) % 2
+        previous = Int32(-1)
+        steps = (k_blocks - k_warpgroup + k_split - 1) // k_split
+        # Two sets of A registers: one is filled while wgmma reads the other.
+        for pair in cutlass.range(steps // 2, unroll=1):
+            for parity in cutlass.range_constexpr(2):
+                self._step(mma, accumulators, fragment_sets[parity], tokens, weights, barriers, slot, phase, tid,
+                           m_warpgroup)  # fmt: skip
+                warpgroup.wait_group(1)
+                if previous >= 0:
+                    self._release(barriers, previous, lane)
+                previous = slot
+                slot = slot + k_split
+                if slot >= self.stages:
+                    slot = slot - self.stages
+                    phase = phase ^ 1
+        if steps % 2 == 1:
+            self._step(mma, accumulators, fragment_sets[0], tokens, weights, barriers, slot, phase, tid, m_warpgroup)
+            warpgroup.wait_group(1)
+            if previous >= 0:
+                self._release(barriers, previous, lane)
+            previous = slot
+        warpgroup.wait_group(0)
+        if previous >= 0:
+            self._release(barriers, previous, lane)
+
+    @cute.jit
+    def _add_up(self, accumulators, scratch, tid, k_warpgroup):
+        """Adds the sums of all k warpgroups into those of warpgroup 0, which alone goes on to the epilogue."""
+        width = 2 * self.accumulators
+        everyone = self.consumers * _WARPGROUP
+        if k_warpgroup > 0:
+            cute.arch.barrier(barrier_id=_REDUCTION_EMPTY, number_of_threads=everyone)
+            for half in cutlass.range_constexpr(2):
+                for i in cutlass.range_constexpr(self.accumulators):
+                    index = ((k_warpgroup - 1) * width + half * self.accumulators + i) * _WARPGROUP + tid
+                    scratch[index] = accumulators[half][i]
+            cute.arch.fence_acq_rel_cta()
+            cute.arch.barrier_arrive(barrier_id=_REDUCTION_FULL, number_of_threads=everyone)
+        else:
+            cute.arch.barrier_arrive(barrier_id=_REDUCTION_EMPTY, number_of_threads=everyone)
+            cute.arch.barrier(barrier_id=_REDUCTION_FULL, number_of_threads=everyone)
+            for other in cutlass.range_constexpr(self.tile.k_warpgroups - 1):
+                for half in cutlass.range_constexpr(2):
+                    for i in cutlass.range_constexpr(self.accumulators):
+                        index = (other * width + half * self.accumulators + i) * _WARPGROUP + tid
+                        accumulators[half][i] = accumulators[half][i] + scratch[index]
+
+    # -- producer -----------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def _copy_weights(self, payload, weights, barriers, slot, expert, m_tile, k_block, m_blocks, k_blocks, extra_bytes):
+        """One thread: announces a stage's bytes and starts the copies of its weight blocks."""
+        full = Int32((barriers + slot).toint())
+        cute.arch.mbarrier_arrive_and_expect_tx(barriers + slot, self.weight_bytes + extra_bytes)
+        for i in cutlass.range_constexpr(self.tile.m_warpgroups):
+            row_block = m_tile * self.tile.m_warpgroups + i
+            if row_block >= m_blocks:  # the last tile may have blocks to spare; their sums are never stored
+                row_block = m_blocks - 1
+            block = (Int64(expert) * m_blocks + row_block) * k_blocks + k_block
+            shared = Int32((weights + (slot * self.weight_bytes + i * layout.BLOCK_BYTES)).toint())
+            ptx.bulk_copy(shared, payload.toint() + block * layout.BLOCK_BYTES, Int32(layout.BLOCK_BYTES), full)
+
+    # -- the kernel ---------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def _run(self, operands, payload, tile_expert, expert_tiles, local_experts, m_blocks, k_blocks):
+        tid, _, _ = cute.arch.thread_idx()
+        cta, _, _ = cute.arch.block_idx()
+        ctas, _, _ = cute.arch.grid_dim()
+        warpgroup_index = cute.arch.make_warp_uniform(tid // _WARPGROUP)
+        tid = tid % _WARPGROUP
+
+        smem = cutlass.utils.SmemAllocator()
+        token_layout = self._token_layout()
+        tokens = smem.allocate_tensor(BFloat16, token_layout.outer, byte_alignment=1024, swizzle=token_layout.inner)
+        weights = smem.allocate_array(cutlass.Uint8, self.stages * self.weight_bytes)
+        barriers = smem.allocate_array(cutlass.Int64, 2 * self.stages)  # full ones, then empty ones
+        scratch = None
+        if cutlass.const_expr(self.tile.k_warpgroups > 1):
+            size = self.tile.reduction_bytes // 4
+            scratch = cute.make_tensor(smem.allocate_array(Float32, size), cute.make_layout(size))
+        rows = self._allocate_rows(smem)
+
+        if warpgroup_index == 0 and tid == 0:
+            for i in cutlass.range_constexpr(self.stages):
+                cute.arch.mbarrier_init(barriers + i, self._full_arrivals())
+                cute.arch.mbarrier_init(barriers + self.stages + i, 4 * self.tile.m_warpgroups)
+            cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+
+        m_tiles = (m_blocks + self.tile.m_warpgroups - 1) // self.tile.m_warpgroups
+        units = expert_tiles[local_experts] * m_tiles
+        registers = self._registers()
+        if warpgroup_index == 0:
+            if cutlass.const_expr(registers is not None):
+                cute.arch.setmaxregister_decrease(registers[0])
+            self._produce(operands, payload, tile_expert, expert_tiles, tokens, weights, barriers, cta, ctas, units,
+                          m_tiles, m_blocks, k_blocks, tid)  # fmt: skip
+        else:
+            if cutlass.const_expr(registers is not None):
+                cute.arch.setmaxregister_increase(registers[1])
+            self._consume(operands, tile_expert, expert_tiles, tokens, weights, barriers, scratch, rows, cta, ctas,
+                          units, m_tiles, m_blocks, k_blocks, tid, warpgroup_index - 1)  # fmt: skip
+
+    @cute.jit
+    def _consume(self, operands, tile_expert, expert_tiles, tokens, weights, barriers, scratch, rows, cta, ctas, units,
+                 m_tiles, m_blocks, k_blocks, tid, consumer):  # fmt: skip
+        mma = self._tiled_mma()
+        thread_mma = mma.get_slice(tid)
+        token_fragments = mma.make_fragment_B(thread_mma.partition_B(tokens))
+        accumulators = [mma.make_fragment_C(thread_mma.partition_shape_C((64, self.n))) for _ in range(2)]
+        a_shape = thread_mma.partition_shape_A((64, _BLOCK_K))
+        fragment_sets = [[mma.make_fragment_A(a_shape) for _ in range(2)] for _ in range(2)]
+        m_warpgroup, k_warpgroup = consumer, Int32(0)
+        if cutlass.const_expr(self.tile.k_warpgroups > 1):
+            m_warpgroup, k_warpgroup = Int32(0), consumer
+        first = Int32(0)
+        for unit in cutlass.range(cta, units, ctas, unroll=1):
+            expert, m_tile, token_tile = schedule.locate(unit, m_tiles, tile_expert, expert_tiles)
+            row_block = m_tile * self.tile.m_warpgroups + m_warpgroup
+            prefetched = self._prefetch_epilogue(operands, token_tile, tid)
+            self._main_loop(mma, accumulators, fragment_sets, token_fragments, weights, barriers, first, k_blocks, tid,
+                            m_warpgroup, k_warpgroup)  # fmt: skip
+            first = first + k_blocks
+            if cutlass.const_expr(self.tile.k_warpgroups > 1):
+                self._add_up(accumulators, scratch, tid, k_warpgroup)
+                if k_warpgroup == 0:
+                    self._epilogue(operands, accumulators, rows, prefetched, expert, row_block, token_tile, tid, m_blocks)
+            else:
+                self._epilogue(operands, accumulators, rows, prefetched, expert, row_block, token_tile, tid, m_blocks)
+
+
+class Gemm1(_Gemm):
+    """Gathers x by route, multiplies with gate and up, and stores the activated (w4a4: NVFP4-rounded) intermediate."""
+
+    def __init__(self, spec: plan.Gemm1Spec):
+        super().__init__(spec.tile)
+        self.spec = spec
+        self.copies_in_flight = self.stages // 2  # the other half is for consumers to draw on
+
+    def entry(self):
+        i32 = Int32(0)
+        arguments = (
+            pointer(BFloat16), pointer(Int32), pointer(Int32), pointer(Int32), pointer(Uint8), pointer(Float32),
+            pointer(Float32), pointer(Float32), pointer(Float32), pointer(BFloat16), i32, i32, i32, i32, i32, i32,
+            cuda.CUstream(0),
+        )  # fmt: skip
+        return self.launch, arguments
+
+    @cute.jit
+    def launch(
+        self, x: cute.Pointer, row_route: cute.Pointer, tile_expert: cute.Pointer, expert_tiles: cute.Pointer,
+        payload: cute.Pointer, global_scale: cute.Pointer, input_scale: cute.Pointer, bias: cute.Pointer,
+        down_input_scale: cute.Pointer, h: cute.Pointer, H: Int32, row_divisor: Int32, local_experts: Int32,
+        m_blocks: Int32, k_blocks: Int32, ctas: Int32, stream: cuda.CUstream,
+    ):  # fmt: skip
+        self.kernel(
+            x, row_route, tile_expert, expert_tiles, payload, global_scale, input_scale, bias, down_input_scale, h, H,
+            row_divisor, local_experts, m_blocks, k_blocks,
+        ).launch(grid=(ctas, 1, 1), block=(self.threads, 1, 1), stream=stream, min_blocks_per_mp=self.tile.ctas_per_sm)  # fmt: skip
+
+    @cute.kernel
+    def kernel(
+        self, x: cute.Pointer, row_route: cute.Pointer, tile_expert: cute.Pointer, expert_tiles: cute.Pointer,
+        payload: cute.Pointer, global_scale: cute.Pointer, input_scale: cute.Pointer, bias: cute.Pointer,
+        down_input_scale: cute.Pointer, h: cute.Pointer, H: Int32, row_divisor: Int32, local_experts: Int32,
+        m_blocks: Int32, k_blocks: Int32,
+    ):  # fmt: skip
+        operands = dict(
+            x=x, row_route=array(row_route), global_scale=array(global_scale), input_scale=array(input_scale),
+            bias=array(bias), down_input_scale=array(down_input_scale), h=h, H=H, row_divisor=row_divisor,
+        )  # fmt: skip
+        self._run(operands, payload, array(tile_expert), array(expert_tiles), local_experts, m_blocks, k_blocks)
+
+    def _full_arrivals(self):
+        return 1 + 4  # the thread that announces the weights, and each warp for its token rows
+
+    def _allocate_rows(self, smem):
+        return None
+
+    def _prefetch_epilogue(self, operands, token_tile, tid):
+        return None
+
+    @cute.jit
+    def _produce(self, operands, payload, tile_expert, expert_tiles, tokens, weights, barriers, cta, ctas, units, m_tiles,
+                 m_blocks, k_blocks, tid):  # fmt: skip
+        """Weights by bulk copies of one thread, token rows by cp.async of all: 8 threads a row, 16 bytes each."""
+        x, row_route, hidden, row_divisor = operands["x"], operands["row_route"], operands["H"], operands["row_divisor"]
+        chunk = tid % _CHUNKS
+        first_row = tid // _CHUNKS
+        passes = (self.n + _ROWS_PER_PASS - 1) // _ROWS_PER_PASS
+        shared_row = Int32(tokens.iterator.toint()) + first_row * _TOKEN_ROW_BYTES + (chunk ^ (first_row % 8)) * 16
+        offsets = cute.make_rmem_tensor(passes, Int32)
+        slot, phase = Int32(0), Int32(1)
+        announced, in_flight = Int32(0), Int32(0)
+        for unit in cutlass.range(cta, units, ctas, unroll=1):
+            expert, m_tile, token_tile = schedule.locate(unit, m_tiles, tile_expert, expert_tiles)
+            for i in cutlass.range_constexpr(passes):
+                row = first_row + i * _ROWS_PER_PASS
+                route = Int32(-1)
+                if row < self.n:
+                    route = row_route[token_tile * self.n + row]
+                offset = Int32(-1)
+                if route >= 0:
+                    offset = (route // row_divisor) * (hidden // 8) + chunk  # in units of 16 bytes
+                offsets[i] = offset
+            for k_block in cutlass.range(k_blocks, unroll=1):
+                cute.arch.mbarrier_wait(barriers + self.stages + slot, phase)
+                if tid == 0:
+                    self._copy_weights(payload, weights, barriers, slot, expert, m_tile, k_block, m_blocks, k_blocks, 0)
+                inside = k_block * _BLOCK_K + chunk * 8 < hidden
+                for i in cutlass.range_constexpr(passes):
+                    num_bytes = Int32(0)
+                    source = Int64(x.toint())
+                    if inside and offsets[i] >= 0:
+                        num_bytes = Int32(16)
+                        source = source + Int64(offsets[i] + k_block * _CHUNKS) * 16
+                    if first_row + i * _ROWS_PER_PASS < self.n:
+                        shared = shared_row + slot * self.token_bytes + i * (_ROWS_PER_PASS * _TOKEN_ROW_BYTES)
+                        ptx.copy_16_bytes(shared, source, num_bytes)
+                cute.arch.cp_async_commit_group()
+                in_flight = in_flight + 1
+                if in_flight > self.copies_in_flight:
+                    cute.arch.cp_async_wait_group(self.copies_in_flight)
+                    announced = self._announce(barriers, announced, tid)
+                    in_flight = in_flight - 1
+                slot = slot + 1
+                if slot == self.stages:
+                    slot = Int32(0)
+                    phase = phase ^ 1
+        cute.arch.cp_async_wait_group(0)
+        for _ in cutlass.range(in_flight, unroll=1):
+            announced = self._announce(barriers, announced, tid)
+
+    @cute.jit
+    def _announce(self, barriers, slot, tid):
+        """Tells the consumers that this warp's part of a stage has arrived; returns the next slot."""
+        # cp.async writes through the generic proxy, wgmma reads through the async one.
+        cute.arch.fence_view_async_shared()
+        cute.arch.sync_warp()
+        if tid % 32 == 0:
+            cute.arch.mbarrier_arrive(barriers + slot)
+        slot = slot + 1
+        if slot == self.stages:
+            slot = Int32(0)
+        return slot
+
+    @cute.jit
+    def _epilogue(self, operands, accumulators, rows, prefetched, expert, row_block, token_tile, tid, m_blocks):
+        if row_block < m_blocks:
+            self._store(operands, accumulators, expert, row_block, token_tile, tid, m_blocks)
+
+    def _store(self, operands, accumulators, expert, row_block, token_tile, tid, m_blocks):
+        spec = self.spec
+        warp, group, quad = tid // 32, tid % 32 // 4, tid % 4
+        # Where this thread's neighbouring values lie: in I, and in the blocks of 64 that GEMM2 reads.
+        if spec.gated:
+            projections, width, value = 2, 2, 16 * warp + 2 * group
+            block, num_blocks = row_block, m_blocks
+        else:
+            projections, width, value = 1, 4, 32 * warp + 4 * group
+            block, num_blocks = 2 * row_block + warp // 2, 2 * m_blocks
+        scales = [operands["global_scale"][expert * projections + p] for p in range(projections)]
+        if spec.precision == "w4a4":
+            scales = [scale * operands["input_scale"][0] for scale in scales]
+        scales = [scale * Float32(2.0**-layout.WEIGHT_LOG2) for scale in scales]
+        next_scale = operands["down_input_scale"][expert] if spec.precision == "w4a4" else None
+        biases = [[Float32(0.0)] * width for _ in range(projections)]
+        if spec.has_bias:
+            first = row_block * (layout.BLOCK_ROWS // projections) + value
+            starts = [(expert * projections + p) * (num_blocks * _BLOCK_K) + first for p in range(projections)]
+            biases = [[operands["bias"][start + i] for i in range(width)] for start in starts]
+        column = value % _BLOCK_K
+        chunk, within = column // 8, column % 8 * 2
+        tile_address = Int64(operands["h"].toint()) + (Int64(token_tile) * num_blocks + block) * self.token_bytes
+        for j in range(self.n // 8):
+            for c in range(2):
+                if spec.gated:
+                    gates = [accumulators[i][4 * j + c] * scales[0] + biases[0][i] for i in range(2)]
+                    ups = [accumulators[i][4 * j + 2 + c] * scales[1] + biases[1][i] for i in range(2)]
+                else:
+                    ups = [accumulators[i // 2][4 * j + 2 * (i % 2) + c] * scales[0] + biases[0][i] for i in range(4)]
+                    gates = ups
+                values = [
+                    epilogue.activate(gate, up, spec.activation, spec.alpha, spec.beta, spec.limit)
+                    for gate, up in zip(gates, ups, strict=True)
+                ]
+                if spec.precision == "w4a4":
+                    values = self._round(values, next_scale)
+                words = [ptx.pack_bf16x2(values[2 * i], values[2 * i + 1]) for i in range(width // 2)]
+                row = 2 * quad + c  # modulo 8, which is all that the swizzle looks at
+                address = tile_address + Int64((row + 8 * j) * _TOKEN_ROW_BYTES + (chunk ^ row) * 16 + within)
+                ptx.store_global(address, words)
+
+    def _round(self, values, global_scale):
+        """NVFP4 rounding of 16 neighbouring values, which are in one warp: the groups of one quad."""
+        amax = ptx.absolute(values[0])
+        for value in values[1:]:
+            amax = ptx.maximum(amax, ptx.absolute(value))
+        for lanes in (4, 8, 16)[: 3 if self.spec.gated else 2]:
+            amax = ptx.maximum(amax, cute.arch.shuffle_sync_bfly(amax, lanes))
+        scale = epilogue.block_scale(amax, global_scale)
+        inverse = epilogue.block_inverse(scale, global_scale)
+        return [epilogue.round_nvfp4(value, inverse, scale) for value in values]
+
+
+class Gemm2(_Gemm):
+    """Multiplies the intermediate with down and adds (atomic) or stores (ordered) the weighted rows."""
+
+    def __init__(self, spec: plan.Gemm2Spec):
+        super().__init__(spec.tile)
+        self.spec = spec
+
+    def entry(self):
+        i32 = Int32(0)
+        out = BFloat16 if self._bf16() else Float32
+        arguments = (
+            pointer(BFloat16), pointer(Int32), pointer(Float32), pointer(Int32), pointer(Int32), pointer(Uint8),
+            pointer(Float32), pointer(Float32), pointer(Float32), pointer(out), i32, i32, i32, i32, i32, i32, i32,
+            cuda.CUstream(0),
+        )  # fmt: skip
+        return self.launch, arguments
+
+    def _bf16(self):
+        return self.spec.combine == "atomic" and self.spec.out_dtype == "bfloat16"
+
+    @cute.jit
+    def launch(
+        self, h: cute.Pointer, row_route: cute.Pointer, row_weight: cute.Pointer, tile_expert: cute.Pointer,
+        expert_tiles: cute.Pointer, payload: cute.Pointer, global_scale: cute.Pointer, input_scale: cute.Pointer,
+        bias: cute.Pointer, out: cute.Pointer, H: Int32, row_divisor: Int32, local_experts: Int32, m_blocks: Int32,
+        k_blocks: Int32, h_blocks: Int32, ctas: Int32, stream: cuda.CUstream,
+    ):  # fmt: skip
+        self.kernel(
+            h, row_route, row_weight, tile_expert, expert_tiles, payload, global_scale, input_scale, bias, out, H,
+            row_divisor, local_experts, m_blocks, k_blocks, h_blocks,
+        ).launch(grid=(ctas, 1, 1), block=(self.threads, 1, 1), stream=stream, min_blocks_per_mp=self.tile.ctas_per_sm)  # fmt: skip
+
+    @cute.kernel
+    def kernel(
+        self, h: cute.Pointer, row_route: cute.Pointer, row_weight: cute.Pointer, tile_expert: cute.Pointer,
+        expert_tiles: cute.Pointer, payload: cute.Pointer, global_scale: cute.Pointer, input_scale: cute.Pointer,
+        bias: cute.Pointer, out: cute.Pointer, H: Int32, row_divisor: Int32, local_experts: Int32, m_blocks: Int32,
+        k_blocks: Int32, h_blocks: Int32,
+    ):  # fmt: skip
+        operands = dict(
+            h=h, row_route=array(row_route), row_weight=array(row_weight), global_scale=array(global_scale),
+            input_scale=array(input_scale), bias=array(bias), out=out, H=H, row_divisor=row_divisor, h_blocks=h_blocks,
+        )  # fmt: skip
+        self._run(operands, payload, array(tile_expert), array(expert_tiles), local_experts, m_blocks, k_blocks)
+
+    def _full_arrivals(self):
+        return 1
+
+    def _allocate_rows(self, smem):
+        size = self.tile.m_warpgroups * self.n
+        return (
+            cute.make_tensor(smem.allocate_array(Int32, size), cute.make_layout(size)),
+            cute.make_tensor(smem.allocate_array(Float32, size), cute.make_layout(size)),
+        )
+
+    @cute.jit
+    def _prefetch_epilogue(self, operands, token_tile, tid):
+        """Output row and weight of token row ``tid``; used only after the main loop has hidden the loads."""
+        route, weight = Int32(-1), Float32(0.0)
+        if tid < self.n:
+            route = operands["row_route"][token_tile * self.n + tid]
+            weight = operands["row_weight"][token_tile * self.n + tid]
+        return route, weight
+
+    @cute.jit
+    def _produce(self, operands, payload, tile_expert, expert_tiles, tokens, weights, barriers, cta, ctas, units, m_tiles,
+                 m_blocks, k_blocks, tid):  # fmt: skip
+        """One thread: everything is a bulk copy, because GEMM1 stored its result as tiles in shared-memory order."""
+        if tid == 0:
+            h, h_blocks = Int64(operands["h"].toint()), operands["h_blocks"]
+            shared = Int32(tokens.iterator.toint())
+            slot, phase = Int32(0), Int32(1)
+            for unit in cutlass.range(cta, units, ctas, unroll=1):
+                expert, m_tile, token_tile = schedule.locate(unit, m_tiles, tile_expert, expert_tiles)
+                for k_block in cutlass.range(k_blocks, unroll=1):
+                    cute.arch.mbarrier_wait(barriers + self.stages + slot, phase)
+                    self._copy_weights(payload, weights, barriers, slot, expert, m_tile, k_block, m_blocks, k_blocks,
+                                       self.token_bytes)  # fmt: skip
+                    source = h + (Int64(token_tile) * h_blocks + k_block) * self.token_bytes
+                    full = Int32((barriers + slot).toint())
+                    ptx.bulk_copy(shared + slot * self.token_bytes, source, Int32(self.token_bytes), full)
+                    slot = slot + 1
+                    if slot == self.stages:
+                        slot = Int32(0)
+                        phase = phase ^ 1
+
+    @cute.jit
+    def _epilogue(self, operands, accumulators, rows, prefetched, expert, row_block, token_tile, tid, m_blocks):
+        hidden = operands["H"]
+        warp, group, quad = tid // 32, tid % 32 // 4, tid % 4
+        out_rows, out_weights = rows
+        route, weight = prefetched
+        mine = 0
+        barrier = Int32(_CONSUMERS)
+        if cutlass.const_expr(self.tile.m_warpgroups > 1):
+            mine = (row_block % self.tile.m_warpgroups) * self.n
+            barrier = barrier + row_block % self.tile.m_warpgroups
+        cute.arch.barrier(barrier_id=barrier, number_of_threads=_WARPGROUP)  # the unit before this one has been stored
+        if tid < self.n:
+            out_row = Int32(-1)
+            if route >= 0:
+                out_row = route // operands["row_divisor"]
+            out_rows[mine + tid] = out_row
+            out_weights[mine + tid] = weight
+        cute.arch.barrier(barrier_id=barrier, number_of_threads=_WARPGROUP)
+        feature = row_block * layout.BLOCK_ROWS + 32 * warp + 4 * group
+        if feature < hidden:
+            self._store(operands, accumulators, rows, mine + 2 * quad, expert, feature)
+
+    def _store(self, operands, accumulators, rows, first_row, expert, feature):
+        spec, hidden = self.spec, operands["H"]
+        scale = operands["global_scale"][expert]
+        if spec.precision == "w4a4":
+            scale = scale * operands["input_scale"][expert]
+        scale = scale * Float32(2.0**-layout.WEIGHT_LOG2)
+        biases = [Float32(0.0)] * 4
+        if spec.has_bias:
+            biases = [operands["bias"][expert * hidden + feature + i] for i in range(4)]
+        size = 2 if self._bf16() else 4
+        column = Int64(operands["out"].toint()) + Int64(feature) * size
+        for j in range(self.n // 8):
+            for c in range(2):
+                out_row = rows[0][first_row + 8 * j + c]
+                weight = rows[1][first_row + 8 * j + c]
+                sums = [accumulators[i // 2][4 * j + 2 * (i % 2) + c] for i in range(4)]
+                values = [(total * scale + bias) * weight for total, bias in zip(sums, biases, strict=True)]
+                self._store_row(out_row, column, hidden * size, values)
+
+    @cute.jit
+    def _store_row(self, out_row, column, row_bytes, values):
+        if out_row >= 0:
+            address = column + Int64(out_row) * Int64(row_bytes)
+            if cutlass.const_expr(self.spec.combine == "ordered"):
+                ptx.store_global_f32x4(address, values)
+            elif cutlass.const_expr(self._bf16()):
+                low, high = ptx.pack_bf16x2(values[0], values[1]), ptx.pack_bf16x2(values[2], values[3])
+                ptx.add_global_bf16x4(address, low, high)
+            else:
+                ptx.add_global_f32x4(address, values)
