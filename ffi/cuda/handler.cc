@@ -1,0 +1,335 @@
+// The CUDA handler: fused_moe as XLA calls it.
+//
+//   instantiate  once for each call site: decode the kernels from the attributes
+//   initialize   before every run, never while capturing: load them into the current context, once
+//   execute      check the buffers, then enqueue by the launch rule (launch_sequence.h), eager or captured
+//
+// Nothing here allocates, synchronises, or owns a stream or an event; the only state that calls share is the loaded
+// kernels and three counters.
+
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <string>
+
+#include "cuda/driver.h"
+#include "cuda/program.h"
+#include "decode.h"
+#include "launch_sequence.h"
+#include "problem.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_moe::cuda {
+namespace {
+
+// Calls enqueued since the library was loaded; a replay of a graph is none, because nobody calls the handler.
+std::atomic<int64_t> eager_calls{0};
+std::atomic<int64_t> captured_calls{0};
+std::atomic<int64_t> forked_calls{0};
+
+ffi::ErrorOr<const Driver*> RequireDriver() {
+  const char* reason = nullptr;
+  if (const Driver* driver = GetDriver(&reason)) return driver;
+  return ffi::Unexpected(ffi::Error(ffi::ErrorCode::kFailedPrecondition, std::string("fused_moe: ") + reason));
+}
+
+// The stream API that launch_sequence.h asks for, and a note of the driver call that failed.
+class StreamApi {
+ public:
+  using Stream = cuda::Stream;
+  using Node = cuda::GraphNode;
+
+  explicit StreamApi(const Driver& driver) : driver_(driver) {}
+
+  const char* failed_call() const { return failed_call_; }
+
+  Result IsCapturing(Stream stream, bool* capturing) {
+    int status = kCaptureNone;
+    const Result result = Check("cuStreamIsCapturing", driver_.cuStreamIsCapturing(stream, &status));
+    *capturing = status == kCaptureActive;
+    if (result != kSuccess || status == kCaptureNone || status == kCaptureActive) return result;
+    return Check("cuStreamIsCapturing", kErrorStreamCaptureInvalidated);
+  }
+
+  Result Zero(Stream stream, void* destination, size_t bytes) {
+    return Check("cuMemsetD8Async", driver_.cuMemsetD8Async(Address(destination), 0, bytes, stream));
+  }
+
+  Result AddZeroNode(Stream stream, void* destination, size_t bytes, Node* node) {
+    Capture capture;
+    if (Result result = GetCapture(stream, &capture)) return result;
+    Context context = nullptr;
+    if (Result result = Check("cuCtxGetCurrent", driver_.cuCtxGetCurrent(&context))) return result;
+    // One row, the only shape of memset that can be updated in an instantiated graph. Words where the size allows it.
+    const unsigned element_bytes = bytes % 4 == 0 ? 4 : 1;
+    const MemsetNodeParams params = {Address(destination), 0, 0, element_bytes, bytes / element_bytes, 1};
+    return Check("cuGraphAddMemsetNode", driver_.cuGraphAddMemsetNode(node, capture.graph, capture.dependencies,
+                                                                      capture.num_dependencies, &params, context));
+  }
+
+  Result AddDependency(Stream stream, Node node) {
+    return Check("cuStreamUpdateCaptureDependencies",
+                 driver_.cuStreamUpdateCaptureDependencies(stream, &node, 1, kAddCaptureDependencies));
+  }
+
+  Result AddEmptyNode(Stream stream) {
+    Capture capture;
+    if (Result result = GetCapture(stream, &capture)) return result;
+    Node node = nullptr;
+    const Result result =
+        Check("cuGraphAddEmptyNode",
+              driver_.cuGraphAddEmptyNode(&node, capture.graph, capture.dependencies, capture.num_dependencies));
+    if (result != kSuccess) return result;
+    return Check("cuStreamUpdateCaptureDependencies",
+                 driver_.cuStreamUpdateCaptureDependencies(stream, &node, 1, kSetCaptureDependencies));
+  }
+
+  Result Launch(Stream stream, Function function, const Kernel& kernel, void** parameters) {
+    LaunchAttribute attributes[2] = {};
+    unsigned num_attributes = 0;
+    if (kernel.cluster > 1) {
+      LaunchAttribute& attribute = attributes[num_attributes++];
+      attribute.id = kLaunchClusterDimension;
+      attribute.value.cluster = {kernel.cluster, 1, 1};
+    }
+    if (kernel.overlap) {
+      LaunchAttribute& attribute = attributes[num_attributes++];
+      attribute.id = kLaunchProgrammaticStreamSerialization;
+      attribute.value.programmatic_stream_serialization = 1;
+    }
+    const LaunchConfig config = {kernel.grid,         1,      1,          kernel.block,  1, 1,
+                                 kernel.shared_bytes, stream, attributes, num_attributes};
+    return Check("cuLaunchKernelEx", driver_.cuLaunchKernelEx(&config, function, parameters, nullptr));
+  }
+
+  // Writes the graph being captured, as `dot` reads it, to the folder JAX_MOE_GRAPH_DUMP, one file a captured call.
+  void DumpGraph(Stream stream, int64_t number) {
+    static const char* const folder = std::getenv("JAX_MOE_GRAPH_DUMP");
+    Capture capture;
+    if (folder == nullptr || GetCapture(stream, &capture) != kSuccess) return;
+    const std::string path = std::string(folder) + "/fused_moe." + std::to_string(number) + ".dot";
+    constexpr unsigned kVerbose = 1;
+    Check("cuGraphDebugDotPrint", driver_.cuGraphDebugDotPrint(capture.graph, path.c_str(), kVerbose));
+  }
+
+ private:
+  struct Capture {
+    Graph graph = nullptr;
+    const GraphNode* dependencies = nullptr;
+    size_t num_dependencies = 0;
+  };
+
+  static DevicePointer Address(void* pointer) { return reinterpret_cast<DevicePointer>(pointer); }
+
+  Result Check(const char* call, Result result) {
+    if (result != kSuccess) failed_call_ = call;
+    return result;
+  }
+
+  Result GetCapture(Stream stream, Capture* capture) {
+    int status = kCaptureNone;
+    uint64_t id = 0;
+    return Check("cuStreamGetCaptureInfo",
+                 driver_.cuStreamGetCaptureInfo(stream, &status, &id, &capture->graph, &capture->dependencies,
+                                                &capture->num_dependencies));
+  }
+
+  const Driver& driver_;
+  const char* failed_call_ = "";
+};
+
+// The kernels of one call with its buffers, as launch_sequence.h asks for them.
+class CallKernels {
+ public:
+  CallKernels(StreamApi& api, const Program& program, const Functions& functions, const ffi::RemainingArgs& args,
+              const ffi::RemainingRets& rets)
+      : api_(api), program_(program), functions_(functions), args_(args), rets_(rets) {}
+
+  Result Sort(Stream stream) { return Launch(stream, kSort); }
+  Result Prepare(Stream stream) { return Launch(stream, kPrepare); }
+  Result Gemm1(Stream stream) { return Launch(stream, kGemm1); }
+  Result Gemm2(Stream stream) { return Launch(stream, kGemm2); }
+  Result Combine(Stream stream) { return Launch(stream, kCombine); }
+
+ private:
+  Result Launch(Stream stream, Step step) {
+    const Kernel& kernel = program_.kernel(step);
+    uint64_t values[kMostArguments];
+    void* parameters[kMostArguments];
+    for (size_t i = 0; i < kernel.arguments.size(); ++i) {
+      values[i] = Value(kernel.arguments[i]);
+      parameters[i] = &values[i];
+    }
+    return api_.Launch(stream, functions_[step], kernel, parameters);
+  }
+
+  // CheckArguments has seen that the buffers are there.
+  uint64_t Value(const Argument& argument) const {
+    switch (argument.kind) {
+      case Argument::Kind::kOperand:
+        return reinterpret_cast<uint64_t>(args_.get<ffi::AnyBuffer>(argument.value)->untyped_data());
+      case Argument::Kind::kResult:
+        return reinterpret_cast<uint64_t>((*rets_.get<ffi::AnyBuffer>(argument.value))->untyped_data());
+      case Argument::Kind::kScalar:
+        break;
+    }
+    return argument.value;  // of a scalar the driver reads the low four bytes, of a null pointer all eight
+  }
+
+  StreamApi& api_;
+  const Program& program_;
+  const Functions& functions_;
+  const ffi::RemainingArgs& args_;
+  const ffi::RemainingRets& rets_;
+};
+
+// Kernels load 16 bytes at a time. XLA's own allocations are aligned to 256, imported (DLPack) ones may not be.
+ffi::Error CheckBytes(const std::string& name, const ffi::AnyBuffer& buffer, int64_t bytes) {
+  if (static_cast<int64_t>(buffer.size_bytes()) != bytes) {
+    return Refuse(name + ": got " + Describe(buffer) + ", " + std::to_string(buffer.size_bytes()) +
+                  " bytes; the call's kernels were planned for " + std::to_string(bytes));
+  }
+  return ffi::Error::Success();
+}
+
+ffi::Error CheckAlignment(const std::string& name, const ffi::AnyBuffer& buffer) {
+  constexpr uintptr_t kAlignment = 16;
+  if (buffer.element_count() == 0 || reinterpret_cast<uintptr_t>(buffer.untyped_data()) % kAlignment == 0) {
+    return ffi::Error::Success();
+  }
+  return Refuse(name + ": its data starts at an address that is not a multiple of 16, which the GPU kernels need. " +
+                "Was it imported (DLPack)? jnp.array(" + name + ", copy=True) makes an aligned copy");
+}
+
+// Everything the kernels index by: what DecodeProblem checks, that the kernels were planned for just these sizes, and
+// the sizes and alignment of the buffers that only the kernels' own plan knows.
+ffi::Error CheckCall(const Program& program, const ffi::RemainingArgs& args, const ffi::RemainingRets& rets,
+                     const ffi::Dictionary& attributes, Problem* problem) {
+  constexpr size_t kIntermediate = 5;
+  ffi::Error error = DecodeProblem(args, rets, attributes, program.shape()[kIntermediate], problem);
+  if (error.failure()) return error;
+  const Problem& p = *problem;
+  const std::array<int64_t, 7> shape = {
+      p.num_tokens, p.top_k, p.num_experts, p.num_parts, p.hidden_size, p.intermediate_size, p.out_is_bf16 ? 2 : 4};
+  if (shape != program.shape()) {
+    std::string got, planned;
+    for (int64_t size : shape) got += " " + std::to_string(size);
+    for (int64_t size : program.shape()) planned += " " + std::to_string(size);
+    return Refuse("attribute kernels.shape (T, K, L, P, H, I, bytes of an output element): the buffers have" + got +
+                  ", the kernels were planned for" + planned);
+  }
+
+  constexpr Operand kWeights[4] = {kGateUpPayload, kGateUpBlockScale, kDownPayload, kDownBlockScale};
+  for (size_t i = 0; i < 4; ++i) {
+    error = CheckBytes(std::string(kOperandNames[kWeights[i]]), *args.get<ffi::AnyBuffer>(kWeights[i]),
+                       program.weight_bytes()[i]);
+    if (error.failure()) return error;
+  }
+  const size_t num_workspaces = program.workspace_bytes().size();
+  if (rets.size() != 1 + num_workspaces) {
+    return Refuse("results: got " + std::to_string(rets.size()) + ", needs " + std::to_string(1 + num_workspaces));
+  }
+  for (size_t i = 0; i < num_workspaces; ++i) {
+    error =
+        CheckBytes("workspace " + std::to_string(i), **rets.get<ffi::AnyBuffer>(i + 1), program.workspace_bytes()[i]);
+    if (error.failure()) return error;
+  }
+  for (size_t i = 0; i < args.size(); ++i) {
+    error = CheckAlignment(std::string(kOperandNames[i]), *args.get<ffi::AnyBuffer>(i));
+    if (error.failure()) return error;
+  }
+  for (size_t i = 0; i < rets.size(); ++i) {
+    error = CheckAlignment("result " + std::to_string(i), **rets.get<ffi::AnyBuffer>(i));
+    if (error.failure()) return error;
+  }
+
+  for (size_t step = 0; step < kNumSteps; ++step) {
+    const Kernel& kernel = program.kernel(static_cast<Step>(step));
+    const bool is_needed = p.num_tokens > 0 && (step == kCombine ? p.combine == Combine::kOrdered : step != kPrepare);
+    if (is_needed && !kernel.present) return Refuse(std::string("attribute kernels: has no ") + kStepNames[step]);
+    for (const Argument& argument : kernel.arguments) {
+      const bool is_there = argument.kind == Argument::Kind::kScalar ||
+                            argument.value < (argument.kind == Argument::Kind::kOperand ? args.size() : rets.size());
+      if (!is_there) return Refuse(std::string("attribute kernels.") + kStepNames[step] + ".arguments: no such buffer");
+    }
+  }
+  return ffi::Error::Success();
+}
+
+ffi::ErrorOr<std::unique_ptr<Program>> Instantiate(ffi::Dictionary attributes) { return Program::Decode(attributes); }
+
+ffi::Error Initialize(Program* program) {
+  ffi::ErrorOr<const Driver*> driver = RequireDriver();
+  if (driver.has_error()) return driver.error();
+  return program->Load(**driver);
+}
+
+ffi::Error Execute(Stream stream, Program* program, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                   ffi::Dictionary attributes) {
+  ffi::ErrorOr<const Driver*> driver = RequireDriver();
+  if (driver.has_error()) return driver.error();
+  Problem problem;
+  if (ffi::Error error = CheckCall(*program, args, rets, attributes, &problem); error.failure()) return error;
+  Functions functions;
+  if (ffi::Error error = program->Loaded(**driver, &functions); error.failure()) return error;
+
+  LaunchPlan plan;
+  plan.atomic = problem.combine == Combine::kAtomic;
+  plan.prepare = program->kernel(kPrepare).present;
+  plan.output_bytes =
+      static_cast<size_t>(problem.num_tokens) * problem.hidden_size * (problem.out_is_bf16 ? 2 : sizeof(float));
+  StreamApi api(**driver);
+  CallKernels kernels(api, *program, functions, args, rets);
+  const LaunchResult launched = EnqueueFusedMoe(api, stream, plan, problem.out, kernels);
+  if (!launched.ok()) {
+    std::string what = std::string("fused_moe: ") + LaunchStepName(launched.step) + ": " + api.failed_call() + ": " +
+                       ErrorText(**driver, launched.code);
+    if (launched.join_code != 0)
+      what += "; joining the zeroing then failed: " + ErrorText(**driver, launched.join_code);
+    return ffi::Error::Internal(what);
+  }
+
+  const int64_t before = (launched.captured ? captured_calls : eager_calls).fetch_add(1, std::memory_order_relaxed);
+  if (launched.forked) forked_calls.fetch_add(1, std::memory_order_relaxed);
+  if (launched.captured) api.DumpGraph(stream, before);
+  return ffi::Error::Success();
+}
+
+auto BindExecute() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::PlatformStream<Stream>>()
+      .Ctx<ffi::State<Program>>()
+      .RemainingArgs()
+      .RemainingRets()
+      .Attrs();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeFusedMoeCudaInstantiate, Instantiate, ffi::Ffi::BindInstantiate().Attrs());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeFusedMoeCudaInitialize, Initialize,
+                              ffi::Ffi::BindInitialize().Ctx<ffi::State<Program>>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeFusedMoeCuda, Execute, BindExecute(), {ffi::Traits::kCmdBufferCompatible});
+// The same without the trait: XLA never captures it. For callers who opt out of command buffers.
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeFusedMoeCudaNoCapture, Execute, BindExecute());
+
+}  // namespace jax_moe::cuda
+
+extern "C" {
+
+// XLA_FFI_TypeId and XLA_FFI_TypeInfo of the call's state, for jax.ffi.register_ffi_type.
+__attribute__((visibility("default"))) void* JaxMoeCudaTypeId() { return &jax_moe::cuda::Program::id; }
+
+__attribute__((visibility("default"))) const void* JaxMoeCudaTypeInfo() {
+  static constexpr XLA_FFI_TypeInfo info = xla::ffi::MakeTypeInfo<jax_moe::cuda::Program>();
+  return &info;
+}
+
+// Calls since the library was loaded: eager, captured, and captured with the zeroing on a branch of its own.
+__attribute__((visibility("default"))) void JaxMoeCudaCounters(int64_t counters[3]) {
+  counters[0] = jax_moe::cuda::eager_calls.load(std::memory_order_relaxed);
+  counters[1] = jax_moe::cuda::captured_calls.load(std::memory_order_relaxed);
+  counters[2] = jax_moe::cuda::forked_calls.load(std::memory_order_relaxed);
+}
+
+}  // extern "C"

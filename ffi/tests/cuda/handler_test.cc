@@ -1,0 +1,416 @@
+// The CUDA handler against a recording driver and a stand-in for XLA. tests/test_cuda_handler.py builds and runs it,
+// once as it is and once for each mutant of the handler, which must fail.
+//
+// Prints a line for each expectation that does not hold; the exit code is their number.
+
+#include <cstdio>
+#include <functional>
+#include <thread>
+
+#include "cuda/driver.h"
+#include "cuda/program.h"
+#include "fake.h"
+
+extern "C" {
+XLA_FFI_Error* JaxMoeFusedMoeCudaInstantiate(XLA_FFI_CallFrame*);
+XLA_FFI_Error* JaxMoeFusedMoeCudaInitialize(XLA_FFI_CallFrame*);
+XLA_FFI_Error* JaxMoeFusedMoeCuda(XLA_FFI_CallFrame*);
+XLA_FFI_Error* JaxMoeFusedMoeCudaNoCapture(XLA_FFI_CallFrame*);
+void JaxMoeCudaCounters(int64_t counters[3]);
+void* JaxMoeCudaTypeId();
+const void* JaxMoeCudaTypeInfo();
+}
+
+namespace jax_moe::cuda::fake {
+namespace {
+
+int num_failures = 0;
+
+void Expect(bool holds, const std::string& what) {
+  if (holds) return;
+  ++num_failures;
+  std::printf("FAILED %s\n", what.c_str());
+}
+
+void ExpectEqual(const std::string& got, const std::string& want, const std::string& what) {
+  Expect(got == want, what + "\n  got  " + got + "\n  want " + want);
+}
+
+void ExpectContains(const std::string& got, const std::string& want, const std::string& what) {
+  Expect(got.find(want) != std::string::npos, what + "\n  got  " + got + "\n  want " + want);
+}
+
+std::string Join(const std::vector<std::string>& lines) {
+  std::string joined;
+  for (const std::string& line : lines) joined += (joined.empty() ? "" : "; ") + line;
+  return joined;
+}
+
+constexpr int64_t T = 4, K = 2, L = 3, P = 2, H = 32, I = 16;
+
+struct Options {
+  int64_t tokens = T;
+  bool ordered = false;
+  bool prepare = false;
+  bool bf16 = true;
+};
+
+// A call as XLA would make it: attributes, operands at addresses 0x1000, 0x2000, ..., results at 0x100000, ...
+struct CallSite {
+  explicit CallSite(const Options& options) {
+    const int64_t t = options.tokens;
+    operands = {{XLA_FFI_DataType_BF16, {t, H}, 0x1000},
+                {XLA_FFI_DataType_S32, {t, K}, 0x2000},
+                {XLA_FFI_DataType_F32, {t, K}, 0x3000},
+                {XLA_FFI_DataType_S32, {}, 0x4000},
+                {XLA_FFI_DataType_U8, {L, 1, 4608}, 0x5000},
+                {XLA_FFI_DataType_F8E4M3FN, {L, 0}, 0x6000},
+                {XLA_FFI_DataType_F32, {L, P}, 0x7000},
+                {XLA_FFI_DataType_F32, {0}, 0},
+                {XLA_FFI_DataType_F32, {0}, 0},
+                {XLA_FFI_DataType_U8, {L, 1, 4608}, 0xa000},
+                {XLA_FFI_DataType_F8E4M3FN, {L, 0}, 0xb000},
+                {XLA_FFI_DataType_F32, {L}, 0xc000},
+                {XLA_FFI_DataType_F32, {0}, 0},
+                {XLA_FFI_DataType_F32, {0}, 0}};
+    results = {{options.bf16 ? XLA_FFI_DataType_BF16 : XLA_FFI_DataType_F32, {t, H}, 0x100000},
+               {XLA_FFI_DataType_S32, {L + 1}, 0x200000},
+               {XLA_FFI_DataType_BF16, {t * K, I}, 0x300000}};
+    kernels->SetSizes("shape", {t, K, L, P, H, I, options.bf16 ? 2 : 4})
+        .SetSizes("weight_bytes", {L * 4608, 0, L * 4608, 0})
+        .SetSizes("workspace_bytes", {(L + 1) * 4, t * K * I * 2});
+    std::vector<std::string> steps = {"sort", "gemm1", "gemm2"};
+    if (options.prepare) steps.push_back("prepare");
+    if (options.ordered) steps.push_back("combine");
+    for (const std::string& step : steps) {
+      auto kernel = std::make_shared<Attributes>();
+      kernel->Set("image", "image of " + step)
+          .Set("name", step)
+          .Set("grid", int64_t{step == "sort" ? 8 : 132})
+          .Set("block", int64_t{256})
+          .Set("cluster", int64_t{step == "sort" ? 8 : 1})
+          .Set("shared", int64_t{100000})
+          .Set("overlap", int64_t{step == "gemm1"})
+          .Set("arguments", "operand:0 result:1 null i32:-7 f32:0.5");
+      kernels->Set(step, kernel);
+      kernel_of[step] = kernel;
+    }
+    attributes.Set("precision", "w4a16")
+        .Set("combine", options.ordered ? "ordered" : "atomic")
+        .Set("weight_on", "output")
+        .Set("activation", "swiglu")
+        .Set("alpha", 1.0f)
+        .Set("beta", 0.0f)
+        .Set("limit", 1e30f)
+        .Set("kernels", kernels);
+    context.stream = reinterpret_cast<void*>(uintptr_t{0x5eed});
+  }
+
+  ~CallSite() {
+    if (context.state == nullptr) return;
+    static_cast<const XLA_FFI_TypeInfo*>(JaxMoeCudaTypeInfo())->deleter(context.state);
+  }
+
+  std::string Instantiate() {
+    attributes.Set("kernels", kernels);  // the frame is made anew, with what a test has changed
+    return Call(JaxMoeFusedMoeCudaInstantiate, XLA_FFI_ExecutionStage_INSTANTIATE, &context, {}, {}, &attributes);
+  }
+  std::string Initialize() {
+    return Call(JaxMoeFusedMoeCudaInitialize, XLA_FFI_ExecutionStage_INITIALIZE, &context, operands, results,
+                &attributes);
+  }
+  std::string Execute(XLA_FFI_Handler* handler = JaxMoeFusedMoeCuda) {
+    return Call(handler, XLA_FFI_ExecutionStage_EXECUTE, &context, operands, results, &attributes);
+  }
+  std::string Run() {
+    std::string error = Instantiate();
+    if (error.empty()) error = Initialize();
+    return error.empty() ? Execute() : error;
+  }
+
+  Attributes attributes;
+  std::shared_ptr<Attributes> kernels = std::make_shared<Attributes>();
+  std::map<std::string, std::shared_ptr<Attributes>> kernel_of;
+  std::vector<Buffer> operands, results;
+  XLA_FFI_ExecutionContext context;
+};
+
+// Each test gets a recorder of its own, and contexts that no other test has loaded kernels into.
+void WithRecorder(const std::function<void()>& test) {
+  static uintptr_t fresh_context = 0;
+  Recorder fresh;
+  for (const char* name : kStepNames) fresh.parameters_of[name] = 5;
+  recorder = &fresh;
+  current_context = fresh_context += 10;
+  test();
+  recorder = nullptr;
+}
+
+void CaptureAfterNode(uintptr_t node) {
+  recorder->capture_status = kCaptureActive;
+  recorder->capture_dependencies = {reinterpret_cast<GraphNode>(node)};
+}
+
+void TestEager() {
+  CallSite site({});
+  ExpectEqual(site.Run(), "", "an eager call");
+  ExpectEqual(Join(recorder->calls), "memset 256 to 0; launch sort; launch gemm1; launch gemm2", "eager, atomic");
+
+  const Launch& sort = recorder->launches.at(0);
+  Expect(sort.config.grid_x == 8 && sort.config.grid_y == 1 && sort.config.grid_z == 1, "the grid");
+  Expect(sort.config.block_x == 256 && sort.config.block_y == 1 && sort.config.block_z == 1, "the block");
+  Expect(sort.config.shared_bytes == 100000, "the shared memory");
+  Expect(sort.config.stream == reinterpret_cast<Stream>(0x5eed), "the stream is XLA's");
+  Expect(sort.attributes.size() == 1 && sort.attributes[0].id == kLaunchClusterDimension &&
+             sort.attributes[0].value.cluster.x == 8 && sort.attributes[0].value.cluster.y == 1 &&
+             sort.attributes[0].value.cluster.z == 1,
+         "sort is launched in clusters of 8");
+  const Launch& gemm1 = recorder->launches.at(1);
+  Expect(gemm1.attributes.size() == 1 && gemm1.attributes[0].id == kLaunchProgrammaticStreamSerialization &&
+             gemm1.attributes[0].value.programmatic_stream_serialization == 1,
+         "gemm1 may overlap");
+  Expect(recorder->launches.at(2).attributes.empty(), "gemm2 has no attribute");
+
+  const std::vector<uint64_t>& parameters = sort.parameters;
+  float half = 0;
+  std::memcpy(&half, &parameters[4], 4);
+  Expect(parameters[0] == 0x1000 && parameters[1] == 0x200000, "operand:0 and result:1");
+  Expect(parameters[2] == 0, "null");
+  Expect(static_cast<int32_t>(parameters[3]) == -7 && half == 0.5f, "i32:-7 and f32:0.5");
+}
+
+void TestOptions() {
+  CallSite f32({T, false, false, false});
+  ExpectEqual(f32.Run(), "", "an f32 call");
+  ExpectEqual(recorder->calls.at(0), "memset 512 to 0", "an f32 output is twice the size");
+
+  recorder->calls.clear();
+  CallSite ordered({T, true, true});
+  ExpectEqual(ordered.Run(), "", "an ordered call");
+  ExpectEqual(Join(recorder->calls), "launch sort; launch prepare; launch gemm1; launch gemm2; launch combine",
+              "ordered mode zeroes nothing");
+}
+
+void TestCaptured() {
+  CallSite site({});
+  Expect(site.Instantiate().empty() && site.Initialize().empty(), "loading");
+  CaptureAfterNode(7);
+  ExpectEqual(site.Execute(), "", "a captured call");
+  // Nodes are numbered from 101: the memset, sort, gemm1, gemm2.
+  ExpectEqual(Join(recorder->calls),
+              "node 101: memset 256 to 0 rows 1 after 7; launch sort; launch gemm1; add 101; launch gemm2",
+              "captured, atomic: the zeroing forks before sort and joins before gemm2");
+
+  recorder->calls.clear();
+  CallSite ordered({T, true});
+  Expect(ordered.Instantiate().empty() && ordered.Initialize().empty(), "loading");
+  ExpectEqual(ordered.Execute(), "", "a captured ordered call");
+  ExpectEqual(Join(recorder->calls), "launch sort; launch gemm1; launch gemm2; launch combine", "no fork when ordered");
+
+  recorder->capture_status = 2;
+  ExpectContains(site.Execute(), "cuStreamIsCapturing", "an invalidated capture is not taken for an eager call");
+}
+
+void TestCounters() {
+  int64_t before[3], after[3];
+  JaxMoeCudaCounters(before);
+  CallSite site({}), ordered({T, true});
+  Expect(site.Run().empty() && ordered.Run().empty(), "two eager calls");
+  CaptureAfterNode(7);
+  Expect(site.Execute().empty() && site.Execute().empty() && ordered.Execute().empty(), "three captured calls");
+  JaxMoeCudaCounters(after);
+  Expect(after[0] - before[0] == 2 && after[1] - before[1] == 3 && after[2] - before[2] == 2,
+         "counters: 2 eager, 3 captured, 2 forked");
+}
+
+void TestNoTokens() {
+  CallSite site({0});
+  ExpectEqual(site.Run(), "", "a call without tokens");
+  ExpectEqual(Join(recorder->calls), "", "no tokens: nothing to do");
+  CaptureAfterNode(7);
+  ExpectEqual(site.Execute(), "", "a captured call without tokens");
+  ExpectEqual(Join(recorder->calls), "node 101: empty after 7; set 101", "XLA refuses an empty trace");
+}
+
+void TestDriverFailures() {
+  const std::vector<std::pair<std::string, std::string>> eager = {
+      {"cuStreamIsCapturing", "asking whether"},
+      {"cuMemsetD8Async", "zeroing the output"},
+      {"cuLaunchKernelEx sort", "sorting the routes"},
+      {"cuLaunchKernelEx gemm1", "GEMM1"},
+      {"cuLaunchKernelEx gemm2", "GEMM2"},
+      {"cuCtxGetCurrent", "cuCtxGetCurrent"},
+  };
+  const std::vector<std::pair<std::string, std::string>> captured = {
+      {"cuStreamGetCaptureInfo", "zeroing the output"},
+      {"cuGraphAddMemsetNode", "zeroing the output"},
+      {"cuLaunchKernelEx gemm1", "GEMM1"},
+      {"cuStreamUpdateCaptureDependencies", "joining the zeroing"},
+  };
+  CallSite site({});
+  Expect(site.Instantiate().empty() && site.Initialize().empty(), "loading");
+  for (bool capturing : {false, true}) {
+    for (const auto& [call, step] : capturing ? captured : eager) {
+      recorder->capture_status = kCaptureNone;
+      if (capturing) CaptureAfterNode(7);
+      recorder->calls.clear();
+      recorder->failing_call = call;
+      const std::string error = site.Execute();
+      ExpectContains(error, step, call + " fails");
+      ExpectContains(error, call.substr(0, call.find(' ')), call + " fails");
+      ExpectContains(error, "CUDA_ERROR_FAKE (as the test asked)", call + " fails");
+      recorder->failing_call.clear();
+    }
+  }
+  CaptureAfterNode(7);
+  recorder->calls.clear();
+  recorder->failing_call = "cuLaunchKernelEx gemm1";
+  site.Execute();
+  ExpectContains(recorder->calls.back(), "add ", "an error after the fork joins it");
+}
+
+void TestLoading() {
+  CallSite first({}), second({});
+  Expect(first.Instantiate().empty() && second.Instantiate().empty(), "instantiating");
+  Expect(recorder->num_loads == 0, "instantiating loads nothing");
+  ExpectContains(first.Execute(), "initialize", "executing before loading");
+  Expect(first.Initialize().empty() && first.Initialize().empty(), "loading twice");
+  Expect(recorder->num_loads == 3, "loaded once");
+  Expect(second.Initialize().empty() && recorder->num_loads == 3, "two call sites share a kernel");
+  ++current_context;
+  ExpectContains(first.Execute(), "initialize", "a second device has its own kernels");
+  Expect(first.Initialize().empty() && recorder->num_loads == 6, "loaded on a second device");
+  ExpectEqual(first.Execute(), "", "a call on the second device");
+  Expect(recorder->num_loads == 6, "executing loads nothing");
+
+  ++current_context;
+  for (const char* call : {"cuModuleLoadData", "cuModuleGetFunction", "cuFuncSetAttribute", "cuCtxGetId"}) {
+    recorder->failing_call = call;
+    ExpectContains(first.Initialize(), "CUDA_ERROR_FAKE", std::string(call) + " fails");
+  }
+  recorder->failing_call = "cuModuleLoadData";
+  recorder->failing_code = kErrorNoBinaryForGpu;
+  ExpectContains(first.Initialize(), "another GPU", "a kernel for another GPU");
+  recorder->failing_call.clear();
+  ExpectEqual(first.Initialize(), "", "a failed load can be tried again");
+}
+
+void TestRefusals() {
+  struct Case {
+    const char* what;
+    const char* message;
+    std::function<void(CallSite&)> change;
+  };
+  const std::vector<Case> cases = {
+      {"unaligned x", "3: jax_moe: x: its data starts", [](CallSite& site) { site.operands[0].address += 8; }},
+      {"unaligned payload", "3: jax_moe: down.payload", [](CallSite& site) { site.operands[9].address += 4; }},
+      {"unaligned workspace", "3: jax_moe: result 2", [](CallSite& site) { site.results[2].address += 8; }},
+      {"x of another T", "3: jax_moe: ", [](CallSite& site) { site.operands[0].dims[0] += 1; }},
+      {"other T everywhere", "planned for",
+       [](CallSite& site) {
+         for (size_t i : {0, 1, 2}) site.operands[i].dims[0] += 1;
+         site.results[0].dims[0] += 1;
+       }},
+      {"f32 output, bf16 kernels", "planned for", [](CallSite& site) { site.results[0].dtype = XLA_FFI_DataType_F32; }},
+      {"short weights", "3: jax_moe: gate_up.payload", [](CallSite& site) { site.operands[4].dims[2] -= 1; }},
+      {"short workspace", "3: jax_moe: workspace 1", [](CallSite& site) { site.results[2].dims[0] -= 1; }},
+      {"no workspace", "3: jax_moe: results: got 2", [](CallSite& site) { site.results.pop_back(); }},
+      {"missing operand", "3: jax_moe: operands: got 13", [](CallSite& site) { site.operands.pop_back(); }},
+      {"no gemm2", "has no gemm2", [](CallSite& site) { site.kernels->Erase("gemm2"); }},
+      {"no combine", "has no combine", [](CallSite& site) { site.attributes.Set("combine", "ordered"); }},
+      {"no such operand", "no such buffer",
+       [](CallSite& site) { site.kernel_of["sort"]->Set("arguments", "operand:14"); }},
+      {"no such result", "no such buffer",
+       [](CallSite& site) { site.kernel_of["sort"]->Set("arguments", "result:3"); }},
+      {"odd argument", "cannot read 'i64:1'",
+       [](CallSite& site) { site.kernel_of["sort"]->Set("arguments", "operand:0 i64:1"); }},
+      {"odd number", "cannot read 'i32:1x'",
+       [](CallSite& site) { site.kernel_of["sort"]->Set("arguments", "i32:1x"); }},
+      {"zero grid", "sort.grid", [](CallSite& site) { site.kernel_of["sort"]->Set("grid", int64_t{0}); }},
+      {"huge block", "sort.block", [](CallSite& site) { site.kernel_of["sort"]->Set("block", int64_t{2048}); }},
+      {"ragged clusters", "multiple of cluster",
+       [](CallSite& site) { site.kernel_of["sort"]->Set("grid", int64_t{9}); }},
+      {"no image", "sort.image", [](CallSite& site) { site.kernel_of["sort"]->Erase("image"); }},
+      {"short shape", "shape", [](CallSite& site) { site.kernels->SetSizes("shape", {1, 2}); }},
+      {"no kernels", "kernels", [](CallSite& site) { site.attributes.Erase("kernels"); }},
+  };
+  for (const Case& one : cases) {
+    CallSite site({});
+    one.change(site);
+    std::string error;
+    if (std::string(one.what) == "no kernels") {
+      error = Call(JaxMoeFusedMoeCudaInstantiate, XLA_FFI_ExecutionStage_INSTANTIATE, &site.context, {}, {},
+                   &site.attributes);
+    } else {
+      for (auto& [step, kernel] : site.kernel_of) {
+        if (std::string(one.what) != "no gemm2" || step != "gemm2") site.kernels->Set(step, kernel);
+      }
+      error = site.Run();
+    }
+    ExpectContains(error, one.message, one.what);
+    Expect(error.rfind("3: ", 0) == 0, std::string(one.what) + " is INVALID_ARGUMENT");
+    ExpectEqual(Join(recorder->calls), "", std::string(one.what) + ": nothing is enqueued");
+  }
+}
+
+void TestThreads() {
+  // Two call sites on two devices from eight threads: nothing but counting can go wrong here, the rest is for tsan.
+  CallSite first({}), second({T, true});
+  Expect(first.Instantiate().empty() && second.Instantiate().empty(), "instantiating");
+  const uintptr_t context = current_context;
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 8; ++i) {
+    threads.emplace_back([&, i] {
+      current_context = context + i % 2;
+      CallSite& site = i % 4 < 2 ? first : second;
+      for (int run = 0; run < 20; ++run) {
+        XLA_FFI_ExecutionContext own = site.context;
+        Attributes attributes = site.attributes;  // its Frame() is per object
+        std::string error =
+            Call(JaxMoeFusedMoeCudaInitialize, XLA_FFI_ExecutionStage_INITIALIZE, &own, {}, {}, nullptr);
+        if (error.empty()) {
+          error =
+              Call(JaxMoeFusedMoeCuda, XLA_FFI_ExecutionStage_EXECUTE, &own, site.operands, site.results, &attributes);
+        }
+        const std::lock_guard<std::mutex> lock(recorder->mutex);
+        Expect(error.empty(), "a threaded call: " + error);
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  Expect(recorder->num_loads == 8, "each kernel loaded once on each device");  // sort, gemm1, gemm2 shared; combine
+}
+
+void TestTraits() {
+  Expect(Metadata(JaxMoeFusedMoeCuda).traits == XLA_FFI_HANDLER_TRAITS_COMMAND_BUFFER_COMPATIBLE, "capture is allowed");
+  Expect(Metadata(JaxMoeFusedMoeCudaNoCapture).traits == 0, "the other target opts out of capture");
+  CallSite site({});
+  Expect(site.Run().empty() && site.Execute(JaxMoeFusedMoeCudaNoCapture).empty(), "both targets do the same");
+}
+
+void TestNoDriver() {
+  SetDriverForTesting(nullptr);
+  CallSite site({});
+  ExpectEqual(site.Instantiate(), "", "a call can be instantiated without a driver");
+  const char* reason = nullptr;
+  if (GetDriver(&reason) == nullptr) {
+    ExpectContains(site.Initialize(), "9: fused_moe: the CUDA driver cannot be opened", "no driver");
+    ExpectContains(site.Execute(), "9: fused_moe: the CUDA driver cannot be opened", "no driver");
+  }
+}
+
+}  // namespace
+}  // namespace jax_moe::cuda::fake
+
+int main() {
+  using namespace jax_moe::cuda::fake;
+  static_cast<XLA_FFI_TypeId*>(JaxMoeCudaTypeId())->type_id = 1;  // as XLA sets it on registration
+  const jax_moe::cuda::Driver driver = MakeDriver();
+  jax_moe::cuda::SetDriverForTesting(&driver);
+  for (void (*test)() : {TestEager, TestOptions, TestCaptured, TestCounters, TestNoTokens, TestDriverFailures,
+                         TestLoading, TestRefusals, TestThreads, TestTraits, TestNoDriver}) {
+    WithRecorder(test);
+  }
+  std::printf("%d failures\n", num_failures);
+  return num_failures > 0;
+}
