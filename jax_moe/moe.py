@@ -1,7 +1,11 @@
 """``fused_moe``: the op, its argument checks and its operands."""
 
+import functools
+import os
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_moe import activations, ffi, nvfp4, plan
 from jax_moe.experts import CANONICAL, Experts, Projection
@@ -18,6 +22,7 @@ def fused_moe(
     combine: plan.Combine = "atomic",
     weight_on: plan.WeightOn = "output",
     expert_offset: jax.Array | int = 0,
+    num_experts: int | None = None,
     out_dtype=jnp.bfloat16,
 ) -> jax.Array:
     """Mixture-of-experts MLP with NVFP4 weights, as one XLA custom call.
@@ -31,7 +36,8 @@ def fused_moe(
       experts: the L local experts, ``[L, P, I, H]`` and ``[L, H, I]``; H and I multiples of 16.
       routing: int32 ``[T, K]`` expert ids and float32 ``[T, K]`` weights. Ids are global: a route whose id is not
         in ``[expert_offset, expert_offset + L)`` adds nothing, which is how expert parallelism divides the work.
-        A negative or too large id is skipped too; ``JAX_MOE_DEBUG=1`` reports negative ones.
+        A negative or too large id is skipped too, but is a caller's bug: with ``JAX_MOE_DEBUG=1`` in the
+        environment while tracing, the program raises when it meets one.
       activation: SwiGLU, GeGLU, ReLU2 or SiTU; P = 2 for gated ones, else 1.
       precision: ``"w4a16"`` multiplies bfloat16 activations; ``"w4a4"`` also quantises x and the intermediate
         to NVFP4, with the experts' input scales.
@@ -40,6 +46,8 @@ def fused_moe(
       weight_on: ``"output"`` weights each expert's output; ``"input"`` multiplies x by the routing weight,
         rounded to bfloat16, instead (Llama-4).
       expert_offset: global id of the first local expert; an int or an int32 scalar, traced or not.
+      num_experts: E, the number of experts in all; only ``JAX_MOE_DEBUG`` uses it (without it, only a negative id
+        is known to be wrong).
       out_dtype: bfloat16 or float32.
 
     Returns:
@@ -53,6 +61,8 @@ def fused_moe(
         x, experts, routing, activation=activation, precision=precision, combine=combine, weight_on=weight_on,
         expert_offset=expert_offset, out_dtype=out_dtype,
     )  # fmt: skip
+    if os.environ.get("JAX_MOE_DEBUG", "0") != "0":
+        jax.debug.callback(functools.partial(_raise_on_bad_id, num_experts=num_experts), routing.expert_ids)
     tokens = (x, routing.expert_ids, routing.weights, jnp.asarray(expert_offset, jnp.int32))
     weights = (*_operands(experts.gate_up), *_operands(experts.down))
     operands = _vary_alike(*map(jnp.asarray, tokens + weights))
@@ -106,6 +116,16 @@ def check(x, experts, routing, *, activation, precision, combine, weight_on, exp
         out_dtype=out_dtype,
         layout=experts.layout,
     )
+
+
+def _raise_on_bad_id(expert_ids: np.ndarray, num_experts: int | None) -> None:
+    bad = (expert_ids < 0) | (num_experts is not None and expert_ids >= num_experts)
+    for token, slot in np.argwhere(bad)[:1]:
+        limit = "" if num_experts is None else f" < E = {num_experts}"
+        raise ValueError(
+            f"routing.expert_ids: got {expert_ids[token, slot]} for token {token}, slot {slot} ({bad.sum()} such ids), "
+            f"needs 0 <= id{limit}"
+        )
 
 
 def _check_experts(experts: Experts, hidden: int, parts: int) -> tuple[int, int]:

@@ -5,7 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_moe import activations, moe, nvfp4, plan
 from jax_moe.experts import CANONICAL, Experts, Projection
@@ -65,6 +65,7 @@ def sharded_moe(
         )
     _check_divides(mesh, "data_axis", data_axes, "T", problem.num_tokens)
 
+    num_experts = problem.num_experts
     reduced = expert_axes + tensor_axes
     gathered = tuple(axis for axis in data_axes if axis in reduced)
     summed = tuple(axis for axis in reduced if axis not in gathered)
@@ -77,7 +78,9 @@ def sharded_moe(
         if tensor_axes:
             experts = _bias_on_first(experts, jax.lax.axis_index(tensor_axes) == 0)
         partial_dtype = jnp.float32 if reduced else out_dtype
-        y = moe.fused_moe(x, experts, routing, **options, expert_offset=offset, out_dtype=partial_dtype)
+        y = moe.fused_moe(
+            x, experts, routing, **options, expert_offset=offset, num_experts=num_experts, out_dtype=partial_dtype
+        )
         if summed:
             y = jax.lax.psum(y, summed)
         if gathered:
@@ -85,6 +88,10 @@ def sharded_moe(
         return y.astype(out_dtype)
 
     run = jax.shard_map(local_moe, mesh=mesh, in_specs=(tokens, specs, tokens), out_specs=tokens)
+    if AxisType.Explicit in mesh.axis_types:
+        _check_in_place(experts, specs)
+        everything = (x, experts, routing), (tokens, specs, jax.tree.map(lambda _: tokens, routing))
+        x, experts, routing = jax.tree.map(lambda a, spec: jax.reshard(a, NamedSharding(mesh, spec)), *everything)
     return run(x, experts, routing)
 
 
@@ -134,6 +141,16 @@ def partition_specs(
         bias=PartitionSpec(e, None),
     )
     return Experts(_where_present(gate_up, experts.gate_up), _where_present(down, experts.down), experts.layout)
+
+
+def _check_in_place(experts: Experts, specs: Experts) -> None:
+    """Raises where explicitly sharded weights would have to move; slicing a replicated array is free."""
+    leaves = jax.tree_util.tree_leaves_with_path(experts)
+    for (path, leaf), spec in zip(leaves, jax.tree.leaves(specs), strict=True):
+        got = jax.typeof(leaf).sharding.spec
+        if any(axis is not None for axis in got) and tuple(got) != (*spec, *[None] * (leaf.ndim - len(spec))):
+            name = "experts" + jax.tree_util.keystr(path)
+            raise ValueError(f"{name}: got sharding {got}, needs {spec}; jax_moe.expert_shardings(...) gives it")
 
 
 def _where_present(specs: Projection, projection: Projection) -> Projection:

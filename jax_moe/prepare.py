@@ -1,0 +1,235 @@
+"""Repacking canonical weights into a GPU's kernel layout, once, at load."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_moe import nvfp4
+from jax_moe.experts import CANONICAL, Experts, Projection
+from jax_moe.kernels.sm90 import layout
+from jax_moe.progress import track
+
+SM_90A = "sm_90a"
+_E4M3_NAN = 0x7F
+_SIGN_BIT = 8
+_ZERO = 0  # e5m3 code of a zero scale
+_E5M3_FIRST = 13  # e5m3 exponent of 2**-9, the smallest e4m3: see layout.SCALE_EXPONENT
+
+
+def prepare(experts: Experts, target: str = SM_90A, *, progress: bool = True) -> Experts:
+    """Repacks one layer's experts for the kernels of ``target``; done once, when the weights are loaded.
+
+    Works where the weights are (host or device), one expert at a time: beside the input and the result, memory
+    holds a few copies of one expert. Every size is padded to whole 128 x 64 blocks here, so that the kernels need
+    not branch on it.
+
+    Args:
+      experts: canonical layout.
+      target: "sm_90a" (H100, H200).
+      progress: show a progress bar on a terminal, if it takes longer than a second.
+
+    Returns:
+      Experts with ``layout=target``: ``payload`` is uint8 ``[E, row_blocks, k_blocks, 4608]`` with the codes *and*
+      block scales of 128 x 64 blocks, ``block_scale`` is empty, ``[E, 0]``, and ``gate_up.bias`` is padded to whole
+      blocks of I. The tiles of I are axis 1 of ``gate_up.payload`` (64 values of I each where there is a gate,
+      128 otherwise) and axis 2 of ``down.payload`` (64 values each): shard over experts, or over these.
+
+      A block scale that is NaN makes the *global* scale of its expert and projection NaN, because the prepared
+      scales have no NaN. Otherwise every weight keeps its value exactly.
+
+    Raises:
+      ValueError: unknown target, or the experts are not canonical.
+    """
+    if target != SM_90A:
+        raise ValueError(f"target: got {target!r}, needs {SM_90A!r}")
+    if experts.layout != CANONICAL:
+        raise ValueError(f"experts: got layout {experts.layout!r}, needs {CANONICAL!r}")
+    gate_up, down = experts.gate_up, experts.down
+    num_experts, projections, intermediate, _ = gate_up.payload.shape
+    gated = projections == 2
+    prepared_gate_up = _prepare_projection(gate_up, gated, track(range(num_experts), "prepare gate_up", enabled=progress))
+    lifted = dataclasses.replace(down, payload=down.payload[:, None], block_scale=down.block_scale[:, None])
+    prepared_down = _prepare_projection(lifted, False, track(range(num_experts), "prepare down", enabled=progress))
+    if gate_up.bias is not None:
+        row_blocks = prepared_gate_up.payload.shape[1]
+        padding = row_blocks * layout.BLOCK_ROWS // projections - intermediate
+        bias = jnp.pad(gate_up.bias, ((0, 0), (0, 0), (0, padding)))
+        prepared_gate_up = dataclasses.replace(prepared_gate_up, bias=bias)
+    return Experts(gate_up=prepared_gate_up, down=prepared_down, layout=target)
+
+
+def unprepare(experts: Experts, hidden_size: int, intermediate_size: int) -> Experts:
+    """The inverse of :func:`prepare`: canonical experts with the same values, bit for bit where no block scale was
+    negative, NaN, or zero over nonzero codes.
+
+    Args:
+      experts: prepared for sm_90a.
+      hidden_size, intermediate_size: H and I without padding.
+
+    Raises:
+      ValueError: the experts are not prepared.
+    """
+    if experts.layout != SM_90A:
+        raise ValueError(f"experts: got layout {experts.layout!r}, needs {SM_90A!r}")
+    gate_up, down = experts.gate_up, experts.down
+    projections = gate_up.global_scale.shape[1]
+    codes, scales = jax.lax.map(functools.partial(_unpack_expert, projections=projections), gate_up.payload)
+    bias = None if gate_up.bias is None else gate_up.bias[:, :, :intermediate_size]
+    canonical_gate_up = dataclasses.replace(
+        gate_up,
+        payload=nvfp4.pack(codes[:, :, :intermediate_size, :hidden_size]),
+        block_scale=scales[:, :, :intermediate_size, : hidden_size // nvfp4.BLOCK_SIZE],
+        bias=bias,
+    )
+    codes, scales = jax.lax.map(functools.partial(_unpack_expert, projections=1), down.payload)
+    canonical_down = dataclasses.replace(
+        down,
+        payload=nvfp4.pack(codes[:, 0, :hidden_size, :intermediate_size]),
+        block_scale=scales[:, 0, :hidden_size, : intermediate_size // nvfp4.BLOCK_SIZE],
+    )
+    return Experts(gate_up=canonical_gate_up, down=canonical_down, layout=CANONICAL)
+
+
+def _prepare_projection(projection: Projection, gated: bool, expert_indices) -> Projection:
+    """``projection`` with leaves ``[E, P, N, C/2]`` and ``[E, P, N, C/16]``."""
+    num_experts = projection.payload.shape[0]
+    result, has_nan = None, []
+    for expert in expert_indices:
+        payload, nan = _pack_expert(projection.payload[expert], projection.block_scale[expert], gated=gated)
+        has_nan.append(nan)
+        if result is None:
+            result = jnp.zeros((num_experts, *payload.shape), jnp.uint8, device=_device_of(payload))
+        result = _insert(result, payload, expert)
+    nan = jnp.stack(has_nan)
+    if projection.global_scale.ndim == 1:
+        nan = nan[:, 0]
+    return dataclasses.replace(
+        projection,
+        payload=result,
+        block_scale=jnp.zeros((num_experts, 0), jnp.float8_e4m3fn),
+        global_scale=jnp.where(nan, jnp.nan, projection.global_scale),
+    )
+
+
+def _device_of(array: jax.Array):
+    return None if isinstance(array, jax.core.Tracer) else array.sharding
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _insert(stack: jax.Array, item: jax.Array, index: int) -> jax.Array:
+    """``stack`` with ``item`` at ``index``, in place."""
+    return jax.lax.dynamic_update_index_in_dim(stack, item, index, 0)
+
+
+@functools.partial(jax.jit, static_argnames="gated")
+def _pack_expert(payload: jax.Array, block_scale: jax.Array, *, gated: bool) -> tuple[jax.Array, jax.Array]:
+    """One expert: ``[P, N, C/2]`` and ``[P, N, C/16]`` to ``[row_blocks, k_blocks, 4608]``, and which of P have a NaN."""
+    projections, rows, _ = payload.shape
+    rows_per_block = layout.BLOCK_ROWS // projections
+    codes = nvfp4.unpack(payload)
+    bits = jax.lax.bitcast_convert_type(block_scale, jnp.uint8)
+    magnitude = bits & 0x7F
+    # The prepared scales have neither sign nor e4m3's NaN, and a zero one is not zero but leaves its codes to be.
+    flip = jnp.where(bits >> 7 == 1, jnp.uint8(_SIGN_BIT), jnp.uint8(0))
+    codes = codes.reshape(*bits.shape, nvfp4.BLOCK_SIZE) ^ flip[..., None]
+    codes = jnp.where((magnitude == 0)[..., None], jnp.uint8(0), codes).reshape(projections, rows, -1)
+    scales = jnp.asarray(_E5M3_OF_E4M3)[magnitude]
+
+    pad_rows = -rows % rows_per_block
+    pad_k = -codes.shape[2] % layout.BLOCK_K
+    codes = jnp.pad(codes, ((0, 0), (0, pad_rows), (0, pad_k)))
+    scales = jnp.pad(scales, ((0, 0), (0, pad_rows), (0, pad_k // nvfp4.BLOCK_SIZE)), constant_values=_ZERO)
+    k_blocks = codes.shape[2] // layout.BLOCK_K
+
+    # [P, N, C] -> [row_block, k_block, P * rows_per_block, 64], rows in the order of the register layout
+    def blocks(array: jax.Array, width: int) -> jax.Array:
+        array = array.reshape(projections, -1, rows_per_block, k_blocks, width)
+        array = array.transpose(1, 3, 0, 2, 4).reshape(-1, k_blocks, layout.BLOCK_ROWS, width)
+        return jnp.take(array, jnp.asarray(_row_order(gated)), axis=2)
+
+    codes = blocks(codes, layout.BLOCK_K)  # rows are now [half, warp, group, upper]
+    codes = codes.reshape(*codes.shape[:2], 2, 4, 8, 2, 4, 2, 4, 2)  # ..., upper, [step, k >= 8, quad, upper_value]
+    codes = codes.transpose(0, 1, 2, 3, 4, 8, 6, 7, 5, 9)  # row_block, k_block, half, warp, group, quad, step, pair, value
+    codes = codes.reshape(*codes.shape[:7], 4, 2).astype(jnp.uint32)
+    words = jnp.zeros(codes.shape[:7], jnp.uint32)
+    for pair in range(4):
+        for value in range(2):
+            for bit in range(4):
+                place = layout.code_bit(pair, value, bit)
+                words |= ((codes[..., pair, value] >> bit) & 1) << place
+
+    scales = blocks(scales, layout.BLOCK_K // nvfp4.BLOCK_SIZE).reshape(-1, k_blocks, 2, 4, 8, 2, 4)
+    scales = scales.transpose(0, 1, 3, 4, 2, 5, 6).astype(jnp.uint32)  # warp, group, half, upper, step
+    scale_words = jnp.zeros(scales.shape[:-1], jnp.uint32)
+    for step in range(4):
+        for bit in range(8):
+            scale_words |= ((scales[..., step] >> bit) & 1) << layout.scale_bit(step, bit)
+
+    def as_bytes(array: jax.Array) -> jax.Array:
+        return jax.lax.bitcast_convert_type(array.reshape(*array.shape[:2], -1), jnp.uint8).reshape(-1, k_blocks, array[0, 0].size * 4)
+
+    return jnp.concatenate([as_bytes(words), as_bytes(scale_words)], axis=-1), jnp.any(magnitude == _E4M3_NAN, axis=(1, 2))
+
+
+def _unpack_expert(payload: jax.Array, *, projections: int) -> tuple[jax.Array, jax.Array]:
+    """Inverse of ``_pack_expert``, padding included: codes ``[P, N, C]`` and e4m3 scales ``[P, N, C/16]``."""
+    row_blocks, k_blocks, _ = payload.shape
+    words = jax.lax.bitcast_convert_type(payload.reshape(row_blocks, k_blocks, -1, 4), jnp.uint32)
+    words, scale_words = jnp.split(words, [layout.CODE_BYTES // 4], axis=-1)
+    words = words.reshape(row_blocks, k_blocks, 2, 4, 8, 4, 4)
+    codes = jnp.stack(
+        [
+            jnp.stack([sum((words >> layout.code_bit(pair, value, bit) & 1) << bit for bit in range(4)) for value in range(2)], -1)
+            for pair in range(4)
+        ],
+        axis=-2,
+    )  # row_block, k_block, half, warp, group, quad, step, pair, value
+    codes = codes.reshape(*codes.shape[:7], 2, 2, 2).transpose(0, 1, 2, 3, 4, 8, 6, 7, 5, 9)
+    codes = codes.reshape(row_blocks, k_blocks, layout.BLOCK_ROWS, layout.BLOCK_K).astype(jnp.uint8)
+    scale_words = scale_words.reshape(row_blocks, k_blocks, 4, 8, 2, 2).transpose(0, 1, 4, 2, 3, 5)
+    scales = jnp.stack(
+        [sum((scale_words >> layout.scale_bit(step, bit) & 1) << bit for bit in range(8)) for step in range(4)], axis=-1
+    ).reshape(row_blocks, k_blocks, layout.BLOCK_ROWS, 4)
+
+    order = np.argsort(_row_order(projections == 2))
+
+    def matrix(array: jax.Array) -> jax.Array:
+        array = jnp.take(array, jnp.asarray(order), axis=2)
+        array = array.reshape(row_blocks, k_blocks, projections, -1, array.shape[-1]).transpose(2, 0, 3, 1, 4)
+        return array.reshape(projections, -1, k_blocks * array.shape[-1])
+
+    return matrix(codes), jax.lax.bitcast_convert_type(jnp.asarray(_E4M3_OF_E5M3)[matrix(scales)], jnp.float8_e4m3fn)
+
+
+def _row_order(gated: bool) -> np.ndarray:
+    """Row of the block (projection major) that stands at each place of ``[half, warp, group, upper]``."""
+    order = []
+    for half in range(2):
+        for warp in range(4):
+            for group in range(8):
+                for upper in range(2):
+                    projection, row = layout.row_in_block(half, warp, group, upper, gated)
+                    order.append(projection * (layout.BLOCK_ROWS // 2) + row)
+    return np.array(order, np.int32)
+
+
+def _scale_tables() -> tuple[np.ndarray, np.ndarray]:
+    """e4m3 bits without sign -> e5m3 (NaN maps to the largest), and back."""
+    to_e5m3 = np.zeros(128, np.uint8)
+    for bits in range(1, 127):
+        exponent, mantissa = bits >> 3, bits & 7
+        if exponent == 0:  # subnormal: mantissa * 2**-9
+            shift = 3 - (mantissa.bit_length() - 1)
+            to_e5m3[bits] = (_E5M3_FIRST + 3 - shift) << 3 | (mantissa << shift & 7)
+        else:  # (1 + mantissa/8) * 2**(exponent - 7)
+            to_e5m3[bits] = (_E5M3_FIRST + 2 + exponent) << 3 | mantissa
+    to_e5m3[_E4M3_NAN] = to_e5m3[_E4M3_NAN - 1]
+    back = np.zeros(256, np.uint8)
+    back[to_e5m3[:127]] = np.arange(127, dtype=np.uint8)
+    return to_e5m3, back
+
+
+_E5M3_OF_E4M3, _E4M3_OF_E5M3 = _scale_tables()
