@@ -50,7 +50,9 @@ def prepare(experts: Experts, target: str = SM_90A, *, progress: bool = True) ->
     gate_up, down = experts.gate_up, experts.down
     num_experts, projections, intermediate, _ = gate_up.payload.shape
     gated = projections == 2
-    prepared_gate_up = _prepare_projection(gate_up, gated, track(range(num_experts), "prepare gate_up", enabled=progress))
+    prepared_gate_up = _prepare_projection(
+        gate_up, gated, track(range(num_experts), "prepare gate_up", enabled=progress)
+    )
     lifted = dataclasses.replace(down, payload=down.payload[:, None], block_scale=down.block_scale[:, None])
     prepared_down = _prepare_projection(lifted, False, track(range(num_experts), "prepare down", enabled=progress))
     if gate_up.bias is not None:
@@ -152,7 +154,9 @@ def _pack_expert(payload: jax.Array, block_scale: jax.Array, *, gated: bool) -> 
 
     codes = blocks(codes, layout.BLOCK_K)  # rows are now [half, warp, group, upper]
     codes = codes.reshape(*codes.shape[:2], 2, 4, 8, 2, 4, 2, 4, 2)  # ..., upper, [step, k >= 8, quad, upper_value]
-    codes = codes.transpose(0, 1, 2, 3, 4, 8, 6, 7, 5, 9)  # row_block, k_block, half, warp, group, quad, step, pair, value
+    codes = codes.transpose(
+        0, 1, 2, 3, 4, 8, 6, 7, 5, 9
+    )  # row_block, k_block, half, warp, group, quad, step, pair, value
     codes = codes.reshape(*codes.shape[:7], 4, 2).astype(jnp.uint32)
     words = jnp.zeros(codes.shape[:7], jnp.uint32)
     for pair in range(4):
@@ -169,9 +173,13 @@ def _pack_expert(payload: jax.Array, block_scale: jax.Array, *, gated: bool) -> 
             scale_words |= ((scales[..., step] >> bit) & 1) << layout.scale_bit(step, bit)
 
     def as_bytes(array: jax.Array) -> jax.Array:
-        return jax.lax.bitcast_convert_type(array.reshape(*array.shape[:2], -1), jnp.uint8).reshape(-1, k_blocks, array[0, 0].size * 4)
+        return jax.lax.bitcast_convert_type(array.reshape(*array.shape[:2], -1), jnp.uint8).reshape(
+            -1, k_blocks, array[0, 0].size * 4
+        )
 
-    return jnp.concatenate([as_bytes(words), as_bytes(scale_words)], axis=-1), jnp.any(magnitude == _E4M3_NAN, axis=(1, 2))
+    return jnp.concatenate([as_bytes(words), as_bytes(scale_words)], axis=-1), jnp.any(
+        magnitude == _E4M3_NAN, axis=(1, 2)
+    )
 
 
 def _unpack_expert(payload: jax.Array, *, projections: int) -> tuple[jax.Array, jax.Array]:
@@ -182,7 +190,13 @@ def _unpack_expert(payload: jax.Array, *, projections: int) -> tuple[jax.Array, 
     words = words.reshape(row_blocks, k_blocks, 2, 4, 8, 4, 4)
     codes = jnp.stack(
         [
-            jnp.stack([sum((words >> layout.code_bit(pair, value, bit) & 1) << bit for bit in range(4)) for value in range(2)], -1)
+            jnp.stack(
+                [
+                    sum((words >> layout.code_bit(pair, value, bit) & 1) << bit for bit in range(4))
+                    for value in range(2)
+                ],
+                -1,
+            )
             for pair in range(4)
         ],
         axis=-2,

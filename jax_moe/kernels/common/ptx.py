@@ -145,6 +145,3 @@ divide = _binary("div.rn.f32 $0, $1, $2;", "divide")
 maximum = _binary("max.NaN.f32 $0, $1, $2;", "maximum")
 minimum = _binary("min.NaN.f32 $0, $1, $2;", "minimum")
 copy_sign = _binary("copysign.f32 $0, $2, $1;", "copy_sign")  # magnitude of a, sign of b
-
-
-

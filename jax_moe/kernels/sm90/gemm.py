@@ -251,7 +251,9 @@ class _Gemm:
             if cutlass.const_expr(self.tile.k_warpgroups > 1):
                 self._add_up(accumulators, scratch, tid, k_warpgroup)
                 if k_warpgroup == 0:
-                    self._epilogue(operands, accumulators, rows, prefetched, expert, row_block, token_tile, tid, m_blocks)
+                    self._epilogue(
+                        operands, accumulators, rows, prefetched, expert, row_block, token_tile, tid, m_blocks
+                    )
             else:
                 self._epilogue(operands, accumulators, rows, prefetched, expert, row_block, token_tile, tid, m_blocks)
 

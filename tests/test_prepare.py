@@ -1,0 +1,191 @@
+"""The prepared layout, checked by doing to it what the kernel's instructions do, thread by thread."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jax_moe import nvfp4
+from jax_moe.experts import Experts, Projection
+from jax_moe.kernels.sm90 import layout
+from jax_moe.prepare import prepare, unprepare
+
+GATED = (2, 96, 80)
+UNGATED = (1, 144, 64)
+
+
+def random_experts(rng, num_experts, projections, intermediate, hidden, bias=False):
+    def projection(lead, rows, columns):
+        codes = rng.integers(0, 256, (*lead, rows, columns // 2)).astype(np.uint8)
+        scales = rng.integers(1, 127, (*lead, rows, columns // 16)).astype(np.uint8)
+        global_scale = rng.uniform(0.5, 2, lead).astype(np.float32)
+        biases = jnp.asarray(rng.normal(size=(*lead, rows)), jnp.float32) if bias else None
+        return Projection(jnp.asarray(codes), jnp.asarray(scales.view(ml_dtypes.float8_e4m3fn)), jnp.asarray(global_scale), bias=biases)  # fmt: skip
+
+    return Experts(
+        gate_up=projection((num_experts, projections), intermediate, hidden),
+        down=projection((num_experts,), hidden, intermediate),
+    )
+
+
+def rotate_right(words, bits):
+    return (words >> bits | words << (32 - bits) % 32).astype(np.uint32) if bits else words
+
+
+def multiply_bf16x2(a, b):
+    """``mul.rn.bf16x2`` on u32 arrays."""
+    a, b = (v.astype("<u4")[..., None].view("<u2").view(ml_dtypes.bfloat16).astype(np.float64) for v in (a, b))
+    product = (a * b).astype(np.float32)
+    rounded = product.astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(rounded.astype(np.float32), product)  # nothing may be rounded away
+    return rounded
+
+
+def dequantise(block):
+    """The A fragments of one 4608-byte block as the kernel makes them: ``[thread, half, step, register, 2]``."""
+    codes = block[:4096].view("<u4").reshape(2, 128, 4)  # half, thread, step
+    threads = np.arange(128)
+    scale_words = block[4096:].view("<u4").reshape(4, 8, 4)[threads // 32, threads % 32 // 4]  # thread, (half, upper)
+    pairs = [words & 0x0FF00FF0 | 0x70007000 for words in (scale_words, rotate_right(scale_words, 8))]
+    fragments = np.zeros((128, 2, 4, 4, 2), np.float64)
+    for step in range(4):
+        half_words = pairs[step // 2] >> 16 * (step % 2) & 0xFFFF
+        scales = (half_words | half_words << 16).astype(np.uint32)
+        for half in range(2):
+            word = codes[half, :, step]
+            spread = ((word.astype(np.uint64) & 0x001B001B) * 4228 & 0xFFFFFFFF).astype(np.uint32)
+            for register, value in enumerate((word, rotate_right(word, 3), rotate_right(word, 6), spread)):
+                value = value & np.uint32(0x81C081C0)
+                fragments[:, half, step, register] = multiply_bf16x2(value, scales[:, 2 * half + register % 2])
+    return fragments
+
+
+def matrix_from_fragments(fragments):
+    """``[128, 64]`` by the A fragment table of the PTX ISA for wgmma.m64k16, two 64-row halves and four k16-steps."""
+    matrix = np.full((128, 64), np.nan)
+    for thread in range(128):
+        for register in range(4):
+            row = 16 * (thread // 32) + thread % 32 // 4 + 8 * (register % 2)
+            column = thread % 4 * 2 + 8 * (register // 2)
+            for half in range(2):
+                for step in range(4):
+                    values = fragments[thread, half, step, register]
+                    matrix[64 * half + row, 16 * step + column : 16 * step + column + 2] = values
+    return matrix
+
+
+def epilogue_row(row, gated):
+    """``(projection, value)`` that GEMM1's (gated) or GEMM2's epilogue takes row ``row`` of the product for."""
+    half, warp, group, upper = row // 64, row % 64 // 16, row % 8, row % 16 // 8
+    return (upper, 16 * warp + 2 * group + half) if gated else (0, 32 * warp + 4 * group + 2 * half + upper)
+
+
+@pytest.mark.parametrize("projections,intermediate,hidden", [GATED, UNGATED])
+def test_instructions_reproduce_weights(projections, intermediate, hidden):
+    experts = random_experts(np.random.default_rng(0), 2, projections, intermediate, hidden)
+    prepared = prepare(experts, "sm_90a", progress=False)
+
+    def check(payload, projection, gated):
+        expected = np.asarray(nvfp4.dequantize(projection.payload, projection.block_scale), np.float64)
+        expected = expected.reshape(2, -1, *expected.shape[-2:])  # expert, projection, row, column
+        rows = expected.shape[2]
+        per_block = 64 if gated else 128
+        for expert in range(2):
+            for row_block in range(payload.shape[1]):
+                for k_block in range(payload.shape[2]):
+                    got = matrix_from_fragments(dequantise(np.asarray(payload[expert, row_block, k_block]))) * 2.0**7
+                    for row in range(128):
+                        p, value = epilogue_row(row, gated)
+                        value += row_block * per_block
+                        want = np.zeros(64)
+                        if value < rows:
+                            part = expected[expert, p, value, 64 * k_block : 64 * k_block + 64]
+                            want[: part.size] = part
+                        np.testing.assert_array_equal(got[row], want)
+
+    check(prepared.gate_up.payload, experts.gate_up, projections == 2)
+    check(prepared.down.payload, experts.down, False)
+
+
+def test_every_code_and_scale():
+    """All 16 codes by all 127 non-negative e4m3 scales, at every place of a word."""
+    codes = np.zeros((128, 128, 64), np.uint8)
+    codes[:] = np.arange(16, dtype=np.uint8).repeat(8).reshape(128, 1, 1)
+    codes = (codes + np.arange(64, dtype=np.uint8)) % 16
+    bits = (np.arange(128)[None, :, None] + np.arange(128)[:, None, None] + 32 * np.arange(4)) % 127
+    projection = Projection(
+        nvfp4.pack(jnp.asarray(codes.reshape(128, 128, 64))),
+        jnp.asarray(bits.astype(np.uint8).view(ml_dtypes.float8_e4m3fn)),
+        jnp.ones(128),
+    )
+    experts = Experts(gate_up=dataclasses.replace(projection, payload=projection.payload[:, None], block_scale=projection.block_scale[:, None], global_scale=jnp.ones((128, 1))), down=projection)  # fmt: skip
+    prepared = prepare(experts, "sm_90a", progress=False)
+    seen = set()
+    for expert in range(0, 128, 8):
+        got = matrix_from_fragments(dequantise(np.asarray(prepared.down.payload[expert, 0, 0]))) * 2.0**7
+        order = [epilogue_row(row, False)[1] for row in range(128)]
+        want = np.asarray(nvfp4.dequantize(projection.payload[expert], projection.block_scale[expert]), np.float64)
+        np.testing.assert_array_equal(got, want[order])
+        seen |= set(zip(codes[expert].ravel(), bits[expert].repeat(16, axis=1).ravel(), strict=True))
+    assert len(seen) == 16 * 127
+
+
+@pytest.mark.parametrize("projections,intermediate,hidden", [GATED, UNGATED, (2, 16, 16), (2, 192, 176)])
+def test_round_trip(projections, intermediate, hidden):
+    experts = random_experts(np.random.default_rng(1), 3, projections, intermediate, hidden, bias=True)
+    prepared = prepare(experts, "sm_90a", progress=False)
+    assert prepared.layout == "sm_90a"
+    assert prepared.gate_up.payload.shape == (3, -(-projections * intermediate // 128), -(-hidden // 64), 4608)
+    assert prepared.down.payload.shape == (3, -(-hidden // 128), -(-intermediate // 64), 4608)
+    assert prepared.gate_up.bias.shape[2] * projections == 128 * prepared.gate_up.payload.shape[1]
+    again = unprepare(prepared, hidden, intermediate)
+    for name in ("gate_up", "down"):
+        for field in ("payload", "block_scale", "global_scale", "bias"):
+            want, got = getattr(getattr(experts, name), field), getattr(getattr(again, name), field)
+            np.testing.assert_array_equal(np.asarray(got).view(np.uint8), np.asarray(want).view(np.uint8))
+
+
+def test_zero_negative_and_nan_block_scales():
+    rng = np.random.default_rng(2)
+    experts = random_experts(rng, 2, 2, 64, 64)
+    scales = np.asarray(experts.gate_up.block_scale).view(np.uint8).copy()
+    scales[0, 0, 0, 0], scales[0, 0, 1, 1], scales[0, 1, 2, 2], scales[1, 1, 3, 3] = 0, 0x80 | 0x38, 0x80, 0x7F
+    experts = dataclasses.replace(
+        experts,
+        gate_up=dataclasses.replace(experts.gate_up, block_scale=jnp.asarray(scales.view(ml_dtypes.float8_e4m3fn))),
+    )
+    prepared = prepare(experts, "sm_90a", progress=False)
+    np.testing.assert_array_equal(np.isnan(prepared.gate_up.global_scale), [[False, False], [False, True]])
+    assert not np.isnan(prepared.down.global_scale).any()
+    again = unprepare(prepared, 64, 64)
+    want = np.asarray(nvfp4.dequantize(experts.gate_up.payload, experts.gate_up.block_scale))[0]
+    got = np.asarray(nvfp4.dequantize(again.gate_up.payload, again.gate_up.block_scale))[0]
+    np.testing.assert_array_equal(got, want)
+
+
+def test_errors():
+    experts = random_experts(np.random.default_rng(3), 1, 2, 16, 16)
+    with pytest.raises(ValueError, match="target: got 'sm_80'"):
+        prepare(experts, "sm_80")
+    prepared = prepare(experts, progress=False)
+    with pytest.raises(ValueError, match="experts: got layout 'sm_90a'"):
+        prepare(prepared)
+    with pytest.raises(ValueError, match="experts: got layout 'canonical'"):
+        unprepare(experts, 16, 16)
+
+
+def test_spread_never_carries():
+    """Pair 3 of a word: each source bit lands on its place, alone, whatever the others are."""
+    for bits in range(256):
+        word = sum(
+            (bits >> i & 1) << (b, b + 16)[half]
+            for i, (b, half) in enumerate((b, h) for h in (0, 1) for b in (0, 1, 3, 4))
+        )
+        got = (word & layout.SPREAD_MASK) * layout.SPREAD_FACTOR & layout.PAIR_MASK
+        want = 0
+        for half in range(2):
+            for bit, target in enumerate((6, 7, 8, 15)):
+                want |= (word >> layout.code_bit(3, half, bit) & 1) << (target + 16 * half)
+        assert got == want
