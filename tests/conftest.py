@@ -1,0 +1,25 @@
+"""Eight virtual CPU devices, and how tests find what they share.
+
+pytest imports with ``--import-mode=importlib``, which leaves ``tests/`` off the path: it is put there once, here, so that
+a test says ``import helpers`` (cases, the comparison, programs in a fresh process) or ``import statement`` (the
+definitions in plain NumPy).
+"""
+
+import pathlib
+import sys
+
+import hypothesis
+import jax
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+pytest.register_assert_rewrite("helpers")
+
+# Before anything starts a backend. Does nothing to a GPU.
+jax.config.update("jax_num_cpu_devices", 8)
+
+# Compiling takes most of an example's time, so a deadline would measure the machine. Derandomised: a failure on one
+# machine is a failure on all; `pytest --hypothesis-profile=explore` looks further.
+hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000, print_blob=True)
+hypothesis.settings.load_profile("suite")

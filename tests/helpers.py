@@ -1,0 +1,231 @@
+"""What the tests share: the one case generator, the one comparison, and programs in a fresh process."""
+
+import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import statement
+
+import jax_moe
+from jax_moe import Experts, Projection, Routing
+
+ROOT = pathlib.Path(__file__).parents[1]
+ACTIVATIONS = (
+    jax_moe.SwiGLU(),
+    jax_moe.SwiGLU(alpha=1.702, beta=1.0, limit=7.0),
+    jax_moe.GeGLU(),
+    jax_moe.ReLU2(),
+    jax_moe.SiTU(),
+    jax_moe.SiTU(beta=2.0, linear_beta=None),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """The arguments of one ``fused_moe`` call, and that call."""
+
+    x: jax.Array
+    experts: Experts
+    routing: Routing
+    options: dict = dataclasses.field(default_factory=dict)
+
+    def with_options(self, **options) -> "Case":
+        return dataclasses.replace(self, options=self.options | options)
+
+    def run(self, op=jax_moe.fused_moe, **options) -> np.ndarray:
+        return np.asarray(op(self.x, self.experts, self.routing, **self.options | options))
+
+    def check(self, op=jax_moe.fused_moe, **options) -> None:
+        """Runs ``op`` and compares what it gives with the definition."""
+        case = self.with_options(**options)
+        assert_matches(case.run(op), case)
+
+
+# --- The comparison -----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Relative errors against the dequantised definition, each with the largest that rounding explains."""
+
+    frobenius: float
+    frobenius_bound: float
+    worst_row: float
+    worst_row_bound: float
+    row: int
+
+    def __str__(self):
+        return (
+            f"relative Frobenius error {self.frobenius:.3g} (bound {self.frobenius_bound:.3g}), "
+            f"worst row {self.row}: {self.worst_row:.3g} (bound {self.worst_row_bound:.3g})"
+        )
+
+    @property
+    def passes(self) -> bool:
+        return self.frobenius <= self.frobenius_bound and self.worst_row <= self.worst_row_bound
+
+
+def compare(actual, value, bound) -> Comparison:
+    """Compares ``actual`` ``[T, H]`` with a float64 value and its elementwise error bound, as ``statement.moe`` gives.
+
+    The bound grows by the rounding of the output: one unit roundoff of its dtype. A row's error is its 2-norm over the
+    2-norm of the value; both may not exceed the same norm of the bound. The worst row is the one with the least room.
+    A row that must be exactly zero has a bound of zero.
+    """
+    actual = np.asarray(actual)
+    assert actual.shape == value.shape, (actual.shape, value.shape)
+    roundoff = {np.dtype(ml_dtypes.bfloat16): statement.U16, np.dtype(np.float32): statement.U32}[actual.dtype]
+    error = actual.astype(np.float64) - value
+    limit = bound * (1 + roundoff) + roundoff * np.abs(value)
+    assert np.isfinite(value).all() and np.isfinite(limit).all(), "the definition overflows: compare() cannot judge"
+    if not np.isfinite(error).all():
+        return Comparison(np.inf, 0.0, np.inf, 0.0, int(np.argmin(np.isfinite(error).all(1))))
+    if not value.size:
+        return Comparison(0.0, 0.0, 0.0, 0.0, -1)
+    norms, limits, sizes = (np.linalg.norm(a, axis=1) for a in (error, limit, value))
+    row = int(np.argmax(np.where(limits > 0, norms / np.where(limits > 0, limits, 1), np.where(norms > 0, np.inf, 0))))
+    total, scale = np.linalg.norm(value) or 1.0, sizes[row] or 1.0
+    return Comparison(
+        float(np.linalg.norm(error) / total),
+        float(np.linalg.norm(limit) / total),
+        float(norms[row] / scale),
+        float(limits[row] / scale),
+        row,
+    )
+
+
+def assert_matches(actual, case: Case) -> None:
+    """Fails unless ``actual`` is what ``case`` must give, to within rounding."""
+    options = {"activation": jax_moe.SwiGLU(), "precision": "w4a16"} | case.options
+    out_dtype = options.pop("out_dtype", jnp.bfloat16)
+    options.pop("combine", None)
+    assert np.asarray(actual).dtype == out_dtype
+    result = compare(actual, *statement.moe(case.x, case.experts, case.routing, **options))
+    assert result.passes, f"{result} with {case.options}"
+
+
+def assert_bit_equal(actual, expected) -> None:
+    """Same dtype, shape and bits."""
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    unsigned = np.dtype(f"u{actual.dtype.itemsize}")
+    np.testing.assert_array_equal(actual.view(unsigned), expected.view(unsigned))
+
+
+# --- Cases --------------------------------------------------------------------------------------------------------
+
+
+def make_case(
+    seed=0, *, tokens=5, hidden=48, intermediate=32, num_experts=4, top_k=2, activation=ACTIVATIONS[0], bias=False,
+    routing="distinct", expert_offset=0, all_experts=None, **options,
+) -> Case:  # fmt: skip
+    """A random case with intermediates of order 1, gate and up scales that differ by up to 10x, and input scales.
+
+    ``routing``: "distinct" experts per token, "any" (one may come twice), "one" expert for all, or "hostile": any, and
+    ids that are local to nobody. Ids run over ``all_experts`` (default: those from 0 to the last local one).
+    """
+    rng = np.random.default_rng(seed)
+    parts = 2 if activation.gated else 1
+    experts = Experts(
+        gate_up=Projection(
+            *_random_weights(rng, (num_experts, parts), intermediate, hidden),
+            input_scale=jnp.float32(rng.uniform(3, 6) / 2688),
+            bias=_random(rng, (num_experts, parts, intermediate)) if bias else None,
+        ),
+        down=Projection(
+            *_random_weights(rng, (num_experts,), hidden, intermediate),
+            input_scale=jnp.asarray(rng.uniform(2, 12, num_experts) / 2688, jnp.float32),
+            bias=_random(rng, (num_experts, hidden)) if bias else None,
+        ),
+    )
+    ids = make_ids(rng, routing, tokens, top_k, all_experts or num_experts + expert_offset)
+    weights = jnp.asarray(rng.uniform(0.05, 1, (tokens, top_k)) * rng.choice([1, 1, -1], (tokens, top_k)), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(tokens, hidden)), jnp.bfloat16)
+    return Case(x, experts, Routing(ids, weights), {"activation": activation, "expert_offset": expert_offset} | options)
+
+
+def make_ids(rng, kind: str, tokens: int, top_k: int, num_experts: int):
+    if kind == "distinct":
+        ids = [rng.permutation(num_experts)[:top_k] for _ in range(tokens)]
+    elif kind == "one":
+        ids = np.full((tokens, top_k), rng.integers(num_experts))
+    else:
+        ids = rng.integers(0, num_experts, (tokens, top_k))
+    ids = np.asarray(ids, np.int64).reshape(tokens, top_k)
+    if kind == "hostile":
+        nowhere = rng.choice([-1, -num_experts, num_experts, 2**31 - 1, -(2**31)], (tokens, top_k))
+        ids = np.where(rng.random((tokens, top_k)) < 0.4, nowhere, ids)
+    return jnp.asarray(ids, jnp.int32)
+
+
+def make_exact_case(
+    seed=0, *, tokens=16, hidden=64, intermediate=128, num_experts=8, top_k=4, bias=True, gated=True, **options
+) -> Case:
+    """A case of which every partial sum, in any order, is exact in float32: every right answer has the same bits.
+
+    x and the weights are 0 or +-1 times powers of two, few of them not 0, scales and routing weights powers of two. A
+    gate's bias of 64 puts its sigmoid at exactly 1. ``test_helpers.py`` shows that the grid is fine enough.
+    """
+    rng = np.random.default_rng(seed)
+
+    def weights(lead, rows, columns):
+        codes = rng.choice(np.uint8([0, 2, 10]), (*lead, rows, columns), p=[0.75, 0.125, 0.125])  # 0, 1, -1
+        payload = codes[..., 0::2] | codes[..., 1::2] << 4
+        scales = rng.choice([1.0, 2.0], (*lead, rows, columns // 16)).astype(ml_dtypes.float8_e4m3fn)
+        return jnp.asarray(payload), jnp.asarray(scales), jnp.asarray(rng.choice([0.5, 1.0], lead), jnp.float32)
+
+    def integers(shape):
+        return rng.integers(-2, 3, shape).astype(np.float32)
+
+    gate_up_bias = down_bias = None
+    if gated:
+        gate_up_bias = integers((num_experts, 2, intermediate)) + np.float32([[[64], [0]]])
+        gate_up_bias = jnp.asarray(gate_up_bias if bias else gate_up_bias * np.float32([[[1], [0]]]))
+    elif bias:
+        gate_up_bias = jnp.asarray(integers((num_experts, 1, intermediate)))
+    if bias:
+        down_bias = jnp.asarray(integers((num_experts, hidden)))
+    experts = Experts(
+        Projection(
+            *weights((num_experts, 2 if gated else 1), intermediate, hidden), jnp.float32(2.0**-8), gate_up_bias
+        ),
+        Projection(
+            *weights((num_experts,), hidden, intermediate), jnp.full(num_experts, 2.0**-4, jnp.float32), down_bias
+        ),
+    )
+    ids = make_ids(rng, "distinct", tokens, top_k, num_experts)
+    routing = Routing(ids, jnp.asarray(rng.choice([0.5, 1.0], (tokens, top_k)), jnp.float32))
+    x = jnp.asarray(rng.integers(-1, 2, (tokens, hidden)), jnp.bfloat16)
+    activation = jax_moe.SwiGLU() if gated else jax_moe.ReLU2()
+    return Case(x, experts, routing, {"activation": activation} | options)
+
+
+def _random(rng, shape):
+    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+
+def _random_weights(rng, lead, rows, columns):
+    """Random codes and block scales in [0.5, 2), under a global scale that makes a product with a normal vector ~ 1."""
+    payload = rng.integers(0, 256, (*lead, rows, columns // 2), np.uint8)
+    block_scale = rng.integers(0x30, 0x40, (*lead, rows, columns // 16), np.uint8).view(ml_dtypes.float8_e4m3fn)
+    spread = 10 ** rng.uniform(-0.5, 0.5, lead)
+    global_scale = spread / (3.5 * np.sqrt(columns))  # 3.5: root mean square of code times block scale
+    return jnp.asarray(payload), jnp.asarray(block_scale), jnp.asarray(global_scale, jnp.float32)
+
+
+# --- Programs in a process of their own ---------------------------------------------------------------------------
+
+
+def run_python(program: str, *args, **environment) -> str:
+    """Runs a Python program in a fresh process that finds this checkout, on the CPU; returns what it prints."""
+    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu"} | environment
+    command = [sys.executable, "-W", "error", "-c", program, *map(str, args)]
+    ran = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout

@@ -1,0 +1,189 @@
+"""The definitions of DESIGN section 3 in plain NumPy, with a bound on what rounding may change.
+
+What the library computes is compared with this, the readable oracle ``jax_moe.reference`` included: it shares no code
+with the library. Elementary arithmetic is float32 where the definition says so (NumPy's is IEEE), else float64.
+
+``moe`` returns the value and, element by element, how far a correct implementation may be from it. Its terms:
+
+* A float32 sum of n products in any order errs by at most (n - 1) u sum|products|, u = 2^-24; with roundings that are
+  not all against us by 4 sqrt(n) u sum|products| (Higham and Mary 2019, a bound that holds except with probability
+  2 exp(-8) for one element even then), which is the smaller one for n > 16.
+* The intermediate is rounded, to bfloat16 or NVFP4, after such a sum. Where the error before it can reach a rounding
+  boundary, a correct implementation may round the other way: each such element is found and its step carried through
+  the down projection. All others must round the same way, so an error there is not excused.
+* Scales, biases, weights and the sum over slots: one rounding u each.
+"""
+
+import itertools
+
+import ml_dtypes
+import numpy as np
+
+U32 = 2.0**-24  # unit roundoff of float32
+U16 = 2.0**-8  # of bfloat16
+TINY = 2.0**-120  # more than any sum here can lose to flushed subnormals
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+
+
+def bfloat16(values):
+    """float32 values rounded to bfloat16."""
+    return np.asarray(values, np.float32).astype(ml_dtypes.bfloat16).astype(np.float32)
+
+
+def block_scales(amax, s):
+    """``e4m3(min(amax / (6 s), 448))`` in float32."""
+    with np.errstate(all="ignore"):
+        ratio = np.asarray(amax, np.float32) / (np.float32(6) * np.float32(s))
+        return np.minimum(ratio, np.float32(448)).astype(ml_dtypes.float8_e4m3fn)
+
+
+def quantize(values, s):
+    """DESIGN section 3 for ``[..., n]`` and one scale ``s``: codes ``[..., n]`` uint8 and e4m3 scales ``[..., n/16]``."""
+    blocks = np.asarray(values, np.float32).reshape(*values.shape[:-1], -1, 16)
+    scales = block_scales(np.abs(blocks).max(-1), s)
+    return codes_under(blocks, scales, s).reshape(values.shape), scales
+
+
+def codes_under(blocks, scales, s):
+    """The codes of ``[..., n/16, 16]`` under given e4m3 block scales."""
+    decoded = np.asarray(scales, np.float32)[..., None]
+    with np.errstate(all="ignore"):
+        products = blocks * (np.float32(1) / (decoded * np.float32(s)))
+    # The sign of a NaN product is the hardware's choice; DESIGN's codes need one, and take a positive NaN.
+    products = np.where(np.isnan(blocks), blocks, np.where(np.isnan(products), np.float32(np.nan), products))
+    codes = products.astype(np.float32).astype(ml_dtypes.float4_e2m1fn).view(np.uint8)
+    return np.where(decoded == 0, np.uint8(0), codes)
+
+
+def dequantize(codes, scales):
+    """float32 values without the global scale."""
+    values = np.asarray(codes).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+    return values * np.repeat(np.asarray(scales, np.float32), 16, axis=-1)
+
+
+def unpack(payload):
+    """``[..., n/2]`` bytes to ``[..., n]`` codes, low nibble first."""
+    payload = np.asarray(payload)
+    codes = np.empty((*payload.shape[:-1], 2 * payload.shape[-1]), np.uint8)
+    codes[..., 0::2], codes[..., 1::2] = payload & 15, payload >> 4
+    return codes
+
+
+def sigmoid(z):
+    """In float64, without overflow."""
+    return 0.5 * (1 + np.tanh(0.5 * np.asarray(z, np.float64)))
+
+
+def activate(activation, *inputs):
+    """An activation of the library in float64, by its published formula."""
+    a = activation
+    match a.kind:
+        case "swiglu":
+            gate, up = inputs
+            if a.limit is not None:
+                gate, up = np.minimum(gate, a.limit), np.clip(up, -a.limit, a.limit)
+            return (up + a.beta) * gate * sigmoid(a.alpha * gate)
+        case "geglu":
+            gate, up = inputs
+            return 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) * up
+        case "relu2":
+            return np.maximum(inputs[0], 0) ** 2
+        case "situ":
+            gate, up = inputs
+            if a.linear_beta is not None:
+                up = a.linear_beta * np.tanh(up / a.linear_beta)
+            return a.beta * np.tanh(gate / a.beta) * sigmoid(gate) * up
+    raise AssertionError(a)
+
+
+def _sum_error(n):
+    return min(n, 4 * np.sqrt(n)) * U32
+
+
+def _project(x, matrix, scale, bias):
+    """float64 ``scale * (x @ matrix.T) + bias`` and the float32 error of it."""
+    value = scale * (x @ matrix.T) + bias
+    size = np.abs(scale) * (np.abs(x) @ np.abs(matrix).T)
+    return value, (_sum_error(x.shape[1]) + 3 * U32) * size + 2 * U32 * (size + np.abs(bias)) + TINY
+
+
+def _activate(activation, values, errors):
+    """float64 intermediate and the error of it, given its inputs with their errors."""
+    value = activate(activation, *values)
+    # The functions are smooth or clamp, so the corners of the box of inputs are the extremes. An input is scaled by
+    # some constant, and cubed, on the way into an exponential: a relative error of 8 u each.
+    boxes = [(v - e - 8 * U32 * np.abs(v), v + e + 8 * U32 * np.abs(v)) for v, e in zip(values, errors, strict=True)]
+    spread = np.max([np.abs(activate(activation, *corner) - value) for corner in itertools.product(*boxes)], axis=0)
+    # exp and tanh are good to a few u of their result; 1 + tanh(t) cancels for negative t, hence not of `value`.
+    size = np.abs(values[0]) * np.abs(values[-1]) + np.abs(values[0] * getattr(activation, "beta", 0.0))
+    return value, spread + 8 * U32 * size + TINY
+
+
+def _round(precision, h, error, scale):
+    """The intermediate as GEMM2 reads it, and the error of it where rounding may go the other way."""
+    low, high = h - error, h + error
+    if precision == "w4a16":
+        rounded = bfloat16(h).astype(np.float64)
+        return rounded, np.maximum(bfloat16(high) - rounded, rounded - bfloat16(low))
+    codes, scales = quantize(h.astype(np.float32), scale)
+    rounded = dequantize(codes, scales).astype(np.float64)
+    blocks = [a.reshape(*a.shape[:-1], -1, 16) for a in (low, high)]
+    reach = np.maximum(np.abs(blocks[0]), np.abs(blocks[1])).max(-1)
+    least = np.where((blocks[0] <= 0) & (blocks[1] >= 0), 0, np.minimum(*np.abs(blocks))).max(-1)
+    # One block scale, or two when the error reaches an e4m3 boundary. The product with the reciprocal is 3 roundings.
+    worst = np.zeros_like(h)
+    for candidate in (block_scales(least * (1 - 4 * U32), scale), block_scales(reach * (1 + 4 * U32), scale)):
+        for values in blocks:
+            for slack in (1 - 4 * U32, 1 + 4 * U32):
+                codes = codes_under((values * slack).astype(np.float32), candidate, scale)
+                other = dequantize(codes.reshape(h.shape), candidate).astype(np.float64)
+                worst = np.maximum(worst, np.abs(other - rounded))
+    return rounded, worst
+
+
+def moe(x, experts, routing, *, activation, precision, weight_on="output", expert_offset=0):
+    """What ``fused_moe`` computes, unrounded: float64 ``[T, H]``, and how far a right answer may be from it."""
+    x = np.asarray(x, np.float32)
+    ids, weights = np.asarray(routing.expert_ids, np.int64), np.asarray(routing.weights, np.float32)
+    gate_up, down = experts.gate_up, experts.down
+    matrices = dequantize(unpack(_bytes(gate_up.payload)), gate_up.block_scale)
+    down_matrices = dequantize(unpack(_bytes(down.payload)), down.block_scale)
+    value, bound, size = (np.zeros(x.shape, np.float64) for _ in range(3))
+    with np.errstate(all="ignore"):
+        for expert in range(down_matrices.shape[0]):
+            token, slot = np.nonzero(ids == expert + expert_offset)
+            rows, weight = x[token], weights[token, slot][:, None]
+            if weight_on == "input":
+                rows, weight = bfloat16(rows * weight), np.ones_like(weight)
+            x_scale, h_scale = np.float32(1), np.float32(1)
+            if precision == "w4a4":
+                x_scale = np.float32(gate_up.input_scale)
+                h_scale = np.asarray(down.input_scale, np.float32)[expert]
+                rows = dequantize(*quantize(rows, x_scale))
+            parts = [
+                _project(
+                    rows.astype(np.float64),
+                    matrices[expert, part].astype(np.float64),
+                    np.float64(x_scale) * np.float64(gate_up.global_scale[expert, part]),
+                    0.0 if gate_up.bias is None else np.asarray(gate_up.bias, np.float64)[expert, part],
+                )
+                for part in range(matrices.shape[1])
+            ]
+            h, h_error = _activate(activation, *zip(*parts, strict=True))
+            h, h_error = _round(precision, h, h_error, h_scale)
+            scale = np.float64(h_scale) * np.float64(down.global_scale[expert])
+            bias = 0.0 if down.bias is None else np.asarray(down.bias, np.float64)[expert]
+            y, y_error = _project(h, down_matrices[expert].astype(np.float64), scale, bias)
+            y_error += np.abs(scale) * (h_error @ np.abs(down_matrices[expert]).T.astype(np.float64))
+            np.add.at(value, token, weight * y)
+            np.add.at(bound, token, np.abs(weight) * y_error)
+            np.add.at(size, token, np.abs(weight * y))
+    return value, bound + 2 * (1 + ids.shape[1]) * U32 * size
+
+
+def _bytes(payload):
+    payload = np.asarray(payload)
+    if payload.dtype == np.uint8:
+        return payload
+    codes = payload.view(np.uint8)
+    return codes[..., 0::2] | codes[..., 1::2] << 4
