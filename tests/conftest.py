@@ -1,7 +1,7 @@
 """Eight virtual CPU devices, and how tests find what they share.
 
-pytest imports with ``--import-mode=importlib``, which leaves ``tests/`` off the path: it is put there once, here, so that
-a test says ``import helpers`` (cases, the comparison, programs in a fresh process) or ``import statement`` (the
+pytest imports with ``--import-mode=importlib``, which leaves ``tests/`` off the path: it is put there once, here, so
+that a test says ``import helpers`` (cases, the comparison, programs in a fresh process) or ``import statement`` (the
 definitions in plain NumPy).
 """
 

@@ -15,7 +15,7 @@ import statement
 import jax_moe
 from jax_moe import Experts, Projection, Routing
 
-ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE_FOLDER = pathlib.Path(jax_moe.__file__).parents[1]
 ACTIVATIONS = (
     jax_moe.SwiGLU(),
     jax_moe.SwiGLU(alpha=1.702, beta=1.0, limit=7.0),
@@ -83,7 +83,7 @@ def compare(actual, value, bound) -> Comparison:
     roundoff = {np.dtype(ml_dtypes.bfloat16): statement.U16, np.dtype(np.float32): statement.U32}[actual.dtype]
     error = actual.astype(np.float64) - value
     limit = bound * (1 + roundoff) + roundoff * np.abs(value)
-    assert np.isfinite(value).all() and np.isfinite(limit).all(), "the definition overflows: compare() cannot judge"
+    assert np.isfinite(value + limit).all(), "the definition overflows: compare() cannot judge"
     if not np.isfinite(error).all():
         return Comparison(np.inf, 0.0, np.inf, 0.0, int(np.argmin(np.isfinite(error).all(1))))
     if not value.size:
@@ -113,7 +113,7 @@ def assert_matches(actual, case: Case) -> None:
 def assert_bit_equal(actual, expected) -> None:
     """Same dtype, shape and bits."""
     actual, expected = np.asarray(actual), np.asarray(expected)
-    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
     unsigned = np.dtype(f"u{actual.dtype.itemsize}")
     np.testing.assert_array_equal(actual.view(unsigned), expected.view(unsigned))
 
@@ -165,7 +165,7 @@ def make_ids(rng, kind: str, tokens: int, top_k: int, num_experts: int):
 
 
 def make_exact_case(
-    seed=0, *, tokens=16, hidden=64, intermediate=128, num_experts=8, top_k=4, bias=True, gated=True, **options
+    seed=0, *, tokens=16, hidden=64, intermediate=128, num_experts=8, top_k=4, gated=True, **options
 ) -> Case:
     """A case of which every partial sum, in any order, is exact in float32: every right answer has the same bits.
 
@@ -183,21 +183,13 @@ def make_exact_case(
     def integers(shape):
         return rng.integers(-2, 3, shape).astype(np.float32)
 
-    gate_up_bias = down_bias = None
-    if gated:
-        gate_up_bias = integers((num_experts, 2, intermediate)) + np.float32([[[64], [0]]])
-        gate_up_bias = jnp.asarray(gate_up_bias if bias else gate_up_bias * np.float32([[[1], [0]]]))
-    elif bias:
-        gate_up_bias = jnp.asarray(integers((num_experts, 1, intermediate)))
-    if bias:
-        down_bias = jnp.asarray(integers((num_experts, hidden)))
+    gate_up_bias = integers((num_experts, 2 if gated else 1, intermediate))
+    gate_up_bias[:, 0] += 64 if gated else 0
+    gate_up = weights((num_experts, 2 if gated else 1), intermediate, hidden)
+    down = weights((num_experts,), hidden, intermediate)
     experts = Experts(
-        Projection(
-            *weights((num_experts, 2 if gated else 1), intermediate, hidden), jnp.float32(2.0**-8), gate_up_bias
-        ),
-        Projection(
-            *weights((num_experts,), hidden, intermediate), jnp.full(num_experts, 2.0**-4, jnp.float32), down_bias
-        ),
+        Projection(*gate_up, jnp.float32(2.0**-8), jnp.asarray(gate_up_bias)),
+        Projection(*down, jnp.full(num_experts, 2.0**-4, jnp.float32), jnp.asarray(integers((num_experts, hidden)))),
     )
     ids = make_ids(rng, "distinct", tokens, top_k, num_experts)
     routing = Routing(ids, jnp.asarray(rng.choice([0.5, 1.0], (tokens, top_k)), jnp.float32))
@@ -223,8 +215,9 @@ def _random_weights(rng, lead, rows, columns):
 
 
 def run_python(program: str, *args, **environment) -> str:
-    """Runs a Python program in a fresh process that finds this checkout, on the CPU; returns what it prints."""
-    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu"} | environment
+    """Runs a Python program in a fresh process, on the CPU, warnings being errors; returns what it prints."""
+    path = os.pathsep.join(map(str, [PACKAGE_FOLDER, pathlib.Path(__file__).parent]))
+    env = os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"} | environment
     command = [sys.executable, "-W", "error", "-c", program, *map(str, args)]
     ran = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert ran.returncode == 0, ran.stdout + ran.stderr

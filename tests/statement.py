@@ -38,7 +38,7 @@ def block_scales(amax, s):
 
 
 def quantize(values, s):
-    """DESIGN section 3 for ``[..., n]`` and one scale ``s``: codes ``[..., n]`` uint8 and e4m3 scales ``[..., n/16]``."""
+    """DESIGN section 3 for ``[..., n]`` under one scale: codes ``[..., n]`` uint8, e4m3 scales ``[..., n/16]``."""
     blocks = np.asarray(values, np.float32).reshape(*values.shape[:-1], -1, 16)
     scales = block_scales(np.abs(blocks).max(-1), s)
     return codes_under(blocks, scales, s).reshape(values.shape), scales
