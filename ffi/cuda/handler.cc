@@ -305,31 +305,37 @@ auto BindExecute() {
 }
 
 }  // namespace
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeFusedMoeCudaInstantiate, Instantiate, ffi::Ffi::BindInstantiate().Attrs());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeFusedMoeCudaInitialize, Initialize,
-                              ffi::Ffi::BindInitialize().Ctx<ffi::State<Program>>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeFusedMoeCuda, Execute, BindExecute(), {ffi::Traits::kCmdBufferCompatible});
-// The same without the trait: XLA never captures it. For callers who opt out of command buffers.
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeFusedMoeCudaNoCapture, Execute, BindExecute());
-
 }  // namespace jax_moe::cuda
+
+// What the library shows: everything else in it is hidden.
+#pragma GCC visibility push(default)
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeFusedMoeCudaInstantiate, jax_moe::cuda::Instantiate,
+                              xla::ffi::Ffi::BindInstantiate().Attrs());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeFusedMoeCudaInitialize, jax_moe::cuda::Initialize,
+                              xla::ffi::Ffi::BindInitialize().Ctx<xla::ffi::State<jax_moe::cuda::Program>>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeFusedMoeCuda, jax_moe::cuda::Execute, jax_moe::cuda::BindExecute(),
+                              {xla::ffi::Traits::kCmdBufferCompatible});
+// The same without the trait: XLA never captures it. For callers who opt out of command buffers.
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeFusedMoeCudaNoCapture, jax_moe::cuda::Execute, jax_moe::cuda::BindExecute());
 
 extern "C" {
 
 // XLA_FFI_TypeId and XLA_FFI_TypeInfo of the call's state, for jax.ffi.register_ffi_type.
-__attribute__((visibility("default"))) void* JaxMoeCudaTypeId() { return &jax_moe::cuda::Program::id; }
+void* JaxMoeCudaTypeId() { return &jax_moe::cuda::Program::id; }
 
-__attribute__((visibility("default"))) const void* JaxMoeCudaTypeInfo() {
+const void* JaxMoeCudaTypeInfo() {
   static constexpr XLA_FFI_TypeInfo info = xla::ffi::MakeTypeInfo<jax_moe::cuda::Program>();
   return &info;
 }
 
 // Calls since the library was loaded: eager, captured, and captured with the zeroing on a branch of its own.
-__attribute__((visibility("default"))) void JaxMoeCudaCounters(int64_t counters[3]) {
+void JaxMoeCudaCounters(int64_t counters[3]) {
   counters[0] = jax_moe::cuda::eager_calls.load(std::memory_order_relaxed);
   counters[1] = jax_moe::cuda::captured_calls.load(std::memory_order_relaxed);
   counters[2] = jax_moe::cuda::forked_calls.load(std::memory_order_relaxed);
 }
 
 }  // extern "C"
+
+#pragma GCC visibility pop

@@ -1,0 +1,39 @@
+// A CPU custom call that decodes its attributes as the CUDA handler does and returns a kernel's image, so that a test
+// sees what XLA makes of the attributes on the way from Python: nesting, number arrays, every byte value.
+
+#include <cstring>
+
+#include "cuda/program.h"
+#include "decode.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_moe::cuda {
+namespace {
+
+ffi::Error EchoImage(ffi::Dictionary attributes, ffi::Result<ffi::Buffer<ffi::U8>> image,
+                     ffi::Result<ffi::Buffer<ffi::S32>> facts) {
+  ffi::ErrorOr<std::unique_ptr<Program>> program = Program::Decode(attributes);
+  if (program.has_error()) return program.error();
+  const Kernel& kernel = (*program)->kernel(kGemm1);
+  if (kernel.image.size() != image->size_bytes()) return Refuse("image: " + std::to_string(kernel.image.size()));
+  std::memcpy(image->typed_data(), kernel.image.data(), kernel.image.size());
+  const int32_t numbers[] = {static_cast<int32_t>(kernel.grid),
+                             static_cast<int32_t>(kernel.block),
+                             static_cast<int32_t>(kernel.cluster),
+                             static_cast<int32_t>(kernel.shared_bytes),
+                             kernel.overlap,
+                             static_cast<int32_t>(kernel.arguments.size()),
+                             static_cast<int32_t>(kernel.arguments.back().value),
+                             static_cast<int32_t>((*program)->shape()[6])};
+  if (facts->element_count() != std::size(numbers)) return Refuse("facts");
+  std::memcpy(facts->typed_data(), numbers, sizeof(numbers));
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    JaxMoeTestEchoImage, EchoImage,
+    ffi::Ffi::Bind().Attrs().Ret<ffi::Buffer<ffi::U8>>().Ret<ffi::Buffer<ffi::S32>>());
+
+}  // namespace jax_moe::cuda
