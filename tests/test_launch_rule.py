@@ -52,7 +52,8 @@ def checker_objects(tmp_path_factory):
     """The model and the scenarios: compiled once, linked with the header under test and with each mutant of it."""
     build = tmp_path_factory.mktemp("launch_rule")
     return [
-        compile_cc(SOURCES / f"{name}.cc", build / f"{name}.o", "-O2", "-c") for name in ("driver_model", "scenarios")
+        compile_cc(SOURCES / f"{name}.cc", build / f"{name}.o", "-O2", "-c")
+        for name in ("driver_model", "calls", "scenarios")
     ]
 
 
