@@ -17,11 +17,13 @@ from jax.interpreters import ad, batching, mlir
 
 import jax_moe
 from jax_moe import plan
+from jax_moe.experts import CANONICAL
 
 TARGET = "jax_moe_fused_moe_v1"
 """Target of the custom call. The version is in the name because exported programs outlive this library."""
 
-_HANDLERS = {"cpu": "JaxMoeFusedMoeCpu"}
+NO_CAPTURE_TARGET = TARGET + "_no_capture"
+"""The same handler without the trait that lets XLA record it into a command buffer (GPU only)."""
 
 
 def library_path() -> pathlib.Path:
@@ -53,19 +55,45 @@ def register() -> None:
     """Registers the targets with XLA, once, when ``jax_moe`` is imported.
 
     At import and not at first use, because a program that was exported or cached needs its targets before
-    anything of ours is traced. The CPU handler is stateless, so this is safe before the backend exists.
+    anything of ours is traced. The CPU handler is stateless, so this is safe before the backend exists; JAX keeps
+    the CUDA ones until a CUDA backend asks for them.
     """
-    for platform, symbol in _HANDLERS.items():
-        jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(getattr(library(), symbol)), platform=platform)
+    jax.ffi.register_ffi_target(TARGET, _capsule("JaxMoeFusedMoeCpu"), platform="cpu")
+
+    # The type of the CUDA handler's state must be known before a target that returns it.
+    state_type = {"type_id": _capsule_from("JaxMoeCudaTypeId"), "type_info": _capsule_from("JaxMoeCudaTypeInfo")}
+    jax.ffi.register_ffi_type("jax_moe_cuda_call", state_type, platform="CUDA")
+    for target, execute in ((TARGET, "JaxMoeFusedMoeCuda"), (NO_CAPTURE_TARGET, "JaxMoeFusedMoeCudaNoCapture")):
+        stages = {
+            "instantiate": _capsule("JaxMoeFusedMoeCudaInstantiate"),
+            "initialize": _capsule("JaxMoeFusedMoeCudaInitialize"),
+            "execute": _capsule(execute),
+        }
+        jax.ffi.register_ffi_target(target, stages, platform="CUDA")
+
+
+def _capsule(symbol: str):
+    """The handler of that name."""
+    return jax.ffi.pycapsule(getattr(library(), symbol))
+
+
+def _capsule_from(getter: str):
+    """The object that a C function of that name returns the address of."""
+    function = getattr(library(), getter)
+    function.restype = ctypes.c_void_p
+    return jax.ffi.pycapsule(function())
 
 
 def export_checks() -> list[jax.export.DisabledSafetyCheck]:
-    """What ``jax.export.export(f, disabled_checks=...)`` needs to let our custom call through.
+    """What ``jax.export.export(f, disabled_checks=...)`` needs to let our custom calls through.
 
     ``jax.export`` refuses custom calls whose stability nobody vouches for; we do, by versioning the target.
     """
-    return [jax.export.DisabledSafetyCheck.custom_call(TARGET)]
+    return [jax.export.DisabledSafetyCheck.custom_call(target) for target in (TARGET, NO_CAPTURE_TARGET)]
 
+
+GATE_UP_BIAS, DOWN_BIAS = 8, 13
+"""Positions of the optional biases among the operands; an absent one has shape ``(0,)``."""
 
 fused_moe_p = Primitive("jax_moe_fused_moe")
 """``out = fused_moe_p.bind(*operands, problem=...)``; operands as ``ffi/problem.h`` lists them."""
@@ -88,14 +116,25 @@ def _result_type(x, *_, problem: plan.Problem):
 
 
 def _lower_cpu(ctx, *operands, problem: plan.Problem):
-    _refuse_partitioning(ctx.module_context.axis_context)
-    return _custom_call(ctx, operands, problem.attributes(), plan.cpu_workspaces(problem))
+    if problem.layout != CANONICAL:
+        raise ValueError(f"experts.layout: got {problem.layout!r}, but on a CPU fused_moe needs {CANONICAL!r} weights")
+    return _custom_call(ctx, TARGET, operands, problem.attributes(), plan.cpu_workspaces(problem))
 
 
-def _custom_call(ctx, operands, attributes, workspaces):
+def _lower_cuda(ctx, *operands, problem: plan.Problem):
+    from jax_moe.kernels import lowering  # here, because a CPU never needs it
+
+    given = [aval.shape != (0,) for aval in ctx.avals_in]
+    call = lowering.cuda_call(problem, biases=(given[GATE_UP_BIAS], given[DOWN_BIAS]))
+    target = TARGET if problem.command_buffer else NO_CAPTURE_TARGET
+    return _custom_call(ctx, target, operands, problem.attributes() | call.attributes, call.workspaces)
+
+
+def _custom_call(ctx, target, operands, attributes, workspaces):
     """Emits the call; the workspaces become results behind the output, and are dropped here."""
+    _refuse_partitioning(ctx.module_context.axis_context)
     results = [jax.core.ShapedArray(w.shape, w.dtype) for w in workspaces]
-    rule = jax.ffi.ffi_lowering(TARGET)
+    rule = jax.ffi.ffi_lowering(target)
     return rule(ctx.replace(avals_out=[*ctx.avals_out, *results]), *operands, **attributes)[:1]
 
 
@@ -136,5 +175,6 @@ def _refuse_grad(*_, **__):
 
 
 mlir.register_lowering(fused_moe_p, _lower_cpu, platform="cpu")
+mlir.register_lowering(fused_moe_p, _lower_cuda, platform="cuda")
 batching.primitive_batchers[fused_moe_p] = _refuse_vmap
 ad.primitive_jvps[fused_moe_p] = _refuse_grad

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jax_moe import activations, moe, nvfp4, plan
+from jax_moe import activations, check, moe, nvfp4, plan
 from jax_moe.experts import CANONICAL, Experts, Projection
 from jax_moe.routing import Routing
 
@@ -29,6 +29,7 @@ def sharded_moe(
     combine: plan.Combine = "atomic",
     weight_on: plan.WeightOn = "output",
     out_dtype=jnp.bfloat16,
+    command_buffer: bool = True,
 ) -> jax.Array:
     """:func:`jax_moe.fused_moe` over a device mesh; the weights never move.
 
@@ -44,7 +45,7 @@ def sharded_moe(
       expert_axis: shards E; its size must divide E.
       tensor_axis: shards I; I divided by its size must be a multiple of 16.
       data_axis: shards T; its size must divide T.
-      activation, precision, combine, weight_on, out_dtype: as for ``fused_moe``.
+      activation, precision, combine, weight_on, out_dtype, command_buffer: as for ``fused_moe``.
 
     Returns:
       ``[T, H]`` of ``out_dtype``, sharded over ``data_axis``.
@@ -52,8 +53,9 @@ def sharded_moe(
     Raises:
       TypeError, ValueError: as ``fused_moe``, or the mesh does not fit.
     """
-    options = dict(activation=activation, precision=precision, combine=combine, weight_on=weight_on)
-    problem = moe.check(x, experts, routing, **options, expert_offset=0, out_dtype=out_dtype)
+    options = dict(activation=activation, precision=precision, combine=combine)
+    options |= dict(weight_on=weight_on, command_buffer=command_buffer)
+    problem = check.check(x, experts, routing, **options, expert_offset=0, out_dtype=out_dtype)
     specs = partition_specs(experts, mesh, expert_axis=expert_axis, tensor_axis=tensor_axis)
     expert_axes = _axes_in(mesh, "expert_axis", expert_axis)
     tensor_axes = _axes_in(mesh, "tensor_axis", tensor_axis)
@@ -115,27 +117,32 @@ def partition_specs(
     Raises:
       ValueError: the mesh does not divide E or I, or lacks an axis that is not the default one.
     """
-    if experts.layout != CANONICAL:
-        raise ValueError(f"experts.layout: got {experts.layout!r}, needs {CANONICAL!r}")
-    num_experts, _, intermediate, _ = experts.gate_up.payload.shape
     expert_axes = _axes_in(mesh, "expert_axis", expert_axis)
     tensor_axes = _axes_in(mesh, "tensor_axis", tensor_axis)
     if shared := set(expert_axes) & set(tensor_axes):
         raise ValueError(f"expert_axis, tensor_axis: both got {sorted(shared)}, need different mesh axes")
-    _check_divides(mesh, "expert_axis", expert_axes, "E", num_experts)
-    _check_divides(mesh, "tensor_axis", tensor_axes, "I", intermediate, multiple=nvfp4.BLOCK_SIZE)
-
     e, i = expert_axes or None, tensor_axes or None
+    _check_divides(mesh, "expert_axis", expert_axes, "E", experts.down.global_scale.shape[0])
+    if experts.layout == CANONICAL:
+        intermediate = experts.gate_up.payload.shape[2]
+        _check_divides(mesh, "tensor_axis", tensor_axes, "I", intermediate, multiple=nvfp4.BLOCK_SIZE)
+        gate_up_spec, down_spec = PartitionSpec(e, None, i, None), PartitionSpec(e, None, i)
+        gate_up_scale_spec, down_scale_spec = gate_up_spec, down_spec
+    else:  # prepared: blocks of I, with their block scales inside
+        for blocks in (experts.gate_up.payload.shape[1], experts.down.payload.shape[2]):
+            _check_divides(mesh, "tensor_axis", tensor_axes, "I in prepared blocks", blocks)
+        gate_up_spec, down_spec = PartitionSpec(e, i, None, None), PartitionSpec(e, None, i, None)
+        gate_up_scale_spec = down_scale_spec = PartitionSpec(e, None)
     gate_up = Projection(
-        payload=PartitionSpec(e, None, i, None),
-        block_scale=PartitionSpec(e, None, i, None),
+        payload=gate_up_spec,
+        block_scale=gate_up_scale_spec,
         global_scale=PartitionSpec(e, None),
         input_scale=PartitionSpec(),
         bias=PartitionSpec(e, None, i),
     )
     down = Projection(
-        payload=PartitionSpec(e, None, i),
-        block_scale=PartitionSpec(e, None, i),
+        payload=down_spec,
+        block_scale=down_scale_spec,
         global_scale=PartitionSpec(e),
         input_scale=PartitionSpec(e),
         bias=PartitionSpec(e, None),

@@ -19,7 +19,7 @@ class Problem:
     """The shapes and options of one ``fused_moe`` call; hashable, so that it can be a static argument.
 
     ``num_experts`` counts the experts held locally (L of DESIGN section 2), ``intermediate_size`` is the
-    local I, padding of a prepared layout included.
+    local I, padding of a prepared layout included. ``command_buffer`` says whether XLA may capture the call.
     """
 
     num_tokens: int
@@ -33,6 +33,7 @@ class Problem:
     weight_on: WeightOn
     out_dtype: jnp.dtype
     layout: str
+    command_buffer: bool
 
     @property
     def num_routes(self) -> int:

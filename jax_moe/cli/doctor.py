@@ -1,0 +1,78 @@
+"""``python -m jax_moe doctor``: what this machine can run, and why not the rest."""
+
+import ctypes
+import importlib.metadata
+import os
+import platform
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+import jax_moe
+
+
+def doctor() -> None:
+    """Show versions, devices, the FFI library, what can run here and why the rest cannot."""
+    console = Console()
+    versions = Table("package", "version", title="Versions")
+    versions.add_row("python", platform.python_version())
+    for package in ("jax_moe", "jax", "jaxlib", "ml_dtypes", "nvidia-cutlass-dsl", "flax"):
+        versions.add_row(package, _version(package))
+    console.print(versions)
+
+    facts = Table("what", "value", title="XLA FFI", show_header=False)
+    facts.add_row("library", str(jax_moe.ffi.library_path()))
+    facts.add_row("custom call target", jax_moe.ffi.TARGET)
+    facts.add_row("JAX devices", ", ".join(map(str, jax.devices())))
+    facts.add_row("XLA_FLAGS", os.environ.get("XLA_FLAGS", "(not set)"))
+    facts.add_row("command buffers", _command_buffers())
+    console.print(facts)
+
+    targets = Table("target", "runs here", "why", title="What this machine can run")
+    for target, (runs, why) in _targets().items():
+        targets.add_row(target, "[green]yes" if runs else "[red]no", why)
+    console.print(targets)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _command_buffers() -> str:
+    """Whether XLA may capture the op on a GPU, as far as XLA_FLAGS tells."""
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    enabled = [flag.split("=", 1)[1] for flag in flags if flag.startswith("--xla_gpu_enable_command_buffer=")]
+    if enabled and "CUSTOM_CALL" not in enabled[-1].upper():
+        return f"custom calls are not captured: --xla_gpu_enable_command_buffer={enabled[-1] or '(empty)'}"
+    minimum = [flag.split("=", 1)[1] for flag in flags if flag.startswith("--xla_gpu_graph_min_graph_size=")]
+    size = minimum[-1] if minimum else "5 (XLA's default)"
+    return f"GPU only: captured in runs of at least {size} capturable operations"
+
+
+def _targets() -> dict[str, tuple[bool, str]]:
+    """For each target whether it runs here, and the reason."""
+    results = {"CPU": (True, f"{os.cpu_count()} cores, {platform.machine()}")}
+    gpus = [device for device in jax.devices() if device.platform == "gpu"]
+    capabilities = sorted({device.compute_capability for device in gpus})
+    for name, needed in (("Hopper (sm_90a)", "9.0"), ("Blackwell (sm_100a)", "10.0")):
+        if needed in capabilities:
+            results[name] = (True, f"{capabilities.count(needed)} device(s) of compute capability {needed}")
+        elif gpus:
+            results[name] = (False, f"needs compute capability {needed}, JAX sees {', '.join(capabilities)}")
+        else:
+            results[name] = (False, _why_no_gpu())
+    return results
+
+
+def _why_no_gpu() -> str:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "no NVIDIA driver on this machine (libcuda.so.1 does not load)"
+    if _version("jax-cuda13-plugin") == _version("jax-cuda12-plugin") == "not installed":
+        return "a driver is here, but JAX has no CUDA plugin: pip install 'jax_moe[cuda13]'"
+    return f"a driver and a plugin are here, but JAX runs on {jax.default_backend()}: see JAX_PLATFORMS"
