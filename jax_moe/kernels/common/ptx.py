@@ -55,6 +55,16 @@ def load_shared_v4(address: Int32, *, loc=None, ip=None) -> tuple[Uint32, Uint32
 
 
 @dsl_user_op
+def load_global_f32x4(address: Int64, *, loc=None, ip=None) -> tuple[Float32, Float32, Float32, Float32]:
+    """Four fp32 values that are read once, 16-byte aligned."""
+    struct = ir.Type.parse("!llvm.struct<(f32, f32, f32, f32)>")
+    operand = Int64(address).ir_value(loc=loc, ip=ip)
+    text = "ld.global.L1::no_allocate.v4.f32 {$0, $1, $2, $3}, [$4];"
+    value = _asm(struct, [operand], text, "=f,=f,=f,=f,l", False, loc, ip)
+    return tuple(Float32(llvm.extractvalue(T.f32(), value, [i], loc=loc, ip=ip)) for i in range(4))
+
+
+@dsl_user_op
 def copy_16_bytes(shared: Int32, source: Int64, num_bytes: Int32, *, loc=None, ip=None) -> None:
     """``cp.async`` of ``num_bytes`` (0 or 16) bytes; the rest of the 16 is filled with zeros."""
     operands = [

@@ -36,7 +36,7 @@ class _Gemm:
         self.n = tile.token_tile
         self.stages = tile.stages
         self.consumers = tile.m_warpgroups * tile.k_warpgroups
-        self.threads = _WARPGROUP * (1 + self.consumers)
+        self.threads = tile.threads
         self.weight_bytes = tile.m_warpgroups * layout.BLOCK_BYTES
         self.token_bytes = self.n * _TOKEN_ROW_BYTES
         self.accumulators = self.n // 8 * 4  # fp32 registers of one 64-row half
@@ -285,7 +285,10 @@ class Gemm1(_Gemm):
         self.kernel(
             x, row_route, tile_expert, expert_tiles, payload, global_scale, input_scale, bias, down_input_scale, h, H,
             row_divisor, local_experts, m_blocks, k_blocks,
-        ).launch(grid=(ctas, 1, 1), block=(self.threads, 1, 1), stream=stream, min_blocks_per_mp=self.tile.ctas_per_sm)  # fmt: skip
+        ).launch(
+            grid=(ctas, 1, 1), block=(self.threads, 1, 1), smem=self.spec.smem_bytes, stream=stream,
+            min_blocks_per_mp=self.tile.ctas_per_sm, preferred_smem_carveout=100,
+        )  # fmt: skip
 
     @cute.kernel
     def kernel(
@@ -462,7 +465,10 @@ class Gemm2(_Gemm):
         self.kernel(
             h, row_route, row_weight, tile_expert, expert_tiles, payload, global_scale, input_scale, bias, out, H,
             row_divisor, local_experts, m_blocks, k_blocks, h_blocks,
-        ).launch(grid=(ctas, 1, 1), block=(self.threads, 1, 1), stream=stream, min_blocks_per_mp=self.tile.ctas_per_sm)  # fmt: skip
+        ).launch(
+            grid=(ctas, 1, 1), block=(self.threads, 1, 1), smem=self.spec.smem_bytes, stream=stream,
+            min_blocks_per_mp=self.tile.ctas_per_sm, preferred_smem_carveout=100,
+        )  # fmt: skip
 
     @cute.kernel
     def kernel(

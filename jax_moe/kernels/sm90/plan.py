@@ -1,8 +1,6 @@
 """Which kernel variants a call launches, as frozen values; importable without the DSL."""
 
 import dataclasses
-import math
-
 from jax_moe.kernels.sm90 import layout
 
 SHARED_MEMORY = 232_448
@@ -35,6 +33,10 @@ class Tile:
         return f"n{self.token_tile}m{self.m_warpgroups}k{self.k_warpgroups}s{self.stages}c{self.ctas_per_sm}"
 
     @property
+    def threads(self) -> int:
+        return 128 * (1 + self.m_warpgroups * self.k_warpgroups)
+
+    @property
     def stage_bytes(self) -> int:
         return self.m_warpgroups * layout.BLOCK_BYTES + self.token_tile * layout.BLOCK_K * 2
 
@@ -49,15 +51,31 @@ class Tile:
         return self.stages * self.stage_bytes + self.reduction_bytes + barriers + rows + 1024  # 1024: alignment
 
 
-def _with_most_stages(token_tile: int, m_warpgroups: int, k_warpgroups: int, ctas_per_sm: int, limit: int) -> Tile:
+def with_most_stages(token_tile: int, m_warpgroups: int, k_warpgroups: int, ctas_per_sm: int, limit: int) -> Tile:
     tile = Tile(token_tile, m_warpgroups, k_warpgroups, 0, ctas_per_sm)
     available = SHARED_MEMORY // ctas_per_sm - (_RESERVED_PER_CTA if ctas_per_sm > 1 else 0)
     per_stage = tile.stage_bytes + 16
     return dataclasses.replace(tile, stages=min(limit, (available - tile.shared_bytes) // per_stage))
 
 
+class _Launch:
+    """What the handler needs to know to launch a GEMM kernel."""
+
+    tile: Tile
+    cluster = 1
+    pdl = False
+
+    @property
+    def threads(self) -> int:
+        return self.tile.threads
+
+    @property
+    def smem_bytes(self) -> int:
+        return self.tile.shared_bytes
+
+
 @dataclasses.dataclass(frozen=True)
-class Gemm1Spec:
+class Gemm1Spec(_Launch):
     """x rows, gathered by route -> intermediate."""
 
     tile: Tile
@@ -86,7 +104,7 @@ class Gemm1Spec:
 
 
 @dataclasses.dataclass(frozen=True)
-class Gemm2Spec:
+class Gemm2Spec(_Launch):
     """Intermediate -> out (atomic) or contributions (ordered)."""
 
     tile: Tile
@@ -111,10 +129,18 @@ class CombineSpec:
     """Contributions -> out, in slot order."""
 
     out_dtype: str
+    cluster = 1
+    pdl = False
+    threads = 128
+    smem_bytes = 0
 
     @property
     def name(self) -> str:
         return f"jax_moe_combine_{self.out_dtype}"
+
+    def grid(self, num_tokens: int, hidden_size: int) -> int:
+        """Thread blocks to launch: a thread takes four values."""
+        return -(-num_tokens * (hidden_size // 4) // self.threads)
 
     def entry(self):
         from jax_moe.kernels.common import combine
