@@ -37,7 +37,10 @@
 //     // Only while capturing: make an empty node the stream's newest work. [cuGraphAddEmptyNode + the call above]
 //     int AddEmptyNode(Stream stream);
 //   };
-//   struct Kernels {                // each enqueues its launches on `stream` and nothing anywhere else; 0 = success
+//   // Each enqueues its launches on `stream`, nothing anywhere else, and returns 0 for success. The rule counts on a
+//   // kernel to run after the one before it. One that is launched to overlap it (programmatic dependent launch) waits
+//   // for it in every block, before its first access to memory and before it may exit.
+//   struct Kernels {
 //     int Sort(Stream stream);      // routes -> permuted rows and tile map
 //     int Prepare(Stream stream);   // the pass over x (quantise, or multiply by the routing weight)
 //     int Gemm1(Stream stream);     // neither reads nor writes the output

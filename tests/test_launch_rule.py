@@ -168,7 +168,7 @@ def fork_with_events(aux: str, events: str, *, eager: bool = False, early: bool 
 class Mutant:
     name: str
     patches: list[tuple[str, str]]
-    breaks: str  # the rule that the checker must name
+    breaks: str  # the rules that the checker must name, among others perhaps
 
 
 MUTANTS = [
@@ -188,7 +188,7 @@ MUTANTS = [
         "zeroed",
     ),
     Mutant("zeroing not on a branch when captured", [(FORK_IF, "if (false) {")], "overlap"),
-    Mutant("no join", [(JOIN_IF, "if (false) {")], "joined"),
+    Mutant("no join", [(JOIN_IF, "if (false) {")], "joined race"),
     Mutant("no join on an error path", [(JOIN_IF, "if (result.forked && gemm1_enqueued) {")], "joined"),
     Mutant(
         "join after GEMM2",
@@ -202,18 +202,20 @@ MUTANTS = [
         "event recorded before the zeroing", fork_with_events("api.OwnSide()", "api.OwnSide()", early=True), "joined"
     ),
     Mutant("the wrong stream waits", fork_with_events("api.OwnSide()", "api.OwnSide()", join="aux"), "joined"),
-    Mutant("module-level event", fork_with_events("api.OwnSide()", "api.ModuleSide()"), "shared"),
-    Mutant("module-level stream", fork_with_events("api.ModuleSide()", "api.OwnSide()"), "shared"),
+    Mutant("module-level event", fork_with_events("api.OwnSide()", "api.ModuleSide()"), "shared driver-error"),
+    Mutant("module-level stream", fork_with_events("api.ModuleSide()", "api.OwnSide()"), "shared driver-error"),
     Mutant(
         "module-level stream and events, eager too",
         fork_with_events("api.ModuleSide()", "api.ModuleSide()", eager=True),
-        "shared",
+        "shared one-stream race driver-error",
     ),
-    Mutant("stream and events of a call site", fork_with_events("api.SiteSide()", "api.SiteSide()"), "shared"),
+    Mutant(
+        "stream and events of a call site", fork_with_events("api.SiteSide()", "api.SiteSide()"), "shared driver-error"
+    ),
     Mutant(
         "stream and events of a call site on a device",
         fork_with_events("api.SiteOnDeviceSide()", "api.SiteOnDeviceSide()"),
-        "shared",
+        "shared driver-error",
     ),
     Mutant("fork while eager", fork_with_events("api.OwnSide()", "api.OwnSide()", eager=True), "one-stream"),
     Mutant("graph node while eager", [(FORK_IF, "if (plan.atomic) {")], "driver-error"),
@@ -269,7 +271,7 @@ def violations(program: Path, *flags: str) -> dict[str, list]:
 def test_mutant_is_caught(mutant, checker_objects, tmp_path):
     program = link_checker(checker_objects, tmp_path, patched_header(mutant.patches, tmp_path))
     found = violations(program)
-    assert mutant.breaks in found, found
+    assert set(mutant.breaks.split()) <= found.keys(), found
 
 
 def test_a_static_variable_is_seen_by_nm_and_by_the_thread_sanitizer(tmp_path):
@@ -279,15 +281,6 @@ def test_a_static_variable_is_seen_by_nm_and_by_the_thread_sanitizer(tmp_path):
     done = run_sanitized(compile_cc(SOURCES / "threads.cc", tmp_path / "threads", *SANITIZE, include=include))
     assert done.returncode != 0
     assert "data race" in done.stderr
-
-
-@pytest.mark.parametrize("scope", ["ModuleSide", "SiteSide", "SiteOnDeviceSide"])
-def test_sharing_does_harm(scope, checker_objects, tmp_path):
-    """Sharing a stream or an event is not only forbidden: the driver refuses, or memory is touched out of order."""
-    patches = fork_with_events(f"api.{scope}()", f"api.{scope}()")
-    program = link_checker(checker_objects, tmp_path, patched_header(patches, tmp_path))
-    found = violations(program, "--no-errors")
-    assert found.keys() & {"driver-error", "race", "zeroed", "device"}, found
 
 
 def test_a_stream_and_events_of_one_call_alone_pass(checker_objects, checker, tmp_path):
