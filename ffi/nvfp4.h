@@ -24,12 +24,14 @@ static inline bool IsNaN(float value) { return (BitsOf(value) & 0x7FFFFFFFu) > 0
 
 static inline float BF16ToFloat(uint16_t bits) { return FloatOf(uint32_t{bits} << 16); }
 
-// Rounds to nearest even; a NaN stays a (quiet) NaN.
-static inline uint16_t BF16FromFloat(float value) {
+// The nearest bfloat16, ties to even, as a float; a NaN stays a (quiet) NaN.
+static inline float RoundToBF16(float value) {
   const uint32_t bits = BitsOf(value);
-  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  return static_cast<uint16_t>(IsNaN(value) ? (bits >> 16) | 0x40u : rounded);
+  const uint32_t rounded = bits + 0x7FFFu + (bits >> 16 & 1u);
+  return FloatOf((IsNaN(value) ? bits | 0x400000u : rounded) & 0xFFFF0000u);
 }
+
+static inline uint16_t BF16FromFloat(float value) { return static_cast<uint16_t>(BitsOf(RoundToBF16(value)) >> 16); }
 
 // Rounds to nearest even, saturates at +-6. A NaN becomes a zero of the opposite sign, as an ml_dtypes cast gives.
 static inline uint8_t E2M1FromFloat(float value) {
@@ -87,9 +89,9 @@ static inline uint8_t QuantizeBlock(const float* values, float global_scale, uin
   const float inverse = 1.0f / (decoded * global_scale);
   const float nan = __builtin_nanf("");
   for (int i = 0; i < kBlockSize; ++i) {
-    // The sign of v * NaN is the hardware's choice, hence the rule for a NaN inverse.
-    const float product = IsNaN(inverse) ? nan : values[i] * inverse;
-    const uint8_t code = E2M1FromFloat(IsNaN(values[i]) ? values[i] : product);
+    // The sign of a NaN product is the hardware's choice, and a code needs one: positive, unless the value was the NaN.
+    const float product = values[i] * inverse;
+    const uint8_t code = E2M1FromFloat(IsNaN(values[i]) ? values[i] : IsNaN(product) ? nan : product);
     codes[i] = decoded == 0.0f ? uint8_t{0} : code;
   }
   return block_scale;

@@ -55,11 +55,14 @@ struct WeightRows {
 
 inline void ExpandPanel(const WeightRows& weights, int first_row, int64_t begin, int64_t depth, float* panel) {
   for (int row = 0; row < kPanelRows; ++row) {
-    const uint8_t* payload = weights.payload + ((first_row + row) * weights.depth + begin) / 2;
-    const uint8_t* scales = weights.block_scale + ((first_row + row) * weights.depth + begin) / kBlockSize;
-    for (int64_t k = 0; k < depth; k += kBlockSize) {
-      Store(panel + row * depth + k, DequantizeBlock(payload + k / 2, kE4M3.value[scales[k / kBlockSize]]));
+    const int64_t first_block = ((first_row + row) * weights.depth + begin) / kBlockSize;
+    const uint8_t* payload = weights.payload + first_block * (kBlockSize / 2);
+    const uint8_t* scales = weights.block_scale + first_block;
+    for (int64_t block = 0; block < depth / kBlockSize; ++block) {
+      Store(panel + block * kBlockSize,
+            DequantizeBlock(payload + block * (kBlockSize / 2), kE4M3.value[scales[block]]));
     }
+    panel += kPanelDepth;
   }
 }
 
@@ -74,7 +77,8 @@ inline void MultiplyTile(const float* panel, int64_t depth, const float* const* 
     Lanes values[kTokens];
     for (int t = 0; t < kTokens; ++t) values[t] = Load(rows[t] + k);
     for (int r = 0; r < kPanelRows; ++r) {
-      const Lanes weight = Load(panel + r * depth + k);
+      Lanes weight = Load(panel + r * kPanelDepth + k);
+      KeepInRegisters(&weight);
       for (int t = 0; t < kTokens; ++t) {
         for (int i = 0; i < kParts; ++i) {
           accumulators[t][r].part[i] = MultiplyAdd(weight.part[i], values[t].part[i], accumulators[t][r].part[i]);
@@ -82,9 +86,8 @@ inline void MultiplyTile(const float* panel, int64_t depth, const float* const* 
       }
     }
   }
-  for (int t = 0; t < kTokens; ++t) {
-    for (int r = 0; r < kPanelRows; ++r) sums[t][first_row + r] += SumLanes(accumulators[t][r]);
-  }
+#pragma GCC unroll 8
+  for (int t = 0; t < kTokens; ++t) AddSumOfLanes(accumulators[t], sums[t] + first_row);
 }
 
 // sums[t][n] = weight row n . inputs[t], for 16 weight rows and at most kBlockTokens inputs.
@@ -100,7 +103,11 @@ void Multiply(const WeightRows& weights, const float* const* inputs, int count, 
       for (; t + kTileTokens <= count; t += kTileTokens) {
         MultiplyTile<kTileTokens>(panel, depth, inputs + t, begin, row, sums + t);
       }
-      for (; t < count; ++t) MultiplyTile<1>(panel, depth, inputs + t, begin, row, sums + t);
+      if (kTileTokens > 2 && t + 2 == count) {
+        MultiplyTile<2>(panel, depth, inputs + t, begin, row, sums + t);
+      } else if (t + 1 == count) {
+        MultiplyTile<1>(panel, depth, inputs + t, begin, row, sums + t);
+      }
     }
   }
 }
@@ -113,7 +120,7 @@ inline void RoundBlock(Precision precision, float global_scale, float* values) {
     const float block_scale = kE4M3.value[QuantizeBlock(values, global_scale, codes)];
     for (int i = 0; i < kBlockSize; ++i) values[i] = E2M1ToFloat(codes[i]) * block_scale;
   } else {
-    for (int i = 0; i < kBlockSize; ++i) values[i] = BF16ToFloat(BF16FromFloat(values[i]));
+    for (int i = 0; i < kBlockSize; ++i) values[i] = RoundToBF16(values[i]);
   }
 }
 
@@ -128,7 +135,7 @@ void PrepareRow(const Call& call, int64_t row) {
     for (int i = 0; i < kBlockSize; ++i) block[i] = BF16ToFloat(from[h + i]);
     if (weighted) {
       const float weight = p.routing_weights[route];
-      for (int i = 0; i < kBlockSize; ++i) block[i] = BF16ToFloat(BF16FromFloat(block[i] * weight));
+      for (int i = 0; i < kBlockSize; ++i) block[i] = RoundToBF16(block[i] * weight);
     }
     if (p.precision == Precision::kW4A4) RoundBlock(p.precision, *p.gate_up.input_scale, block);
     memcpy(to + h, block, sizeof(block));

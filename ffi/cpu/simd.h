@@ -56,6 +56,16 @@ static inline Native MultiplyAdd(Native a, Native b, Native c) {
 #endif
 }
 
+// Keeps the compiler from loading these lanes again for every use: it would rather have memory operands, and the load
+// ports would become the limit.
+static inline void KeepInRegisters(Lanes* lanes) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(lanes->part[0]));
+#else
+  (void)lanes;
+#endif
+}
+
 // Eight bytes of payload to the sixteen values they stand for, times their block scale.
 static inline Lanes DequantizeBlock(const uint8_t* payload, float scale) {
   Lanes lanes;
@@ -65,10 +75,9 @@ static inline Lanes DequantizeBlock(const uint8_t* payload, float scale) {
   const __m512i shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
   const __m512 values = _mm512_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f,  //
                                        -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f);
-  int32_t words[2];
-  memcpy(words, payload, sizeof(words));
-  const __m512i codes =
-      _mm512_srlv_epi32(_mm512_mask_set1_epi32(_mm512_set1_epi32(words[0]), 0xFF00, words[1]), shifts);
+  const __m512i low = _mm512_broadcastd_epi32(_mm_loadu_si32(payload));
+  const __m512i words = _mm512_mask_broadcastd_epi32(low, 0xFF00, _mm_loadu_si32(payload + 4));
+  const __m512i codes = _mm512_srlv_epi32(words, shifts);
   lanes.part[0] = _mm512_permutexvar_ps(codes, values) * _mm512_set1_ps(scale);
 #elif defined(__AVX2__)
   // As above with the magnitudes alone (the permute looks at 3 bits here); bit 3 is moved to the sign.
@@ -94,14 +103,44 @@ static inline Lanes DequantizeBlock(const uint8_t* payload, float scale) {
   return lanes;
 }
 
-// The sum of the sixteen lanes: halves onto each other, 8 + 8, 4 + 4, 2 + 2, 1 + 1, on every instruction set.
+// The sum of the sixteen lanes: halves onto each other, 8 + 8, 4 + 4, 2 + 2, 1 + 1. Every instruction set keeps this
+// order.
 static inline float SumLanes(const Lanes& lanes) {
   float sums[kLanes];
-  Store(sums, lanes);
+  memcpy(sums, &lanes, sizeof(lanes));
   for (int width = kLanes / 2; width >= 1; width /= 2) {
     for (int i = 0; i < width; ++i) sums[i] += sums[i + width];
   }
   return sums[0];
+}
+
+// sums[r] += the sum of rows[r]'s lanes.
+template <int kRows>
+static inline void AddSumOfLanes(const Lanes (&rows)[kRows], float* sums) {
+#if defined(__AVX512F__)
+  // Two vectors a step: half of each moves onto the other half, so that no lane is ever idle.
+  static_assert(kRows == 8);
+  const auto fold8 = [](__m512 a, __m512 b) {
+    return _mm512_mask_blend_ps(0xFF00, a, b) + _mm512_shuffle_f32x4(a, b, _MM_SHUFFLE(1, 0, 3, 2));
+  };
+  const auto fold4 = [](__m512 a, __m512 b) {
+    const __m512i crossed = _mm512_setr_epi32(4, 5, 6, 7, 16, 17, 18, 19, 12, 13, 14, 15, 24, 25, 26, 27);
+    return _mm512_mask_blend_ps(0xF0F0, a, b) + _mm512_permutex2var_ps(a, crossed, b);
+  };
+  const auto fold2 = [](__m512 a, __m512 b) {
+    const __m512d crossed = _mm512_shuffle_pd(_mm512_castps_pd(a), _mm512_castps_pd(b), 0x55);
+    return _mm512_mask_blend_ps(0xCCCC, a, b) + _mm512_castpd_ps(crossed);
+  };
+  const __m512 even = fold4(fold8(rows[0].part[0], rows[4].part[0]), fold8(rows[2].part[0], rows[6].part[0]));
+  const __m512 odd = fold4(fold8(rows[1].part[0], rows[5].part[0]), fold8(rows[3].part[0], rows[7].part[0]));
+  const __m512 pairs = fold2(even, odd);  // rows 0 1 2 3 4 5 6 7, two lanes each
+  const __m512 doubled = pairs + _mm512_permute_ps(pairs, _MM_SHUFFLE(2, 3, 0, 1));
+  const __m512i every_other = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 0, 0, 0, 0, 0, 0, 0, 0);
+  const __m256 totals = _mm512_castps512_ps256(_mm512_permutexvar_ps(every_other, doubled));
+  _mm256_storeu_ps(sums, _mm256_loadu_ps(sums) + totals);
+#else
+  for (int r = 0; r < kRows; ++r) sums[r] += SumLanes(rows[r]);
+#endif
 }
 
 }  // namespace jax_moe
