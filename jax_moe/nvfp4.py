@@ -78,7 +78,16 @@ def global_scale_for(amax: jax.Array) -> jax.Array:
     An all-zero tensor gets 1, so that quantising it divides by nothing.
     """
     amax = jnp.asarray(amax, jnp.float32)
-    return jnp.where(amax > 0, amax / (E2M1_MAX * E4M3_MAX), jnp.float32(1))
+    return jnp.where(amax > 0, _divide(amax, jnp.float32(E2M1_MAX * E4M3_MAX)), jnp.float32(1))
+
+
+def _divide(a: jax.Array, b: jax.Array) -> jax.Array:
+    """``a / b`` as IEEE rounds it.
+
+    XLA divides by a constant or by a broadcast scalar by multiplying with its reciprocal, which rounds twice. The
+    barrier hides from it that ``b`` is one.
+    """
+    return a / jax.lax.optimization_barrier(jnp.broadcast_to(b, a.shape))
 
 
 def quantize(values: jax.Array, global_scale: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -86,7 +95,9 @@ def quantize(values: jax.Array, global_scale: jax.Array) -> tuple[jax.Array, jax
 
     For each block ``v`` of 16: ``sf = e4m3(min(amax(v) / (6*s), 448))``; if ``sf``
     is 0 all codes are 0, else ``code = e2m1(v * (1 / (sf*s)))``; all in float32 with
-    IEEE division, where ``s`` is the global scale (DESIGN section 3).
+    IEEE division, where ``s`` is the global scale (DESIGN section 3). XLA's CPU backend flushes subnormals,
+    so there the bits are those of IEEE for ``2**-115 <= s <= 2**117``: with a scale beyond, a value, product or
+    reciprocal that counts may be subnormal.
 
     Args:
       values: ``[..., n]``, n a multiple of 16.
@@ -106,7 +117,7 @@ def quantize(values: jax.Array, global_scale: jax.Array) -> tuple[jax.Array, jax
     scale = jnp.broadcast_to(jnp.asarray(global_scale, jnp.float32), values.shape[:-1])[..., None]
 
     amax = jnp.max(jnp.abs(blocks), axis=-1)
-    block_scale = jnp.minimum(amax / (E2M1_MAX * scale), E4M3_MAX).astype(jnp.float8_e4m3fn)
+    block_scale = jnp.minimum(_divide(amax, E2M1_MAX * scale), E4M3_MAX).astype(jnp.float8_e4m3fn)
     decoded = block_scale.astype(jnp.float32)
     is_zero = decoded == 0
     inverse = 1.0 / (jnp.where(is_zero, 1.0, decoded) * scale)
