@@ -93,7 +93,7 @@ def compiled(spec: Spec, target: str, hint: str = "") -> CompiledKernel:
     return _compiled(spec, target, cache_folder(), hint)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _compiled(spec: Spec, target: str, folder: pathlib.Path, hint: str) -> CompiledKernel:
     compiler = _compiler()
     for path in _candidates(spec, target, folder, compiler):

@@ -5,8 +5,8 @@ A thread takes one block of 16 values: 32 bytes in, 32 bytes out.
 
 import cuda.bindings.driver as cuda
 import cutlass
-import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64
+import cutlass.cute as cute
 
 from jax_moe.kernels import specs
 from jax_moe.kernels.common import epilogue, ptx
@@ -45,11 +45,11 @@ class Rows:
     ):  # fmt: skip
         tid, _, _ = cute.arch.thread_idx()
         cta, _, _ = cute.arch.block_idx()
-        index = Int64(cta) * self.spec.threads + tid
-        if index < Int64(num_rows) * row_blocks:
-            row = Int32(index // row_blocks)
-            column = Int32(index - Int64(row) * row_blocks)
-            source = self._block(x, Int64(row // row_divisor) * row_blocks + column)
+        index = cta * self.spec.threads + tid
+        if index < num_rows * row_blocks:
+            row = index // row_blocks
+            column = index - row * row_blocks
+            source = self._block(x, (row // row_divisor) * row_blocks + column)
             loaded = cute.make_rmem_tensor(_BLOCK, BFloat16)
             cute.autovec_copy(source, loaded)
             values = [Float32(loaded[i]) for i in range(_BLOCK)]
@@ -63,9 +63,9 @@ class Rows:
                 loaded[i] = BFloat16(values[i])
             cute.autovec_copy(loaded, self._block(x_rows, index))
 
-    def _block(self, base: cute.Pointer, index: Int64):
+    def _block(self, base: cute.Pointer, index):
         """16 values as a tensor; aligned to 16 bytes like ``base``."""
-        return cute.make_tensor((base + index * _BLOCK).align(16), cute.make_layout(_BLOCK))
+        return cute.make_tensor((base + Int64(index) * _BLOCK).align(16), cute.make_layout(_BLOCK))
 
     def _quantise(self, values, global_scale: Float32):
         amax = ptx.absolute(values[0])

@@ -14,8 +14,9 @@ All blocks compute step 2 in full: that is cheaper than handing it round.
 
 import cuda.bindings.driver as cuda
 import cutlass
-import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
+import cutlass.cute as cute
+from cutlass.memory import SmemAllocator
 
 from jax_moe.kernels import specs
 from jax_moe.kernels.common.memory import array, pointer
@@ -65,7 +66,7 @@ class Sort:
         routes = (array(expert_ids), array(routing_weights), array(expert_offset)[0])
         row_route, row_weight = array(row_route), array(row_weight)
 
-        smem = cutlass.utils.SmemAllocator()
+        smem = SmemAllocator()
         counts = self._allocate(smem, self.warps * self.experts)  # [warp, expert]
         first_rows = self._allocate(smem, self.experts)
         first_tiles = self._allocate(smem, self.experts + 1)
@@ -134,9 +135,8 @@ class Sort:
     @cute.jit
     def _weight(self, routes, first, step, expert) -> Float32:
         weight = Float32(1.0)
-        if cutlass.const_expr(self.spec.weighted):
-            if expert >= 0:
-                weight = routes[1][first + step * _WARP]
+        if cutlass.const_expr(self.spec.weighted) and expert >= 0:
+            weight = routes[1][first + step * _WARP]
         return weight
 
     @cute.jit

@@ -1,0 +1,215 @@
+"""The kernel cache: keys, damage, several processes, and what happens without the compiler. No GPU, no DSL needed."""
+
+import dataclasses
+import importlib.metadata
+import json
+import multiprocessing
+import pathlib
+import struct
+
+import pytest
+
+from jax_moe.kernels import compile as kernels
+
+_HAS_COMPILER = pytest.mark.skipif(
+    not any(d.name == "nvidia-cutlass-dsl" for d in importlib.metadata.distributions()),
+    reason="nvidia-cutlass-dsl is not installed",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Spec:
+    width: int = 1
+
+    @property
+    def name(self) -> str:
+        return f"test_{self.width}"
+
+    def entry(self):
+        raise NotImplementedError
+
+
+_KERNEL = kernels.CompiledKernel(b"\x7fELF\x00\xff" * 9, "symbol", 128, 4096, (8, 4), 40, 0, 2)
+
+
+@pytest.fixture
+def compiler(monkeypatch, tmp_path):
+    """An installed compiler that counts its calls; its version can be set to another, or None for "not installed"."""
+
+    class Compiler:
+        def __init__(self):
+            self.calls = []
+            self.version: str | None = "1.0"
+
+    fake = Compiler()
+
+    def compile_(spec, target):
+        fake.calls.append((spec, target))
+        return dataclasses.replace(_KERNEL, symbol=f"{spec.name} for {fake.version}")
+
+    monkeypatch.setattr(kernels, "_compile", compile_)
+    monkeypatch.setattr(kernels, "_compiler", lambda: fake.version)
+    monkeypatch.setenv("JAX_MOE_CACHE_DIR", str(tmp_path))
+    kernels._compiled.cache_clear()
+    yield fake
+    kernels._compiled.cache_clear()
+
+
+def _again(spec=_Spec()):
+    """As another process would ask: nothing in memory."""
+    kernels._compiled.cache_clear()
+    return kernels.compiled(spec, "sm_90a")
+
+
+def test_a_kernel_is_compiled_once_and_read_back_whole(compiler):
+    first = kernels.compiled(_Spec(), "sm_90a")
+    assert kernels.compiled(_Spec(), "sm_90a") is first
+    assert _again() == first
+    assert _again().image == _KERNEL.image
+    assert len(compiler.calls) == 1
+
+
+def test_everything_that_matters_is_in_the_key(compiler, monkeypatch):
+    _again()
+    _again(_Spec(2))
+    assert len(compiler.calls) == 2, "the spec"
+    compiler.version = "1.1"
+    assert _again().symbol == "test_1 for 1.1" and len(compiler.calls) == 3, "the compiler's version"
+    monkeypatch.setattr(kernels, "_source_digest", lambda: "other source")
+    _again()
+    assert len(compiler.calls) == 4, "the kernels' source"
+    monkeypatch.setattr(kernels, "TARGETS", ("sm_90a", "sm_100a"))
+    kernels.compiled(_Spec(), "sm_100a")
+    assert len(compiler.calls) == 5, "the target"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Other(_Spec):
+    pass
+
+
+def test_two_kinds_of_kernel_do_not_share_a_key(compiler):
+    assert _again(_Spec()).symbol
+    assert _again(_Other())
+    assert len(compiler.calls) == 2
+
+
+def test_the_source_digest_reads_every_file(tmp_path, monkeypatch):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "a.py").write_text("1")
+    (tmp_path / "deep/b.py").write_text("2")
+    monkeypatch.setattr(kernels, "__file__", str(tmp_path / "compile.py"))
+
+    def digest():
+        kernels._source_digest.cache_clear()
+        return kernels._source_digest()
+
+    before = digest()
+    (tmp_path / "deep/b.py").write_text("3")
+    assert digest() != before
+    monkeypatch.undo()
+    kernels._source_digest.cache_clear()
+
+
+def test_settings_of_the_compiler_are_part_of_its_version(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "4.8.1")
+    monkeypatch.delenv("CUTE_DSL_ENABLE_ASSERTIONS", raising=False)
+    plain = kernels._compiler()
+    monkeypatch.setenv("CUTE_DSL_ENABLE_ASSERTIONS", "1")
+    assert plain == "4.8.1"
+    assert kernels._compiler() not in (None, plain)
+
+
+@pytest.mark.parametrize("damage", ["", "{", "{}", '{"image": "AAAA", "sha256": "no"}', "[]", "\x00"])
+def test_a_damaged_file_is_compiled_anew(compiler, damage):
+    _again()
+    (path,) = kernels.cache_folder().iterdir()
+    path.write_text(damage)
+    assert _again().image == _KERNEL.image
+    assert len(compiler.calls) == 2
+    assert json.loads(path.read_text())["symbol"] == "test_1 for 1.0"
+
+
+def test_a_flipped_bit_in_the_image_is_noticed(compiler):
+    _again()
+    (path,) = kernels.cache_folder().iterdir()
+    fields = json.loads(path.read_text())
+    fields["image"] = "A" + fields["image"][1:]
+    path.write_text(json.dumps(fields))
+    assert _again().image == _KERNEL.image
+    assert len(compiler.calls) == 2
+
+
+def test_a_failed_write_leaves_nothing_behind(compiler, monkeypatch):
+    monkeypatch.setattr(kernels.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        _again()
+    assert list(kernels.cache_folder().iterdir()) == []
+
+
+def test_without_a_compiler_any_version_will_do_and_the_newest_is_taken(compiler):
+    for compiler.version in ("4.9.0", "4.10.1", "4.10.1-0a1b2c3d"):
+        _again()
+    compiler.version = None
+    assert _again().symbol in ("test_1 for 4.10.1", "test_1 for 4.10.1-0a1b2c3d")
+
+
+def test_a_missing_kernel_says_which_command_makes_it(compiler):
+    compiler.version = None
+    with pytest.raises(kernels.MissingKernelError) as error:
+        kernels.compiled(_Spec(), "sm_90a", " --layer 8,2,64,32 --tokens 1")
+    assert "python -m jax_moe compile --target sm_90a --layer 8,2,64,32 --tokens 1" in str(error.value)
+    assert str(kernels.cache_folder()) in str(error.value)
+
+
+def test_an_unknown_target_is_named(compiler):
+    with pytest.raises(ValueError, match="target: got 'sm_75', needs one of sm_90a"):
+        kernels.compiled(_Spec(), "sm_75")
+
+
+def _write_many(folder: str, number: int) -> None:
+    for i in range(50):
+        kernel = dataclasses.replace(_KERNEL, image=bytes([number]) * (1000 + i))
+        kernels._write(pathlib.Path(folder) / "shared.json", kernel)
+
+
+def test_processes_that_write_the_same_kernel_never_show_half_of_it(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=_write_many, args=(str(tmp_path), number)) for number in (1, 2)]
+    for writer in writers:
+        writer.start()
+    reads = 0
+    while any(writer.is_alive() for writer in writers):
+        if (tmp_path / "shared.json").exists():
+            assert kernels._read(tmp_path / "shared.json") is not None
+            reads += 1
+    assert reads > 0
+    assert all(writer.exitcode == 0 for writer in writers)
+    assert [path.name for path in tmp_path.iterdir()] == ["shared.json"]
+
+
+def test_what_is_no_cubin_is_refused():
+    with pytest.raises(ValueError, match="ELF"):
+        kernels._read_cubin(b"not a cubin", "kernel")
+
+
+def test_notes_of_a_cubin_are_read_by_format():
+    sized = struct.pack("<BBH", 4, 0x10, 12) + struct.pack("<III", 128, 2, 1)
+    plain = struct.pack("<BBH", 3, 0x50, 7)
+    assert list(kernels._notes(plain + sized + plain)) == [(0x10, sized[4:])]
+
+
+@_HAS_COMPILER
+def test_a_real_kernel(tmp_path, monkeypatch):
+    """The sort, compiled without a GPU: what is read from the cubin is what the spec asks for."""
+    from jax_moe.kernels import specs
+
+    monkeypatch.setenv("JAX_MOE_CACHE_DIR", str(tmp_path))
+    spec = specs.sort_spec(8, 128, 8, weighted=True)
+    kernel = kernels.compiled(spec, "sm_90a")
+    assert kernel.image[:4] == b"\x7fELF"
+    assert kernel.threads == 32 * spec.warps
+    assert kernel.parameter_bytes == (8,) * 8 + (4,)
+    assert kernel.stack_bytes == 0
+    assert kernel.registers > 0
+    assert kernel.shared_bytes >= 4 * spec.warps * spec.num_experts
