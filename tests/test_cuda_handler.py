@@ -3,13 +3,18 @@
 Also what needs no driver at all: the library opens without CUDA and names its symbols.
 """
 
+import ctypes
 import os
 import pathlib
 import shutil
 import subprocess
 
 import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from raw_call import raw_call
 
 _FFI = pathlib.Path(__file__).parents[1] / "ffi"
 _COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
@@ -36,7 +41,7 @@ _MUTANTS = {
     "alignment unchecked": ("cuda/handler.cc", "% kAlignment == 0", "% 1 == 0"),
     "shape unchecked": ("cuda/handler.cc", "if (shape != program.shape())", "if (false)"),
     "kernels not kept by context": ("cuda/program.cc", "driver.cuCtxGetId(context, id)", "(*id = 1, kSuccess)"),
-    "runs unloaded": ("cuda/program.cc", "if (found == functions_.end()) return", "if (found == functions_.end()) (void)"),
+    "runs unloaded": ("cuda/program.cc", "(found == functions_.end()) return", "(false) return"),
 }  # fmt: skip
 
 
@@ -99,3 +104,62 @@ def test_the_drivers_interface_is_nvidias(tmp_path):
     command = [_COMPILER, "-std=c++20", "-fsyntax-only", f"-I{_FFI}", f"-I{header}/include"]
     checked = subprocess.run([*command, _FFI / "tests/cuda/driver_abi_test.cc"], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stderr
+
+
+_SHAPE = np.array([1, 1, 1, 2, 16, 64, 2], np.int64)
+
+
+def _echo(target: str, image: bytes, **changes):
+    """A function that returns ``image`` and some numbers, after they went through the attributes of a custom call."""
+    kernel = {
+        "image": image, "name": "kernel", "grid": np.int64(264), "block": np.int64(384), "cluster": np.int64(2),
+        "shared": np.int64(232448), "overlap": np.int64(1), "arguments": "operand:3 null result:1 f32:inf i32:-5",
+    }  # fmt: skip
+    sizes = np.zeros(4, np.int64)
+    kernels = {"gemm1": kernel | changes, "shape": _SHAPE, "weight_bytes": sizes, "workspace_bytes": sizes[:0]}
+    types = jax.ShapeDtypeStruct((len(image),), jnp.uint8), jax.ShapeDtypeStruct((8,), jnp.int32)
+    return jax.jit(lambda: raw_call(target, types, {"kernels": kernels, "precision": "w4a16"}))
+
+
+@pytest.fixture(scope="module")
+def echo_target(objects, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("echo")
+    library = folder / "echo.so"
+    sources = [_FFI / "tests/cuda/echo_image.cc", _FFI / "cuda/program.cc"]
+    includes = [f"-I{_FFI}", f"-isystem{jax.ffi.include_dir()}"]
+    command = [_COMPILER, "-std=c++20", "-O0", "-fPIC", "-shared", *includes, *sources, "-o", library]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    handler = ctypes.CDLL(str(library)).JaxMoeTestEchoImage
+    jax.ffi.register_ffi_target("jax_moe_test_echo_image", jax.ffi.pycapsule(handler), platform="cpu")
+    return "jax_moe_test_echo_image"
+
+
+def test_attributes_arrive_as_they_were_written(echo_target):
+    """Through XLA's text form and back: nested dictionaries, and an image of every byte value in 64 KB of noise."""
+    noise = np.random.default_rng(0).integers(0, 256, 65536, np.uint8).tobytes()
+    image = bytes(range(256)) + noise + b'\0\\"\n\xff'
+    call = _echo(echo_target, image)
+    got, numbers = call()
+    assert got.tobytes() == image
+    np.testing.assert_array_equal(numbers, [264, 384, 2, 232448, 1, 5, -5, 2])
+
+
+def test_attributes_survive_export(echo_target):
+    pytest.importorskip("flatbuffers", reason="jax.export needs flatbuffers to serialise")
+    image = bytes(range(256))
+    call = _echo(echo_target, image)
+    checks = [jax.export.DisabledSafetyCheck.custom_call(echo_target)]
+    exported = jax.export.deserialize(jax.export.export(call, disabled_checks=checks)().serialize())
+    assert exported.call()[0].tobytes() == image
+
+
+def test_the_same_call_lowers_to_the_same_bytes(echo_target):
+    """Or the persistent compilation cache would never hit."""
+    texts = {_echo(echo_target, b"image\xff").lower().as_text() for _ in range(2)}
+    assert len(texts) == 1
+
+
+def test_a_malformed_attribute_is_named(echo_target):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="kernels.gemm1.block: got 4096, needs 1..1024"):
+        _echo(echo_target, b"image", block=np.int64(4096))()
