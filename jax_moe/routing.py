@@ -79,13 +79,18 @@ def route(logits: jax.Array, k: int, method: Method = Softmax(), *, bias: jax.Ar
     """
     if not isinstance(method, Method):
         raise TypeError(f"method: got {method!r}, needs Softmax, Sigmoid, DeepSeekV3 or Llama4")
-    if logits.ndim != 2 or not jnp.issubdtype(logits.dtype, jnp.floating):
-        raise ValueError(f"logits: got {logits.dtype}{list(logits.shape)}, needs floats [T, E]")
+    _check_floats("logits", logits, "[T, E]")
+    if logits.ndim != 2:
+        raise ValueError(f"logits: got shape {tuple(logits.shape)}, needs [T, E]")
     num_experts = logits.shape[1]
+    if not isinstance(k, int):
+        raise TypeError(f"k: got {k!r}, needs an int")
     if not 1 <= k <= num_experts:
         raise ValueError(f"k: got {k}, needs 1 <= k <= E = {num_experts}")
     if bias is not None and not isinstance(method, DeepSeekV3):
         raise ValueError(f"bias: got an array, but {type(method).__name__} has no selection bias")
+    if bias is not None:
+        _check_floats("bias", bias, "[E]")
     logits = logits.astype(jnp.float32)
 
     match method:
@@ -104,6 +109,12 @@ def route(logits: jax.Array, k: int, method: Method = Softmax(), *, bias: jax.Ar
     if isinstance(method, DeepSeekV3):
         weights = weights * method.scaling_factor
     return Routing(expert_ids.astype(jnp.int32), weights)
+
+
+def _check_floats(name: str, array, needs: str) -> None:
+    dtype = getattr(array, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{name}: got {dtype or type(array).__name__}, needs floats {needs}")
 
 
 def _grouped_top_k(scores, k: int, method: DeepSeekV3, bias) -> tuple[jax.Array, jax.Array]:
