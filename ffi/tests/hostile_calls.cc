@@ -3,8 +3,8 @@
 // A call is made valid first and then, usually, spoilt in one or more ways: an operand's or result's shape, rank, dtype
 // or pointer, their number, an attribute's presence, type or value. Each spoilt call must be refused with
 // INVALID_ARGUMENT and a message. Calls that are valid in form carry hostile contents (ids and offsets from anywhere in
-// int32, random bits for scales, NaN weights); those must succeed, write all of the output, and give the same bits
-// whatever the workspaces held before and whichever threads worked.
+// int32, random bits for scales, NaN weights); those must succeed, write all of the output, give zeros to tokens
+// without a local expert, and give the same bits whatever the workspaces held before and whichever threads worked.
 
 #include <cstdint>
 #include <cstdio>
@@ -207,10 +207,17 @@ void SpoilAttribute(Random* random, HandlerCall* call) {
 }
 
 void Spoil(Random* random, HandlerCall* call) {
-  switch (random->Below(8)) {
+  const bool needs_scales = std::get<std::string>(call->attributes["precision"]) == "w4a4";
+  switch (random->Below(9)) {
     case 0:
       SpoilAttribute(random, call);
       return;
+    case 8:
+      if (needs_scales) {
+        call->operands[random->Of<size_t>({7, 12})] = Buffer(XLA_FFI_DataType_F32, {0});
+        return;
+      }
+      [[fallthrough]];
     case 1:
       call->operands.erase(call->operands.begin() + random->Below(static_cast<int64_t>(call->operands.size())));
       return;
@@ -224,12 +231,43 @@ void Spoil(Random* random, HandlerCall* call) {
         call->results.push_back(random->Of(call->results));
       }
       return;
-    case 4:
-      SpoilBuffer(random, &call->results[static_cast<size_t>(random->Below(int64_t(call->results.size())))]);
+    case 4: {
+      const size_t index = static_cast<size_t>(random->Below(static_cast<int64_t>(call->results.size())));
+      Buffer& result = call->results[index];
+      const XLA_FFI_DataType before = result.dtype;
+      SpoilBuffer(random, &result);
+      const bool is_float = result.dtype == XLA_FFI_DataType_F32 || result.dtype == XLA_FFI_DataType_BF16;
+      if (index == 0 && result.dtype != before && is_float) result.dtype = XLA_FFI_DataType_F16;  // either was right
       return;
+    }
     default:
       SpoilBuffer(random, &call->operands[static_cast<size_t>(random->Below(int64_t(call->operands.size())))]);
   }
+}
+
+template <typename T>
+T At(const Buffer& buffer, int64_t index) {
+  T value;
+  std::memcpy(&value, buffer.bytes.data() + index * sizeof(T), sizeof(T));
+  return value;
+}
+
+// Whether the tokens without a local expert have rows of zeros.
+bool SkippedTokensAreZero(const HandlerCall& call, const std::vector<uint8_t>& out) {
+  const std::vector<int64_t>& shape = call.operands[1].dims;
+  const int64_t offset = At<int32_t>(call.operands[3], 0), num_experts = call.operands[11].dims[0];
+  for (int64_t token = 0; token < shape[0]; ++token) {
+    bool is_local = false;
+    for (int64_t slot = 0; slot < shape[1]; ++slot) {
+      const int64_t id = At<int32_t>(call.operands[1], token * shape[1] + slot);
+      is_local |= offset <= id && id < offset + num_experts;
+    }
+    const size_t row_bytes = out.size() / static_cast<size_t>(shape[0]);
+    for (size_t i = 0; i < row_bytes && !is_local; ++i) {
+      if (out[static_cast<size_t>(token) * row_bytes + i] != 0) return false;
+    }
+  }
+  return true;
 }
 
 [[noreturn]] void Fail(const HandlerCall& call, const char* what, const Outcome& outcome) {
@@ -262,6 +300,7 @@ int Run(uint64_t seed, int64_t count) {
       continue;
     }
     if (outcome.code != XLA_FFI_Error_Code_OK) Fail(call, "a valid call was refused", outcome);
+    if (!SkippedTokensAreZero(call, outcome.results[0])) Fail(call, "a token without an expert is not zero", outcome);
     for (Buffer& result : call.results) Fill<uint8_t>(&result, [&] { return static_cast<uint8_t>(random.Bits()); });
     const Outcome again = Invoke(JaxMoeFusedMoeCpu, call, Pool::kNone);
     if (again.results[0] != outcome.results[0]) Fail(call, "the output depends on what the results held", again);
