@@ -1,0 +1,15 @@
+"""Published NVFP4 and MXFP4 checkpoints: from a directory of safetensors files to :class:`jax_moe.Experts`.
+
+``docs/checkpoint-formats.md`` says what is understood, ``docs/using-a-checkpoint.md`` how to use it.
+"""
+
+from jax_moe.checkpoints.conversion import convert as convert
+from jax_moe.checkpoints.files import CheckpointError as CheckpointError
+from jax_moe.checkpoints.load import (
+    list_layers as list_layers,
+    load_experts as load_experts,
+    load_router as load_router,
+    load_shared_expert as load_shared_expert,
+    moe_options as moe_options,
+)
+from jax_moe.checkpoints.router import Router as Router, SharedExpert as SharedExpert

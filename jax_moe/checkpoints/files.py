@@ -1,0 +1,326 @@
+"""Reading safetensors files that nobody has checked yet: headers, index files and tensors by memory map.
+
+The format (huggingface/safetensors, README): 8 bytes of little-endian header length, a JSON header that maps each
+name to ``dtype``, ``shape`` and ``data_offsets`` relative to the end of the header, then the tensors' bytes, in
+order, without holes. The library's own numpy and flax readers refuse ``F8_E4M3``, hence this one; every number in
+a header is checked against the file's size before anything is mapped.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import stat
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+MAX_JSON_BYTES = 64 * 2**20
+"""Largest header or index file that is parsed. The largest published ones are below 30 MiB."""
+
+TEMPORARY_SUFFIX = ".tmp"
+"""Of a file that is being written; one found later was left by a process that died."""
+
+_DTYPES: dict[str, np.dtype] = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "I16": np.dtype(np.int16),
+    "U16": np.dtype(np.uint16),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I32": np.dtype(np.int32),
+    "U32": np.dtype(np.uint32),
+    "F32": np.dtype(np.float32),
+    "I64": np.dtype(np.int64),
+    "U64": np.dtype(np.uint64),
+    "F64": np.dtype(np.float64),
+}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be loaded; the message names the file, the tensor, what was found and expected."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor's bytes are. ``dtype`` is the format's own name for it ("U8", "F8_E4M3", ...)."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.name}"
+
+    @property
+    def numpy_dtype(self) -> np.dtype | None:
+        """None for a dtype that numpy lacks (packed 4- and 6-bit floats, or an unknown one)."""
+        return _DTYPES.get(self.dtype)
+
+    @property
+    def summary(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Reads and checks the header of a safetensors file.
+
+    Returns:
+      The tensors by name, and the file's own metadata.
+
+    Raises:
+      CheckpointError: the file is missing, not a regular file, or its header does not describe it exactly.
+    """
+    size = _regular_file_size(path)
+    if size < 8:
+        raise CheckpointError(f"{path}: found {size} bytes, expected a safetensors file (at least 8 bytes of header length)")
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(size - 8, MAX_JSON_BYTES):
+            raise CheckpointError(
+                f"{path}: found a header length of {length} bytes, expected at most {min(size - 8, MAX_JSON_BYTES)} "
+                f"in a file of {size} bytes; it is truncated or not a safetensors file"
+            )
+        header = parse_json_object(file.read(length), f"{path}: header")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path}: __metadata__: found {brief(metadata)}, expected an object of strings")
+    start = 8 + length
+    tensors = {name: _tensor_info(path, name, entry, start, size) for name, entry in header.items()}
+    _check_coverage(path, tensors, start, size)
+    return tensors, metadata
+
+
+def read_rows(info: TensorInfo, start: int = 0, stop: int | None = None) -> np.ndarray:
+    """Maps rows ``start:stop`` of a tensor's first axis (all of it for a scalar), read-only.
+
+    Nothing is read until the array is; its pages leave the process with the last reference to it.
+
+    Raises:
+      CheckpointError: the file has changed since its header was read, or its dtype has no numpy equivalent.
+    """
+    dtype = info.numpy_dtype
+    if dtype is None:
+        raise CheckpointError(f"{info}: found dtype {info.dtype!r}, expected one of {', '.join(_DTYPES)}")
+    shape = info.shape
+    offset = info.offset
+    if shape:
+        stop = shape[0] if stop is None else stop
+        row_bytes = math.prod(shape[1:]) * dtype.itemsize
+        shape = (stop - start, *shape[1:])
+        offset += start * row_bytes
+    if math.prod(shape) == 0:
+        return np.empty(shape, dtype)
+    try:
+        return np.memmap(info.file, np.uint8, "r", offset, math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{info}: found a file that no longer holds the tensor ({error})") from error
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Creates ``path`` whole or not at all, also if the process or the machine dies meanwhile."""
+    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def write_tensors(file: BinaryIO, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file, each tensor straight from its buffer."""
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    position = 0
+    for name, array in tensors.items():
+        offsets = [position, position + array.nbytes]
+        header[name] = {"dtype": names[array.dtype], "shape": list(array.shape), "data_offsets": offsets}
+        position = offsets[1]
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-(8 + len(encoded)) % 64)  # the first tensor starts aligned
+    file.write(len(encoded).to_bytes(8, "little") + encoded)
+    for array in tensors.values():
+        file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+class Files:
+    """The tensors of a checkpoint directory, over all its shards. Headers are read when first needed."""
+
+    def __init__(self, directory: str | os.PathLike):
+        """Opens ``directory``: ``model.safetensors.index.json`` if it has one, else every ``*.safetensors`` in it.
+
+        Raises:
+          CheckpointError: there is no such directory, no safetensors file, or the index is malformed or points
+            outside the directory.
+        """
+        self.directory = Path(directory)
+        if not self.directory.is_dir():
+            raise CheckpointError(f"{self.directory}: found no directory, expected one with a checkpoint")
+        self._headers: dict[Path, tuple[dict[str, TensorInfo], dict[str, str]]] = {}
+        index = self.directory / "model.safetensors.index.json"
+        self._shard_of = self._read_index(index) if index.exists() else self._read_all_headers()
+
+    def names(self) -> Mapping[str, Path]:
+        """Every tensor's name, and the shard that should hold it."""
+        return self._shard_of
+
+    def info(self, name: str) -> TensorInfo:
+        """Looks a tensor up in its shard's header.
+
+        Raises:
+          CheckpointError: no shard has it, or its shard is missing or malformed.
+        """
+        shard = self._shard_of.get(name)
+        if shard is None:
+            raise CheckpointError(f"{self.directory}: {name}: found no such tensor, expected it in a shard")
+        header, _ = self._header(shard)
+        if name not in header:
+            raise CheckpointError(f"{shard}: {name}: found no such tensor, but the index says that it is in this file")
+        return header[name]
+
+    def metadata(self, name: str) -> dict[str, str]:
+        """The metadata of the file that holds a tensor; errors as :meth:`info`."""
+        return self._header(self.info(name).file)[1]
+
+    def _header(self, shard: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+        if shard not in self._headers:
+            self._headers[shard] = read_header(shard)
+        return self._headers[shard]
+
+    def _read_all_headers(self) -> dict[str, Path]:
+        single = self.directory / "model.safetensors"
+        shards = [single] if single.exists() else sorted(self.directory.glob("*.safetensors"))
+        if not shards:
+            raise CheckpointError(f"{self.directory}: found no *.safetensors file, expected a checkpoint")
+        shard_of: dict[str, Path] = {}
+        for shard in shards:
+            for name in self._header(shard)[0]:
+                if name in shard_of:
+                    raise CheckpointError(f"{shard}: {name}: found this tensor in {shard_of[name].name} too, expected it once")
+                shard_of[name] = shard
+        return shard_of
+
+    def _read_index(self, index: Path) -> dict[str, Path]:
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(entry, str) for entry in weight_map.values()):
+            raise CheckpointError(f"{index}: weight_map: found {brief(weight_map)}, expected an object of file names")
+        shards = {entry: self._shard(index, entry) for entry in set(weight_map.values())}
+        return {name: shards[entry] for name, entry in weight_map.items()}
+
+    def _shard(self, index: Path, entry: str) -> Path:
+        # The file itself may be a symbolic link: a Hugging Face cache links each to ../../blobs/<hash>. The
+        # *entry*, which came with the download, may not lead anywhere else: not by "..", not by a linked folder.
+        relative = PurePosixPath(entry)
+        if not entry or "\0" in entry or "\\" in entry or relative.is_absolute() or ".." in relative.parts:
+            raise CheckpointError(f"{index}: found the file name {brief(entry)}, expected one inside {self.directory}")
+        shard = self.directory / relative
+        root = self.directory.resolve()
+        if shard == self.directory or not shard.parent.resolve().is_relative_to(root):
+            raise CheckpointError(f"{index}: found the file name {brief(entry)}, which leads outside {self.directory}")
+        return shard
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON file that holds an object.
+
+    Raises:
+      CheckpointError: it is missing, too large, or something else.
+    """
+    size = _regular_file_size(path)
+    if size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path}: found {size} bytes, expected at most {MAX_JSON_BYTES}")
+    return parse_json_object(path.read_bytes(), str(path))
+
+
+def parse_json_object(raw: bytes, what: str) -> dict[str, Any]:
+    """Parses a JSON object without repeated keys; :class:`CheckpointError`, naming ``what``, for anything else."""
+    try:
+        parsed = json.loads(raw.decode(), object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, a repeated key, a huge integer
+        raise CheckpointError(f"{what}: found something that is not JSON ({brief(str(error))}), expected an object") from None
+    if not isinstance(parsed, dict):
+        raise CheckpointError(f"{what}: found {brief(parsed)}, expected a JSON object")
+    return parsed
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {max(keys, key=keys.count)!r} repeats")
+    return result
+
+
+def _regular_file_size(path: Path) -> int:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: found no such file ({error}), expected it in the checkpoint") from None
+    if not stat.S_ISREG(status.st_mode):  # opening a FIFO would hang
+        raise CheckpointError(f"{path}: found something that is not a regular file")
+    return status.st_size
+
+
+def _tensor_info(path: Path, name: str, entry: Any, start: int, size: int) -> TensorInfo:
+    fields = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+    if not (isinstance(dtype, str) and _are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
+        raise CheckpointError(
+            f"{path}: {name}: found {brief(entry)}, expected a dtype, a shape and two data_offsets of integers >= 0"
+        )
+    begin, end = offsets
+    if not begin <= end <= size - start:
+        raise CheckpointError(
+            f"{path}: {name}: found data_offsets {brief(offsets)}, expected them in order within {size - start} bytes of "
+            "data; the file is truncated or its header is wrong"
+        )
+    if dtype in _DTYPES:
+        expected = math.prod(shape) * _DTYPES[dtype].itemsize
+        if end - begin != expected:
+            raise CheckpointError(
+                f"{path}: {name}: found {end - begin} bytes, expected {brief(expected)} for {dtype} {brief(shape)}"
+            )
+    return TensorInfo(path, name, dtype, tuple(shape), start + begin, end - begin)
+
+
+def _are_sizes(values: Any) -> bool:
+    # At most 8 axes: the product of a hostile million of them would itself take the memory of one.
+    return isinstance(values, list) and len(values) <= 8 and all(type(value) is int and 0 <= value < 2**63 for value in values)
+
+
+def _check_coverage(path: Path, tensors: dict[str, TensorInfo], start: int, size: int) -> None:
+    position, previous = start, "the header"
+    for info in sorted(tensors.values(), key=lambda info: (info.offset, info.nbytes)):
+        if info.offset != position:
+            relation = "overlaps" if info.offset < position else "leaves a hole after"
+            raise CheckpointError(
+                f"{path}: {info.name}: found its data at byte {info.offset}, which {relation} {previous}, "
+                f"expected byte {position}"
+            )
+        position, previous = info.offset + info.nbytes, info.name
+    if position != size:
+        raise CheckpointError(f"{path}: found {size} bytes, expected {position}: the last tensor, {previous}, ends there")
+
+
+def brief(value: Any) -> str:
+    """``repr`` for a message: a hostile file must not make a message of megabytes."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of too many digits, or deep nesting
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 120 else text[:117] + "..."

@@ -1,0 +1,238 @@
+"""One MoE layer of a published checkpoint: what it is, and its weights, read on demand."""
+
+import dataclasses
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jax_moe import nvfp4
+from jax_moe.checkpoints import stored
+from jax_moe.checkpoints.families import Config, Family, family_of, NUM_EXPERTS, ROOTS, size
+from jax_moe.checkpoints.files import CheckpointError, Files, read_json
+from jax_moe.checkpoints.leaves import Leaf
+from jax_moe.checkpoints.stored import Stored
+from jax_moe.experts import Experts, Projection
+
+_FLOAT32 = np.dtype(np.float32)
+_E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+_UINT8 = np.dtype(np.uint8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A checkpoint directory, its config and its family.
+
+    Attributes:
+      files: the tensors.
+      family, config: the table entry, and the text model's part of ``config.json``.
+      blocks: the module of each MoE layer ("model.layers.3.mlp"), by layer number.
+      quantization: ModelOpt's or compressed-tensors' own part of the config.
+    """
+
+    files: Files
+    family: Family
+    config: Config
+    blocks: dict[int, str]
+    quantization: Config
+
+    @property
+    def config_file(self) -> str:
+        return str(self.files.directory / "config.json")
+
+    def block(self, layer: int) -> str:
+        """The MoE module of a layer.
+
+        Raises:
+          CheckpointError: the layer has no experts.
+        """
+        if layer not in self.blocks:
+            layers = ", ".join(map(str, self.blocks)) or "none"
+            raise CheckpointError(
+                f"{self.files.directory}: found no experts in layer {layer}, expected one of the MoE layers ({layers})"
+            )
+        return self.blocks[layer]
+
+
+def open_model(directory: Path) -> Model:
+    """Reads the config and finds the MoE layers.
+
+    Raises:
+      CheckpointError: there is no usable config or index, or the model family is unknown.
+    """
+    files = Files(directory)
+    config_path = directory / "config.json"
+    whole = read_json(config_path)
+    family, config = family_of(whole, str(config_path))
+    modelopt_path = directory / "hf_quant_config.json"
+    if modelopt_path.exists():
+        quantization = read_json(modelopt_path).get("quantization")
+    else:
+        quantization = whole.get("quantization_config", config.get("quantization_config"))
+    quantization = quantization if isinstance(quantization, dict) else {}
+    return Model(files, family, config, _find_blocks(files, family), quantization)
+
+
+def _find_blocks(files: Files, family: Family) -> dict[int, str]:
+    roots = "|".join(map(re.escape, ROOTS))
+    pattern = re.compile(rf"((?:{roots})layers\.(\d{{1,6}})\.{re.escape(family.block)})\.experts\.")
+    blocks: dict[int, str] = {}
+    for name in files.names():
+        match = pattern.match(name)
+        if match and blocks.setdefault(int(match[2]), match[1]) != match[1]:
+            raise CheckpointError(f"{files.directory}: {name}: found experts of layer {match[2]} in {blocks[int(match[2])]} too")
+    return dict(sorted(blocks.items()))
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertLayer:
+    """The experts of one layer: checked headers, and nothing read yet."""
+
+    layer: int
+    num_experts: int
+    gate_up: Stored
+    down: Stored
+    uses_input_scales: bool
+
+    @property
+    def format(self) -> str:
+        return self.gate_up.format.name
+
+    def leaves(self, experts: range) -> Experts:
+        """The arrays of ``experts``, as an ``Experts`` of :class:`~jax_moe.checkpoints.leaves.Leaf`."""
+        gate_up, down = self.gate_up, self.down
+        gate_up_input, down_input = self._input_scales()
+        return Experts(
+            gate_up=_projection(gate_up, experts, f"layer {self.layer} gate_up", stacked=True, input_scale=gate_up_input),
+            down=_projection(down, experts, f"layer {self.layer} down", stacked=False, input_scale=down_input),
+        )
+
+    def _input_scales(self) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Of gate_up: the maximum over all experts, not the local ones; of down: ``[E]``. None where absent."""
+        if not (self.uses_input_scales and self.gate_up.has_input_scale and self.down.has_input_scale):
+            return None, None
+        gate_up, down = (
+            [stored.input_scale(expert, part) for expert in range(self.num_experts) for part in range(stored.num_parts)]
+            for stored in (self.gate_up, self.down)
+        )
+        missing = gate_up.count(None) + down.count(None)
+        known_gate_up = [scale for scale in gate_up if scale is not None]
+        known_down = [scale for scale in down if scale is not None]
+        if missing:
+            # An expert that saw no calibration token. It is rarely chosen, and a scale that is too large costs
+            # little precision, while one that is too small saturates.
+            warnings.warn(
+                f"{self.gate_up.files.directory}: layer {self.layer}: {missing} input scales are missing, zero or not finite; "
+                "the largest of the layer stands in for them (w4a4 only)",
+                stacklevel=3,
+            )
+        if not known_gate_up or not known_down:
+            return None, None
+        filled = [max(known_down) if scale is None else scale for scale in down]
+        return np.float32(max(known_gate_up)).reshape(()), np.asarray(filled, np.float32)
+
+
+def open_experts(model: Model, layer: int) -> ExpertLayer:
+    """Finds the experts of a layer and checks their headers.
+
+    Raises:
+      CheckpointError: see :func:`jax_moe.load_experts`.
+    """
+    block, shape = model.block(layer), sizes(model)
+    gate_up, down = stored.find(model.files, block, model.family, shape.num_experts, shape.hidden, shape.intermediate)
+    algorithms = _algorithms(model.quantization, block)
+    _refuse_online_transforms(model, gate_up)
+    # W4A8: the weights are NVFP4 but the input scales are those of FP8 activations.
+    uses_input_scales = not any("FP8" in algorithm for algorithm in algorithms)
+    return ExpertLayer(layer, shape.num_experts, gate_up, down, uses_input_scales)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """E, H and I of a model's expert layers."""
+
+    num_experts: int
+    hidden: int
+    intermediate: int
+
+
+def sizes(model: Model) -> Sizes:
+    """E, H and I from the config.
+
+    Raises:
+      CheckpointError: one is missing or not a multiple of 16.
+    """
+    config, where = model.config, model.config_file
+    hidden_key = "moe_latent_size" if config.get("moe_latent_size") is not None else "hidden_size"
+    found = []
+    for key in (hidden_key, model.family.intermediate_size):
+        found.append(size(config, where, key))
+        if found[-1] % nvfp4.BLOCK_SIZE:
+            raise CheckpointError(f"{where}: {key}: found {found[-1]}, expected a multiple of {nvfp4.BLOCK_SIZE}")
+    return Sizes(size(config, where, *NUM_EXPERTS), *found)
+
+
+def _algorithms(quantization: Config, block: str) -> set[str]:
+    """ModelOpt's names of the formats of a block: one, or under MIXED_PRECISION any number."""
+    algorithms = {str(quantization.get("quant_algo"))}
+    layers = quantization.get("quantized_layers")
+    for name, entry in layers.items() if isinstance(layers, dict) else ():
+        if name.startswith(f"{block}.experts") and isinstance(entry, dict):
+            algorithms.add(str(entry.get("quant_algo")))
+    return algorithms
+
+
+def _refuse_online_transforms(model: Model, gate_up: Stored) -> None:
+    """compressed-tensors can rotate activations at run time; weights alone then give another function."""
+    words = (*gate_up.projections, "down_proj", "w2", "experts", "Linear")
+    for location, target in _transforms(model.quantization.get("transform_config")):
+        if location in ("input", "output") and any(word in target for word in words):
+            raise CheckpointError(
+                f"{model.config_file}: transform_config: found an online transform of the {location} of {target!r}, "
+                "expected none on the experts"
+            )
+
+
+def _transforms(transform_config: Any) -> list[tuple[str, str]]:
+    groups = transform_config.get("config_groups") if isinstance(transform_config, dict) else None
+    found = []
+    for group in groups.values() if isinstance(groups, dict) else ():
+        applications = group.get("apply") if isinstance(group, dict) else None
+        for entry in applications if isinstance(applications, list) else ():
+            if isinstance(entry, dict):
+                targets = entry.get("targets")
+                targets = targets if isinstance(targets, list) else [targets]
+                found += [(str(entry.get("location")), str(target)) for target in targets]
+    return found
+
+
+def _projection(stored: Stored, experts: range, name: str, *, stacked: bool, input_scale: np.ndarray | None) -> Projection:
+    """Leaves of a projection; ``stacked``: with an axis for the parts (gate_up)."""
+    rows, contraction = stored.num_rows, stored.contraction
+    lead = (len(experts), stored.num_parts) if stacked else (len(experts),)
+
+    def leaf(kind: str, read: Callable[[int, int], Any], shape: tuple[int, ...], dtype: np.dtype) -> Leaf:
+        def row(index: int, inner: tuple[slice, ...]) -> np.ndarray:
+            if not stacked:
+                return np.asarray(read(experts[index], 0))[inner]
+            parts = range(stored.num_parts)[inner[0]]
+            return np.stack([np.asarray(read(experts[index], part))[inner[1:]] for part in parts])
+
+        return Leaf((*lead, *shape), dtype, row, f"{name}.{kind}")
+
+    input_leaf = None
+    if input_scale is not None and input_scale.ndim == 0:
+        input_leaf = Leaf((), _FLOAT32, lambda index, inner: input_scale, f"{name}.input_scale")
+    elif input_scale is not None:
+        input_leaf = Leaf(lead, _FLOAT32, lambda index, inner: input_scale[experts[index]], f"{name}.input_scale")
+    return Projection(
+        payload=leaf("payload", stored.payload, (rows, contraction // 2), _UINT8),
+        block_scale=leaf("block_scale", stored.block_scale, (rows, contraction // nvfp4.BLOCK_SIZE), _E4M3),
+        global_scale=leaf("global_scale", stored.global_scale, (), _FLOAT32),
+        input_scale=input_leaf,
+        bias=leaf("bias", stored.bias, (rows,), _FLOAT32) if stored.has_bias else None,
+    )

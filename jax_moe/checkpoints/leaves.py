@@ -1,0 +1,66 @@
+"""Arrays that are read on demand, and their way into JAX without a second copy in memory."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_moe import parallel, progress
+from jax_moe.experts import Experts
+
+_ALIGNMENT = 64  # of a host buffer that jax.device_put uses in place on the CPU
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """An array that exists in files.
+
+    Attributes:
+      shape, dtype: of the array.
+      row: reads ``array[(i, *inner)]`` for an expert i and slices of the other axes; for a scalar, the array.
+      name: for the progress bar.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    row: Callable[[int, tuple[slice, ...]], np.ndarray]
+    name: str
+
+    def read(self, index: tuple[slice, ...] | None = None, *, show_progress: bool = False) -> np.ndarray:
+        """Reads ``array[index]``, one expert at a time, into a buffer that JAX can take over."""
+        index = (slice(None),) * len(self.shape) if index is None else index
+        result = _aligned_empty([len(range(n)[part]) for n, part in zip(self.shape, index, strict=True)], self.dtype)
+        if not index:
+            result[()] = self.row(0, ())
+            return result
+        experts = range(self.shape[0])[index[0]]
+        for place, expert in enumerate(progress.track(experts, self.name, enabled=show_progress)):
+            result[place] = self.row(expert, index[1:])
+        return result
+
+
+def to_jax(
+    leaves: Experts, mesh: jax.sharding.Mesh | None, expert_axis: parallel.Axis, tensor_axis: parallel.Axis, show_progress: bool
+) -> Experts:
+    """Reads every leaf: onto the default device, or each device's part of it onto ``mesh``."""
+    if mesh is None:
+        return jax.tree.map(lambda leaf: jax.device_put(leaf.read(show_progress=show_progress)), leaves)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), leaves)
+    shardings = parallel.expert_shardings(shapes, mesh, expert_axis=expert_axis, tensor_axis=tensor_axis)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.make_array_from_callback(
+            leaf.shape, sharding, lambda index: leaf.read(index, show_progress=show_progress)
+        ),
+        leaves,
+        shardings,
+    )
+
+
+def _aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    buffer = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % _ALIGNMENT
+    return buffer[start : start + nbytes].view(dtype).reshape(shape)

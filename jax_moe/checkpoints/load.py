@@ -1,0 +1,109 @@
+"""The public loaders, for published checkpoints and for what ``convert`` wrote."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jax_moe import parallel
+from jax_moe.checkpoints import conversion, leaves, router
+from jax_moe.checkpoints.layer import open_model
+from jax_moe.checkpoints.router import Router, SharedExpert
+from jax_moe.experts import Experts
+
+Directory = str | os.PathLike[str]
+
+
+def load_experts(
+    directory: Directory,
+    layer: int,
+    *,
+    experts: slice | range | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    expert_axis: parallel.Axis = "expert",
+    tensor_axis: parallel.Axis = "tensor",
+    progress: bool = True,
+) -> Experts:
+    """Loads the experts of one MoE layer of a checkpoint.
+
+    Understands ModelOpt and compressed-tensors NVFP4, and MXFP4 where NVFP4 represents it exactly, of the families
+    that ``docs/checkpoint-formats.md`` lists, and the directories that :func:`jax_moe.checkpoints.convert` writes.
+    Everything that the files' headers say is checked before any weight is read. Weights are read through memory
+    maps, an expert at a time: beside the result, memory holds two experts.
+
+    Args:
+      directory: holds ``config.json`` and safetensors files, with or without an index.
+      layer: number of the layer, as in the tensors' names.
+      experts: only these (expert parallelism by hand: use ``expert_offset=experts.start`` in ``fused_moe``). The
+        input scale of x is the maximum over all experts even so.
+      mesh: shard over this mesh, as :func:`jax_moe.expert_shardings` says; each process reads only what its own
+        devices hold.
+      expert_axis, tensor_axis: the mesh axes over E and I.
+      progress: show a progress bar on a terminal, if it takes longer than a second.
+
+    Returns:
+      Canonical experts, or for a converted directory in the layout that it was converted to. Input scales are set
+      where the checkpoint has them, biases likewise (float32).
+
+    Raises:
+      CheckpointError: (a ValueError) the checkpoint is malformed, incomplete, or not in a known format; the message
+        names the file, the tensor, what was found and what was expected.
+      ValueError: ``experts`` is not a contiguous part of the layer's experts, or the mesh does not divide E or I.
+    """
+    source = conversion.open_experts(open_model(Path(directory)), layer)
+    chosen = _chosen(experts, source.num_experts)
+    return leaves.to_jax(source.leaves(chosen), mesh, expert_axis, tensor_axis, progress)
+
+
+def load_router(directory: Directory, layer: int) -> Router:
+    """Loads the router of one MoE layer, with its rule: ``router(x)`` is the Routing of ``x``.
+
+    Raises:
+      CheckpointError: as :func:`load_experts`.
+    """
+    return router.open_router(open_model(Path(directory)), layer)
+
+
+def load_shared_expert(directory: Directory, layer: int) -> SharedExpert | None:
+    """Loads the expert that every token visits, dequantised to bfloat16; None if the layer has none.
+
+    Raises:
+      CheckpointError: as :func:`load_experts`.
+    """
+    return router.open_shared_expert(open_model(Path(directory)), layer)
+
+
+def moe_options(directory: Directory) -> dict[str, Any]:
+    """What :func:`jax_moe.fused_moe` has to be told about the model: ``activation`` and ``weight_on``.
+
+    Raises:
+      CheckpointError: as :func:`load_experts`.
+    """
+    model = open_model(Path(directory))
+    return {"activation": model.family.activation(model.config), "weight_on": model.family.weight_on}
+
+
+def list_layers(directory: Directory) -> list[int]:
+    """The numbers of the layers that have experts.
+
+    Raises:
+      CheckpointError: as :func:`load_experts`.
+    """
+    return list(open_model(Path(directory)).blocks)
+
+
+def _chosen(experts: slice | range | None, num_experts: int) -> range:
+    everything = range(num_experts)
+    if experts is None:
+        return everything
+    if isinstance(experts, slice):
+        chosen = everything[experts]
+    elif isinstance(experts, range):
+        chosen = experts
+    else:
+        raise TypeError(f"experts: got {type(experts).__name__}, needs a slice, a range or None")
+    inside = len(chosen) > 0 and 0 <= chosen[0] and chosen[-1] < num_experts
+    if chosen.step != 1 or not inside:
+        raise ValueError(f"experts: got {experts}, needs a contiguous, non-empty part of {num_experts} experts")
+    return chosen

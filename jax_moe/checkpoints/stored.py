@@ -1,0 +1,350 @@
+"""How published checkpoints spell and store one projection of all experts: names, orientation, 4-bit format.
+
+Two things vary. *Where*: a tensor for each expert and projection, or one tensor for all of them. *What*: NVFP4 with
+a global scale that is multiplied (ModelOpt) or divided by (compressed-tensors), or MXFP4. ``docs/checkpoint-formats.md``
+has the tables; :func:`find` recognises a combination by its tensor names and checks every header against it, so that
+whatever is read later has the right type and shape.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Set
+
+import ml_dtypes
+import numpy as np
+
+from jax_moe import nvfp4
+from jax_moe.checkpoints.families import Family
+from jax_moe.checkpoints.files import CheckpointError, Files, read_rows, TensorInfo
+
+_MX_BLOCK_SIZE = 32
+_FLOATS = ("F32", "BF16", "F16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """The tensors of a 4-bit matrix, by suffix, and what its scales mean."""
+
+    name: str
+    payload: str
+    block_scale: str
+    global_scale: str | None = None
+    input_scale: str | None = None
+    divides: bool = False
+
+    @property
+    def is_mx(self) -> bool:
+        return self.global_scale is None
+
+
+MODELOPT = Format("ModelOpt NVFP4", "weight", "weight_scale", "weight_scale_2", "input_scale")
+COMPRESSED_TENSORS = Format(
+    "compressed-tensors NVFP4", "weight_packed", "weight_scale", "weight_global_scale", "input_global_scale", divides=True
+)
+COMPRESSED_TENSORS_MX = Format("compressed-tensors MXFP4", "weight_packed", "weight_scale")
+MODELOPT_MX = Format("ModelOpt MXFP4", "weight", "weight_scale")
+FUSED_MODELOPT = Format("ModelOpt NVFP4, fused", "", "_weight_scale", "_weight_scale_2", "_input_scale")
+FUSED_MX = Format("MXFP4, fused", "_blocks", "_scales")
+
+# Formats that extend others come first: they are told apart by the tensors that only they have.
+_PER_EXPERT = (MODELOPT, COMPRESSED_TENSORS, COMPRESSED_TENSORS_MX, MODELOPT_MX)
+_FUSED = (FUSED_MODELOPT, FUSED_MX)
+_FUSED_PROJECTIONS = ("gate_up_proj", "down_proj")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """One projection of every expert, as the files have it: ``E`` experts, ``P`` parts, each ``[N, C]``.
+
+    Attributes:
+      files: the checkpoint.
+      format: of its tensors.
+      module: the module that holds the projections, where ``{}`` stands for the expert.
+      projections: a name for each part, or the one of a fused tensor.
+      num_experts, num_parts, num_rows, contraction: E, P, N and C.
+      fused: one tensor holds all experts, on its first axis, and all parts.
+      interleaved: in a fused tensor, parts alternate row by row instead of following each other.
+      has_bias: whether there are biases.
+    """
+
+    files: Files
+    format: Format
+    module: str
+    projections: tuple[str, ...]
+    num_experts: int
+    num_parts: int
+    num_rows: int
+    contraction: int
+    fused: bool
+    interleaved: bool
+    has_bias: bool
+
+    @property
+    def has_input_scale(self) -> bool:
+        return self.format.input_scale is not None and any(
+            self._name(self.format.input_scale, expert, part) in self.files.names() for expert, part in self._pairs()
+        )
+
+    def payload(self, expert: int, part: int) -> np.ndarray:
+        """uint8 ``[N, C/2]``, a view of the file where possible."""
+        return self._matrix(self.format.payload, expert, part)
+
+    def block_scale(self, expert: int, part: int) -> np.ndarray:
+        """float8_e4m3fn ``[N, C/16]``.
+
+        Raises:
+          CheckpointError: MXFP4 scales that NVFP4 cannot represent.
+        """
+        if not self.format.is_mx:
+            return self._matrix(self.format.block_scale, expert, part)
+        exponent, base = self._mx_exponents(expert, part)
+        scale = np.ldexp(np.float32(1), exponent - base).astype(ml_dtypes.float8_e4m3fn)
+        return np.repeat(scale, _MX_BLOCK_SIZE // nvfp4.BLOCK_SIZE, axis=1)
+
+    def global_scale(self, expert: int, part: int) -> np.float32:
+        """The scale that is multiplied.
+
+        Raises:
+          CheckpointError: it is negative or not finite, or see :meth:`block_scale`.
+        """
+        if self.format.global_scale is None:
+            _, base = self._mx_exponents(expert, part)
+            return np.ldexp(np.float32(1), base)
+        scale = self._scalar(self.format.global_scale, expert, part)
+        if not (np.isfinite(scale) and scale >= 0):
+            info = self._info(self.format.global_scale, expert, part)
+            convention = "its reciprocal is multiplied" if self.format.divides else "it is multiplied"
+            raise CheckpointError(f"{info}: found a scale of {scale} ({convention}), expected it finite and not negative")
+        return scale
+
+    def input_scale(self, expert: int, part: int) -> np.float32 | None:
+        """The activation scale that is multiplied; None if absent or of an expert that was never calibrated."""
+        suffix = self.format.input_scale
+        if suffix is None or self._name(suffix, expert, part) not in self.files.names():
+            return None
+        scale = self._scalar(suffix, expert, part)
+        return scale if np.isfinite(scale) and scale > 0 else None
+
+    def bias(self, expert: int, part: int) -> np.ndarray:
+        """``[N]`` floats."""
+        info = self._info(self._bias_suffix, expert, part)
+        if not self.fused:
+            return read_rows(info)
+        return self._split(read_rows(info, expert, expert + 1)[0], part)
+
+    def check(self) -> None:
+        """Checks the dtype and shape of every tensor, from the headers alone.
+
+        Raises:
+          CheckpointError: a tensor is missing or has another dtype or shape.
+        """
+        rows, contraction = self.num_rows, self.contraction
+        block = _MX_BLOCK_SIZE if self.format.is_mx else nvfp4.BLOCK_SIZE
+        scale_dtypes = ("U8", "F8_E8M0") if self.format.is_mx else ("F8_E4M3",)
+        if self.format == FUSED_MX:
+            payload_shape = (rows, contraction // block, block // 2)
+        else:
+            payload_shape = (rows, contraction // 2)
+        self._check(self.format.payload, ("U8",), payload_shape)
+        self._check(self.format.block_scale, scale_dtypes, (rows, contraction // block))
+        if self.has_bias:
+            self._check(self._bias_suffix, _FLOATS, (rows,))
+        for suffix in (self.format.global_scale, self.format.input_scale):
+            if suffix is not None:
+                self._check_scalar(suffix, required=suffix == self.format.global_scale)
+
+    def expected_names(self) -> Set[str]:
+        """Every tensor name that belongs to this projection, the optional ones too."""
+        suffixes = {self.format.payload, self.format.block_scale, self.format.global_scale, self.format.input_scale}
+        suffixes.add(self._bias_suffix if self.has_bias else None)
+        return {
+            self._name(suffix, expert, part) for suffix in suffixes if suffix is not None for expert, part in self._pairs()
+        }
+
+    def shards(self) -> Set[str]:
+        return {str(self.files.names()[name]) for name in self.expected_names() if name in self.files.names()}
+
+    @property
+    def _bias_suffix(self) -> str:
+        return "_bias" if self.fused else "bias"
+
+    def _pairs(self) -> Iterator[tuple[int, int]]:
+        """The experts and parts that have tensors of their own; a fused tensor goes by the first."""
+        if self.fused:
+            return iter([(0, 0)])
+        return ((expert, part) for expert in range(self.num_experts) for part in range(self.num_parts))
+
+    def _name(self, suffix: str, expert: int, part: int) -> str:
+        if self.fused:
+            return f"{self.module}{self.projections[0]}{suffix}"
+        return f"{self.module.format(expert)}{self.projections[part]}.{suffix}"
+
+    def _info(self, suffix: str, expert: int, part: int) -> TensorInfo:
+        return self.files.info(self._name(suffix, expert, part))
+
+    def _matrix(self, suffix: str, expert: int, part: int) -> np.ndarray:
+        info = self._info(suffix, expert, part)
+        if not self.fused:
+            return read_rows(info)
+        # Only this expert's rows: mapping all experts would keep the whole layer in memory a second time.
+        matrix = read_rows(info, expert, expert + 1)[0]
+        matrix = matrix.reshape(matrix.shape[0], -1) if self.format == FUSED_MX else matrix.T
+        return self._split(matrix, part)
+
+    def _split(self, array: np.ndarray, part: int) -> np.ndarray:
+        if self.interleaved:
+            return array[part :: self.num_parts]
+        return array[part * self.num_rows : (part + 1) * self.num_rows]
+
+    def _scalar(self, suffix: str, expert: int, part: int) -> np.float32:
+        values = read_rows(self._info(suffix, expert, part)).astype(np.float32).reshape(-1)
+        if values.size > 1:
+            # Fused: a scale for each expert, or for each expert and part.
+            values = values.reshape(self.num_experts, -1)[expert]
+            values = values[part : part + 1] if values.size > 1 else values
+        with np.errstate(divide="ignore"):
+            return np.float32(1) / values[0] if self.format.divides else values[0]
+
+    def _check(self, suffix: str, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> None:
+        if self.fused:
+            rows, *rest = shape
+            all_rows = rows * self.num_parts
+            # ModelOpt keeps the fused tensors of these families as [E, in, out]; MXFP4 ones are [E, out, in].
+            is_transposed = self.format == FUSED_MODELOPT and len(shape) == 2
+            shape = (self.num_experts, *((rest[0], all_rows) if is_transposed else (all_rows, *rest)))
+        for expert, part in self._pairs():
+            info = self._info(suffix, expert, part)
+            if info.dtype not in dtypes or info.shape != shape:
+                raise CheckpointError(
+                    f"{info}: found {info.summary}, expected {' or '.join(dtypes)} {list(shape)} ({self.format.name})"
+                )
+
+    def _check_scalar(self, suffix: str, *, required: bool) -> None:
+        sizes = {1, self.num_experts, self.num_experts * self.num_parts} if self.fused else {1}
+        for expert, part in self._pairs():
+            if not required and self._name(suffix, expert, part) not in self.files.names():
+                continue
+            info = self._info(suffix, expert, part)
+            if info.dtype not in _FLOATS or math.prod(info.shape) not in sizes:
+                count = " or ".join(map(str, sorted(sizes)))
+                raise CheckpointError(f"{info}: found {info.summary}, expected {'/'.join(_FLOATS)} of {count} value(s)")
+
+    def _mx_exponents(self, expert: int, part: int) -> tuple[np.ndarray, int]:
+        """Exponents of 2 ``[N, C/32]`` and the base to take from them, so that e4m3 has the difference exactly.
+
+        e4m3 represents the powers of two from 2^-9 to 2^8, so blocks may differ by up to 2^17. A block of zeros has
+        no say: its exponent is moved into the range.
+        """
+        stored = self._matrix(self.format.block_scale, expert, part).view(np.uint8)
+        info = self._info(self.format.block_scale, expert, part)
+        if (stored == 255).any():
+            raise CheckpointError(f"{info}: expert {expert}: found an e8m0 scale of NaN (255), expected numbers")
+        exponent = stored.astype(np.int32) - 127
+        used = exponent
+        if exponent.size and np.ptp(exponent) > 17:
+            codes = self.payload(expert, part).reshape(*exponent.shape, -1) & 0x77
+            used = exponent[codes.any(-1)]
+        low, high = (int(used.min()), int(used.max())) if used.size else (0, 0)
+        if high - low > 17:
+            raise CheckpointError(
+                f"{info}: expert {expert}: found MXFP4 block scales from 2^{low} to 2^{high}, expected them within a factor "
+                "of 2^17: NVFP4 block scales (e4m3) cannot represent this matrix without loss"
+            )
+        base = max(high - 8, -126)  # the global scale stays a normal float32: XLA flushes subnormal ones to zero
+        return np.clip(exponent, base - 9, base + 8), base
+
+
+def find(files: Files, block: str, family: Family, num_experts: int, hidden: int, intermediate: int) -> tuple[Stored, Stored]:
+    """Finds gate_up and down of the experts of ``block`` ("model.layers.3.mlp") and checks their headers.
+
+    Raises:
+      CheckpointError: the experts are not in a known 4-bit format, or a tensor is missing, has another dtype or
+        shape, or has a name that the format does not explain.
+    """
+    prefix = f"{block}.experts."
+    present = {name for name in files.names() if name.startswith(prefix)}
+
+    def stored(format: Format, projections: tuple[str, ...], num_rows: int, contraction: int) -> Stored:
+        fused = format in _FUSED
+        return Stored(
+            files=files,
+            format=format,
+            module=prefix if fused else prefix + "{}.",
+            projections=projections,
+            num_experts=num_experts,
+            num_parts=2 if projections == _FUSED_PROJECTIONS[:1] else len(projections),
+            num_rows=num_rows,
+            contraction=contraction,
+            fused=fused,
+            interleaved=family.interleaved,
+            has_bias=any(name.endswith("_bias" if fused else ".bias") for name in present),
+        )
+
+    candidates = [(format, projections) for projections in family.projections for format in _PER_EXPERT]
+    candidates += [(format, _FUSED_PROJECTIONS) for format in _FUSED]
+    for format, projections in candidates:
+        if not _is_recognised(format, projections, prefix, present):
+            continue
+        if format in _PER_EXPERT and num_experts > len(present):
+            raise CheckpointError(f"{files.directory}: {block}: found {len(present)} tensors, expected {num_experts} experts")
+        gate_up = stored(format, projections[:-1], intermediate, hidden)
+        down = stored(format, projections[-1:], hidden, intermediate)
+        gate_up.check()
+        down.check()
+        _check_explained(files, present - gate_up.expected_names() - down.expected_names(), format)
+        return gate_up, down
+    example = files.info(min(present))
+    raise CheckpointError(f"{example}: found {example.summary}, expected the experts of {block} in NVFP4 or MXFP4")
+
+
+def find_linear(files: Files, module: str, projection: str) -> Stored | None:
+    """A single 4-bit linear layer outside the experts, of whatever shape it has; None if it is not 4-bit.
+
+    Raises:
+      CheckpointError: as :func:`find`.
+    """
+    present = {name for name in files.names() if name.startswith(f"{module}{projection}.")}
+    for format in _PER_EXPERT:
+        if _is_recognised(format, (projection,), module, present, expert=""):
+            payload = files.info(f"{module}{projection}.{format.payload}")
+            num_rows, half = payload.shape if len(payload.shape) == 2 else (0, 0)
+            stored = Stored(
+                files=files,
+                format=format,
+                module=module,
+                projections=(projection,),
+                num_experts=1,
+                num_parts=1,
+                num_rows=num_rows,
+                contraction=2 * half,
+                fused=False,
+                interleaved=False,
+                has_bias=False,
+            )
+            stored.check()
+            _check_explained(files, present - stored.expected_names(), format)
+            return stored
+    return None
+
+
+def _check_explained(files: Files, unexplained: Set[str], format: Format) -> None:
+    if unexplained:
+        raise CheckpointError(
+            f"{files.info(min(unexplained))}: found a tensor that {format.name} does not have here; leaving it out could "
+            "change the result"
+        )
+
+
+def _is_recognised(
+    format: Format, projections: tuple[str, ...], prefix: str, present: Set[str], expert: str = r"\d+\."
+) -> bool:
+    """Whether any expert has, for any projection, each of the tensors that tell this format from the others."""
+    telling = (format.payload, format.block_scale, format.global_scale)
+    expert, separator = ("", "") if format in _FUSED else (expert, r"\.")
+    names = "|".join(map(re.escape, projections))
+    return all(
+        any(re.fullmatch(f"{re.escape(prefix)}{expert}({names}){separator}{re.escape(suffix)}", name) for name in present)
+        for suffix in telling
+        if suffix is not None
+    )
