@@ -1,0 +1,100 @@
+"""The CUDA handler called with kernels of a test's own choosing, and handlers that are wrong on purpose."""
+
+import ctypes
+import functools
+import os
+import pathlib
+import shutil
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from raw_call import raw_call
+
+from jax_moe import ffi
+
+FOLDER = pathlib.Path(__file__).parent
+FFI = FOLDER.parents[1] / "ffi"
+
+
+@functools.cache
+def launch_kernels(build_folder: pathlib.Path) -> bytes:
+    """launch_kernels.cu as a cubin."""
+    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    image = build_folder / "launch_kernels.cubin"
+    target = "arch=compute_90a,code=sm_90a"
+    subprocess.run([nvcc, "-cubin", "-gencode", target, "-o", image, FOLDER / "launch_kernels.cu"], check=True)
+    return image.read_bytes()
+
+
+def step(image: bytes, name: str, arguments: str = "", *, grid=1, block=1, cluster=1, shared=0) -> dict:
+    """One kernel of a call, as ``ffi/cuda/program.h`` reads it."""
+    numbers = {"grid": grid, "block": block, "cluster": cluster, "shared": shared, "overlap": 0}
+    return {"image": image, "name": name, "arguments": arguments or "null"} | {
+        k: np.int64(v) for k, v in numbers.items()
+    }
+
+
+def call(
+    x, steps, *, target=ffi.TARGET, combine="atomic", expert_ids=None, routing_weights=None, num_experts=1,
+    expert_offset=0, input_scale=None, workspaces=(), out_dtype=jnp.float32,
+) -> list[jax.Array]:  # fmt: skip
+    """All results of the custom call, workspaces included; the weights are a few bytes that no kernel reads."""
+    tokens, hidden = x.shape
+    if expert_ids is None:
+        expert_ids, routing_weights = jnp.zeros((tokens, 1), jnp.int32), jnp.ones((tokens, 1), jnp.float32)
+    slots = expert_ids.shape[1]
+    absent = jnp.zeros((0,), jnp.float32)
+    payload, block_scale = jnp.zeros((16,), jnp.uint8), jnp.zeros((num_experts, 0), jnp.float8_e4m3fn)
+    scales = jnp.ones((num_experts,), jnp.float32)
+    operands = (
+        x, expert_ids, routing_weights, jnp.asarray(expert_offset, jnp.int32),
+        payload, block_scale, jnp.ones((num_experts, 2), jnp.float32), absent if input_scale is None else input_scale, absent,
+        payload, block_scale, scales, absent, absent,
+    )  # fmt: skip
+    results = [jax.ShapeDtypeStruct(x.shape, out_dtype), *workspaces]
+    out_bytes = jnp.dtype(out_dtype).itemsize
+    kernels = {
+        **steps,
+        "shape": np.array([tokens, slots, num_experts, 2, hidden, 64, out_bytes], np.int64),
+        "weight_bytes": np.array([16, 0, 16, 0], np.int64),
+        "workspace_bytes": np.array([w.size * w.dtype.itemsize for w in workspaces], np.int64),
+    }
+    attributes = {
+        "precision": "w4a16", "combine": combine, "weight_on": "output", "activation": "swiglu",
+        "alpha": np.float32(1), "beta": np.float32(0), "limit": np.float32(np.inf), "kernels": kernels,
+    }  # fmt: skip
+    return raw_call(target, results, attributes, *operands)
+
+
+def register_mutant(name: str, file: str, original: str, replacement: str, build_folder: pathlib.Path) -> str:
+    """Builds the library's CUDA half with one change and registers it; returns the name of its target."""
+    sources = build_folder / name
+    shutil.copytree(FFI, sources, ignore=shutil.ignore_patterns("tests", "build"))
+    text = (sources / file).read_text()
+    assert original in text, f"the mutant no longer applies to {file}"
+    (sources / file).write_text(text.replace(original, replacement))
+    library = sources / "mutant.so"
+    compiler = os.environ.get("CXX", "g++")
+    includes = [f"-I{sources}", f"-isystem{jax.ffi.include_dir()}"]
+    units = [sources / "cuda" / unit for unit in ("driver.cc", "handler.cc", "program.cc")]
+    command = [compiler, "-std=c++20", "-O1", "-fPIC", "-shared", *includes, *units, "-ldl", "-o", library]
+    subprocess.run(command, check=True)
+    return register(f"jax_moe_test_{name}", ctypes.CDLL(str(library)))
+
+
+def register(target: str, library: ctypes.CDLL) -> str:
+    """Registers the handler of ``library``, which is not jax_moe's own, under a name of its own."""
+    capsules = {}
+    for key, getter in (("type_id", library.JaxMoeCudaTypeId), ("type_info", library.JaxMoeCudaTypeInfo)):
+        getter.restype = ctypes.c_void_p
+        capsules[key] = jax.ffi.pycapsule(getter())
+    jax.ffi.register_ffi_type(f"{target}_state", capsules, platform="CUDA")
+    stages = {
+        "instantiate": library.JaxMoeFusedMoeCudaInstantiate,
+        "initialize": library.JaxMoeFusedMoeCudaInitialize,
+        "execute": library.JaxMoeFusedMoeCuda,
+    }
+    jax.ffi.register_ffi_target(target, {k: jax.ffi.pycapsule(v) for k, v in stages.items()}, platform="CUDA")
+    return target

@@ -1,0 +1,185 @@
+"""The sort of routes and the pass over x on a GPU, against NumPy and ``jax_moe.nvfp4``, bit for bit."""
+
+import dataclasses
+
+import calls
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_moe import nvfp4
+from jax_moe.kernels import compile as kernels, specs
+from jax_moe.kernels.sm90 import plan
+
+TARGET = "sm_90a"
+
+
+@dataclasses.dataclass(frozen=True)
+class SortCase:
+    """One call of the sort; ``routing`` says how the ids are drawn."""
+
+    tokens: int
+    top_k: int
+    num_experts: int
+    token_tile: int
+    routing: str = "uniform"
+    offset: int = 0
+    weighted: bool = True
+
+    @property
+    def spec(self):
+        return specs.sort_spec(self.tokens * self.top_k, self.num_experts, self.token_tile, self.weighted)
+
+
+SORT_CASES = [
+    SortCase(1, 8, 128, 8),
+    SortCase(1, 1, 1, 8),
+    SortCase(3, 5, 7, 16),
+    SortCase(17, 16, 512, 8),
+    SortCase(32, 8, 128, 8),
+    SortCase(32, 8, 128, 8, "hostile"),
+    SortCase(128, 8, 128, 16, "one"),
+    SortCase(255, 8, 33, 24, "uniform", 5),
+    SortCase(256, 8, 16, 64, "none"),
+    SortCase(257, 8, 128, 32, "uniform", 64),
+    SortCase(512, 8, 128, 64, "hostile", 3),
+    SortCase(2048, 4, 128, 128, "skewed"),
+    SortCase(8192, 8, 128, 128),
+    SortCase(8192, 8, 128, 128, "one"),
+    SortCase(8192, 16, 512, 128, "hostile", 100),
+    SortCase(8191, 2, 8, 128, "skewed", weighted=False),
+]
+ROWS_SPECS = [specs.RowsSpec(True, False), specs.RowsSpec(True, True), specs.RowsSpec(False, True)]
+SPECS = list(dict.fromkeys([case.spec for case in SORT_CASES] + ROWS_SPECS))
+"""What must be in the cache where there is no DSL; ``precompile.py`` puts it there."""
+
+
+def _ids(case: SortCase, rng) -> np.ndarray:
+    shape, low, high = (case.tokens, case.top_k), case.offset, case.offset + case.num_experts
+    match case.routing:
+        case "uniform":
+            ids = rng.integers(0, high, shape)
+        case "one":
+            ids = np.full(shape, high - 1)
+        case "none":
+            ids = np.full(shape, high)
+        case "skewed":
+            ids = low + np.minimum(rng.geometric(0.3, shape) - 1, case.num_experts - 1)
+        case _:  # hostile
+            extremes = [-1, -(2**31), 2**31 - 1, low - 1, high, low - 2**31, -low]
+            ids = np.where(rng.random(shape) < 0.3, rng.choice(extremes, shape), rng.integers(low, high, shape))
+            ids = np.clip(ids, -(2**31), 2**31 - 1)
+    return ids.astype(np.int32)
+
+
+def _expected(case: SortCase, ids: np.ndarray):
+    """Tile starts of the experts, expert of each tile, route of each row: DESIGN's stable order."""
+    local = ids.reshape(-1).astype(np.int64) - case.offset
+    routes = [np.flatnonzero(local == expert) for expert in range(case.num_experts)]
+    tiles = [-(-len(r) // case.token_tile) for r in routes]
+    starts = np.concatenate([[0], np.cumsum(tiles)])
+    rows = np.full(starts[-1] * case.token_tile, -1)
+    for r, start in zip(routes, starts, strict=False):
+        rows[start * case.token_tile : start * case.token_tile + len(r)] = r
+    return starts, np.repeat(np.arange(case.num_experts), tiles), rows
+
+
+def _kernel_step(spec, arguments: str, grid: int) -> dict:
+    kernel = kernels.compiled(spec, TARGET)
+    cluster = getattr(spec, "cluster", 1)
+    return calls.step(
+        kernel.image, kernel.symbol, arguments, grid=grid, block=kernel.threads, cluster=cluster,
+        shared=kernel.shared_bytes,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SORT_CASES, ids=str)
+def test_sort(build_folder, poison, case):
+    rng = np.random.default_rng(case.tokens)
+    routes = case.tokens * case.top_k
+    max_tiles = plan.max_tiles(routes, case.num_experts, case.token_tile)
+    nothing = calls.step(calls.launch_kernels(build_folder), "nothing")
+    arguments = f"operand:1 operand:2 operand:3 result:1 result:2 result:3 result:4 result:5 i32:{routes}"
+    steps = {"sort": _kernel_step(case.spec, arguments, case.spec.grid), "gemm1": nothing, "gemm2": nothing}
+    workspaces = [
+        jax.ShapeDtypeStruct((case.num_experts + 1,), jnp.int32),
+        jax.ShapeDtypeStruct((max_tiles,), jnp.int32),
+        jax.ShapeDtypeStruct((max_tiles * case.token_tile,), jnp.int32),
+        jax.ShapeDtypeStruct((max_tiles * case.token_tile,), jnp.float32),
+        jax.ShapeDtypeStruct((case.spec.cluster, case.num_experts), jnp.int32),
+    ]
+    x = jnp.zeros((case.tokens, 16), jnp.bfloat16)
+
+    @jax.jit
+    def sort(ids, weights):
+        return calls.call(
+            x, steps, expert_ids=ids, routing_weights=weights, num_experts=case.num_experts,
+            expert_offset=case.offset, workspaces=workspaces,
+        )  # fmt: skip
+
+    for _ in range(2):
+        ids, weights = _ids(case, rng), rng.normal(size=(case.tokens, case.top_k)).astype(np.float32)
+        starts, experts, rows = _expected(case, ids)
+        poison(0.25)
+        _, got_starts, got_experts, got_rows, got_weights, _ = map(np.asarray, sort(ids, weights))
+        np.testing.assert_array_equal(got_starts, starts)
+        np.testing.assert_array_equal(got_experts[: len(experts)], experts)
+        np.testing.assert_array_equal(got_rows[: len(rows)], rows)
+        filled = rows >= 0
+        expected = weights.reshape(-1)[rows[filled]] if case.weighted else np.ones(filled.sum(), np.float32)
+        np.testing.assert_array_equal(got_weights[: len(rows)][filled], expected)
+
+
+def _hard_values(rng, shape) -> jax.Array:
+    """bf16 values with blocks of zeros, ties of both roundings, huge, tiny and non-finite ones."""
+    x = rng.normal(size=shape) * np.exp2(rng.integers(-12, 12, (shape[0], 1)))
+    blocks = x.reshape(-1, 16)
+    special = np.resize(
+        [
+            np.zeros(16),
+            np.full(16, 3e38),
+            np.full(16, 1e-38),
+            np.resize([5.0, 2.5, 1.75, 0.25, 6.0], 16),
+            -np.zeros(16),
+        ],
+        (len(blocks[::7]), 16),
+    )
+    blocks[::7] = special
+    blocks[3::50, 5] = np.nan
+    blocks[4::50, 7] = np.inf
+    return jnp.asarray(x, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("spec", ROWS_SPECS, ids=str)
+@pytest.mark.parametrize(("tokens", "hidden"), [(1, 16), (5, 2880), (300, 4096)])
+def test_rows(build_folder, poison, spec, tokens, hidden):
+    slots = 3 if spec.per_route else 1
+    num_rows = tokens * slots
+    rng = np.random.default_rng(hidden)
+    x, scale = _hard_values(rng, (tokens, hidden)), jnp.float32(1 / 448)
+    weights = jnp.asarray(rng.normal(size=(tokens, slots)), jnp.float32)
+    nothing = calls.step(calls.launch_kernels(build_folder), "nothing")
+    arguments = f"operand:0 operand:2 operand:7 result:1 i32:{num_rows} i32:{slots} i32:{hidden // 16}"
+    step = _kernel_step(spec, arguments, spec.grid(num_rows, hidden))
+    steps = {"sort": nothing, "prepare": step, "gemm1": nothing, "gemm2": nothing}
+    workspaces = [jax.ShapeDtypeStruct((num_rows, hidden), jnp.bfloat16)]
+
+    @jax.jit
+    def run(x, weights):
+        ids = jnp.zeros(weights.shape, jnp.int32)
+        return calls.call(
+            x, steps, expert_ids=ids, routing_weights=weights, input_scale=scale, workspaces=workspaces
+        )[1]  # fmt: skip
+
+    expected = x
+    if spec.per_route:
+        product = np.asarray(x, np.float32)[:, None] * np.asarray(weights)[..., None]
+        expected = jnp.asarray(product, jnp.bfloat16).reshape(num_rows, hidden)
+    if spec.quantise:
+        with jax.default_device(jax.devices("cpu")[0]):
+            expected = nvfp4.quantize_dequantize(jnp.asarray(np.asarray(expected)), np.float32(scale))
+    poison(0.25)
+    got, expected = np.asarray(run(x, weights)), np.asarray(expected)
+    # A zero's sign and a NaN's bits are nobody's business: products with them are the same.
+    np.testing.assert_array_equal(got.astype(np.float32), expected.astype(np.float32))
