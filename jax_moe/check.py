@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from jax_moe import activations, nvfp4, plan
+from jax_moe import activations, arguments, nvfp4, plan
 from jax_moe.experts import CANONICAL, Experts, Projection
 from jax_moe.kernels.sm90 import layout
 from jax_moe.prepare import SM_90A
@@ -17,23 +17,21 @@ def check(
     Raises:
       TypeError, ValueError: naming the argument, what it got and what it needs.
     """
-    _check_type("experts", experts, Experts)
-    _check_type("routing", routing, Routing)
-    _check_type("activation", activation, activations.Activation)
-    _check_choice("precision", precision, plan.Precision)
-    _check_choice("combine", combine, plan.Combine)
-    _check_choice("weight_on", weight_on, plan.WeightOn)
-    out_dtype = jnp.dtype(out_dtype)
-    if out_dtype not in (jnp.bfloat16, jnp.float32):
-        raise TypeError(f"out_dtype: got {out_dtype}, needs bfloat16 or float32")
+    arguments.instance("experts", experts, Experts)
+    arguments.instance("routing", routing, Routing)
+    arguments.instance("activation", activation, activations.Activation)
+    arguments.choice("precision", precision, plan.Precision)
+    arguments.choice("combine", combine, plan.Combine)
+    arguments.choice("weight_on", weight_on, plan.WeightOn)
+    out_dtype = arguments.dtype("out_dtype", out_dtype, (jnp.bfloat16, jnp.float32))
 
-    tokens, hidden = _check_array("x", x, jnp.bfloat16, ("T", "H"))
-    _, slots = _check_array("routing.expert_ids", routing.expert_ids, jnp.int32, (tokens, "K"))
-    _check_array("routing.weights", routing.weights, jnp.float32, (tokens, slots))
+    tokens, hidden = arguments.array("x", x, jnp.bfloat16, ("T", "H"))
+    _, slots = arguments.array("routing.expert_ids", routing.expert_ids, jnp.int32, (tokens, "K"))
+    arguments.array("routing.weights", routing.weights, jnp.float32, (tokens, slots))
     if slots == 0:
         raise ValueError("routing.expert_ids: got K = 0, needs at least one slot per token")
     if not isinstance(expert_offset, int):
-        _check_array("expert_offset", expert_offset, jnp.int32, ())
+        arguments.array("expert_offset", expert_offset, jnp.int32, ())
     elif not 0 <= expert_offset < 2**31:
         raise ValueError(f"expert_offset: got {expert_offset}, needs 0 <= expert_offset < 2**31")
 
@@ -64,10 +62,10 @@ def check(
 def _check_experts(experts: Experts, hidden: int, parts: int) -> tuple[int, int]:
     """Checks the weights against the hidden size; returns (L, I), where I has the layout's padding."""
     for name, projection in (("experts.gate_up", experts.gate_up), ("experts.down", experts.down)):
-        _check_type(name, projection, Projection)
+        arguments.instance(name, projection, Projection)
     if hidden == 0 or hidden % nvfp4.BLOCK_SIZE:
         raise ValueError(f"x: got H = {hidden}, needs a positive multiple of {nvfp4.BLOCK_SIZE}")
-    local_experts, _ = _check_array(
+    local_experts, _ = arguments.array(
         "experts.gate_up.global_scale", experts.gate_up.global_scale, jnp.float32, ("L", parts)
     )
     if local_experts == 0:
@@ -82,7 +80,9 @@ def _check_experts(experts: Experts, hidden: int, parts: int) -> tuple[int, int]
 
 
 def _check_canonical(experts: Experts, hidden: int, lead: tuple[int, int]) -> int:
-    _, _, intermediate, _ = _check_array("experts.gate_up.payload", experts.gate_up.payload, None, (*lead, "I", "H/2"))
+    _, _, intermediate, _ = arguments.array(
+        "experts.gate_up.payload", experts.gate_up.payload, None, (*lead, "I", "H/2")
+    )
     if intermediate == 0 or intermediate % nvfp4.BLOCK_SIZE:
         raise ValueError(f"experts: got I = {intermediate}, needs a positive multiple of {nvfp4.BLOCK_SIZE}")
     for name, projection, rows, contraction in (
@@ -92,9 +92,9 @@ def _check_canonical(experts: Experts, hidden: int, lead: tuple[int, int]) -> in
         axes = lead if projection is experts.gate_up else lead[:1]
         is_float4 = projection.payload.dtype == jnp.float4_e2m1fn
         payload_type = (jnp.float4_e2m1fn, contraction) if is_float4 else (jnp.uint8, contraction // 2)
-        _check_array(f"{name}.payload", projection.payload, payload_type[0], (*axes, rows, payload_type[1]))
+        arguments.array(f"{name}.payload", projection.payload, payload_type[0], (*axes, rows, payload_type[1]))
         blocks = contraction // nvfp4.BLOCK_SIZE
-        _check_array(f"{name}.block_scale", projection.block_scale, jnp.float8_e4m3fn, (*axes, rows, blocks))
+        arguments.array(f"{name}.block_scale", projection.block_scale, jnp.float8_e4m3fn, (*axes, rows, blocks))
     _check_scalars(experts, lead, gate_up_rows=intermediate, down_rows=hidden)
     return intermediate
 
@@ -103,12 +103,12 @@ def _check_prepared(experts: Experts, hidden: int, lead: tuple[int, int]) -> int
     """The layout of ``jax_moe/kernels/sm90/layout.py``: whole blocks, with their scales inside."""
     local_experts, parts = lead
     row_blocks, column_blocks = (-(-hidden // size) for size in (layout.BLOCK_ROWS, layout.BLOCK_K))
-    _, gate_up_blocks, _, _ = _check_array(
+    _, gate_up_blocks, _, _ = arguments.array(
         "experts.gate_up.payload", experts.gate_up.payload, jnp.uint8,
         (local_experts, "I blocks", column_blocks, layout.BLOCK_BYTES),
     )  # fmt: skip
     padded = gate_up_blocks * layout.BLOCK_ROWS // parts
-    _, _, down_blocks, _ = _check_array(
+    _, _, down_blocks, _ = arguments.array(
         "experts.down.payload", experts.down.payload, jnp.uint8,
         (local_experts, row_blocks, "I blocks", layout.BLOCK_BYTES),
     )  # fmt: skip
@@ -118,7 +118,7 @@ def _check_prepared(experts: Experts, hidden: int, lead: tuple[int, int]) -> int
             f"experts.down.payload: got {down_blocks} blocks of I, which does not fit gate_up's {gate_up_blocks}"
         )
     for name, projection in (("experts.gate_up", experts.gate_up), ("experts.down", experts.down)):
-        _check_array(f"{name}.block_scale", projection.block_scale, jnp.float8_e4m3fn, (local_experts, 0))
+        arguments.array(f"{name}.block_scale", projection.block_scale, jnp.float8_e4m3fn, (local_experts, 0))
     _check_scalars(experts, lead, gate_up_rows=padded, down_rows=hidden)
     return intermediate
 
@@ -129,35 +129,8 @@ def _check_scalars(experts: Experts, lead: tuple[int, int], gate_up_rows: int, d
         ("experts.gate_up", experts.gate_up, lead, gate_up_rows, ()),
         ("experts.down", experts.down, lead[:1], down_rows, lead[:1]),
     ):
-        _check_array(f"{name}.global_scale", projection.global_scale, jnp.float32, axes)
+        arguments.array(f"{name}.global_scale", projection.global_scale, jnp.float32, axes)
         if projection.input_scale is not None:
-            _check_array(f"{name}.input_scale", projection.input_scale, jnp.float32, input_scale_shape)
+            arguments.array(f"{name}.input_scale", projection.input_scale, jnp.float32, input_scale_shape)
         if projection.bias is not None:
-            _check_array(f"{name}.bias", projection.bias, jnp.float32, (*axes, rows))
-
-
-def _check_array(name: str, array, dtype, shape) -> tuple[int, ...]:
-    """Checks dtype (None: any) and shape, where a string stands for any size; returns the shape."""
-    if not hasattr(array, "shape") or not hasattr(array, "dtype"):
-        raise TypeError(f"{name}: got {type(array).__name__}, needs an array")
-    if dtype is not None and array.dtype != dtype:
-        raise TypeError(f"{name}: got dtype {array.dtype}, needs {jnp.dtype(dtype)}")
-    matches = len(array.shape) == len(shape) and all(
-        isinstance(want, str) or got == want for got, want in zip(array.shape, shape, strict=True)
-    )
-    if not matches:
-        wanted = ", ".join(map(str, shape))
-        raise ValueError(f"{name}: got shape {tuple(array.shape)}, needs [{wanted}]")
-    return tuple(array.shape)
-
-
-def _check_type(name: str, value, expected) -> None:
-    if not isinstance(value, expected):
-        names = " or ".join(cls.__name__ for cls in getattr(expected, "__args__", (expected,)))
-        raise TypeError(f"{name}: got {type(value).__name__}, needs {names}")
-
-
-def _check_choice(name: str, value, choices) -> None:
-    allowed = choices.__args__
-    if value not in allowed:
-        raise ValueError(f"{name}: got {value!r}, needs one of {', '.join(map(repr, allowed))}")
+            arguments.array(f"{name}.bias", projection.bias, jnp.float32, (*axes, rows))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_moe import activations, check, ffi, plan
+from jax_moe import activations, check, ffi, nvfp4, plan
 from jax_moe.experts import Experts, Projection
 from jax_moe.routing import Routing
 
@@ -84,13 +84,10 @@ def _raise_on_bad_id(expert_ids: np.ndarray, num_experts: int | None) -> None:
 
 def _operands(projection: Projection) -> tuple[jax.Array, ...]:
     """The five operands of a projection; an absent one is an empty float32 array, as ``ffi/problem.h`` expects."""
-    payload = projection.payload
-    if payload.dtype == jnp.float4_e2m1fn:
-        payload = payload.view(jnp.uint8)  # XLA counts a packed float4 as a byte each: only uint8 is unambiguous
     absent = jnp.zeros((0,), jnp.float32)
     input_scale = absent if projection.input_scale is None else projection.input_scale
     bias = absent if projection.bias is None else projection.bias
-    return payload, projection.block_scale, projection.global_scale, input_scale, bias
+    return nvfp4.payload_bytes(projection.payload), projection.block_scale, projection.global_scale, input_scale, bias
 
 
 def _vary_alike(*operands: jax.Array) -> tuple[jax.Array, ...]:

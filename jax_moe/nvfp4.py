@@ -72,6 +72,14 @@ def unpack(payload: jax.Array) -> jax.Array:
     return pairs.reshape(*payload.shape[:-1], 2 * payload.shape[-1])
 
 
+def payload_bytes(payload: jax.Array) -> jax.Array:
+    """A payload as uint8 ``[..., n/2]``, given that or a float4_e2m1fn array ``[..., n]``.
+
+    XLA counts a packed float4 as a byte each in some places: only uint8 is unambiguous.
+    """
+    return payload.view(jnp.uint8) if payload.dtype == jnp.float4_e2m1fn else payload
+
+
 def global_scale_for(amax: jax.Array) -> jax.Array:
     """The fp32 global scale under which ``amax`` is still representable: amax / (6 * 448).
 
@@ -139,7 +147,7 @@ def dequantize(
     bfloat16 and wider: every backend multiplies *the same* operands.
 
     Args:
-      payload: ``[..., n/2]`` uint8.
+      payload: ``[..., n/2]`` uint8, or ``[..., n]`` float4_e2m1fn.
       block_scale: ``[..., n/16]`` float8_e4m3fn.
       global_scale: fp32, broadcastable to ``payload.shape[:-1]``, or None to leave it out.
       dtype: of the result.
@@ -147,7 +155,7 @@ def dequantize(
     Returns:
       ``[..., n]`` of ``dtype``.
     """
-    values = e2m1_to_float(unpack(payload))
+    values = e2m1_to_float(unpack(payload_bytes(payload)))
     values = values * jnp.repeat(block_scale.astype(jnp.float32), BLOCK_SIZE, axis=-1)
     if global_scale is not None:
         values = values * jnp.broadcast_to(global_scale, payload.shape[:-1])[..., None]

@@ -5,8 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jax_moe import activations, nvfp4, reference
-from jax_moe.experts import Experts, Projection
+from jax_moe import activations, arguments, check, nvfp4, reference
+from jax_moe.experts import CANONICAL, Experts, Projection
 from jax_moe.progress import track
 from jax_moe.routing import Routing
 
@@ -38,21 +38,18 @@ def quantize_experts(
       Experts in the canonical layout, without input scales.
 
     Raises:
-      ValueError: shapes do not fit one another, or H or I is not a multiple of 16.
+      TypeError, ValueError: shapes do not fit one another, or H or I is not a multiple of 16.
     """
-    if up.ndim != 3:
-        raise ValueError(f"up: got shape {tuple(up.shape)}, needs [E, I, H]")
-    num_experts, intermediate, hidden = up.shape
-    expected = {
-        "gate": (gate, (num_experts, intermediate, hidden)),
-        "down": (down, (num_experts, hidden, intermediate)),
-        "gate_bias": (gate_bias, (num_experts, intermediate)),
-        "up_bias": (up_bias, (num_experts, intermediate)),
-        "down_bias": (down_bias, (num_experts, hidden)),
-    }
-    for name, (array, shape) in expected.items():
-        if array is not None and array.shape != shape:
-            raise ValueError(f"{name}: got shape {tuple(array.shape)}, needs {list(shape)}")
+    num_experts, intermediate, hidden = arguments.floats("up", up, ("E", "I", "H"))
+    arguments.floats("down", down, (num_experts, hidden, intermediate))
+    for name, array, shape in (
+        ("gate", gate, (num_experts, intermediate, hidden)),
+        ("gate_bias", gate_bias, (num_experts, intermediate)),
+        ("up_bias", up_bias, (num_experts, intermediate)),
+        ("down_bias", down_bias, (num_experts, hidden)),
+    ):
+        if array is not None:
+            arguments.floats(name, array, shape)
     for name, size in (("E", num_experts), ("H", hidden), ("I", intermediate)):
         if size == 0 or (name != "E" and size % nvfp4.BLOCK_SIZE):
             raise ValueError(f"up: got {name} = {size}, needs a positive multiple of {nvfp4.BLOCK_SIZE}")
@@ -106,11 +103,16 @@ def calibrate(
       The experts with ``gate_up.input_scale`` (``[]``) and ``down.input_scale`` (``[E]``) set.
 
     Raises:
-      ValueError: T is 0.
+      TypeError, ValueError: as ``fused_moe``, or T is 0.
     """
+    num_experts = check.check(
+        x, experts, routing, activation=activation, precision="w4a16", combine="ordered", weight_on=weight_on,
+        expert_offset=0, out_dtype=jnp.float32, command_buffer=True,
+    ).num_experts  # fmt: skip
+    if experts.layout != CANONICAL:
+        raise ValueError(f"experts.layout: got {experts.layout!r}, calibration needs {CANONICAL!r}")
     if x.shape[0] == 0:
         raise ValueError("x: got no tokens, calibration needs at least one")
-    num_experts = experts.down.global_scale.shape[0]
 
     def expert_amax(expert):
         chosen = routing.expert_ids == expert

@@ -5,6 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from jax_moe import arguments
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +81,7 @@ def route(logits: jax.Array, k: int, method: Method = Softmax(), *, bias: jax.Ar
     """
     if not isinstance(method, Method):
         raise TypeError(f"method: got {method!r}, needs Softmax, Sigmoid, DeepSeekV3 or Llama4")
-    _check_floats("logits", logits, "[T, E]")
-    if logits.ndim != 2:
-        raise ValueError(f"logits: got shape {tuple(logits.shape)}, needs [T, E]")
-    num_experts = logits.shape[1]
+    _, num_experts = arguments.floats("logits", logits, ("T", "E"))
     if not isinstance(k, int):
         raise TypeError(f"k: got {k!r}, needs an int")
     if not 1 <= k <= num_experts:
@@ -90,7 +89,7 @@ def route(logits: jax.Array, k: int, method: Method = Softmax(), *, bias: jax.Ar
     if bias is not None and not isinstance(method, DeepSeekV3):
         raise ValueError(f"bias: got an array, but {type(method).__name__} has no selection bias")
     if bias is not None:
-        _check_floats("bias", bias, "[E]")
+        arguments.floats("bias", bias, (num_experts,))
     logits = logits.astype(jnp.float32)
 
     match method:
@@ -111,12 +110,6 @@ def route(logits: jax.Array, k: int, method: Method = Softmax(), *, bias: jax.Ar
     return Routing(expert_ids.astype(jnp.int32), weights)
 
 
-def _check_floats(name: str, array, needs: str) -> None:
-    dtype = getattr(array, "dtype", None)
-    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"{name}: got {dtype or type(array).__name__}, needs floats {needs}")
-
-
 def _grouped_top_k(scores, k: int, method: DeepSeekV3, bias) -> tuple[jax.Array, jax.Array]:
     tokens, num_experts = scores.shape
     groups, top_groups = method.num_groups, method.top_groups
@@ -128,8 +121,6 @@ def _grouped_top_k(scores, k: int, method: DeepSeekV3, bias) -> tuple[jax.Array,
             f"method.top_groups: got {top_groups}, needs 1 <= top_groups <= {groups} groups of {group_size} experts, "
             f"enough for k = {k}"
         )
-    if bias is not None and bias.shape != (num_experts,):
-        raise ValueError(f"bias: got shape {tuple(bias.shape)}, needs [E] = [{num_experts}]")
 
     biased = scores if bias is None else scores + bias.astype(jnp.float32)
     grouped = biased.reshape(tokens, groups, group_size)

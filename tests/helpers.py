@@ -198,6 +198,11 @@ def make_exact_case(
     return Case(x, experts, routing, {"activation": activation} | options)
 
 
+def without_input_scales(experts: Experts) -> Experts:
+    gate_up, down = (dataclasses.replace(p, input_scale=None) for p in (experts.gate_up, experts.down))
+    return dataclasses.replace(experts, gate_up=gate_up, down=down)
+
+
 def _random(rng, shape):
     return jnp.asarray(rng.normal(size=shape), jnp.float32)
 

@@ -1,0 +1,56 @@
+"""Checks of single arguments: the errors name the argument, what it got and what it needs."""
+
+import jax.numpy as jnp
+
+
+def array(name: str, value, dtype, shape) -> tuple[int, ...]:
+    """Checks dtype (None: any) and shape, where a string stands for any size; returns the shape."""
+    _is_array(name, value)
+    if dtype is not None and value.dtype != dtype:
+        raise TypeError(f"{name}: got dtype {value.dtype}, needs {jnp.dtype(dtype)}")
+    matches = len(value.shape) == len(shape) and all(
+        isinstance(want, str) or got == want for got, want in zip(value.shape, shape, strict=True)
+    )
+    if not matches:
+        wanted = ", ".join(map(str, shape))
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, needs [{wanted}]")
+    return tuple(value.shape)
+
+
+def instance(name: str, value, expected) -> None:
+    """Checks the type of ``value``: a class or a union of classes."""
+    if not isinstance(value, expected):
+        names = " or ".join(cls.__name__ for cls in getattr(expected, "__args__", (expected,)))
+        raise TypeError(f"{name}: got {type(value).__name__}, needs {names}")
+
+
+def choice(name: str, value, choices) -> None:
+    """Checks that ``value`` is one of a ``Literal``'s."""
+    allowed = choices.__args__
+    if value not in allowed:
+        raise ValueError(f"{name}: got {value!r}, needs one of {', '.join(map(repr, allowed))}")
+
+
+def floats(name: str, value, shape) -> tuple[int, ...]:
+    """Checks that ``value`` is an array of any float dtype, and its shape as :func:`array` does."""
+    _is_array(name, value)
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise TypeError(f"{name}: got dtype {value.dtype}, needs floats")
+    return array(name, value, None, shape)
+
+
+def dtype(name: str, value, allowed) -> jnp.dtype:
+    """Checks that ``value`` names one of the ``allowed`` dtypes, and returns it."""
+    try:
+        found = None if value is None else jnp.dtype(value)
+    except TypeError:
+        found = None
+    if found is None or found not in allowed:
+        needs = " or ".join(jnp.dtype(candidate).name for candidate in allowed)
+        raise TypeError(f"{name}: got {found or repr(value)}, needs {needs}")
+    return found
+
+
+def _is_array(name: str, value) -> None:
+    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        raise TypeError(f"{name}: got {type(value).__name__}, needs an array")

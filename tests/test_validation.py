@@ -1,0 +1,457 @@
+"""Every bad argument is an error while tracing that says which argument, what it got and what it needs."""
+
+import dataclasses
+import re
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_moe
+from jax_moe import ffi
+
+T, H, I, E, K = 5, 48, 32, 4, 2  # noqa: E741
+
+
+def experts_with(name, **leaves):
+    """A change of some leaves of a projection of the case's experts, each given as a function of the leaf."""
+
+    def change(arguments):
+        experts = arguments["experts"]
+        projection = getattr(experts, name)
+        changed = {leaf: f(getattr(projection, leaf)) for leaf, f in leaves.items()}
+        return {"experts": dataclasses.replace(experts, **{name: dataclasses.replace(projection, **changed)})}
+
+    return change
+
+
+def routing_with(**leaves):
+    def change(arguments):
+        changed = {leaf: f(getattr(arguments["routing"], leaf)) for leaf, f in leaves.items()}
+        return {"routing": dataclasses.replace(arguments["routing"], **changed)}
+
+    return change
+
+
+def arguments_with(**changed):
+    return lambda arguments: changed
+
+
+# What is changed; the error; what the message must say: the argument, what it got, what it needs.
+BAD = {
+    "x is a list": (arguments_with(x=[[0.0] * H] * T), TypeError, "x: got list, needs an array"),
+    "x is None": (arguments_with(x=None), TypeError, "x: got NoneType, needs an array"),
+    "x is float32": (arguments_with(x=jnp.zeros((T, H))), TypeError, "x: got dtype float32, needs bfloat16"),
+    "x is a vector": (
+        arguments_with(x=jnp.zeros(H, jnp.bfloat16)),
+        ValueError,
+        r"x: got shape \(48,\), needs \[T, H\]",
+    ),
+    "x has a batch axis": (
+        arguments_with(x=jnp.zeros((1, T, H), jnp.bfloat16)),
+        ValueError,
+        r"x: got shape \(1, 5, 48\)",
+    ),
+    "H is no multiple": (arguments_with(x=jnp.zeros((T, 40), jnp.bfloat16)), ValueError, "x: got H = 40, needs .*16"),
+    "H is 0": (arguments_with(x=jnp.zeros((T, 0), jnp.bfloat16)), ValueError, "x: got H = 0, needs .*16"),
+    "H is not the experts'": (
+        arguments_with(x=jnp.zeros((T, 64), jnp.bfloat16)),
+        ValueError,
+        r"experts.gate_up.payload: got shape \(4, 2, 32, 24\), needs \[4, 2, 32, 32\]",
+    ),
+    "x has no tokens": (
+        arguments_with(x=jnp.zeros((0, H), jnp.bfloat16)),
+        ValueError,
+        r"routing.expert_ids: got shape \(5, 2\), needs \[0, K\]",
+    ),
+    "experts are a tuple": (arguments_with(experts=()), TypeError, "experts: got tuple, needs Experts"),
+    "a projection is a tuple": (
+        lambda arguments: {"experts": dataclasses.replace(arguments["experts"], down=())},
+        TypeError,
+        "experts.down: got tuple, needs Projection",
+    ),
+    "an unknown layout": (
+        lambda arguments: {"experts": dataclasses.replace(arguments["experts"], layout="swizzled")},
+        ValueError,
+        "experts.layout: got 'swizzled', needs 'canonical'",
+    ),
+    "no experts": (
+        lambda arguments: {"experts": jax.tree.map(lambda a: a[:0] if a.ndim else a, arguments["experts"])},
+        ValueError,
+        "experts: got no expert, needs at least one",
+    ),
+    "a layer axis is left": (
+        lambda arguments: {"experts": jax.tree.map(lambda a: a[None], arguments["experts"])},
+        ValueError,
+        r"experts.gate_up.global_scale: got shape \(1, 4, 2\), needs \[L, 2\]",
+    ),
+    "I is no multiple": (
+        experts_with("gate_up", payload=lambda p: p[:, :, :24], block_scale=lambda s: s[:, :, :24]),
+        ValueError,
+        "experts: got I = 24, needs a positive multiple of 16",
+    ),
+    "I is 0": (
+        experts_with("gate_up", payload=lambda p: p[:, :, :0]),
+        ValueError,
+        "experts: got I = 0, needs a positive multiple",
+    ),
+    "gate_up payload is missing": (
+        experts_with("gate_up", payload=lambda p: None),
+        TypeError,
+        "experts.gate_up.payload: got NoneType",
+    ),
+    "gate_up payload is signed": (
+        experts_with("gate_up", payload=lambda p: p.astype(jnp.int8)),
+        TypeError,
+        "experts.gate_up.payload: got dtype int8, needs uint8",
+    ),
+    "gate_up payload is dense": (
+        experts_with("gate_up", payload=lambda p: jnp.zeros((E, 2, I, H), jnp.uint8)),
+        ValueError,
+        r"experts.gate_up.payload: got shape \(4, 2, 32, 48\), needs \[4, 2, 32, 24\]",
+    ),
+    "gate_up payload is a packed float4": (
+        experts_with("gate_up", payload=lambda p: jnp.zeros(p.shape, jnp.float4_e2m1fn)),
+        ValueError,
+        r"experts.gate_up.payload: got shape \(4, 2, 32, 24\), needs \[4, 2, 32, 48\]",
+    ),
+    "gate and up in one axis": (
+        experts_with("gate_up", payload=lambda p: p.reshape(E, 2 * I, -1)),
+        ValueError,
+        r"experts.gate_up.payload: got shape \(4, 64, 24\)",
+    ),
+    "gate_up block scales are float32": (
+        experts_with("gate_up", block_scale=lambda s: s.astype(jnp.float32)),
+        TypeError,
+        "experts.gate_up.block_scale: got dtype float32, needs float8_e4m3fn",
+    ),
+    "gate_up block scales of another e4m3": (
+        experts_with("gate_up", block_scale=lambda s: s.astype(jnp.float8_e4m3fnuz)),
+        TypeError,
+        "experts.gate_up.block_scale: got dtype float8_e4m3fnuz, needs float8_e4m3fn",
+    ),
+    "gate_up block scales of 32": (
+        experts_with("gate_up", block_scale=lambda s: s[..., :1]),
+        ValueError,
+        r"experts.gate_up.block_scale: got shape \(4, 2, 32, 1\), needs \[4, 2, 32, 3\]",
+    ),
+    "one global scale for gate and up": (
+        experts_with("gate_up", global_scale=lambda s: s[:, 0]),
+        ValueError,
+        r"experts.gate_up.global_scale: got shape \(4,\), needs \[L, 2\]",
+    ),
+    "gate_up global scales are float16": (
+        experts_with("gate_up", global_scale=lambda s: s.astype(jnp.float16)),
+        TypeError,
+        "experts.gate_up.global_scale: got dtype float16, needs float32",
+    ),
+    "gate_up input scale for each expert": (
+        experts_with("gate_up", input_scale=lambda s: jnp.ones(E)),
+        ValueError,
+        r"experts.gate_up.input_scale: got shape \(4,\), needs \[\]",
+    ),
+    "gate_up input scale is a float": (
+        experts_with("gate_up", input_scale=lambda s: 1.0),
+        TypeError,
+        "experts.gate_up.input_scale: got float",
+    ),
+    "gate_up bias for one part": (
+        experts_with("gate_up", bias=lambda b: jnp.zeros((E, I))),
+        ValueError,
+        r"experts.gate_up.bias: got shape \(4, 32\), needs \[4, 2, 32\]",
+    ),
+    "gate_up bias is bfloat16": (
+        experts_with("gate_up", bias=lambda b: jnp.zeros((E, 2, I), jnp.bfloat16)),
+        TypeError,
+        "experts.gate_up.bias: got dtype bfloat16, needs float32",
+    ),
+    "down payload of another E": (
+        experts_with("down", payload=lambda p: p[:3]),
+        ValueError,
+        r"experts.down.payload: got shape \(3, 48, 16\), needs \[4, 48, 16\]",
+    ),
+    "down payload is transposed": (
+        experts_with("down", payload=lambda p: p.swapaxes(1, 2)),
+        ValueError,
+        r"experts.down.payload: got shape \(4, 16, 48\), needs \[4, 48, 16\]",
+    ),
+    "down payload is float": (
+        experts_with("down", payload=lambda p: p.astype(jnp.float32)),
+        TypeError,
+        "experts.down.payload: got dtype float32, needs uint8",
+    ),
+    "down block scales are of 32": (
+        experts_with("down", block_scale=lambda s: s[..., :1]),
+        ValueError,
+        r"experts.down.block_scale: got shape \(4, 48, 1\), needs \[4, 48, 2\]",
+    ),
+    "down global scale is one": (
+        experts_with("down", global_scale=lambda s: s[0]),
+        ValueError,
+        r"experts.down.global_scale: got shape \(\), needs \[4\]",
+    ),
+    "down input scale is one": (
+        experts_with("down", input_scale=lambda s: s[0]),
+        ValueError,
+        r"experts.down.input_scale: got shape \(\), needs \[4\]",
+    ),
+    "down bias of I": (
+        experts_with("down", bias=lambda b: jnp.zeros((E, I))),
+        ValueError,
+        r"experts.down.bias: got shape \(4, 32\), needs \[4, 48\]",
+    ),
+    "routing is a tuple": (arguments_with(routing=(None, None)), TypeError, "routing: got tuple, needs Routing"),
+    "ids are int64": (
+        routing_with(expert_ids=lambda i: np.asarray(i, np.int64)),
+        TypeError,
+        "expert_ids: got dtype int64, needs int32",
+    ),
+    "ids are unsigned": (
+        routing_with(expert_ids=lambda i: i.astype(jnp.uint32)),
+        TypeError,
+        "expert_ids: got dtype uint32, needs int32",
+    ),
+    "ids of other tokens": (
+        routing_with(expert_ids=lambda i: i[:4]),
+        ValueError,
+        r"routing.expert_ids: got shape \(4, 2\), needs \[5, K\]",
+    ),
+    "ids are a vector": (
+        routing_with(expert_ids=lambda i: i[:, 0]),
+        ValueError,
+        r"routing.expert_ids: got shape \(5,\), needs \[5, K\]",
+    ),
+    "no slots": (
+        routing_with(expert_ids=lambda i: i[:, :0], weights=lambda w: w[:, :0]),
+        ValueError,
+        "routing.expert_ids: got K = 0, needs at least one slot",
+    ),
+    "weights are bfloat16": (
+        routing_with(weights=lambda w: w.astype(jnp.bfloat16)),
+        TypeError,
+        "routing.weights: got dtype bfloat16, needs float32",
+    ),
+    "weights of other slots": (
+        routing_with(weights=lambda w: w[:, :1]),
+        ValueError,
+        r"routing.weights: got shape \(5, 1\), needs \[5, 2\]",
+    ),
+    "weights are missing": (
+        routing_with(weights=lambda w: None),
+        TypeError,
+        "routing.weights: got NoneType, needs an array",
+    ),
+    "activation is a name": (
+        arguments_with(activation="swiglu"),
+        TypeError,
+        "activation: got str, needs SwiGLU or GeGLU",
+    ),
+    "activation is a class": (
+        arguments_with(activation=jax_moe.GeGLU),
+        TypeError,
+        "activation: got type, needs SwiGLU or",
+    ),
+    "activation without a gate": (
+        arguments_with(activation=jax_moe.ReLU2()),
+        ValueError,
+        r"experts.gate_up.global_scale: got shape \(4, 2\), needs \[L, 1\]",
+    ),
+    "an unknown precision": (
+        arguments_with(precision="fp8"),
+        ValueError,
+        "precision: got 'fp8', needs one of 'w4a16', 'w4a4'",
+    ),
+    "precision is None": (arguments_with(precision=None), ValueError, "precision: got None, needs one of"),
+    "an unknown combine": (
+        arguments_with(combine="sum"),
+        ValueError,
+        "combine: got 'sum', needs one of 'atomic', 'ordered'",
+    ),
+    "an unknown weight_on": (
+        arguments_with(weight_on="both"),
+        ValueError,
+        "weight_on: got 'both', needs one of 'output', 'input'",
+    ),
+    "out_dtype is float16": (
+        arguments_with(out_dtype=jnp.float16),
+        TypeError,
+        "out_dtype: got float16, needs bfloat16 or",
+    ),
+    "out_dtype is float64": (
+        arguments_with(out_dtype=np.float64),
+        TypeError,
+        "out_dtype: got float64, needs bfloat16 or",
+    ),
+    "out_dtype is no dtype": (arguments_with(out_dtype="wide"), TypeError, "out_dtype: got 'wide', needs bfloat16 or"),
+    "out_dtype is None": (arguments_with(out_dtype=None), TypeError, "out_dtype: got None, needs bfloat16 or"),
+    "offset is negative": (arguments_with(expert_offset=-1), ValueError, "expert_offset: got -1, needs 0 <="),
+    "offset is too large": (
+        arguments_with(expert_offset=2**31),
+        ValueError,
+        "expert_offset: got 2147483648, needs 0 <=",
+    ),
+    "offset is a float": (arguments_with(expert_offset=1.0), TypeError, "expert_offset: got float, needs"),
+    "offset is a float array": (
+        arguments_with(expert_offset=jnp.float32(1)),
+        TypeError,
+        "expert_offset: got dtype float32, needs int32",
+    ),
+    "offset for each token": (
+        arguments_with(expert_offset=jnp.zeros(T, jnp.int32)),
+        ValueError,
+        r"expert_offset: got shape \(5,\), needs \[\]",
+    ),
+    "offset is None": (arguments_with(expert_offset=None), TypeError, "expert_offset: got NoneType, needs an array"),
+    "w4a4 without gate_up's input scale": (
+        lambda arguments: experts_with("gate_up", input_scale=lambda s: None)(arguments) | {"precision": "w4a4"},
+        ValueError,
+        r"experts.gate_up.input_scale: got None, .*jax_moe.calibrate\(",
+    ),
+    "w4a4 without down's input scale": (
+        lambda arguments: experts_with("down", input_scale=lambda s: None)(arguments) | {"precision": "w4a4"},
+        ValueError,
+        r"experts.down.input_scale: got None, .*jax_moe.calibrate\(",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def good():
+    case = helpers.make_case(0, tokens=T, hidden=H, intermediate=I, num_experts=E, top_k=K)
+    return {"x": case.x, "experts": case.experts, "routing": case.routing}
+
+
+@pytest.fixture
+def nothing_is_bound(monkeypatch):
+    """The call itself must not be reached."""
+
+    def reached(*_, **__):
+        raise AssertionError("a bad argument reached the custom call")
+
+    monkeypatch.setattr(ffi.fused_moe_p, "bind", reached)
+
+
+@pytest.mark.usefixtures("nothing_is_bound")
+@pytest.mark.parametrize("name", BAD)
+def test_fused_moe_refuses(name, good):
+    change, error, message = BAD[name]
+    arguments = good | change(good)
+    with pytest.raises(error, match=message):
+        jax_moe.fused_moe(**arguments)
+
+
+def _is_array(leaf):
+    return isinstance(leaf, jax.Array)
+
+
+@pytest.mark.usefixtures("nothing_is_bound")
+@pytest.mark.parametrize("name", BAD)
+def test_fused_moe_refuses_while_tracing(name, good):
+    """The same when every array is a tracer: nothing waits for the call to run."""
+    change, error, message = BAD[name]
+    leaves, tree = jax.tree.flatten(good | change(good))
+    arrays = [leaf for leaf in leaves if _is_array(leaf)]
+
+    def traced(arrays):
+        arrays = iter(arrays)
+        return jax_moe.fused_moe(
+            **jax.tree.unflatten(tree, [next(arrays) if _is_array(leaf) else leaf for leaf in leaves])
+        )
+
+    with pytest.raises(error, match=message):
+        jax.jit(traced).lower(arrays)
+
+
+@pytest.mark.usefixtures("nothing_is_bound")
+@pytest.mark.parametrize("name", [name for name in BAD if not name.startswith("offset")])
+def test_sharded_moe_refuses(name, good):
+    change, error, message = BAD[name]
+    arguments = good | change(good)
+    with pytest.raises(error, match=message):
+        jax_moe.sharded_moe(**arguments, mesh=jax.make_mesh((2,), ("expert",)))
+
+
+def test_the_good_arguments_are_good(good):
+    assert jax_moe.fused_moe(**good).shape == (T, H)
+    for offset in (np.int32(1), jnp.int32(1), 2**31 - 1):
+        assert jax_moe.fused_moe(**good, expert_offset=offset).shape == (T, H)
+
+
+def test_there_is_no_positional_option(good):
+    with pytest.raises(TypeError):
+        jax_moe.fused_moe(good["x"], good["experts"], good["routing"], jax_moe.SwiGLU())
+
+
+def test_w4a16_needs_no_input_scales(good):
+    without = good | {"experts": helpers.without_input_scales(good["experts"])}
+    helpers.assert_bit_equal(jax_moe.fused_moe(**good), jax_moe.fused_moe(**without))
+
+
+# --- quantize_experts and calibrate -------------------------------------------------------------------------------
+
+DENSE = {
+    "gate": np.zeros((E, I, H), np.float32),
+    "up": np.zeros((E, I, H), np.float32),
+    "down": np.zeros((E, H, I), np.float32),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"up": None}, TypeError, "up: got NoneType, needs an array"),
+        ({"up": [[[0.0]]]}, TypeError, "up: got list, needs an array"),
+        ({"up": np.zeros((I, H), np.float32)}, ValueError, r"up: got shape \(32, 48\), needs \[E, I, H\]"),
+        ({"up": np.zeros((E, I, H), np.int32)}, TypeError, "up: got dtype int32, needs floats"),
+        ({"gate": np.zeros((E, H, I), np.float32)}, ValueError, r"gate: got shape \(4, 48, 32\), needs \[4, 32, 48\]"),
+        ({"gate": np.zeros((E, I, H), np.int8)}, TypeError, "gate: got dtype int8, needs floats"),
+        ({"down": np.zeros((E, I, H), np.float32)}, ValueError, r"down: got shape \(4, 32, 48\), needs \[4, 48, 32\]"),
+        ({"down": None}, TypeError, "down: got NoneType, needs an array"),
+        ({"down": np.zeros((E, H, I), bool)}, TypeError, "down: got dtype bool, needs floats"),
+        ({"gate_bias": np.zeros((E, I))}, ValueError, "gate_bias, up_bias: got only one"),
+        ({"up_bias": np.zeros((E, I))}, ValueError, "gate_bias, up_bias: got only one"),
+        ({"gate": None, "gate_bias": np.zeros((E, I))}, ValueError, "gate_bias: got an array, but there is no gate"),
+        ({"up_bias": np.zeros((E, H))}, ValueError, r"up_bias: got shape \(4, 48\), needs \[4, 32\]"),
+        ({"down_bias": np.zeros((E, I))}, ValueError, r"down_bias: got shape \(4, 32\), needs \[4, 48\]"),
+    ],
+    ids=str,
+)
+def test_quantize_experts_refuses(change, error, message):
+    with pytest.raises(error, match=message):
+        jax_moe.quantize_experts(**DENSE | change)
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "intermediate", "hidden", "message"),
+    [
+        (0, 32, 48, "E = 0"),
+        (4, 24, 48, "I = 24.*16"),
+        (4, 32, 40, "H = 40.*16"),
+        (4, 0, 48, "I = 0"),
+        (4, 32, 0, "H = 0"),
+    ],
+)
+def test_quantize_experts_refuses_sizes(num_experts, intermediate, hidden, message):
+    up, down = np.zeros((num_experts, intermediate, hidden)), np.zeros((num_experts, hidden, intermediate))
+    with pytest.raises(ValueError, match=message):
+        jax_moe.quantize_experts(None, up, down)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name for name in BAD if not any(word in name for word in ("offset", "out_dtype", "combine", "precision", "w4a4"))],
+)
+def test_calibrate_refuses(name, good):
+    """It takes what fused_moe takes."""
+    change, error, message = BAD[name]
+    arguments = good | change(good)
+    with pytest.raises(error, match=message if name != "x has no tokens" else "x: got no tokens|expert_ids"):
+        jax_moe.calibrate(**arguments)
+
+
+def test_calibrate_refuses_no_tokens(good):
+    case = helpers.make_case(0, tokens=0)
+    with pytest.raises(ValueError, match="x: got no tokens"):
+        jax_moe.calibrate(case.experts, case.x, case.routing)
