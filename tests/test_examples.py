@@ -1,0 +1,83 @@
+"""The examples run as their docstrings say, and what they print is right; tiny versions of the two that train."""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import helpers
+import pytest
+
+EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+
+
+def run_example(name: str, *args) -> str:
+    path = os.pathsep.join(filter(None, [str(helpers.PACKAGE_FOLDER), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-W", "error", EXAMPLES / name, *map(str, args)]
+    env = os.environ | {"PYTHONPATH": path, "COLUMNS": "100", "JAX_PLATFORMS": "cpu"}
+    ran = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
+
+
+def table_rows(output: str) -> dict[str, list[str]]:
+    """The cells of the rich table's rows, by the first; a row whose first is seen twice replaces the other."""
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in output.splitlines() if "│" in line]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_quickstart_table():
+    output = run_example("quickstart.py")
+    rows = re.findall(r"│ (w4a\d+) +│ (\w+) +│ +(\S+) │ +(\S+) │ +(\S+) ms │", output)
+    assert {row[:2] for row in rows} == {(p, c) for p in ("w4a16", "w4a4") for c in ("atomic", "ordered")}
+    for precision, _, to_oracle, to_dense, milliseconds in rows:
+        # Sums in another order move a bfloat16 by one place in a few elements of the output at most; in w4a4 they may
+        # also move the intermediate to the neighbouring 4-bit code.
+        assert float(to_oracle) < (1e-3 if precision == "w4a16" else 1e-2)
+        # A 4-bit code of 8 magnitudes carries random normal values to about 10%; three matrices, or also two inputs.
+        assert 0.1 < float(to_dense) < (0.2 if precision == "w4a16" else 0.3)
+        assert float(milliseconds) > 0
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[str, pathlib.Path]:
+    """The output of a short training, and the model that it saved."""
+    path = tmp_path_factory.mktemp("model") / "model.npz"
+    return run_example("language_model.py", "--steps", 25, "--windows", 8, "--new-bytes", 64, "--save", path), path
+
+
+def test_language_model_survives_quantisation(trained):
+    output, _ = trained
+    rows = table_rows(output)
+    bits = {name: float(cells[0]) for name, cells in rows.items() if name.startswith(("counts", "MoE"))}
+    megabytes = {name: float(cells[1].split()[0]) for name, cells in rows.items() if name.startswith("MoE")}
+    bf16, w4a16, w4a4 = "MoE, bfloat16 experts", "MoE, NVFP4 experts, w4a16", "MoE, NVFP4 experts, w4a4"
+    assert bits[bf16] < bits["counts of bytes"]
+    assert abs(bits[w4a16] - bits[bf16]) < 0.02
+    assert abs(bits[w4a4] - bits[bf16]) < 0.04
+    # 4 bits, 8/16 bits of block scale and a few fp32 scales a matrix, in place of 16 bits.
+    assert megabytes[w4a16] / megabytes[bf16] == pytest.approx(4.5 / 16, rel=0.03)
+    assert re.search(r"(\d+) bytes/s", output)[1] != "0"
+
+
+def test_sharded_inference_says_the_same(trained):
+    output = run_example("sharded_inference.py", "--load", trained[1], "--new-bytes", 32)
+    assert "greedy decoding, 8 prompts x 32 bytes: equal" in output
+    assert "collectives that move weights (u8, f8e4m3fn): 0" in output
+    assert "all-reduce of f32[1024,128]" in output  # the search did find the collectives of this program
+    difference, magnitude = map(float, re.search(r"\| = (\S+), where max \|logit\| = (\S+);", output).groups())
+    assert difference < 0.01 * magnitude  # a bfloat16 or two, rounded the other way
+    whole, part = map(int, re.search(r"weights: (\d+) bytes, (\d+) on each", output).groups())
+    assert part / whole == pytest.approx(1 / 4, rel=0.01)  # expert x tensor; copied over data
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="minimal_ffi builds its op with g++, which is not here")
+def test_minimal_ffi():
+    output = run_example("minimal_ffi/minimal_ffi.py")
+    differences = dict(re.findall(r"^(jit|vmap|grad) +max \|difference\| (\S+)$", output, re.MULTILINE))
+    assert differences.keys() == {"jit", "vmap", "grad"}
+    assert all(float(value) < 1e-4 for value in differences.values()), differences
+    assert "custom_call @minimal_ffi_discounted_sum_v1" in output
+    assert "INVALID_ARGUMENT: discounted_sum: start has 5 elements" in output
