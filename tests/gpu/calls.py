@@ -50,7 +50,8 @@ def call(
     scales = jnp.ones((num_experts,), jnp.float32)
     operands = (
         x, expert_ids, routing_weights, jnp.asarray(expert_offset, jnp.int32),
-        payload, block_scale, jnp.ones((num_experts, 2), jnp.float32), absent if input_scale is None else input_scale, absent,
+        payload, block_scale, jnp.ones((num_experts, 2), jnp.float32),
+        absent if input_scale is None else input_scale, absent,
         payload, block_scale, scales, absent, absent,
     )  # fmt: skip
     results = [jax.ShapeDtypeStruct(x.shape, out_dtype), *workspaces]

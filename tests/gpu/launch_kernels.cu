@@ -9,12 +9,14 @@ extern "C" __global__ void spin(int clocks) {
   }
 }
 
-// out[i] += 1, as GEMM2 adds: right only on zeros, and only once.
+// out[i] += 1 from the end on, as GEMM2 adds: right only on zeros, and only once.
 extern "C" __global__ void add_one(float* out, int size) {
-  for (long long i = blockIdx.x * 1024ll + threadIdx.x; i < size; i += gridDim.x * 1024ll) atomicAdd(out + i, 1.0f);
+  const long long step = 1ll * gridDim.x * blockDim.x;
+  for (long long i = size - 1 - (1ll * blockIdx.x * blockDim.x + threadIdx.x); i >= 0; i -= step) out[i] += 1.0f;
 }
 
 // out[i] = 1, as the ordered combine writes.
 extern "C" __global__ void write_one(float* out, int size) {
-  for (long long i = blockIdx.x * 1024ll + threadIdx.x; i < size; i += gridDim.x * 1024ll) out[i] = 1.0f;
+  const long long step = 1ll * gridDim.x * blockDim.x;
+  for (long long i = 1ll * blockIdx.x * blockDim.x + threadIdx.x; i < size; i += step) out[i] = 1.0f;
 }

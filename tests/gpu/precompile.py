@@ -1,6 +1,6 @@
-"""Compiles what these tests launch into the cache, for a GPU machine without the DSL: ``python tests/gpu/precompile.py``.
+"""Compiles what these tests launch into the cache, for a GPU machine without the DSL.
 
-Run it where the DSL is, with JAX_MOE_CACHE_DIR set to a folder that both machines see.
+Run ``python tests/gpu/precompile.py`` where the DSL is, with JAX_MOE_CACHE_DIR set to a folder that both machines see.
 """
 
 import pathlib

@@ -1,7 +1,8 @@
 """The launch rule on a real GPU, with small kernels in the GEMMs' places that show in which order they ran.
 
 ``add_one`` stands for GEMM2: the output is all ones only if it was zeroed, before GEMM2 and not after, once a call.
-The output is large and "GEMM1" short, so that the zeroing is still running when GEMM2 would start without the join.
+The output is large and "GEMM1" short, so that the zeroing is still running when GEMM2 would start without the join;
+GEMM2's blocks are small, to fit in beside it, and begin with the end of the output, which is zeroed last.
 """
 
 import ctypes
@@ -29,7 +30,7 @@ _MUTANTS = {
 def _steps(build_folder, combine="atomic", size=_TOKENS * _HIDDEN, clocks=1):
     image = calls.launch_kernels(build_folder)
     writer = "write_one" if combine == "ordered" else "add_one"
-    last = calls.step(image, writer, f"result:0 i32:{size}", grid=264, block=1024)
+    last = calls.step(image, writer, f"result:0 i32:{size}", grid=132 * 32, block=64)
     steps = {
         "sort": calls.step(image, "nothing"),
         "gemm1": calls.step(image, "spin", f"i32:{clocks}"),
@@ -91,17 +92,6 @@ def test_replays_are_right_and_call_nobody(build_folder):
     assert (_counters() - before).sum() < 100, "the graph was not replayed"
 
 
-@pytest.mark.parametrize("name", _MUTANTS)
-def test_a_mutant_of_the_handler_is_caught(build_folder, poison, name):
-    target = calls.register_mutant(name, *_MUTANTS[name], build_folder)
-    call = _ones(build_folder, target=target)
-    wrong = 0
-    for i in range(8):
-        poison(1)
-        wrong += _wrong(call(_x(i)))
-    assert wrong > 0, "the mutant survived"
-
-
 def _edges(graph: str) -> tuple[dict[str, str], set[tuple[str, str]]]:
     """Nodes with their labels, and edges, of a graph in dot's language."""
     nodes = dict(re.findall(r'^"(graph_\d+_node_\d+)"\s*\[(.*?)\];', graph, re.M | re.S))
@@ -113,6 +103,29 @@ def _reaches(edges, start, end) -> bool:
     return any(a == start and (b == end or _reaches(edges, b, end)) for a, b in edges)
 
 
+def _joined(graph: str) -> bool:
+    """Whether the zeroing and GEMM1 are unordered, and both before GEMM2."""
+    nodes, edges = _edges(graph)
+    (zero,) = [n for n, label in nodes.items() if "MEMSET" in label.upper()]
+    (gemm1,) = [n for n, label in nodes.items() if "spin" in label]
+    (gemm2,) = [n for n, label in nodes.items() if "add_one" in label]
+    parallel = not _reaches(edges, zero, gemm1) and not _reaches(edges, gemm1, zero)
+    return parallel and _reaches(edges, zero, gemm2) and _reaches(edges, gemm1, gemm2)
+
+
+@pytest.mark.parametrize("name", _MUTANTS)
+def test_a_mutant_of_the_handler_is_caught(build_folder, poison, graphs, name):
+    """By its results. Without the join they may still be right, as the GPU hands out blocks in order: then by its graph."""
+    target = calls.register_mutant(name, *_MUTANTS[name], build_folder)
+    call = _ones(build_folder, target=target)
+    wrong = 0
+    for i in range(8):
+        poison(1)
+        wrong += _wrong(call(_x(i)))
+    print(f"{name}: {wrong} wrong values")
+    assert wrong > 0 or not all(map(_joined, graphs())), "the mutant survived"
+
+
 def test_the_captured_graph_has_the_zeroing_beside_gemm1(build_folder, graphs):
     call = _ones(build_folder)
     for i in range(3):
@@ -120,13 +133,8 @@ def test_the_captured_graph_has_the_zeroing_beside_gemm1(build_folder, graphs):
     dumped = graphs()
     assert dumped, "nothing was captured"
     for graph in dumped:
-        nodes, edges = _edges(graph)
-        assert len(nodes) == 4, graph
-        (zero,) = [n for n, label in nodes.items() if "MEMSET" in label.upper()]
-        (gemm1,) = [n for n, label in nodes.items() if "spin" in label]
-        (gemm2,) = [n for n, label in nodes.items() if "add_one" in label]
-        assert _reaches(edges, zero, gemm2) and _reaches(edges, gemm1, gemm2)  # noqa: PT018
-        assert not _reaches(edges, zero, gemm1) and not _reaches(edges, gemm1, zero)  # noqa: PT018
+        assert len(_edges(graph)[0]) == 4, graph
+        assert _joined(graph), graph
 
 
 def test_ordered_mode_has_no_zeroing_in_its_graph(build_folder, graphs):
@@ -230,6 +238,9 @@ def test_an_unaligned_import_is_refused_by_name(build_folder):
         if x.unsafe_buffer_pointer() % 16 == 0:
             assert _wrong(call(x)) == 0
         else:
-            with pytest.raises(jax.errors.JaxRuntimeError, match="x: its data starts at an address"):
+            # XLA refuses it today, before the handler would.
+            with pytest.raises(
+                jax.errors.JaxRuntimeError, match="must be a multiple of 10|its data starts at an address"
+            ):
                 call(x).block_until_ready()
             assert _wrong(call(jnp.array(x, copy=True))) == 0

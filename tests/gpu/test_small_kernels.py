@@ -174,11 +174,15 @@ def test_rows(build_folder, poison, spec, tokens, hidden):
 
     expected = x
     if spec.per_route:
-        product = np.asarray(x, np.float32)[:, None] * np.asarray(weights)[..., None]
+        with np.errstate(over="ignore"):
+            product = np.asarray(x, np.float32)[:, None] * np.asarray(weights)[..., None]
         expected = jnp.asarray(product, jnp.bfloat16).reshape(num_rows, hidden)
     if spec.quantise:
         with jax.default_device(jax.devices("cpu")[0]):
-            expected = nvfp4.quantize_dequantize(jnp.asarray(np.asarray(expected)), np.float32(scale))
+            values = np.asarray(expected)
+            expected = np.array(nvfp4.quantize_dequantize(jnp.asarray(values), np.float32(scale)))
+        # XLA's CPU backend loses a NaN in the maximum of a large array: a block with a NaN is all NaN.
+        expected.reshape(-1, 16)[np.isnan(values).reshape(-1, 16).any(1)] = np.nan
     poison(0.25)
     got, expected = np.asarray(run(x, weights)), np.asarray(expected)
     # A zero's sign and a NaN's bits are nobody's business: products with them are the same.

@@ -1,0 +1,142 @@
+"""``fused_moe`` on a GPU against its definition, and against the CPU handler bit for bit where sums are exact."""
+
+import functools
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_moe
+
+_CAPTURE = {"xla_gpu_graph_min_graph_size": 1}
+_EAGER = {"xla_gpu_enable_command_buffer": ""}
+_SHAPES = {
+    "one token": dict(tokens=1, hidden=64, intermediate=64, num_experts=4, top_k=2),
+    "ragged": dict(tokens=37, hidden=112, intermediate=80, num_experts=5, top_k=3),
+    "many experts": dict(tokens=64, hidden=256, intermediate=128, num_experts=96, top_k=8),
+    "long": dict(tokens=700, hidden=384, intermediate=320, num_experts=8, top_k=2),
+}
+
+
+def _prepared(case: helpers.Case) -> helpers.Case:
+    return helpers.dataclasses.replace(case, experts=jax_moe.prepare(case.experts, "sm_90a", progress=False))
+
+
+def _op(compiler_options=_CAPTURE, **options):
+    return jax.jit(functools.partial(jax_moe.fused_moe, **options), compiler_options=dict(compiler_options))
+
+
+def _run(case: helpers.Case, calls=3, compiler_options=_CAPTURE) -> np.ndarray:
+    """The result of the last of some calls: the first is eager, then one is captured, then there are replays."""
+    prepared = _prepared(case)
+    op = _op(compiler_options, **case.options)
+    for _ in range(calls):
+        out = op(prepared.x, prepared.experts, prepared.routing)
+    return np.asarray(out)
+
+
+@pytest.mark.parametrize("combine", ["atomic", "ordered"])
+@pytest.mark.parametrize("precision", ["w4a16", "w4a4"])
+@pytest.mark.parametrize("shape", _SHAPES)
+def test_shapes(poison, shape, precision, combine):
+    case = helpers.make_case(1, **_SHAPES[shape], precision=precision, combine=combine)
+    poison(1)
+    helpers.assert_matches(_run(case), case)
+
+
+@pytest.mark.parametrize("out_dtype", [jnp.bfloat16, jnp.float32], ids=str)
+@pytest.mark.parametrize("combine", ["atomic", "ordered"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("activation", helpers.ACTIVATIONS, ids=str)
+def test_activations_and_biases(poison, activation, bias, combine, out_dtype):
+    case = helpers.make_case(
+        2,
+        tokens=19,
+        hidden=192,
+        intermediate=96,
+        activation=activation,
+        bias=bias,
+        combine=combine,
+        out_dtype=out_dtype,
+    )
+    poison(1)
+    helpers.assert_matches(_run(case), case)
+
+
+@pytest.mark.parametrize("precision", ["w4a16", "w4a4"])
+@pytest.mark.parametrize("combine", ["atomic", "ordered"])
+def test_weight_on_the_input(poison, precision, combine):
+    case = helpers.make_case(3, tokens=33, hidden=128, intermediate=64, precision=precision, combine=combine,
+                             weight_on="input")  # fmt: skip
+    poison(1)
+    helpers.assert_matches(_run(case), case)
+
+
+@pytest.mark.parametrize("combine", ["atomic", "ordered"])
+@pytest.mark.parametrize("routing", ["any", "one", "hostile"])
+def test_routings(poison, routing, combine):
+    case = helpers.make_case(4, tokens=130, hidden=128, intermediate=64, num_experts=6, top_k=4, routing=routing,
+                             expert_offset=3, all_experts=20, combine=combine)  # fmt: skip
+    poison(1)
+    helpers.assert_matches(_run(case), case)
+
+
+@pytest.mark.parametrize("combine", ["atomic", "ordered"])
+def test_no_tokens(combine):
+    case = helpers.make_case(5, tokens=0, combine=combine)
+    assert _run(case).shape == (0, 48)
+
+
+@pytest.mark.parametrize("tokens", [2, 9, 33, 129, 513, 2049, 8192])
+def test_every_size_of_batch(poison, tokens):
+    """Each takes other tiles, and another sort."""
+    case = helpers.make_case(6, tokens=tokens, hidden=256, intermediate=192, num_experts=16, top_k=4, combine="ordered")
+    poison(1)
+    helpers.assert_matches(_run(case), case)
+
+
+def test_many_addresses_eager_and_captured(poison):
+    case = helpers.make_case(7, tokens=48, hidden=256, intermediate=128, num_experts=8)
+    prepared = _prepared(case)
+    for options in (_EAGER, _CAPTURE):
+        op, kept = _op(options, **case.options), []
+        for i in range(24):
+            poison(0.5)
+            x = case.x * (1 + i % 3)
+            out = op(x, prepared.experts, prepared.routing)
+            kept += [x, out] if i % 3 else [x]
+            helpers.assert_matches(np.asarray(out), helpers.dataclasses.replace(case, x=x))
+
+
+def test_ordered_mode_gives_the_same_bits_ten_thousand_times(poison):
+    case = helpers.make_case(8, tokens=64, hidden=512, intermediate=256, num_experts=16, top_k=4, combine="ordered",
+                             out_dtype=jnp.float32)  # fmt: skip
+    prepared = _prepared(case)
+    op = _op(**case.options)
+    first = op(prepared.x, prepared.experts, prepared.routing)
+    differing = jnp.zeros((), jnp.int32)
+    differ = jax.jit(lambda total, a, b: total + jnp.sum(a != b))
+    for _ in range(10_000):
+        differing = differ(differing, op(prepared.x, prepared.experts, prepared.routing), first)
+    assert int(differing) == 0
+
+
+@pytest.mark.parametrize("precision", ["w4a16", "w4a4"])
+def test_layers_in_a_scan(precision):
+    cases = [helpers.make_case(seed, tokens=16, hidden=128, intermediate=64, precision=precision) for seed in range(3)]
+    prepared = [_prepared(case) for case in cases]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[(p.experts, p.routing) for p in prepared])
+
+    @functools.partial(jax.jit, compiler_options=_CAPTURE)
+    def scan(x, layers):
+        def layer(carry, weights):
+            return carry, jax_moe.fused_moe(carry, *weights, precision=precision)
+
+        return jax.lax.scan(layer, x, layers)[1]
+
+    for _ in range(3):
+        outs = np.asarray(scan(cases[0].x, stacked))
+    for out, case in zip(outs, cases, strict=True):
+        helpers.assert_matches(out, helpers.dataclasses.replace(case, x=cases[0].x))
