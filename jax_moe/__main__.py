@@ -2,13 +2,14 @@
 
 import typer
 
-from jax_moe.cli import bench, doctor
+from jax_moe.cli import bench, compile, doctor
 
 app = typer.Typer(
     help="NVFP4 mixture-of-experts for JAX.", no_args_is_help=True, add_completion=False, rich_markup_mode="rich"
 )
 app.command()(doctor.doctor)
 app.command()(bench.bench)
+app.command()(compile.compile)
 
 if __name__ == "__main__":
     app()
