@@ -115,7 +115,7 @@ def _joined(graph: str) -> bool:
 
 @pytest.mark.parametrize("name", _MUTANTS)
 def test_a_mutant_of_the_handler_is_caught(build_folder, poison, graphs, name):
-    """By its results. Without the join they may still be right, as the GPU hands out blocks in order: then by its graph."""
+    """By its results. Without the join these may be right: blocks start in order. Then by its graph."""
     target = calls.register_mutant(name, *_MUTANTS[name], build_folder)
     call = _ones(build_folder, target=target)
     wrong = 0
@@ -240,7 +240,7 @@ def test_an_unaligned_import_is_refused_by_name(build_folder):
         else:
             # XLA refuses it today, before the handler would.
             with pytest.raises(
-                jax.errors.JaxRuntimeError, match="must be a multiple of 10|its data starts at an address"
+                jax.errors.JaxRuntimeError, match=r"must be a multiple of 10|its data starts at an address"
             ):
                 call(x).block_until_ready()
             assert _wrong(call(jnp.array(x, copy=True))) == 0
