@@ -69,7 +69,7 @@ static inline uint8_t E4M3FromFloat(float value) {
 static constexpr float E4M3ToFloat(uint8_t code) {
   const int exponent = code >> 3 & 0xF;
   const int mantissa = code & 7;
-  if (exponent == 15 && mantissa == 7) return __builtin_nanf("");
+  if (exponent == 15 && mantissa == 7) return code & 0x80 ? -__builtin_nanf("") : __builtin_nanf("");
   float magnitude = exponent == 0 ? static_cast<float>(mantissa) : static_cast<float>(8 + mantissa);
   for (int e = exponent == 0 ? 1 : exponent; e < 10; ++e) magnitude *= 0.5f;
   for (int e = 10; e < exponent; ++e) magnitude *= 2.0f;

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <string>
+#include <string_view>
 
 #include "cpu/kernels.h"
 #include "cpu/parallel_for.h"
@@ -14,21 +16,18 @@
 namespace jax_moe {
 namespace {
 
-// The best kernels this machine can run, or those that JAX_MOE_CPU_KERNELS names (for tests); chosen once.
+// The best kernels that this machine can run, or those that JAX_MOE_CPU_KERNELS asks for (tests do); chosen once.
 const Kernels& ChooseKernels() {
   static const Kernels* const chosen = [] {
-    const char* wanted = std::getenv("JAX_MOE_CPU_KERNELS");
-    const auto allowed = [wanted](const char* name) { return wanted == nullptr || std::strcmp(wanted, name) == 0; };
-    (void)allowed;
 #if defined(JAX_MOE_X86_VARIANTS)
-    __builtin_cpu_init();
+    const char* const value = std::getenv("JAX_MOE_CPU_KERNELS");
+    const std::string_view wanted = value == nullptr ? "" : value;
     // The features tested are exactly those that CMakeLists.txt compiles for.
-    if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx2") &&
-        __builtin_cpu_supports("fma")) {
-      return &kKernelsAvx512;
-    }
-    if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &kKernelsAvx2;
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (avx512 && (wanted.empty() || wanted == "avx512")) return &kKernelsAvx512;
+    if (avx2 && (wanted.empty() || wanted == "avx2")) return &kKernelsAvx2;
 #endif
     return &kKernelsBaseline;
   }();

@@ -250,8 +250,6 @@ void CombineRow(const Call& call, int64_t token) {
 
 }  // namespace
 
-#define JAX_MOE_STRING(text) #text
-#define JAX_MOE_NAME(text) JAX_MOE_STRING(text)
-const Kernels JAX_MOE_KERNELS = {JAX_MOE_NAME(JAX_MOE_KERNELS), PrepareRow, GateUpUnit, DownUnit, CombineRow};
+const Kernels JAX_MOE_KERNELS = {PrepareRow, GateUpUnit, DownUnit, CombineRow};
 
 }  // namespace jax_moe

@@ -30,7 +30,6 @@ struct Call {
 
 // Units of one kind are independent: any number of threads may run them in any order, with the same result.
 struct Kernels {
-  const char* name;
   // Row `unit` of `activations`: widens x; weights and quantises it as the options say.
   void (*prepare_row)(const Call& call, int64_t unit);
   // 16 columns of `intermediate` for all rows of one expert: GEMM1, activation, rounding.

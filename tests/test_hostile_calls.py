@@ -1,0 +1,174 @@
+"""Custom calls made by hand, with everything wrong that can be: refused with INVALID_ARGUMENT, and never out of bounds.
+
+Most of the work is in ``ffi/tests/hostile_calls.cc``, which runs the real handler under AddressSanitizer and
+UndefinedBehaviorSanitizer, without Python and with every buffer an allocation of exactly the size it claims.
+"""
+
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_moe
+from jax_moe import ffi, plan
+
+_SOURCE = helpers.PACKAGE_FOLDER / "ffi"
+_SEEDS = (1, 2, 3, 4)
+_CALLS_PER_SEED = 3000
+
+_MUTANTS = {
+    "shapes are not compared": ("decode.h", "matches = got[i] == dims.begin()[i];", ""),
+    "ids are not checked against the number of experts": (
+        "cpu/handler.cc",
+        "= LocalExpert(p, route);",
+        "= p.expert_ids[route] - *p.expert_offset;",
+    ),
+}
+
+
+def _build(source: pathlib.Path, build: pathlib.Path) -> pathlib.Path:
+    configure = ["cmake", "-S", source, "-B", build, f"-DPython3_EXECUTABLE={sys.executable}"]
+    options = ["-DJAX_MOE_SANITIZE=ON", "-DJAX_MOE_BUILD_TESTS=ON", "-DJAX_MOE_WERROR=ON"]
+    for command in ([*configure, *options], ["cmake", "--build", build, "--target", "hostile_calls", "-j2"]):
+        ran = subprocess.run(command, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+    return build / "hostile_calls"
+
+
+@pytest.fixture(scope="module")
+def build_folder(tmp_path_factory):
+    if shutil.which("cmake") is None or shutil.which("c++") is None:
+        pytest.skip("needs cmake and a C++ compiler")
+    return tmp_path_factory.mktemp("hostile")
+
+
+@pytest.fixture(scope="module")
+def fuzzer(build_folder):
+    shutil.copytree(_SOURCE, build_folder / "ffi")
+    return _build(build_folder / "ffi", build_folder / "build")
+
+
+def test_sanitized_handler_survives_hostile_calls(fuzzer):
+    total = 0
+    for seed in _SEEDS:
+        ran = subprocess.run([fuzzer, str(seed), str(_CALLS_PER_SEED)], capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+        print(ran.stdout, end="")
+        total += int(re.search(r"(\d+) hostile calls", ran.stdout)[1])
+    print(f"{total} hostile calls under AddressSanitizer and UndefinedBehaviorSanitizer")
+    assert total >= 10_000
+
+
+@pytest.mark.parametrize("name", _MUTANTS)
+def test_fuzz_catches_a_handler_without_the_check(name, fuzzer, build_folder):
+    """Rebuilds in place, so that only what the mutant touches is compiled again."""
+    file, check, without = _MUTANTS[name]
+    path = build_folder / "ffi" / file
+    original = path.read_text()
+    assert check in original
+    try:
+        path.write_text(original.replace(check, without))
+        mutant = _build(build_folder / "ffi", build_folder / "build")
+        ran = subprocess.run([mutant, "1", str(_CALLS_PER_SEED)], capture_output=True, text=True)
+    finally:
+        path.write_text(original)
+    assert ran.returncode != 0, ran.stdout
+    assert "AddressSanitizer" in ran.stderr or "was not refused" in ran.stderr, ran.stderr
+
+
+# --- The registered target, through jax.ffi.ffi_call ----------------------------------------------------------------
+
+_NAMES = (
+    "x", "expert_ids", "routing_weights", "expert_offset",
+    "gate_up.payload", "gate_up.block_scale", "gate_up.global_scale", "gate_up.input_scale", "gate_up.bias",
+    "down.payload", "down.block_scale", "down.global_scale", "down.input_scale", "down.bias",
+)  # fmt: skip
+
+
+def _arguments(**options):
+    """Operands, result types and attributes of a valid call."""
+    case = helpers.make_case(bias=True, **options)
+    weights = []
+    for projection in (case.experts.gate_up, case.experts.down):
+        weights += [projection.payload, projection.block_scale, projection.global_scale]
+        weights += [projection.input_scale, projection.bias]
+    operands = [case.x, case.routing.expert_ids, case.routing.weights, jnp.int32(0), *weights]
+    problem = plan.Problem(
+        num_tokens=case.x.shape[0], top_k=case.routing.expert_ids.shape[1], num_experts=weights[5].shape[0],
+        hidden_size=case.x.shape[1], intermediate_size=weights[0].shape[2], activation=jax_moe.SwiGLU(),
+        precision="w4a4", combine="ordered", weight_on="output", out_dtype=jnp.dtype(jnp.float32),
+        layout="canonical", command_buffer=True,
+    )  # fmt: skip
+    results = [jax.ShapeDtypeStruct(case.x.shape, jnp.float32), *plan.cpu_workspaces(problem)]
+    return operands, results, problem.attributes()
+
+
+def _call(operands, results, attributes):
+    return jax.block_until_ready(jax.ffi.ffi_call(ffi.TARGET, results)(*operands, **attributes))
+
+
+def _assert_refused(name, operands, results, attributes):
+    with pytest.raises(Exception, match="(?s)INVALID_ARGUMENT.*" + re.escape(name)):
+        _call(operands, results, attributes)
+
+
+def test_the_valid_call_is_accepted():
+    assert np.isfinite(np.asarray(_call(*_arguments())[0])).all()
+
+
+@pytest.mark.parametrize("index", range(len(_NAMES)), ids=_NAMES)
+@pytest.mark.parametrize("wrong", ["shape", "rank", "dtype"])
+def test_wrong_operand_is_refused_by_name(index, wrong):
+    operands, results, attributes = _arguments()
+    operand = operands[index]
+    if wrong == "dtype":
+        operands[index] = jnp.zeros(operand.shape, jnp.int8)
+    elif wrong == "rank" or not operand.ndim:
+        operands[index] = operand[None]
+    else:
+        operands[index] = operand[..., :-1]
+    # An operand that others take their sizes from may be blamed on one of those.
+    name = "" if wrong != "dtype" and index in (0, 1, 4, 11) else _NAMES[index]
+    _assert_refused(name, operands, results, attributes)
+
+
+def test_wrong_number_of_operands_is_refused():
+    operands, results, attributes = _arguments()
+    _assert_refused("operands: got 13, needs 14", operands[:-1], results, attributes)
+    _assert_refused("operands: got 15, needs 14", [*operands, operands[0]], results, attributes)
+
+
+@pytest.mark.parametrize("index", range(7))
+def test_wrong_result_is_refused(index):
+    operands, results, attributes = _arguments()
+    shorter = results[index].shape[0] - 1, *results[index].shape[1:]
+    results[index] = jax.ShapeDtypeStruct(shorter, results[index].dtype)
+    _assert_refused("workspace" if index else "out", operands, results, attributes)
+
+
+def test_wrong_number_of_results_is_refused():
+    operands, results, attributes = _arguments()
+    _assert_refused("results: got 6, needs 7", operands, results[:-1], attributes)
+
+
+@pytest.mark.parametrize("name", ["precision", "combine", "weight_on", "activation", "alpha", "beta", "limit"])
+def test_wrong_attribute_is_refused_by_name(name):
+    operands, results, attributes = _arguments()
+    for wrong in ("w4a16 ", np.int32(0), np.float64(1)):
+        _assert_refused(f"attribute {name}", operands, results, attributes | {name: wrong})
+    del attributes[name]
+    _assert_refused(f"attribute {name}", operands, results, attributes)
+
+
+def test_w4a4_without_scales_says_who_fills_them():
+    for index in (7, 12):
+        operands, results, attributes = _arguments()
+        operands[index] = jnp.zeros((0,), jnp.float32)
+        _assert_refused("calibrate()", operands, results, attributes)
