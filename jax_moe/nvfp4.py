@@ -83,10 +83,11 @@ def payload_bytes(payload: jax.Array) -> jax.Array:
 def global_scale_for(amax: jax.Array) -> jax.Array:
     """The fp32 global scale under which ``amax`` is still representable: amax / (6 * 448).
 
-    An all-zero tensor gets 1, so that quantising it divides by nothing.
+    An all-zero tensor, or one too small for a scale, gets 1, so that quantising it gives zeros instead of 0/0.
+    NaN and infinity stay, so that they are not hidden.
     """
-    amax = jnp.asarray(amax, jnp.float32)
-    return jnp.where(amax > 0, _divide(amax, jnp.float32(E2M1_MAX * E4M3_MAX)), jnp.float32(1))
+    scale = _divide(jnp.asarray(amax, jnp.float32), jnp.float32(E2M1_MAX * E4M3_MAX))
+    return jnp.where(scale == 0, jnp.float32(1), scale)
 
 
 def _divide(a: jax.Array, b: jax.Array) -> jax.Array:

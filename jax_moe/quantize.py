@@ -1,6 +1,7 @@
 """From dense weights to ``Experts``: quantisation, and calibration of the input scales."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -90,8 +91,9 @@ def calibrate(
     """Fills the input scales that ``precision="w4a4"`` needs, from one batch of real activations.
 
     A scale is amax / (6 * 448) of what the projection reads: x for ``gate_up``, and for ``down`` each expert's
-    own w4a16 intermediate. An expert that no token reached takes the largest scale among the others. Scales that
-    are already there are only ever raised, so that calling this on batch after batch covers them all.
+    own w4a16 intermediate. Scales that are already there are only ever raised, by the tokens that reach their
+    expert, so that calling this on batch after batch covers them all. Where there are none yet, an expert that no
+    token reached takes the largest scale among the others.
 
     Args:
       experts: canonical layout; all experts of the layer (the scale of x is shared by all of them).
@@ -105,14 +107,30 @@ def calibrate(
     Raises:
       TypeError, ValueError: as ``fused_moe``, or T is 0.
     """
-    num_experts = check.check(
+    check.check(
         x, experts, routing, activation=activation, precision="w4a16", combine="ordered", weight_on=weight_on,
         expert_offset=0, out_dtype=jnp.float32, command_buffer=True,
-    ).num_experts  # fmt: skip
+    )  # fmt: skip
     if experts.layout != CANONICAL:
         raise ValueError(f"experts.layout: got {experts.layout!r}, calibration needs {CANONICAL!r}")
     if x.shape[0] == 0:
         raise ValueError("x: got no tokens, calibration needs at least one")
+    x_amax, h_amax = _amaxes(experts, x, routing, activation, weight_on)
+    if experts.down.input_scale is None:
+        h_amax = jnp.where(h_amax == 0, jnp.max(h_amax), h_amax)
+
+    def raise_to(projection: Projection, amax: jax.Array) -> Projection:
+        scale = nvfp4.global_scale_for(amax)
+        if projection.input_scale is not None:
+            scale = jnp.where(amax == 0, projection.input_scale, jnp.maximum(scale, projection.input_scale))
+        return dataclasses.replace(projection, input_scale=scale)
+
+    return dataclasses.replace(experts, gate_up=raise_to(experts.gate_up, x_amax), down=raise_to(experts.down, h_amax))
+
+
+@functools.partial(jax.jit, static_argnames=("activation", "weight_on"))
+def _amaxes(experts, x, routing, activation, weight_on) -> tuple[jax.Array, jax.Array]:
+    """The largest magnitudes of what gate_up reads, ``[]``, and of what each expert's down reads, ``[E]``."""
 
     def expert_amax(expert):
         chosen = routing.expert_ids == expert
@@ -129,13 +147,4 @@ def calibrate(
     x_amax = jnp.max(jnp.abs(x.astype(jnp.float32)))
     if weight_on == "input":
         x_amax = jnp.max(jnp.abs(reference.weighted_input(x[:, None], routing.weights)).astype(jnp.float32))
-    h_amax = jax.lax.map(expert_amax, jnp.arange(num_experts))
-    h_amax = jnp.where(h_amax > 0, h_amax, jnp.max(h_amax))
-
-    def raise_to(projection: Projection, amax: jax.Array) -> Projection:
-        scale = nvfp4.global_scale_for(amax)
-        if projection.input_scale is not None:
-            scale = jnp.maximum(scale, projection.input_scale)
-        return dataclasses.replace(projection, input_scale=scale)
-
-    return dataclasses.replace(experts, gate_up=raise_to(experts.gate_up, x_amax), down=raise_to(experts.down, h_amax))
+    return x_amax, jax.lax.map(expert_amax, jnp.arange(experts.down.global_scale.shape[0]))

@@ -39,7 +39,7 @@ def block_scales(amax, s):
 
 def quantize(values, s):
     """DESIGN section 3 for ``[..., n]`` under one scale: codes ``[..., n]`` uint8, e4m3 scales ``[..., n/16]``."""
-    blocks = np.asarray(values, np.float32).reshape(*values.shape[:-1], -1, 16)
+    blocks = np.asarray(values, np.float32).reshape(*values.shape[:-1], values.shape[-1] // 16, 16)
     scales = block_scales(np.abs(blocks).max(-1), s)
     return codes_under(blocks, scales, s).reshape(values.shape), scales
 
@@ -127,7 +127,7 @@ def _round(precision, h, error, scale):
         return rounded, np.maximum(bfloat16(high) - rounded, rounded - bfloat16(low))
     codes, scales = quantize(h.astype(np.float32), scale)
     rounded = dequantize(codes, scales).astype(np.float64)
-    blocks = [a.reshape(*a.shape[:-1], -1, 16) for a in (low, high)]
+    blocks = [a.reshape(len(h), h.shape[1] // 16, 16) for a in (low, high)]
     reach = np.maximum(np.abs(blocks[0]), np.abs(blocks[1])).max(-1)
     least = np.where((blocks[0] <= 0) & (blocks[1] >= 0), 0, np.minimum(*np.abs(blocks))).max(-1)
     # One block scale, or two when the error reaches an e4m3 boundary. The product with the reciprocal is 3 roundings.

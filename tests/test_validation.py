@@ -1,7 +1,6 @@
 """Every bad argument is an error while tracing that says which argument, what it got and what it needs."""
 
 import dataclasses
-import re
 
 import helpers
 import jax
