@@ -1,0 +1,230 @@
+"""Every format, family, sharding and scale convention, on checkpoints whose content the test chose."""
+
+import os
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+import ml_dtypes
+import numpy as np
+import pytest
+
+import jax_moe
+from jax_moe import checkpoints, nvfp4
+
+import checkpoint_writer as writer
+
+FAMILIES = tuple(writer.CONFIGS)
+TOOLS = [(family, tool) for family in FAMILIES for tool in writer.SUFFIXES] + [("llama4_text", "fused"), ("gpt_oss", "fused")]
+
+
+def expected(layer: writer.Layer, experts: range) -> jax_moe.Experts:
+    def stack(projection, field, dtype=None):
+        return np.array([[getattr(matrix, field) for matrix in projection[expert]] for expert in experts], dtype)
+
+    every = [matrix.input_scale for matrices in layer.gate_up for matrix in matrices]
+    return jax_moe.Experts(
+        jax_moe.Projection(
+            stack(layer.gate_up, "payload"), stack(layer.gate_up, "block_scale"), stack(layer.gate_up, "global_scale"), max(every)
+        ),
+        jax_moe.Projection(*(stack(layer.down, f)[:, 0] for f in ("payload", "block_scale", "global_scale", "input_scale"))),
+    )
+
+
+def assert_same(got, want) -> None:
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for (path, ours), theirs in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want)):
+        name = jax.tree_util.keystr(path)
+        assert isinstance(ours, jax.Array), name
+        theirs = np.asarray(theirs)
+        assert ours.dtype == theirs.dtype, name
+        assert ours.shape == theirs.shape, name
+        assert np.asarray(ours).tobytes() == theirs.tobytes(), name
+
+
+@pytest.mark.parametrize(("family", "tool"), TOOLS)
+@pytest.mark.parametrize("shards", [1, 3])
+def test_experts_are_those_in_the_files(tmp_path, family, tool, shards):
+    contents = writer.checkpoint(tmp_path, family, tool, layers=(1, 3), shards=shards)
+    assert checkpoints.list_layers(tmp_path) == [1, 3]
+    for number, layer in contents.items():
+        assert_same(checkpoints.load_experts(tmp_path, number), expected(layer, range(4)))
+
+
+@pytest.mark.parametrize("tool", [*writer.SUFFIXES, "fused"])
+@pytest.mark.parametrize("chosen", [slice(1, 3), range(1, 3), slice(-1, None), slice(0, 1)])
+def test_local_experts_have_the_input_scale_of_all(tmp_path, tool, chosen):
+    layer = writer.checkpoint(tmp_path, "llama4_text", tool)[0]
+    wanted = chosen if isinstance(chosen, range) else range(4)[chosen]
+    assert_same(checkpoints.load_experts(tmp_path, 0, experts=chosen), expected(layer, wanted))
+
+
+@pytest.mark.parametrize("tool", list(writer.SUFFIXES))
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_scalars_of_any_shape(tmp_path, tool, shape):
+    layer = writer.checkpoint(tmp_path, tool=tool, scalar_shape=shape)[0]
+    assert_same(checkpoints.load_experts(tmp_path, 0), expected(layer, range(4)))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (4,), (4, 1), (4, 1, 1), (4, 2)])
+def test_fused_scalars_of_any_shape(tmp_path, shape):
+    layer = writer.random_layer(0, 4, 2, 32, 48)
+    tensors = writer.fused(layer, "llama4_text", 0)
+    name = "model.layers.0.feed_forward.experts.gate_up_proj_weight_scale_2"
+    values = np.arange(1, 1 + int(np.prod(shape)), dtype=np.float32).reshape(shape)
+    writer.write(tmp_path, writer.config_of("llama4_text", 4, 32, 48), tensors | {name: values})
+    got = np.asarray(checkpoints.load_experts(tmp_path, 0).gate_up.global_scale)
+    wide = values.reshape({1: (1, 1), 4: (4, 1), 8: (4, 2)}[values.size])
+    np.testing.assert_array_equal(got, np.broadcast_to(wide, (4, 2)))
+
+
+@pytest.mark.parametrize(("kind", "bad"), [("zero", 0.0), ("nan", np.nan), ("inf", np.inf), ("absent", None)])
+def test_an_uncalibrated_expert_gets_the_largest_input_scale_and_a_warning(tmp_path, kind, bad):
+    layer = writer.random_layer(0, 4, 2, 32, 48)
+    tensors = writer.per_expert(layer, "qwen3_moe", "modelopt", 0)
+    name = "model.layers.0.mlp.experts.2.down_proj.input_scale"
+    if bad is None:
+        del tensors[name]
+    else:
+        tensors[name] = np.float32(bad).reshape(())
+    writer.write(tmp_path, writer.config_of("qwen3_moe", 4, 32, 48), tensors)
+    with pytest.warns(UserWarning, match="1 input scales are missing"):
+        got = checkpoints.load_experts(tmp_path, 0)
+    want = [matrices[0].input_scale for matrices in layer.down]
+    want[2] = max(want[:2] + want[3:])
+    np.testing.assert_array_equal(got.down.input_scale, want)
+
+
+def test_input_scales_of_fp8_activations_are_not_taken_for_nvfp4_ones(tmp_path):
+    layer = writer.random_layer(0, 2, 2, 32, 48)
+    config = writer.config_of("qwen3_moe", 2, 32, 48) | {"quantization_config": {"quant_algo": "W4A8_NVFP4_FP8"}}
+    writer.write(tmp_path, config, writer.per_expert(layer, "qwen3_moe", "modelopt", 0))
+    got = checkpoints.load_experts(tmp_path, 0)
+    assert got.gate_up.input_scale is None
+    assert got.down.input_scale is None
+
+
+def test_a_mesh_gets_its_own_part_of_each_leaf(tmp_path):
+    layer = writer.checkpoint(tmp_path, "gpt_oss", "fused", intermediate=64)[0]
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("expert", "tensor"))
+    got = checkpoints.load_experts(tmp_path, 0, mesh=mesh)
+    assert_same(got, expected(layer, range(4)))
+    shardings = jax_moe.expert_shardings(got, mesh)
+    assert all(jax.tree.leaves(jax.tree.map(lambda leaf, s: leaf.sharding.is_equivalent_to(s, leaf.ndim), got, shardings)))
+    assert got.down.payload.addressable_shards[0].data.shape == (2, 32, 16)
+    assert isinstance(got.gate_up.payload.sharding, NamedSharding)
+
+
+def test_a_mesh_that_does_not_divide_the_experts_is_an_error(tmp_path):
+    writer.checkpoint(tmp_path, experts=3)
+    with pytest.raises(ValueError, match="expert_axis"):
+        checkpoints.load_experts(tmp_path, 0, mesh=Mesh(np.array(jax.devices()[:2]), ("expert",)))
+
+
+@pytest.mark.parametrize("chosen", [slice(0, 0), slice(0, 4, 2), range(2, 5), range(-1, 2), range(3, 0, -1)])
+def test_experts_must_be_a_contiguous_part(tmp_path, chosen):
+    writer.checkpoint(tmp_path)
+    with pytest.raises(ValueError, match="experts: got"):
+        checkpoints.load_experts(tmp_path, 0, experts=chosen)
+
+
+def test_a_hugging_face_cache_of_links_to_blobs(tmp_path):
+    """snapshots/<revision>/<file> -> ../../blobs/<hash>, as huggingface_hub lays it out."""
+    layer = writer.checkpoint(tmp_path / "plain", shards=3)[0]
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0123", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(sorted((tmp_path / "plain").iterdir())):
+        os.rename(file, blobs / f"{number:064x}")
+        os.symlink(f"../../blobs/{number:064x}", snapshot / file.name)
+    assert_same(checkpoints.load_experts(snapshot, 0), expected(layer, range(4)))
+
+
+def test_files_without_an_index(tmp_path):
+    layer = writer.checkpoint(tmp_path, shards=3)[0]
+    (tmp_path / "model.safetensors.index.json").unlink()
+    assert_same(checkpoints.load_experts(tmp_path, 0), expected(layer, range(4)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_router_beside_the_experts(tmp_path, family):
+    writer.checkpoint(tmp_path, family, "modelopt", layers=(2,))
+    tensors = writer.router(family, 2, 4, 32)
+    router = checkpoints.load_router(tmp_path, 2)
+    for name, array in tensors.items():
+        field = {"weight": "weight", "bias": "bias", "e_score_correction_bias": "selection_bias"}[name.split(".")[-1]]
+        np.testing.assert_array_equal(getattr(router, field), array.astype(np.float32))
+    x = np.random.default_rng(0).normal(size=(5, 32)).astype(np.float32)
+    logits = x @ router.weight.T + (0 if router.bias is None else np.asarray(router.bias))
+    want = jax_moe.route(jax.numpy.asarray(logits), 2, router.method, bias=router.selection_bias)
+    got = jax.jit(lambda router, x: router(x))(router, x)
+    np.testing.assert_array_equal(got.expert_ids, want.expert_ids)
+    np.testing.assert_allclose(got.weights, want.weights, rtol=1e-5)
+
+
+# --- MXFP4 --------------------------------------------------------------------------------------------------------
+
+
+def mxfp4(tmp_path, exponents: np.ndarray, payload: np.ndarray | None = None):
+    """gpt-oss with one expert, whose gate has block scales 2^exponents ``[I, H/32]``; returns the loaded experts."""
+    intermediate, blocks = exponents.shape
+    hidden = 32 * blocks
+    rng = np.random.default_rng(0)
+    gate = rng.integers(0, 256, (intermediate, hidden // 2), dtype=np.uint8) if payload is None else payload
+    up = rng.integers(0, 256, (intermediate, hidden // 2), dtype=np.uint8)
+    down = rng.integers(0, 256, (1, hidden, intermediate // 32, 16), dtype=np.uint8)
+    prefix = "model.layers.0.mlp.experts."
+    both = np.stack([gate, up], 1).reshape(1, 2 * intermediate, blocks, 16)
+    scales = np.stack([exponents + 127, np.full_like(exponents, 120)], 1).reshape(1, 2 * intermediate, blocks)
+    tensors = {
+        prefix + "gate_up_proj_blocks": both,
+        prefix + "gate_up_proj_scales": scales.astype(np.uint8),
+        prefix + "gate_up_proj_bias": rng.normal(size=(1, 2 * intermediate)).astype(writer.BF16),
+        prefix + "down_proj_blocks": down,
+        prefix + "down_proj_scales": np.full((1, hidden, intermediate // 32), 127, np.uint8),
+        prefix + "down_proj_bias": rng.normal(size=(1, hidden)).astype(writer.BF16),
+    }
+    writer.write(tmp_path, writer.config_of("gpt_oss", 1, hidden, intermediate), tensors)
+    return tensors, checkpoints.load_experts(tmp_path, 0)
+
+
+def mx_values(payload: np.ndarray, exponents: np.ndarray) -> np.ndarray:
+    codes = np.stack([payload & 15, payload >> 4], -1).reshape(*payload.shape[:-1], -1)
+    return codes.view(ml_dtypes.float4_e2m1fn).astype(np.float64) * np.repeat(2.0**exponents, 32, -1)
+
+
+@pytest.mark.parametrize("top", [127, 8, 0, -60, -100])
+@pytest.mark.parametrize("span", [0, 1, 17])
+def test_mxfp4_is_exact_over_the_whole_range(tmp_path, top, span):
+    exponents = top - np.random.default_rng(1).integers(0, span + 1, (32, 2))
+    exponents[0, 0], exponents[1, 1] = top, top - span
+    tensors, got = mxfp4(tmp_path, exponents)
+    gate = got.gate_up.payload[0, 0]
+    np.testing.assert_array_equal(gate, tensors["model.layers.0.mlp.experts.gate_up_proj_blocks"][0, ::2].reshape(32, -1))
+    scale = np.repeat(np.asarray(got.gate_up.block_scale[0, 0]).astype(np.float64), 16, -1)
+    values = np.asarray(nvfp4.e2m1_to_float(nvfp4.unpack(gate))).astype(np.float64) * scale
+    np.testing.assert_array_equal(values * float(got.gate_up.global_scale[0, 0]), mx_values(np.asarray(gate), exponents))
+    assert float(got.gate_up.global_scale[0, 0]) >= 2.0**-126
+    bias = tensors["model.layers.0.mlp.experts.gate_up_proj_bias"].astype(np.float32)
+    np.testing.assert_array_equal(got.gate_up.bias[0], bias.reshape(-1, 2).T)
+
+
+def test_mxfp4_beyond_the_range_says_so(tmp_path):
+    exponents = np.zeros((32, 2), int)
+    exponents[3, 1] = -18
+    with pytest.raises(checkpoints.CheckpointError, match=r"gate_up_proj_scales.*expert 0.*2\^-18 to 2\^0"):
+        mxfp4(tmp_path, exponents)
+
+
+def test_mxfp4_blocks_of_zeros_have_no_say(tmp_path):
+    exponents = np.zeros((32, 2), int)
+    exponents[3, 1] = -127
+    payload = np.random.default_rng(0).integers(0, 256, (32, 32), dtype=np.uint8)
+    payload[3, 16:] = 0x80  # zeros of both signs
+    _, got = mxfp4(tmp_path, exponents, payload)
+    assert got.gate_up.global_scale[0, 0] == 2.0**-8
+    assert np.asarray(got.gate_up.block_scale[0, 0]).astype(np.float32)[3, 2] > 0  # keeps the sign of -0
+
+
+def test_mxfp4_nan_scale_is_an_error(tmp_path):
+    with pytest.raises(checkpoints.CheckpointError, match="NaN"):
+        mxfp4(tmp_path, np.full((32, 2), 128))
