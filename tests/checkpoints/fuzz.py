@@ -73,7 +73,7 @@ def mutate_json(rng: random.Random, tree):
 def mutant(rng: random.Random, directory: Path, original: dict[str, bytes]) -> None:
     """Leaves ``directory`` with one file mutated."""
     for name, raw in original.items():
-        (directory / name).write_bytes(raw)
+        replace(directory / name, raw)
     name = rng.choice(sorted(original))
     raw = original[name]
     if name.endswith(".json"):
@@ -93,7 +93,12 @@ def mutant(rng: random.Random, directory: Path, original: dict[str, bytes]) -> N
                 mutate_json(rng, header)
             encoded = json.dumps(header).encode()
             mutated = struct.pack("<Q", len(encoded)) + encoded + raw[length:]
-    (directory / name).write_bytes(mutated)
+    replace(directory / name, mutated)
+
+
+def replace(path: Path, content: bytes) -> None:
+    path.unlink()  # rewriting a file in place makes ext4 wait for the disk
+    path.write_bytes(content)
 
 
 def peak_mib() -> float:
