@@ -10,12 +10,30 @@ import subprocess
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from raw_call import raw_call
 
 from jax_moe import ffi
 
 FOLDER = pathlib.Path(__file__).parent
 FFI = FOLDER.parents[1] / "ffi"
+
+
+COMPILE_ONLY = bool(os.environ.get("JAX_MOE_COMPILE_ONLY"))
+"""Fill the kernel cache where there is a compiler and no GPU, for a machine of which the opposite is true."""
+
+
+def jit(function, compiler_options):
+    """``jax.jit``; with COMPILE_ONLY the first call lowers for a GPU, which compiles the kernels, and skips the test."""
+    jitted = jax.jit(function, compiler_options=dict(compiler_options))
+    if not COMPILE_ONLY:
+        return jitted
+
+    def compile_and_skip(*arguments):
+        jitted.trace(*arguments).lower(lowering_platforms=("cuda",))
+        pytest.skip("JAX_MOE_COMPILE_ONLY: compiled, not run")
+
+    return compile_and_skip
 
 
 @functools.cache

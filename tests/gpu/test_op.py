@@ -2,6 +2,7 @@
 
 import functools
 
+import calls
 import helpers
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ def _prepared(case: helpers.Case) -> helpers.Case:
 
 
 def _op(compiler_options=_CAPTURE, **options):
-    return jax.jit(functools.partial(jax_moe.fused_moe, **options), compiler_options=dict(compiler_options))
+    return calls.jit(functools.partial(jax_moe.fused_moe, **options), compiler_options)
 
 
 def _run(case: helpers.Case, calls=3, compiler_options=_CAPTURE) -> np.ndarray:
@@ -129,13 +130,13 @@ def test_layers_in_a_scan(precision):
     prepared = [_prepared(case) for case in cases]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[(p.experts, p.routing) for p in prepared])
 
-    @functools.partial(jax.jit, compiler_options=_CAPTURE)
-    def scan(x, layers):
+    def layers_of(x, layers):
         def layer(carry, weights):
             return carry, jax_moe.fused_moe(carry, *weights, precision=precision)
 
         return jax.lax.scan(layer, x, layers)[1]
 
+    scan = calls.jit(layers_of, _CAPTURE)
     for _ in range(3):
         outs = np.asarray(scan(cases[0].x, stacked))
     for out, case in zip(outs, cases, strict=True):
