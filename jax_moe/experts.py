@@ -4,10 +4,12 @@ import dataclasses
 
 import jax
 
+from jax_moe import pytree
+
 CANONICAL = "canonical"
 
 
-@jax.tree_util.register_dataclass
+@pytree.register
 @dataclasses.dataclass(frozen=True)
 class Projection:
     """NVFP4 weights of one linear map of every expert, in ``y = x @ W.T`` orientation.
@@ -31,7 +33,7 @@ class Projection:
     bias: jax.Array | None = None
 
 
-@jax.tree_util.register_dataclass
+@pytree.register
 @dataclasses.dataclass(frozen=True)
 class Experts:
     """The experts of one MoE layer.

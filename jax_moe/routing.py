@@ -5,10 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jax_moe import arguments
+from jax_moe import arguments, pytree
 
 
-@jax.tree_util.register_dataclass
+@pytree.register
 @dataclasses.dataclass(frozen=True)
 class Routing:
     """Which experts each token goes to, and with what weight.

@@ -199,6 +199,7 @@ def make_exact_case(
 
 
 def without_input_scales(experts: Experts) -> Experts:
+    """As before calibration."""
     gate_up, down = (dataclasses.replace(p, input_scale=None) for p in (experts.gate_up, experts.down))
     return dataclasses.replace(experts, gate_up=gate_up, down=down)
 
@@ -221,7 +222,7 @@ def _random_weights(rng, lead, rows, columns):
 
 def run_python(program: str, *args, **environment) -> str:
     """Runs a Python program in a fresh process, on the CPU, warnings being errors; returns what it prints."""
-    path = os.pathsep.join(map(str, [PACKAGE_FOLDER, pathlib.Path(__file__).parent]))
+    path = os.pathsep.join(map(str, [PACKAGE_FOLDER, pathlib.Path(__file__).parent, os.environ.get("PYTHONPATH", "")]))
     env = os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"} | environment
     command = [sys.executable, "-W", "error", "-c", program, *map(str, args)]
     ran = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)

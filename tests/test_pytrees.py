@@ -1,0 +1,112 @@
+"""``Experts`` and ``Routing`` as pytrees: jit, scan, sharding, checkpoints."""
+
+import dataclasses
+import pickle
+
+import helpers
+from helpers import make_case
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
+import orbax.checkpoint as checkpoint
+import pytest
+
+import jax_moe
+
+
+def assert_trees_bit_equal(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        helpers.assert_bit_equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def case():
+    return make_case(0, num_experts=8, bias=True)
+
+
+def test_leaves_are_named_arrays_that_lead_with_the_experts(case):
+    paths = jax.tree_util.tree_leaves_with_path(case.experts)
+    names = [jax.tree_util.keystr(path) for path, _ in paths]
+    leaves = ("payload", "block_scale", "global_scale", "input_scale", "bias")
+    assert names == [f".{projection}.{leaf}" for projection in ("gate_up", "down") for leaf in leaves]
+    for name, (_, leaf) in zip(names, paths, strict=True):
+        assert isinstance(leaf, jax.Array)
+        assert leaf.shape[:1] == (() if name == ".gate_up.input_scale" else (8,))
+
+
+def test_absent_leaves_are_not_leaves(case):
+    bare = helpers.without_input_scales(make_case(0).experts)
+    assert len(jax.tree.leaves(bare)) == 6
+    assert jax.tree.structure(bare) != jax.tree.structure(case.experts)
+
+
+def test_frozen(case):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        case.experts.layout = "other"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        case.routing.weights = None
+
+
+def test_jit_takes_and_gives_them(case):
+    experts, routing = jax.jit(lambda *trees: trees)(case.experts, case.routing)
+    assert_trees_bit_equal((experts, routing), (case.experts, case.routing))
+    assert isinstance(experts, jax_moe.Experts)
+    assert isinstance(routing, jax_moe.Routing)
+
+
+def test_the_layout_is_static(case):
+    """Another layout is another program, and travels with the tree."""
+    other = dataclasses.replace(case.experts, layout="other")
+    run = jax.jit(lambda experts: experts)
+    assert run(case.experts).layout == "canonical"
+    assert run(other).layout == "other"
+    assert run._cache_size() == 2
+
+
+def test_copies_and_pickles(case):
+    host = jax.tree.map(np.asarray, case.experts)
+    assert_trees_bit_equal(pickle.loads(pickle.dumps(host)), host)
+
+
+def test_scan_over_stacked_layers(case):
+    layers = [make_case(seed, num_experts=8, bias=True) for seed in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *((c.experts, c.routing) for c in layers))
+
+    def layer(x, weights):
+        return x + jax_moe.fused_moe(x, *weights), None
+
+    x = expected = case.x
+    for c in layers:
+        expected = expected + jax_moe.fused_moe(expected, c.experts, c.routing)
+    helpers.assert_bit_equal(jax.jit(lambda x: jax.lax.scan(layer, x, stacked)[0])(x), expected)
+
+
+def test_device_put_with_named_sharding(case):
+    mesh = jax.make_mesh((8,), ("expert",))
+    shardings = jax_moe.expert_shardings(case.experts, mesh)
+    placed = jax.device_put(case.experts, shardings)
+    assert_trees_bit_equal(placed, case.experts)
+    for leaf, sharding in zip(jax.tree.leaves(placed), jax.tree.leaves(shardings), strict=True):
+        assert leaf.sharding == sharding
+        assert len(leaf.addressable_shards) == 8
+        expected = (1, *leaf.shape[1:]) if leaf.ndim else ()
+        assert {shard.data.shape for shard in leaf.addressable_shards} == {expected}
+    routing = jax.device_put(case.routing, NamedSharding(mesh, PartitionSpec()))
+    assert_trees_bit_equal(routing, case.routing)
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
+def test_orbax_saves_and_restores(case, sharded, tmp_path):
+    experts = case.experts
+    if sharded:
+        mesh = jax.make_mesh((2, 4), ("tensor", "expert"))
+        experts = jax.device_put(experts, jax_moe.expert_shardings(experts, mesh))
+    with checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "layer", (experts, case.routing))
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "layer", (experts, case.routing))
+    assert_trees_bit_equal(restored, (experts, case.routing))
+    assert restored[0].gate_up.payload.sharding == experts.gate_up.payload.sharding
+    assert isinstance(restored[0], jax_moe.Experts)
