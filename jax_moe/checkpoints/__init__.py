@@ -13,3 +13,4 @@ from jax_moe.checkpoints.load import (
     moe_options as moe_options,
 )
 from jax_moe.checkpoints.router import Router as Router, SharedExpert as SharedExpert
+from jax_moe.checkpoints.summary import LayerSummary as LayerSummary, summarize as summarize, Summary as Summary

@@ -19,7 +19,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jax_moe import nvfp4, prepare, progress
+from jax_moe import nvfp4, progress
 from jax_moe.checkpoints import layer as published, leaves
 from jax_moe.checkpoints.files import (
     CheckpointError,
@@ -33,6 +33,7 @@ from jax_moe.checkpoints.files import (
 )
 from jax_moe.checkpoints.leaves import Leaf
 from jax_moe.experts import CANONICAL, Experts, Projection
+from jax_moe.prepare import prepare, SM_90A
 
 MANIFEST = "jax_moe.json"
 _VERSION = "1"
@@ -63,13 +64,15 @@ def convert(
       CheckpointError: the checkpoint is malformed, or ``output`` holds a conversion of something else.
       ValueError: unknown layout.
     """
-    if layout not in (CANONICAL, prepare.SM_90A):
-        raise ValueError(f"layout: got {layout!r}, needs {CANONICAL!r} or {prepare.SM_90A!r}")
+    if layout not in (CANONICAL, SM_90A):
+        raise ValueError(f"layout: got {layout!r}, needs {CANONICAL!r} or {SM_90A!r}")
     source, target = Path(directory), Path(output)
     model = published.open_model(source)
     if not model.blocks:
         raise CheckpointError(f"{source}: found no layer with experts, expected a mixture-of-experts checkpoint")
     target.mkdir(parents=True, exist_ok=True)
+    if not (target / MANIFEST).exists() and any(target.glob("*.safetensors*")):
+        raise CheckpointError(f"{target}: found a checkpoint, expected a new directory or the conversion to continue")
     manifest = {
         "version": _VERSION,
         "layout": layout,
@@ -97,7 +100,7 @@ def _write_layer(model: published.Model, number: int, path: Path, layout: str, d
     source = open_experts(model, number)
     experts = leaves.to_jax(source.leaves(range(source.num_experts)), None, None, None, False)
     if layout != experts.layout:
-        experts = prepare.prepare(experts, layout, progress=False)
+        experts = prepare(experts, layout, progress=False)
     block = model.block(number)
     tensors = {f"{block}.experts.{name}": np.asarray(leaf) for name, leaf in _named(experts)}
     for name in model.files.names():
@@ -157,7 +160,11 @@ class ConvertedLayer:
     files: Files
     block: str
     expected: Experts
-    num_experts: int
+    sizes: published.Sizes
+
+    @property
+    def num_experts(self) -> int:
+        return self.sizes.num_experts
 
     @property
     def format(self) -> str:
@@ -190,7 +197,7 @@ def open_experts(model: published.Model, number: int) -> "published.ExpertLayer 
     if f"{prefix}gate_up.payload" not in model.files.names():
         return published.open_experts(model, number)
     metadata = model.files.metadata(f"{prefix}gate_up.payload")
-    if metadata.get("version") != _VERSION or metadata.get("layout") not in (CANONICAL, prepare.SM_90A):
+    if metadata.get("version") != _VERSION or metadata.get("layout") not in (CANONICAL, SM_90A):
         raise CheckpointError(
             f"{model.files.info(prefix + 'gate_up.payload')}: found version {metadata.get('version')!r} and layout "
             f"{metadata.get('layout')!r}, expected version {_VERSION} and a known layout"
@@ -200,7 +207,7 @@ def open_experts(model: published.Model, number: int) -> "published.ExpertLayer 
         info = model.files.info(prefix + name)
         if info.shape != leaf.shape or info.numpy_dtype != leaf.dtype:
             raise CheckpointError(f"{info}: found {info.summary}, expected {leaf.dtype} {list(leaf.shape)}")
-    return ConvertedLayer(model.files, model.block(number), expected, expected.down.global_scale.shape[0])
+    return ConvertedLayer(model.files, model.block(number), expected, published.sizes(model))
 
 
 def _expected(model: published.Model, prefix: str, layout: str) -> Experts:
@@ -228,4 +235,4 @@ def _expected(model: published.Model, prefix: str, layout: str) -> Experts:
     )
     if layout == CANONICAL:
         return canonical
-    return jax.eval_shape(functools.partial(prepare.prepare, target=layout, progress=False), canonical)
+    return jax.eval_shape(functools.partial(prepare, target=layout, progress=False), canonical)

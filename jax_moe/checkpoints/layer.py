@@ -89,14 +89,27 @@ def _find_blocks(files: Files, family: Family) -> dict[int, str]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Sizes:
+    """E, H and I of a model's expert layers."""
+
+    num_experts: int
+    hidden: int
+    intermediate: int
+
+
+@dataclasses.dataclass(frozen=True)
 class ExpertLayer:
     """The experts of one layer: checked headers, and nothing read yet."""
 
     layer: int
-    num_experts: int
+    sizes: Sizes
     gate_up: Stored
     down: Stored
     uses_input_scales: bool
+
+    @property
+    def num_experts(self) -> int:
+        return self.sizes.num_experts
 
     @property
     def format(self) -> str:
@@ -148,16 +161,7 @@ def open_experts(model: Model, layer: int) -> ExpertLayer:
     _refuse_online_transforms(model, gate_up)
     # W4A8: the weights are NVFP4 but the input scales are those of FP8 activations.
     uses_input_scales = not any("FP8" in algorithm for algorithm in algorithms)
-    return ExpertLayer(layer, shape.num_experts, gate_up, down, uses_input_scales)
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """E, H and I of a model's expert layers."""
-
-    num_experts: int
-    hidden: int
-    intermediate: int
+    return ExpertLayer(layer, shape, gate_up, down, uses_input_scales)
 
 
 def sizes(model: Model) -> Sizes:

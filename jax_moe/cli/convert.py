@@ -1,0 +1,26 @@
+"""``python -m jax_moe convert``: the MoE layers of a checkpoint, in the layout that a target runs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from jax_moe import checkpoints
+from jax_moe.experts import CANONICAL
+
+
+def convert(
+    directory: Annotated[Path, typer.Argument(help="A ModelOpt, compressed-tensors or gpt-oss checkpoint.")],
+    output: Annotated[Path, typer.Argument(help="The directory to write; an interrupted conversion is continued.")],
+    layout: Annotated[str, typer.Option(help="canonical (any platform), or sm_90a (H100, H200).")] = CANONICAL,
+) -> None:
+    """Convert the experts of all layers, one file a layer, safe to interrupt at any time."""
+    try:
+        written = checkpoints.convert(directory, output, layout=layout)
+        total = len(checkpoints.list_layers(output))
+    except ValueError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
+        raise typer.Exit(1) from None
+    Console().print(f"{output}: {total} layers, {len(written)} written by this run, {total - len(written)} were complete")
