@@ -24,7 +24,7 @@ COMPILE_ONLY = bool(os.environ.get("JAX_MOE_COMPILE_ONLY"))
 
 
 def jit(function, compiler_options):
-    """``jax.jit``; with COMPILE_ONLY the first call lowers for a GPU, which compiles the kernels, and skips the test."""
+    """``jax.jit``; with COMPILE_ONLY a call lowers for a GPU, which compiles the kernels, and skips the test."""
     jitted = jax.jit(function, compiler_options=dict(compiler_options))
     if not COMPILE_ONLY:
         return jitted
