@@ -170,20 +170,16 @@ def test_exp_and_tanh_are_good_to_3_ulp(probe, name, function):
 
 # --- The handler ---------------------------------------------------------------------------------------------------
 
-_EXACT = [
-    {"precision": precision, "combine": combine, "weight_on": weight_on, "out_dtype": out_dtype}
-    for precision in ("w4a16", "w4a4")
-    for combine in ("atomic", "ordered")
-    for weight_on in ("output", "input")
-    for out_dtype in (jnp.bfloat16, jnp.float32)
-]
-
 
 @pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("options", _EXACT, ids=lambda o: "-".join(map(str, o.values())))
-def test_exact_inputs_give_the_oracles_bits(options, gated):
-    case = helpers.make_exact_case(3, gated=gated)
-    helpers.assert_bit_equal(case.run(**options), case.run(reference.fused_moe, **options))
+@pytest.mark.parametrize("weight_on", ["output", "input"])
+@pytest.mark.parametrize("precision", ["w4a16", "w4a4"])
+def test_exact_inputs_give_the_oracles_bits(precision, weight_on, gated):
+    case = helpers.make_exact_case(3, gated=gated, precision=precision, weight_on=weight_on)
+    expected = case.run(reference.fused_moe, out_dtype=jnp.float32)
+    for combine in ("atomic", "ordered"):
+        for out_dtype in (jnp.float32, jnp.bfloat16):
+            helpers.assert_bit_equal(case.run(combine=combine, out_dtype=out_dtype), expected.astype(out_dtype))
 
 
 _IN_A_PROCESS = """

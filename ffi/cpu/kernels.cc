@@ -58,6 +58,7 @@ inline void ExpandPanel(const WeightRows& weights, int first_row, int64_t begin,
     const int64_t first_block = ((first_row + row) * weights.depth + begin) / kBlockSize;
     const uint8_t* payload = weights.payload + first_block * (kBlockSize / 2);
     const uint8_t* scales = weights.block_scale + first_block;
+#pragma GCC unroll 4
     for (int64_t block = 0; block < depth / kBlockSize; ++block) {
       Store(panel + block * kBlockSize,
             DequantizeBlock(payload + block * (kBlockSize / 2), kE4M3.value[scales[block]]));
@@ -120,6 +121,7 @@ inline void RoundBlock(Precision precision, float global_scale, float* values) {
     const float block_scale = kE4M3.value[QuantizeBlock(values, global_scale, codes)];
     for (int i = 0; i < kBlockSize; ++i) values[i] = E2M1ToFloat(codes[i]) * block_scale;
   } else {
+#pragma GCC unroll 1  // unrolled early, it would not be vectorised
     for (int i = 0; i < kBlockSize; ++i) values[i] = RoundToBF16(values[i]);
   }
 }
