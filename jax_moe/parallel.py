@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jax_moe import activations, check, moe, nvfp4, plan
+from jax_moe import activations, arguments, check, moe, nvfp4, plan
 from jax_moe.experts import CANONICAL, Experts, Projection
 from jax_moe.routing import Routing
 
@@ -53,7 +54,7 @@ def sharded_moe(
     Raises:
       TypeError, ValueError: as ``fused_moe``, or the mesh does not fit.
     """
-    options = dict(activation=activation, precision=precision, combine=combine)
+    options: dict[str, Any] = dict(activation=activation, precision=precision, combine=combine)
     options |= dict(weight_on=weight_on, command_buffer=command_buffer)
     problem = check.check(x, experts, routing, **options, expert_offset=0, out_dtype=out_dtype)
     specs = partition_specs(experts, mesh, expert_axis=expert_axis, tensor_axis=tensor_axis)
@@ -117,6 +118,7 @@ def partition_specs(
     Raises:
       ValueError: the mesh does not divide E or I, or lacks an axis that is not the default one.
     """
+    arguments.instance("mesh", mesh, Mesh | AbstractMesh)
     expert_axes = _axes_in(mesh, "expert_axis", expert_axis)
     tensor_axes = _axes_in(mesh, "tensor_axis", tensor_axis)
     if shared := set(expert_axes) & set(tensor_axes):
@@ -176,7 +178,9 @@ def _bias_on_first(experts: Experts, is_first: jax.Array) -> Experts:
 
 def _axes_in(mesh: Mesh, argument: str, axis: Axis) -> tuple[str, ...]:
     """The mesh axes that ``argument`` names; none where it has its default and the mesh has no such axis."""
-    axes = () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
+    if not isinstance(axis, str | tuple | None):
+        raise TypeError(f"{argument}: got {axis!r}, needs a mesh axis, a tuple of them, or None")
+    axes = () if axis is None else (axis,) if isinstance(axis, str) else axis
     if argument == f"{axis}_axis" and axis not in mesh.axis_names:
         return ()
     for name in axes:
