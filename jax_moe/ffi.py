@@ -11,6 +11,7 @@ import os
 import pathlib
 
 import jax
+import jax.core
 import jax.export
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -62,7 +63,7 @@ def register() -> None:
 
     # The type of the CUDA handler's state must be known before a target that returns it.
     state_type = {"type_id": _capsule_from("JaxMoeCudaTypeId"), "type_info": _capsule_from("JaxMoeCudaTypeInfo")}
-    jax.ffi.register_ffi_type("jax_moe_cuda_call", state_type, platform="CUDA")
+    jax.ffi.register_ffi_type("jax_moe_cuda_call", state_type, platform="CUDA")  # pyright: ignore[reportArgumentType]
     for target, execute in ((TARGET, "JaxMoeFusedMoeCuda"), (NO_CAPTURE_TARGET, "JaxMoeFusedMoeCudaNoCapture")):
         stages = {
             "instantiate": _capsule("JaxMoeFusedMoeCudaInstantiate"),

@@ -4,7 +4,7 @@ import json
 import platform
 import statistics
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -69,8 +69,8 @@ def time_op(
     experts: jax_moe.Experts,
     shape: shapes.LayerShape,
     tokens: int,
-    precision: str,
-    combine: str,
+    precision: Any,
+    combine: Any,
     repeats: int,
     seed: int,
 ) -> float:

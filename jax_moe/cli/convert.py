@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from rich.console import Console
 from rich.markup import escape
+import typer
 
 from jax_moe import checkpoints
 from jax_moe.experts import CANONICAL
@@ -23,4 +23,6 @@ def convert(
     except ValueError as error:
         Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
         raise typer.Exit(1) from None
-    Console().print(f"{output}: {total} layers, {len(written)} written by this run, {total - len(written)} were complete")
+    Console().print(
+        f"{output}: {total} layers, {len(written)} written by this run, {total - len(written)} were complete"
+    )

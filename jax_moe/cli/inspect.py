@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+import typer
 
 from jax_moe import checkpoints
 from jax_moe.checkpoints.summary import LayerSummary, Range
@@ -26,7 +26,9 @@ def inspect(directory: Annotated[Path, typer.Argument(help="A checkpoint, publis
         raise typer.Exit(1) from None
     usable = [layer for layer in summary.layers.values() if isinstance(layer, LayerSummary)]
     total = sum(layer.nbytes for layer in usable)
-    table = Table(title=f"{directory}: {summary.family} ({summary.model_type}), {len(usable)} MoE layers, {total / 2**30:.3f} GiB")
+    table = Table(
+        title=f"{directory}: {summary.family} ({summary.model_type}), {len(usable)} MoE layers, {total / 2**30:.3f} GiB"
+    )
     for heading in _HEADINGS:
         table.add_column(heading, overflow="fold")
     for layer in usable:
