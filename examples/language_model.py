@@ -1,7 +1,7 @@
 """Train a small mixture-of-experts language model on real text, quantise its experts to NVFP4, and let it write.
 
-Run it:  python examples/language_model.py            (about PASTE minutes on two cores)
-         python examples/language_model.py --short    (about PASTE minute)
+Run it:  python examples/language_model.py            (290 s of CPU time; some 4 minutes on two free cores)
+         python examples/language_model.py --short    (47 s of CPU time, 33 s here)
 
 The text is the source code of Python's standard library, which every machine has; every tenth file is held out. The
 model (``moe_transformer.py``) reads bytes, and is trained with dense float32 experts. Then its experts are quantised,
@@ -10,7 +10,34 @@ precisions. In the end it continues a prompt, one byte after another, through ``
 
 The full run printed, on two cores of a Xeon with AVX-512:
 
-PASTE
+    text: 4.04 MB to train on, 0.66 MB held out
+      step   325: loss 2.649
+      step   650: loss 2.245
+      step   975: loss 2.100
+      step  1300: loss 1.974
+      step  1625: loss 1.904
+      step  1950: loss 1.770
+    trained 2000 steps in 707 s                    (two cores at a load average of 6 to 9)
+                   Held-out text, 65536 bytes of it
+    ┏━━━━━━━━━━━━━━━━━━━━━━━━━━━┳━━━━━━━━━━━━━━━┳━━━━━━━━━━━━━━━━┓
+    ┃ model                     ┃ bits per byte ┃ expert weights ┃
+    ┡━━━━━━━━━━━━━━━━━━━━━━━━━━━╇━━━━━━━━━━━━━━━╇━━━━━━━━━━━━━━━━┩
+    │ counts of bytes           │         4.533 │                │
+    │ counts of pairs of bytes  │         3.492 │                │
+    ├───────────────────────────┼───────────────┼────────────────┤
+    │ MoE, bfloat16 experts     │         1.900 │        1.18 MB │
+    │ MoE, NVFP4 experts, w4a16 │         1.907 │        0.33 MB │
+    │ MoE, NVFP4 experts, w4a4  │         1.912 │        0.33 MB │
+    └───────────────────────────┴───────────────┴────────────────┘
+    ────────────────────────── w4a16, one byte at a time ───────────────────────────
+    def parse_header(self, line):
+        # If the parameters and
+            if the string and not None:
+                raise ValueError(
+                                                                                                                   return s
+    ───────────────────────────────── 2290 bytes/s ─────────────────────────────────
+
+The short run reached 2.646, 2.649 and 2.654 bits per byte.
 """
 
 import functools
@@ -35,7 +62,7 @@ from moe_transformer import (
     quantized_moe,
     save,
     with_experts,
-)  # fmt: skip
+)
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -45,6 +72,7 @@ import typer
 from jax_moe.progress import track
 
 LENGTH = 256  # bytes the model sees at once, in training and after
+PROMPT = "def parse_header(self, line):\n    # If the "
 
 
 # --- Text -------------------------------------------------------------------------------------------------------------
@@ -89,15 +117,16 @@ def orthogonalize(matrices: jax.Array) -> jax.Array:
     wide = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
     wide = wide / (jnp.linalg.norm(wide, axis=(-2, -1), keepdims=True) + 1e-7)
     for _ in range(5):
-        square = wide @ wide.mT
-        wide = 3.4445 * wide + (2.0315 * square @ square - 4.775 * square) @ wide
+        gram = wide @ wide.mT
+        wide = 3.4445 * wide + (2.0315 * gram @ gram - 4.775 * gram) @ wide
     return wide if wide.shape == matrices.shape else wide.mT
 
 
 def train(params: Params, text: np.ndarray, config: Config, *, steps: int, batch: int = 4, seed: int = 0) -> Params:
-    """Trains on random windows of ``text``, with warm-up and cosine decay of the learning rate.
+    """Trains ``params``, which are donated, on random windows of ``text``; the learning rate warms up and decays.
 
-    Matrices learn by Muon, which needs half the steps here; embeddings and the gains of norms by Adam.
+    Matrices learn by Muon, embeddings and the gains of norms by Adam. (With AdamW for all, 300 steps reached 2.91 bits
+    per byte of held-out text; with this they reach 2.53.)
     """
     data = jnp.asarray(text)
     warmup = max(1, steps // 20)
@@ -133,14 +162,15 @@ def train(params: Params, text: np.ndarray, config: Config, *, steps: int, batch
 
 
 def bits_per_byte(params: Params, windows: np.ndarray, moe: MoE, config: Config) -> float:
-    """Of ``windows [count, S + 1]``, count a multiple of 8."""
+    """Of ``windows [count, S + 1]``; each byte but the first of a window is predicted from those before it."""
 
     @jax.jit
     def bits(params, batch):
         return cross_entropy(forward(params, batch[:, :-1], moe, config)[0], batch[:, 1:])
 
-    batches = windows.reshape(-1, 8, windows.shape[1])
-    return float(np.mean([bits(params, batch) for batch in track(batches, "measure, 8 windows each")]))
+    size = math.gcd(len(windows), 8)
+    batches = windows.reshape(-1, size, windows.shape[1])
+    return float(np.mean([bits(params, batch) for batch in track(batches, f"measure, {size} windows each")]))
 
 
 def counting_baselines(text: np.ndarray, windows: np.ndarray) -> tuple[float, float]:
@@ -162,14 +192,14 @@ def megabytes(tree) -> float:
 
 def main(
     short: Annotated[bool, typer.Option("--short", help="A quick look: 250 steps, 64 windows.")] = False,
-    steps: Annotated[int | None, typer.Option(help="Training steps; 2000 unless --short.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps; 2000 unless --short.")] = None,
     seed: Annotated[int, typer.Option(help="Of the parameters, the batches and the sampling.")] = 0,
-    windows: Annotated[int | None, typer.Option(help="Held-out windows, in eights; 256 unless --short.")] = None,
+    windows: Annotated[int | None, typer.Option(min=1, help="Held-out windows; 256 unless --short.")] = None,
     save_to: Annotated[pathlib.Path | None, typer.Option("--save", help="Write the trained model (.npz).")] = None,
     load_from: Annotated[pathlib.Path | None, typer.Option("--load", help="Read a model instead of training.")] = None,
-    prompt: Annotated[str, typer.Option(help="What the model continues.")] = "def parse_header(self, line):\n    ",
-    new_bytes: Annotated[int, typer.Option(help="How far.")] = 224,
-    temperature: Annotated[float, typer.Option(help="0 takes the best byte each time.")] = 0.5,
+    prompt: Annotated[str, typer.Option(help="What the model continues.")] = PROMPT,
+    new_bytes: Annotated[int, typer.Option(min=1, help="How far.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the best byte each time.")] = 0.5,
 ) -> None:
     """Train a small MoE language model on the standard library, quantise its experts to NVFP4, and let it write."""
     console = Console()

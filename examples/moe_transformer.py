@@ -2,7 +2,7 @@
 
 Read it for one thing: the MoE layer is an *argument* of :func:`forward`. Training passes :func:`dense_moe`, which is
 differentiable and works on plain arrays; inference passes :func:`quantized_moe` (``jax_moe.fused_moe`` on NVFP4
-weights) or a lambda around ``jax_moe.sharded_moe``. The rest of the model does not know which.
+weights) or, in ``sharded_inference.py``, ``jax_moe.sharded_moe``. The rest of the model does not know which.
 
 Shapes: B sequences, S positions, T = B*S tokens, H hidden size, E experts of size I, K experts per token, N layers.
 Layers are stacked on a leading axis of size N and run by ``lax.scan``, so a deeper model compiles no slower. It has
@@ -29,7 +29,7 @@ from jax_moe.progress import track
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes of the model; the defaults make 1.4 million parameters, most of them in the experts."""
+    """Sizes of the model; the defaults make 0.8 million parameters, three quarters of them in the experts."""
 
     layers: int = 2
     hidden: int = 128
@@ -45,6 +45,7 @@ MoE = Callable[[jax.Array, Any, jax_moe.Routing], jax.Array]
 """``moe(x [T, H], experts of one layer, Routing) -> float32 [T, H]``; what experts are is between it and the params."""
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def init(key: jax.Array, config: Config) -> Params:
     """Random parameters. Matrices are ``[out, in]``, as NVFP4 weights are: the contraction axis is last."""
     n, h, e, i = config.layers, config.hidden, config.experts, config.intermediate

@@ -1,7 +1,7 @@
 """The language model on a mesh of eight devices: experts, slices of each expert, and sequences, spread over three axes.
 
 Run it:  python examples/language_model.py --short --save model.npz
-         python examples/sharded_inference.py --load model.npz           (about PASTE s; without --load it trains a bit)
+         python examples/sharded_inference.py --load model.npz           (about 10 s; without --load it trains a bit)
 
 Eight devices need no eight GPUs: XLA splits this machine's CPU into as many virtual devices as it is asked for, and
 partitions programs for them as it would for real ones. The mesh here has the axes
@@ -12,9 +12,20 @@ partitions programs for them as it would for real ones. The mesh here has the ax
 
 and the one change to the model is the MoE layer that :func:`moe_transformer.forward` is given: ``jax_moe.sharded_moe``
 in place of ``jax_moe.fused_moe``. The program checks that the result is the same as on one device, and reads the
-compiled program to see that no weight ever moves. It printed:
+compiled program to see that no weight ever moves. With the model of the full run it printed:
 
-PASTE
+    mesh: {'data': 2, 'expert': 2, 'tensor': 2}; expert weights: 332040 bytes, 83080 on each device
+    logits [8, 256, 256]: max |one device - eight devices| = 1.0e-02, where max |logit| = 18.7;
+        best byte equal at 100.00% of positions
+    compiled HLO: 1 x all-gather of f32[2048,8]{1,0}
+    compiled HLO: 1 x all-reduce of f32[1024,128]{1,0}
+    collectives that move weights (u8, f8e4m3fn): 0
+    greedy decoding, 8 prompts x 64 bytes: equal, 2044 bytes/s
+    the first goes on: b's are and the string the string the string the string the string'
+
+The logits differ because float32 sums in another order now and then round to the next bfloat16. The all-reduce, inside
+the scan over layers, is the sum of the experts' partial outputs: one for each layer. The all-gather is the router's:
+``lax.top_k`` of the sharded logits [T, E], which XLA does not partition.
 """
 
 import collections
@@ -65,8 +76,8 @@ def main(
     load_from: Annotated[
         pathlib.Path | None, typer.Option("--load", help="A model saved by language_model.py.")
     ] = None,
-    steps: Annotated[int, typer.Option(help="Training steps, where there is no model to load.")] = 50,
-    new_bytes: Annotated[int, typer.Option(help="How far to continue each prompt.")] = 64,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps, where there is no model to load.")] = 50,
+    new_bytes: Annotated[int, typer.Option(min=1, help="How far to continue each prompt.")] = 64,
 ) -> None:
     """Run the language model on eight virtual devices and compare with one."""
     jax.config.update("jax_num_cpu_devices", 8)  # before anything uses a device
@@ -109,7 +120,7 @@ def main(
     again, speed = generate(placed, placed_prompts, sharded_moe(mesh), config, new=new_bytes)
     equal = "equal" if np.array_equal(once, again) else "DIFFERENT"
     print(f"greedy decoding, {once.shape[0]} prompts x {new_bytes} bytes: {equal}, {speed:.0f} bytes/s")
-    print("the first:", bytes(again[0].astype(np.uint8)))
+    print("the first goes on:", bytes(again[0].astype(np.uint8)))
     if moved or equal != "equal":
         raise typer.Exit(1)
 

@@ -1,11 +1,16 @@
 """The smallest complete FFI op: C++ code as a JAX function that works under jit, vmap and grad.
 
-Run it:  python examples/minimal_ffi/minimal_ffi.py        (needs g++ and jax, not jax_moe; about 10 s, most of it g++)
+Run it:  python examples/minimal_ffi/minimal_ffi.py        (needs g++ and jax, not jax_moe; about 5 s, half of it g++)
 
 Read ``discounted_sum.cc`` first, then this from top to bottom: build, register, call, derivatives, batches, errors.
 It prints
 
-PASTE
+    jit  max |difference| 1.4e-06
+    vmap max |difference| 2.9e-06
+    grad max |difference| 3.1e-05
+    HLO  custom_call @minimal_ffi_discounted_sum_v1(%arg0, %arg1) {backend_config = "",
+         mhlo.backend_config = {decay = 0.899999976 : f32}
+    C++  INVALID_ARGUMENT: discounted_sum: start has 5 elements, it needs one for each of x's 6 rows
 
 What a library that is more than an example adds, and where this repository does it:
 
