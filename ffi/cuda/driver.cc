@@ -35,7 +35,6 @@ Opened Open() {
   resolve(&driver.cuCtxGetId, "cuCtxGetId");
   resolve(&driver.cuModuleLoadData, "cuModuleLoadData");
   resolve(&driver.cuModuleGetFunction, "cuModuleGetFunction");
-  resolve(&driver.cuFuncGetAttribute, "cuFuncGetAttribute");
   resolve(&driver.cuFuncSetAttribute, "cuFuncSetAttribute");
   resolve(&driver.cuLaunchKernelEx, "cuLaunchKernelEx");
   resolve(&driver.cuMemsetD8Async, "cuMemsetD8Async");

@@ -32,8 +32,8 @@ inline constexpr int kCaptureActive = 1;
 inline constexpr unsigned kAddCaptureDependencies = 0;
 inline constexpr unsigned kSetCaptureDependencies = 1;
 
-inline constexpr int kFunctionSharedBytes = 1;
 inline constexpr int kFunctionMaxDynamicSharedBytes = 8;
+inline constexpr int kFunctionPreferredSharedCarveout = 9;  // percent of the multiprocessor's memory
 
 inline constexpr int kLaunchClusterDimension = 4;
 inline constexpr int kLaunchProgrammaticStreamSerialization = 6;
@@ -76,7 +76,6 @@ struct Driver {
   Result (*cuCtxGetId)(Context, unsigned long long*);
   Result (*cuModuleLoadData)(Module*, const void*);
   Result (*cuModuleGetFunction)(Function*, Module, const char*);
-  Result (*cuFuncGetAttribute)(int*, int, Function);
   Result (*cuFuncSetAttribute)(Function, int, int);
   Result (*cuLaunchKernelEx)(const LaunchConfig*, Function, void** parameters, void** extra);
   Result (*cuMemsetD8Async)(DevicePointer, unsigned char, std::size_t, Stream);

@@ -183,7 +183,6 @@ class CallKernels {
   const ffi::RemainingRets& rets_;
 };
 
-// Kernels load 16 bytes at a time. XLA's own allocations are aligned to 256, imported (DLPack) ones may not be.
 ffi::Error CheckBytes(const std::string& name, const ffi::AnyBuffer& buffer, int64_t bytes) {
   if (static_cast<int64_t>(buffer.size_bytes()) != bytes) {
     return Refuse(name + ": got " + Describe(buffer) + ", " + std::to_string(buffer.size_bytes()) +
@@ -192,13 +191,15 @@ ffi::Error CheckBytes(const std::string& name, const ffi::AnyBuffer& buffer, int
   return ffi::Error::Success();
 }
 
+// Kernels load 16 bytes at a time. XLA aligns what it allocates to 256 bytes, and today refuses imported (DLPack)
+// buffers that are not aligned to 16.
 ffi::Error CheckAlignment(const std::string& name, const ffi::AnyBuffer& buffer) {
   constexpr uintptr_t kAlignment = 16;
   if (buffer.element_count() == 0 || reinterpret_cast<uintptr_t>(buffer.untyped_data()) % kAlignment == 0) {
     return ffi::Error::Success();
   }
   return Refuse(name + ": its data starts at an address that is not a multiple of 16, which the GPU kernels need. " +
-                "Was it imported (DLPack)? jnp.array(" + name + ", copy=True) makes an aligned copy");
+                "If it was imported (DLPack), import an aligned copy");
 }
 
 // Everything the kernels index by: what DecodeProblem checks, that the kernels were planned for just these sizes, and

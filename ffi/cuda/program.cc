@@ -150,9 +150,16 @@ class LoadedKernels {
     }
     // Besides allowing more than 48 KiB, this makes a lazily loading driver put the code on the device now, and not in
     // the first launch, which may be captured.
-    if (Result result = driver.cuFuncSetAttribute(*function, kFunctionMaxDynamicSharedBytes,
-                                                  static_cast<int>(kernel.shared_bytes))) {
+    const int shared_bytes = static_cast<int>(kernel.shared_bytes);
+    if (Result result = driver.cuFuncSetAttribute(*function, kFunctionMaxDynamicSharedBytes, shared_bytes)) {
       return failed("cuFuncSetAttribute", result);
+    }
+    // A kernel with so much shared memory is planned for as many blocks on a multiprocessor as fit in all of it.
+    constexpr int kMuch = 48 * 1024, kAll = 100;
+    if (shared_bytes > kMuch) {
+      if (Result result = driver.cuFuncSetAttribute(*function, kFunctionPreferredSharedCarveout, kAll)) {
+        return failed("cuFuncSetAttribute", result);
+      }
     }
     functions_.emplace(key, *function);
     return ffi::Error::Success();

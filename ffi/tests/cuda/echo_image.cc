@@ -32,8 +32,7 @@ ffi::Error EchoImage(ffi::Dictionary attributes, ffi::Result<ffi::Buffer<ffi::U8
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    JaxMoeTestEchoImage, EchoImage,
-    ffi::Ffi::Bind().Attrs().Ret<ffi::Buffer<ffi::U8>>().Ret<ffi::Buffer<ffi::S32>>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeTestEchoImage, EchoImage,
+                              ffi::Ffi::Bind().Attrs().Ret<ffi::Buffer<ffi::U8>>().Ret<ffi::Buffer<ffi::S32>>());
 
 }  // namespace jax_moe::cuda

@@ -90,7 +90,6 @@ inline Driver MakeDriver() {
     *function = reinterpret_cast<Function>(const_cast<char*>(recorder->loaded.insert(name).first->c_str()));
     return Note("cuModuleGetFunction", "");
   };
-  driver.cuFuncGetAttribute = [](int*, int, Function) -> Result { return kSuccess; };
   driver.cuFuncSetAttribute = [](Function, int, int) -> Result {
     const Lock lock(recorder->mutex);
     return Note("cuFuncSetAttribute", "");
