@@ -2,6 +2,7 @@
 
 from jax_moe import ffi as ffi, nvfp4 as nvfp4, reference as reference
 from jax_moe.activations import GeGLU as GeGLU, ReLU2 as ReLU2, SiTU as SiTU, SwiGLU as SwiGLU
+from jax_moe.checkpoints import load_experts as load_experts
 from jax_moe.experts import Experts as Experts, Projection as Projection
 from jax_moe.ffi import export_checks as export_checks
 from jax_moe.moe import fused_moe as fused_moe

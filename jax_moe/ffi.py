@@ -9,6 +9,7 @@ import ctypes
 import functools
 import os
 import pathlib
+import sysconfig
 
 import jax
 import jax.core
@@ -16,7 +17,6 @@ import jax.export
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-import jax_moe
 from jax_moe import plan
 from jax_moe.experts import CANONICAL
 
@@ -36,7 +36,9 @@ def library_path() -> pathlib.Path:
     if override := os.environ.get("JAX_MOE_FFI_LIBRARY"):
         candidates = [pathlib.Path(override)]
     else:
-        candidates = [pathlib.Path(folder) / "lib" / "libjax_moe_ffi.so" for folder in jax_moe.__path__]
+        # The second is for Python started in a source checkout, whose jax_moe/ hides the installed one.
+        folders = (pathlib.Path(__file__).parent, pathlib.Path(sysconfig.get_path("platlib"), "jax_moe"))
+        candidates = [folder / "lib" / "libjax_moe_ffi.so" for folder in folders]
     for candidate in candidates:
         if candidate.exists():
             return candidate
