@@ -115,7 +115,7 @@ def _routings(shape, count: int, length: int):
     return ids.astype(np.int32), np.full(ids.shape, 1 / shape.top_k, np.float32), touched
 
 
-def _ours(shape, precision: str, combine: str):
+def _ours(shape, precision, combine):
     import jax
     import jax.numpy as jnp
 
