@@ -70,6 +70,7 @@ class Sort:
         counts = self._allocate(smem, self.warps * self.experts)  # [warp, expert]
         first_rows = self._allocate(smem, self.experts)
         first_tiles = self._allocate(smem, self.experts + 1)
+        totals = self._allocate(smem, self.experts)
         warp_tiles = self._allocate(smem, self.warps + 1)
 
         for i in cutlass.range(tid, self.warps * self.experts, self.threads):
@@ -95,6 +96,7 @@ class Sort:
         if tid < self.experts:
             first_tiles[tid] = first_tile
             first_rows[tid] = first_tile * self.spec.token_tile + before
+            totals[tid] = total
         if tid == 0:
             first_tiles[self.experts] = warp_tiles[self.warps]
         if block == 0:
@@ -106,7 +108,7 @@ class Sort:
         cute.arch.sync_threads()
 
         self._write_tiles(first_tiles, array(tile_expert), block * self.threads + tid)
-        self._write_padding(first_tiles, total, row_route, block, tid)
+        self._write_padding(first_tiles, totals, row_route, global_warp, lane)
 
         for chunk in cutlass.range(0, steps, _UNROLL):
             experts = [self._expert(routes, first, chunk + i, steps, num_routes) for i in range(_UNROLL)]
@@ -220,9 +222,10 @@ class Sort:
             tile_expert[tile] = low
 
     @cute.jit
-    def _write_padding(self, first_tiles, total, row_route, block, tid):
-        """Marks the rows behind each expert's last; block b takes every cluster-th expert."""
-        if tid < self.experts and tid % self.spec.cluster == block:
-            end = first_tiles[tid + 1] * self.spec.token_tile
-            for row in cutlass.range(first_tiles[tid] * self.spec.token_tile + total, end):
+    def _write_padding(self, first_tiles, totals, row_route, global_warp, lane):
+        """Marks the rows behind each expert's last one."""
+        for expert in cutlass.range(global_warp, self.experts, self.warps * self.spec.cluster):
+            first = first_tiles[expert] * self.spec.token_tile + totals[expert]
+            end = first_tiles[expert + 1] * self.spec.token_tile
+            for row in cutlass.range(first + lane, end, _WARP):
                 row_route[row] = Int32(-1)
