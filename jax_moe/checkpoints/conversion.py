@@ -1,11 +1,12 @@
 """``convert``: the MoE layers of a checkpoint as one file each, with the experts in the layout that a target runs.
 
-A converted directory is a checkpoint again: ``config.json``, and ``layer-NNNNN.safetensors`` with the layer's router and
-shared expert as they were and, in place of the published experts, the leaves of :class:`jax_moe.Experts`
-(``model.layers.3.mlp.experts.gate_up.payload``, ...), the expert axis first, so that a shard of them is one stretch of
-the file. ``jax_moe.json`` says what was converted, so that a second run continues only what it should.
+A converted directory is a checkpoint again: ``config.json``, and ``layer-NNNNN.safetensors`` with the layer's router
+and shared expert as they were and, in place of the published experts, the leaves of :class:`jax_moe.Experts`
+(``model.layers.3.mlp.experts.gate_up.payload``, ...), the expert axis first, so that a shard of them is one stretch
+of the file. ``jax_moe.json`` says what was converted, so that a second run continues only what it should.
 """
 
+from collections.abc import Iterator
 import contextlib
 import dataclasses
 import fcntl
@@ -13,7 +14,6 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -22,6 +22,7 @@ import numpy as np
 from jax_moe import nvfp4, progress
 from jax_moe.checkpoints import layer as published, leaves
 from jax_moe.checkpoints.files import (
+    brief,
     CheckpointError,
     Files,
     read_header,
@@ -125,8 +126,8 @@ def _check_manifest(path: Path, manifest: dict) -> None:
     for key in ("version", "layout", "digest", "layers"):
         if found.get(key) != manifest[key]:
             raise CheckpointError(
-                f"{path}: {key}: found {found.get(key)!r}, expected {manifest[key]!r}: this directory holds the conversion "
-                f"of {found.get('source')!r}; convert into another one"
+                f"{path}: {key}: found {brief(found.get(key))}, expected {brief(manifest[key])}: this directory "
+                f"holds the conversion of {brief(found.get('source'))}; convert into another one"
             )
 
 
@@ -215,7 +216,9 @@ def _expected(model: published.Model, prefix: str, layout: str) -> Experts:
     sizes = published.sizes(model)
     parts = 2 if model.family.activation(model.config).gated else 1
 
-    def projection(name: str, rows: int, contraction: int, lead: tuple[int, ...], input_shape: tuple[int, ...]) -> Projection:
+    def projection(
+        name: str, rows: int, contraction: int, lead: tuple[int, ...], input_shape: tuple[int, ...]
+    ) -> Projection:
         def shape(dtype, *axes: int, kind: str | None = None):
             present = kind is None or f"{prefix}{name}.{kind}" in model.files.names()
             return jax.ShapeDtypeStruct(axes, dtype) if present else None

@@ -1,7 +1,7 @@
 """The model families whose expert layers can be loaded: one table entry each, told apart by ``config.json``."""
 
-import dataclasses
 from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 from jax_moe import activations, routing

@@ -6,14 +6,14 @@ order, without holes. The library's own numpy and flax readers refuse ``F8_E4M3`
 a header is checked against the file's size before anything is mapped.
 """
 
+from collections.abc import Callable, Mapping
 import dataclasses
 import json
 import math
 import os
-import stat
-from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+import stat
+from typing import Any, BinaryIO, TypeGuard
 
 import ml_dtypes
 import numpy as np
@@ -83,7 +83,9 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """
     size = _regular_file_size(path)
     if size < 8:
-        raise CheckpointError(f"{path}: found {size} bytes, expected a safetensors file (at least 8 bytes of header length)")
+        raise CheckpointError(
+            f"{path}: found {size} bytes, expected a safetensors file (at least 8 bytes of header length)"
+        )
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > min(size - 8, MAX_JSON_BYTES):
@@ -127,7 +129,7 @@ def read_rows(info: TensorInfo, start: int = 0, stop: int | None = None) -> np.n
         raise CheckpointError(f"{info}: found a file that no longer holds the tensor ({error})") from error
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Creates ``path`` whole or not at all, also if the process or the machine dies meanwhile."""
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     with open(temporary, "wb") as file:
@@ -211,7 +213,9 @@ class Files:
         for shard in shards:
             for name in self._header(shard)[0]:
                 if name in shard_of:
-                    raise CheckpointError(f"{shard}: {name}: found this tensor in {shard_of[name].name} too, expected it once")
+                    raise CheckpointError(
+                        f"{shard}: {name}: found this tensor in {shard_of[name].name} too, expected it once"
+                    )
                 shard_of[name] = shard
         return shard_of
 
@@ -252,7 +256,9 @@ def parse_json_object(raw: bytes, what: str) -> dict[str, Any]:
     try:
         parsed = json.loads(raw.decode(), object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, a repeated key, a huge integer
-        raise CheckpointError(f"{what}: found something that is not JSON ({brief(str(error))}), expected an object") from None
+        raise CheckpointError(
+            f"{what}: found something that is not JSON ({brief(str(error))}), expected an object"
+        ) from None
     if not isinstance(parsed, dict):
         raise CheckpointError(f"{what}: found {brief(parsed)}, expected a JSON object")
     return parsed
@@ -286,8 +292,8 @@ def _tensor_info(path: Path, name: str, entry: Any, start: int, size: int) -> Te
     begin, end = offsets
     if not begin <= end <= size - start:
         raise CheckpointError(
-            f"{path}: {name}: found data_offsets {brief(offsets)}, expected them in order within {size - start} bytes of "
-            "data; the file is truncated or its header is wrong"
+            f"{path}: {name}: found data_offsets {brief(offsets)}, expected them in order within {size - start} bytes "
+            "of data; the file is truncated or its header is wrong"
         )
     if dtype in _DTYPES:
         expected = math.prod(shape) * _DTYPES[dtype].itemsize
@@ -298,9 +304,13 @@ def _tensor_info(path: Path, name: str, entry: Any, start: int, size: int) -> Te
     return TensorInfo(path, name, dtype, tuple(shape), start + begin, end - begin)
 
 
-def _are_sizes(values: Any) -> bool:
+def _are_sizes(values: Any) -> TypeGuard[list[int]]:
     # At most 8 axes: the product of a hostile million of them would itself take the memory of one.
-    return isinstance(values, list) and len(values) <= 8 and all(type(value) is int and 0 <= value < 2**63 for value in values)
+    return (
+        isinstance(values, list)
+        and len(values) <= 8
+        and all(type(value) is int and 0 <= value < 2**63 for value in values)
+    )
 
 
 def _check_coverage(path: Path, tensors: dict[str, TensorInfo], start: int, size: int) -> None:
@@ -314,7 +324,9 @@ def _check_coverage(path: Path, tensors: dict[str, TensorInfo], start: int, size
             )
         position, previous = info.offset + info.nbytes, info.name
     if position != size:
-        raise CheckpointError(f"{path}: found {size} bytes, expected {position}: the last tensor, {previous}, ends there")
+        raise CheckpointError(
+            f"{path}: found {size} bytes, expected {position}: the last tensor, {previous}, ends there"
+        )
 
 
 def brief(value: Any) -> str:

@@ -1,11 +1,11 @@
 """One MoE layer of a published checkpoint: what it is, and its weights, read on demand."""
 
-import dataclasses
-import re
-import warnings
 from collections.abc import Callable
+import dataclasses
 from pathlib import Path
+import re
 from typing import Any
+import warnings
 
 import ml_dtypes
 import numpy as np
@@ -84,7 +84,9 @@ def _find_blocks(files: Files, family: Family) -> dict[int, str]:
     for name in files.names():
         match = pattern.match(name)
         if match and blocks.setdefault(int(match[2]), match[1]) != match[1]:
-            raise CheckpointError(f"{files.directory}: {name}: found experts of layer {match[2]} in {blocks[int(match[2])]} too")
+            raise CheckpointError(
+                f"{files.directory}: {name}: found experts of layer {match[2]} in {blocks[int(match[2])]} too"
+            )
     return dict(sorted(blocks.items()))
 
 
@@ -120,7 +122,9 @@ class ExpertLayer:
         gate_up, down = self.gate_up, self.down
         gate_up_input, down_input = self._input_scales()
         return Experts(
-            gate_up=_projection(gate_up, experts, f"layer {self.layer} gate_up", stacked=True, input_scale=gate_up_input),
+            gate_up=_projection(
+                gate_up, experts, f"layer {self.layer} gate_up", stacked=True, input_scale=gate_up_input
+            ),
             down=_projection(down, experts, f"layer {self.layer} down", stacked=False, input_scale=down_input),
         )
 
@@ -139,14 +143,14 @@ class ExpertLayer:
             # An expert that saw no calibration token. It is rarely chosen, and a scale that is too large costs
             # little precision, while one that is too small saturates.
             warnings.warn(
-                f"{self.gate_up.files.directory}: layer {self.layer}: {missing} input scales are missing, zero or not finite; "
-                "the largest of the layer stands in for them (w4a4 only)",
+                f"{self.gate_up.files.directory}: layer {self.layer}: {missing} input scales are missing, zero or not "
+                "finite; the largest of the layer stands in for them (w4a4 only)",
                 stacklevel=3,
             )
         if not known_gate_up or not known_down:
             return None, None
         filled = [max(known_down) if scale is None else scale for scale in down]
-        return np.float32(max(known_gate_up)).reshape(()), np.asarray(filled, np.float32)
+        return np.asarray(max(known_gate_up)), np.asarray(filled, np.float32)
 
 
 def open_experts(model: Model, layer: int) -> ExpertLayer:
@@ -214,7 +218,9 @@ def _transforms(transform_config: Any) -> list[tuple[str, str]]:
     return found
 
 
-def _projection(stored: Stored, experts: range, name: str, *, stacked: bool, input_scale: np.ndarray | None) -> Projection:
+def _projection(
+    stored: Stored, experts: range, name: str, *, stacked: bool, input_scale: np.ndarray | None
+) -> Projection:
     """Leaves of a projection; ``stacked``: with an axis for the parts (gate_up)."""
     rows, contraction = stored.num_rows, stored.contraction
     lead = (len(experts), stored.num_parts) if stacked else (len(experts),)

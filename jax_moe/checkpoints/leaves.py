@@ -1,11 +1,10 @@
 """Arrays that are read on demand, and their way into JAX without a second copy in memory."""
 
+from collections.abc import Callable, Sequence
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jax_moe import parallel, progress
@@ -43,7 +42,11 @@ class Leaf:
 
 
 def to_jax(
-    leaves: Experts, mesh: jax.sharding.Mesh | None, expert_axis: parallel.Axis, tensor_axis: parallel.Axis, show_progress: bool
+    leaves: Experts,
+    mesh: jax.sharding.Mesh | None,
+    expert_axis: parallel.Axis,
+    tensor_axis: parallel.Axis,
+    show_progress: bool,
 ) -> Experts:
     """Reads every leaf: onto the default device, or each device's part of it onto ``mesh``."""
     if mesh is None:

@@ -103,7 +103,7 @@ def _chosen(experts: slice | range | None, num_experts: int) -> range:
         chosen = experts
     else:
         raise TypeError(f"experts: got {type(experts).__name__}, needs a slice, a range or None")
-    inside = len(chosen) > 0 and 0 <= chosen[0] and chosen[-1] < num_experts
+    inside = len(chosen) > 0 and chosen[0] >= 0 and chosen[-1] < num_experts
     if chosen.step != 1 or not inside:
         raise ValueError(f"experts: got {experts}, needs a contiguous, non-empty part of {num_experts} experts")
     return chosen

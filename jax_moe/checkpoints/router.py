@@ -58,10 +58,12 @@ class SharedExpert:
     down: jax.Array
 
     def __call__(self, x: jax.Array, activation: activations.Activation) -> jax.Array:
-        """``x`` ``[T, H]`` to ``[T, H]`` of the same dtype; sums and activation in float32."""
-        parts = jnp.einsum("th,pih->pti", x.astype(self.gate_up.dtype), self.gate_up, preferred_element_type=jnp.float32)
+        """``x`` ``[T, H]`` of any float dtype to float32 ``[T, H]``; sums and activation in float32."""
+        parts = jnp.einsum(
+            "th,pih->pti", x.astype(self.gate_up.dtype), self.gate_up, preferred_element_type=jnp.float32
+        )
         h = activation(*parts).astype(self.down.dtype)
-        return jnp.einsum("ti,hi->th", h, self.down, preferred_element_type=jnp.float32).astype(x.dtype)
+        return jnp.einsum("ti,hi->th", h, self.down, preferred_element_type=jnp.float32)
 
 
 def open_router(model: Model, layer: int) -> Router:
@@ -87,9 +89,13 @@ def open_shared_expert(model: Model, layer: int) -> SharedExpert | None:
         return None
     hidden = size(model.config, model.config_file, "hidden_size")
     *parts, down = (_dense(model.files, prefix, name) for name in model.family.projections[0])
-    for matrix, shape in [(part, (parts[0].shape[0], hidden)) for part in parts] + [(down, (hidden, parts[0].shape[0]))]:
+    for matrix, shape in [(part, (parts[0].shape[0], hidden)) for part in parts] + [
+        (down, (hidden, parts[0].shape[0]))
+    ]:
         if matrix.shape != shape:
-            raise CheckpointError(f"{model.files.directory}: {prefix}*: found {list(matrix.shape)}, expected {list(shape)}")
+            raise CheckpointError(
+                f"{model.files.directory}: {prefix}*: found {list(matrix.shape)}, expected {list(shape)}"
+            )
     return SharedExpert(jnp.stack(parts), down)
 
 
@@ -109,8 +115,12 @@ def _dense(files: Files, module: str, projection: str) -> jax.Array:
     linear = stored.find_linear(files, module, projection)
     if linear is not None:
         scale = jnp.asarray(linear.global_scale(0, 0))
-        return nvfp4.dequantize(jnp.asarray(linear.payload(0, 0)), jnp.asarray(linear.block_scale(0, 0)), scale, jnp.bfloat16)
+        return nvfp4.dequantize(
+            jnp.asarray(linear.payload(0, 0)), jnp.asarray(linear.block_scale(0, 0)), scale, jnp.bfloat16
+        )
     info = files.info(f"{module}{projection}.weight")
     if info.dtype not in _FLOATS or len(info.shape) != 2:
-        raise CheckpointError(f"{info}: found {info.summary}, expected {' or '.join(_FLOATS)} of two axes, NVFP4 or MXFP4")
+        raise CheckpointError(
+            f"{info}: found {info.summary}, expected {' or '.join(_FLOATS)} of two axes, NVFP4 or MXFP4"
+        )
     return jnp.asarray(read_rows(info).astype(ml_dtypes.bfloat16))

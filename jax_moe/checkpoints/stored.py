@@ -1,15 +1,15 @@
 """How published checkpoints spell and store one projection of all experts: names, orientation, 4-bit format.
 
 Two things vary. *Where*: a tensor for each expert and projection, or one tensor for all of them. *What*: NVFP4 with
-a global scale that is multiplied (ModelOpt) or divided by (compressed-tensors), or MXFP4. ``docs/checkpoint-formats.md``
-has the tables; :func:`find` recognises a combination by its tensor names and checks every header against it, so that
-whatever is read later has the right type and shape.
+a global scale that is multiplied (ModelOpt) or divided by (compressed-tensors), or MXFP4. :func:`find` recognises a
+combination by its tensor names and checks every header against it, so that whatever is read later has the right type
+and shape. ``docs/checkpoint-formats.md`` has the tables.
 """
 
+from collections.abc import Iterator, Set
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Set
 
 import ml_dtypes
 import numpy as np
@@ -40,7 +40,12 @@ class Format:
 
 MODELOPT = Format("ModelOpt NVFP4", "weight", "weight_scale", "weight_scale_2", "input_scale")
 COMPRESSED_TENSORS = Format(
-    "compressed-tensors NVFP4", "weight_packed", "weight_scale", "weight_global_scale", "input_global_scale", divides=True
+    "compressed-tensors NVFP4",
+    "weight_packed",
+    "weight_scale",
+    "weight_global_scale",
+    "input_global_scale",
+    divides=True,
 )
 COMPRESSED_TENSORS_MX = Format("compressed-tensors MXFP4", "weight_packed", "weight_scale")
 MODELOPT_MX = Format("ModelOpt MXFP4", "weight", "weight_scale")
@@ -115,7 +120,9 @@ class Stored:
         if not (np.isfinite(scale) and scale >= 0):
             info = self._info(self.format.global_scale, expert, part)
             convention = "its reciprocal is multiplied" if self.format.divides else "it is multiplied"
-            raise CheckpointError(f"{info}: found a scale of {scale} ({convention}), expected it finite and not negative")
+            raise CheckpointError(
+                f"{info}: found a scale of {scale} ({convention}), expected it finite and not negative"
+            )
         return scale
 
     def input_scale(self, expert: int, part: int) -> np.float32 | None:
@@ -159,7 +166,10 @@ class Stored:
         suffixes = {self.format.payload, self.format.block_scale, self.format.global_scale, self.format.input_scale}
         suffixes.add(self._bias_suffix if self.has_bias else None)
         return {
-            self._name(suffix, expert, part) for suffix in suffixes if suffix is not None for expert, part in self._pairs()
+            self._name(suffix, expert, part)
+            for suffix in suffixes
+            if suffix is not None
+            for expert, part in self._pairs()
         }
 
     def shards(self) -> Set[str]:
@@ -248,14 +258,16 @@ class Stored:
         low, high = (int(used.min()), int(used.max())) if used.size else (0, 0)
         if high - low > 17:
             raise CheckpointError(
-                f"{info}: expert {expert}: found MXFP4 block scales from 2^{low} to 2^{high}, expected them within a factor "
-                "of 2^17: NVFP4 block scales (e4m3) cannot represent this matrix without loss"
+                f"{info}: expert {expert}: found MXFP4 block scales from 2^{low} to 2^{high}, expected them within a "
+                "factor of 2^17: NVFP4 block scales (e4m3) cannot represent this matrix without loss"
             )
         base = max(high - 8, -126)  # the global scale stays a normal float32: XLA flushes subnormal ones to zero
         return np.clip(exponent, base - 9, base + 8), base
 
 
-def find(files: Files, block: str, family: Family, num_experts: int, hidden: int, intermediate: int) -> tuple[Stored, Stored]:
+def find(
+    files: Files, block: str, family: Family, num_experts: int, hidden: int, intermediate: int
+) -> tuple[Stored, Stored]:
     """Finds gate_up and down of the experts of ``block`` ("model.layers.3.mlp") and checks their headers.
 
     Raises:
@@ -287,7 +299,9 @@ def find(files: Files, block: str, family: Family, num_experts: int, hidden: int
         if not _is_recognised(format, projections, prefix, present):
             continue
         if format in _PER_EXPERT and num_experts > len(present):
-            raise CheckpointError(f"{files.directory}: {block}: found {len(present)} tensors, expected {num_experts} experts")
+            raise CheckpointError(
+                f"{files.directory}: {block}: found {len(present)} tensors, expected {num_experts} experts"
+            )
         gate_up = stored(format, projections[:-1], intermediate, hidden)
         down = stored(format, projections[-1:], hidden, intermediate)
         gate_up.check()
@@ -331,8 +345,8 @@ def find_linear(files: Files, module: str, projection: str) -> Stored | None:
 def _check_explained(files: Files, unexplained: Set[str], format: Format) -> None:
     if unexplained:
         raise CheckpointError(
-            f"{files.info(min(unexplained))}: found a tensor that {format.name} does not have here; leaving it out could "
-            "change the result"
+            f"{files.info(min(unexplained))}: found a tensor that {format.name} does not have here; leaving it out "
+            "could change the result"
         )
 
 
@@ -344,7 +358,10 @@ def _is_recognised(
     expert, separator = ("", "") if format in _FUSED else (expert, r"\.")
     names = "|".join(map(re.escape, projections))
     return all(
-        any(re.fullmatch(f"{re.escape(prefix)}{expert}({names}){separator}{re.escape(suffix)}", name) for name in present)
+        any(
+            re.fullmatch(f"{re.escape(prefix)}{expert}({names}){separator}{re.escape(suffix)}", name)
+            for name in present
+        )
         for suffix in telling
         if suffix is not None
     )

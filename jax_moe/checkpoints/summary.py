@@ -69,7 +69,9 @@ def summarize(directory: str | os.PathLike[str]) -> Summary:
     for number in model.blocks:
         try:
             source = conversion.open_experts(model, number)
-            layers[number] = _summarize_layer(number, source.format, source.leaves(range(source.num_experts)), source.sizes)
+            layers[number] = _summarize_layer(
+                number, source.format, source.leaves(range(source.num_experts)), source.sizes
+            )
         except CheckpointError as error:
             layers[number] = error
     return Summary(model.family.name, str(model.config.get("model_type")), layers)

@@ -12,12 +12,13 @@ from jax_moe import checkpoints
 from jax_moe.checkpoints.summary import LayerSummary, Range
 
 _HEADINGS = (
-    "layer", "format", "E", "experts", "MiB", "gate_up scale", "gate/up differ", "down scale", "x scale", "intermediate scale",
+    "layer", "format", "E", "experts", "MiB", "gate_up scale", "gate/up differ", "down scale", "x scale",
+    "intermediate scale",
 )  # fmt: skip
 
 
 def inspect(directory: Annotated[Path, typer.Argument(help="A checkpoint, published or converted.")]) -> None:
-    """Show the MoE layers of a checkpoint: format, shapes, ranges of the scales, size; exit status 1 if one is unusable."""
+    """Show the MoE layers of a checkpoint: format, shapes, scales, size; exit status 1 if one is unusable."""
     console = Console()
     try:
         summary = checkpoints.summarize(directory)

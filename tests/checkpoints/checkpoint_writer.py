@@ -10,13 +10,22 @@ import numpy as np
 
 E4M3 = ml_dtypes.float8_e4m3fn
 BF16 = ml_dtypes.bfloat16
-NAMES = {"uint8": "U8", "float8_e4m3fn": "F8_E4M3", "float32": "F32", "bfloat16": "BF16", "float16": "F16", "int64": "I64"}
+NAMES = {
+    "uint8": "U8",
+    "float8_e4m3fn": "F8_E4M3",
+    "float32": "F32",
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "int64": "I64",
+}
 
 CONFIGS = {
     "qwen3_moe": dict(num_experts="E", moe_intermediate_size="I", norm_topk_prob=True, hidden_act="silu"),
     "deepseek_v3": dict(n_routed_experts="E", moe_intermediate_size="I", n_group=2, topk_group=1, hidden_act="silu"),
     "mixtral": dict(num_local_experts="E", intermediate_size="I", hidden_act="silu"),
-    "nemotron_h": dict(n_routed_experts="E", moe_intermediate_size="I", n_group=1, topk_group=1, mlp_hidden_act="relu2"),
+    "nemotron_h": dict(
+        n_routed_experts="E", moe_intermediate_size="I", n_group=1, topk_group=1, mlp_hidden_act="relu2"
+    ),
     "llama4_text": dict(num_local_experts="E", intermediate_size="I", hidden_act="silu"),
     "gpt_oss": dict(num_local_experts="E", intermediate_size="I", hidden_act="silu"),
 }
@@ -74,7 +83,9 @@ def random_layer(seed: int, experts: int, parts: int, hidden: int, intermediate:
 
 def config_of(model_type: str, experts: int, hidden: int, intermediate: int) -> dict:
     sizes = {"E": experts, "I": intermediate}
-    config = {key: sizes.get(value, value) if isinstance(value, str) else value for key, value in CONFIGS[model_type].items()}
+    config = {
+        key: sizes.get(value, value) if isinstance(value, str) else value for key, value in CONFIGS[model_type].items()
+    }
     return {"model_type": model_type, "hidden_size": hidden, "num_experts_per_tok": min(2, experts), **config}
 
 
@@ -84,7 +95,7 @@ def per_expert(layer: Layer, model_type: str, tool: str, number: int, scalar_sha
     names = PROJECTIONS.get(model_type, ("gate_proj", "up_proj", "down_proj"))
     convert = (lambda s: 1 / s) if tool == "compressed-tensors" else (lambda s: s)
     tensors = {}
-    for expert, (gate_up, down) in enumerate(zip(layer.gate_up, layer.down)):
+    for expert, (gate_up, down) in enumerate(zip(layer.gate_up, layer.down, strict=True)):
         for name, matrix in zip(names, [*gate_up, *down], strict=True):
             prefix = f"{BLOCKS[model_type].format(number)}.experts.{expert}.{name}."
             tensors[prefix + payload] = matrix.payload
@@ -109,7 +120,9 @@ def fused(layer: Layer, model_type: str, number: int) -> dict[str, np.ndarray]:
                     experts.append(np.concatenate(rows).T)
             tensors[prefix + name + suffix] = np.stack(experts)
         for suffix, field in (("_weight_scale_2", "global_scale"), ("_input_scale", "input_scale")):
-            tensors[prefix + name + suffix] = np.array([[getattr(m, field) for m in ms] for ms in projection], np.float32)
+            tensors[prefix + name + suffix] = np.array(
+                [[getattr(m, field) for m in ms] for ms in projection], np.float32
+            )
     return tensors
 
 

@@ -18,8 +18,33 @@ import checkpoint_writer as writer
 
 from jax_moe import checkpoints
 
-KINDS = [("qwen3_moe", "modelopt", 1), ("mixtral", "compressed-tensors", 2), ("gpt_oss", "fused", 1), ("nemotron_h", "modelopt", 2)]
-NUMBERS = [0, 1, -1, 7, 15, 16, 255, 2**15, 2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64, 2**200, -(2**63), 1.5, 1e308]
+KINDS = [
+    ("qwen3_moe", "modelopt", 1),
+    ("mixtral", "compressed-tensors", 2),
+    ("gpt_oss", "fused", 1),
+    ("nemotron_h", "modelopt", 2),
+]
+NUMBERS = [
+    0,
+    1,
+    -1,
+    7,
+    15,
+    16,
+    255,
+    2**15,
+    2**31 - 1,
+    2**31,
+    2**32,
+    2**53,
+    2**63 - 1,
+    2**63,
+    2**64,
+    2**200,
+    -(2**63),
+    1.5,
+    1e308,
+]
 JUNK = [None, True, "", "x" * 99, [], {}, [[]], "U8", "F4", "BF16", "../x", "/dev/zero", "\0", float("inf"), *NUMBERS]
 
 
@@ -41,7 +66,9 @@ def mutate_bytes(rng: random.Random, raw: bytes, header: int) -> bytes:
             case 4:
                 data[place:place] = rng.randbytes(length)
             case 5:
-                data[:8] = struct.pack("<Q", rng.choice([0, 1, 8, header - 8, len(data), 2**20, 2**31, 2**63, 2**64 - 1]))
+                data[:8] = struct.pack(
+                    "<Q", rng.choice([0, 1, 8, header - 8, len(data), 2**20, 2**31, 2**63, 2**64 - 1])
+                )
     return bytes(data)
 
 

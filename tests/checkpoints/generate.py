@@ -191,7 +191,7 @@ def write_with_llmcompressor(case: Case, out: Path) -> None:
     from llmcompressor import oneshot
     from llmcompressor.modeling.moe.linearize import load_quantizable_moe
     from llmcompressor.modifiers.quantization import QuantizationModifier
-    from tokenizers import Tokenizer, models
+    from tokenizers import models, Tokenizer
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
@@ -225,7 +225,9 @@ class _NoTorchvision(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """llmcompressor imports every image model of transformers; torchvision has no build that fits torch's CPU one."""
 
     def find_spec(self, name, path=None, target=None):
-        return importlib.machinery.ModuleSpec(name, self, is_package=True) if name.split(".")[0] == "torchvision" else None
+        return (
+            importlib.machinery.ModuleSpec(name, self, is_package=True) if name.split(".")[0] == "torchvision" else None
+        )
 
     def create_module(self, spec):
         return mock.MagicMock()
@@ -259,15 +261,19 @@ def decompress(case: Case, out: Path) -> dict:
     import torch
 
     with safe_open(out / "model.safetensors", "pt") as file:
-        state = {key: file.get_tensor(key) for key in file.keys()}
+        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     layers = {}
     for layer in sorted({int(key.split("layers.")[1].split(".")[0]) for key in state if ".experts." in key}):
-        prefix = next(key.split("experts.")[0] + "experts." for key in state if f"layers.{layer}." in key and ".experts." in key)
+        prefix = next(
+            key.split("experts.")[0] + "experts." for key in state if f"layers.{layer}." in key and ".experts." in key
+        )
         if case.tool == "openai":
             from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
             gate_up, down = (
-                convert_moe_packed_tensors(state[f"{prefix}{name}_blocks"], state[f"{prefix}{name}_scales"]).transpose(1, 2)
+                convert_moe_packed_tensors(state[f"{prefix}{name}_blocks"], state[f"{prefix}{name}_scales"]).transpose(
+                    1, 2
+                )
                 for name in ("gate_up_proj", "down_proj")
             )
             layers[layer] = (gate_up[:, 0::2], gate_up[:, 1::2], down)
@@ -279,7 +285,11 @@ def decompress(case: Case, out: Path) -> dict:
                 fused.append(_modelopt(packed, scale, state[f"{prefix}{name}_weight_scale_2"]))
             gate_up, down = fused
             half = gate_up.shape[1] // 2
-            halves = (gate_up[:, 0::2], gate_up[:, 1::2]) if case.model == "gpt_oss" else (gate_up[:, :half], gate_up[:, half:])
+            halves = (
+                (gate_up[:, 0::2], gate_up[:, 1::2])
+                if case.model == "gpt_oss"
+                else (gate_up[:, :half], gate_up[:, half:])
+            )
             layers[layer] = (*halves, down)
         else:
             names = {key[len(prefix) :].split(".")[1] for key in state if key.startswith(prefix)}
@@ -347,7 +357,11 @@ def expectations(case: Case, out: Path) -> None:
                 if hasattr(block, module):  # tested on its own: the routed experts are what the op computes
                     for parameter in getattr(block, module).parameters():
                         parameter.zero_()
-            x = torch.randn(1, TOKENS, HIDDEN, generator=torch.Generator().manual_seed(layer)).to(torch.bfloat16).float()
+            x = (
+                torch.randn(1, TOKENS, HIDDEN, generator=torch.Generator().manual_seed(layer))
+                .to(torch.bfloat16)
+                .float()
+            )
             y = block(x)
         y = y[0] if isinstance(y, tuple) else y
         arrays[f"x{layer}"], arrays[f"y{layer}"] = x.reshape(TOKENS, HIDDEN).numpy(), y.reshape(TOKENS, HIDDEN).numpy()
@@ -363,7 +377,9 @@ def _block_name(model: str) -> str:
 
 def generate(name: str, out: Path) -> None:
     case = CASES[name]
-    {"modelopt": write_with_modelopt, "llmcompressor": write_with_llmcompressor, "openai": write_openai}[case.tool](case, out)
+    {"modelopt": write_with_modelopt, "llmcompressor": write_with_llmcompressor, "openai": write_openai}[case.tool](
+        case, out
+    )
     kept = {"config.json", "hf_quant_config.json", "model.safetensors"}
     for extra in out.iterdir():
         if extra.name not in kept:
@@ -381,7 +397,9 @@ def main() -> None:
     for name in names:
         print(name, flush=True)
         subprocess.run(["rm", "-rf", str(root / name)], check=True)
-        subprocess.run([sys.executable, __file__, str(root), name], check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        subprocess.run(
+            [sys.executable, __file__, str(root), name], check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+        )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import checkpoint_writer as writer
 import helpers
 import jax
 from jax.sharding import Mesh
@@ -15,8 +16,6 @@ import pytest
 
 import jax_moe
 from jax_moe import checkpoints
-
-import checkpoint_writer as writer
 
 DATA = Path(__file__).parent / "data"
 LAYOUTS = ("canonical", "sm_90a")
@@ -37,7 +36,13 @@ def converted(experts: jax_moe.Experts, layout: str) -> jax_moe.Experts:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     "case",
-    ["modelopt-deepseek_v3", "llmcompressor-gpt_oss", "modelopt-gpt_oss-openai", "modelopt-nemotron_h", "modelopt-llama4"],
+    [
+        "modelopt-deepseek_v3",
+        "llmcompressor-gpt_oss",
+        "modelopt-gpt_oss-openai",
+        "modelopt-nemotron_h",
+        "modelopt-llama4",
+    ],
 )
 def test_what_was_written_loads_back(tmp_path, case, layout):
     source = DATA / case
@@ -78,7 +83,8 @@ def test_a_second_run_writes_only_what_is_missing(tmp_path):
     assert checkpoints.convert(source, out) == [1, 2]
     assert (out / "layer-00000.safetensors").stat().st_mtime_ns == files[out / "layer-00000.safetensors"]
     assert sorted(path.name for path in out.iterdir()) == [
-        ".lock", "config.json", "jax_moe.json", "layer-00000.safetensors", "layer-00001.safetensors", "layer-00002.safetensors",
+        ".lock", "config.json", "jax_moe.json",
+        "layer-00000.safetensors", "layer-00001.safetensors", "layer-00002.safetensors",
     ]  # fmt: skip
 
 
@@ -101,7 +107,9 @@ CONVERT = "import sys; from jax_moe import checkpoints; print(checkpoints.conver
 
 def start(source: Path, out: Path) -> subprocess.Popen:
     env = os.environ | {"PYTHONPATH": str(helpers.PACKAGE_FOLDER), "JAX_PLATFORMS": "cpu"}
-    return subprocess.Popen([sys.executable, "-c", CONVERT, str(source), str(out)], env=env, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", CONVERT, str(source), str(out)], env=env, stdout=subprocess.PIPE, text=True
+    )
 
 
 def test_a_killed_conversion_continues_where_it_was(tmp_path):
@@ -154,7 +162,10 @@ def test_a_damaged_conversion_is_named(tmp_path, damage):
     raw = file.read_bytes()
     old, new = {
         "layout": (b'"layout":"canonical"', b'"layout":"sm_1000a_"'),
-        "shape": (b'experts.down.payload":{"dtype":"U8","shape":[4,32,24]', b'experts.down.payload":{"dtype":"U8","shape":[4,24,32]'),
+        "shape": (
+            b'experts.down.payload":{"dtype":"U8","shape":[4,32,24]',
+            b'experts.down.payload":{"dtype":"U8","shape":[4,24,32]',
+        ),
         "missing": (b"experts.down.global_scale", b"experts.down.global_scalf"),
     }[damage]
     assert old in raw

@@ -2,6 +2,7 @@
 
 import os
 
+import checkpoint_writer as writer
 import jax
 from jax.sharding import Mesh, NamedSharding
 import ml_dtypes
@@ -11,10 +12,11 @@ import pytest
 import jax_moe
 from jax_moe import checkpoints, nvfp4
 
-import checkpoint_writer as writer
-
 FAMILIES = tuple(writer.CONFIGS)
-TOOLS = [(family, tool) for family in FAMILIES for tool in writer.SUFFIXES] + [("llama4_text", "fused"), ("gpt_oss", "fused")]
+TOOLS = [(family, tool) for family in FAMILIES for tool in writer.SUFFIXES] + [
+    ("llama4_text", "fused"),
+    ("gpt_oss", "fused"),
+]
 
 
 def expected(layer: writer.Layer, experts: range) -> jax_moe.Experts:
@@ -24,15 +26,20 @@ def expected(layer: writer.Layer, experts: range) -> jax_moe.Experts:
     every = [matrix.input_scale for matrices in layer.gate_up for matrix in matrices]
     return jax_moe.Experts(
         jax_moe.Projection(
-            stack(layer.gate_up, "payload"), stack(layer.gate_up, "block_scale"), stack(layer.gate_up, "global_scale"), max(every)
+            stack(layer.gate_up, "payload"),
+            stack(layer.gate_up, "block_scale"),
+            stack(layer.gate_up, "global_scale"),
+            max(every),
         ),
-        jax_moe.Projection(*(stack(layer.down, f)[:, 0] for f in ("payload", "block_scale", "global_scale", "input_scale"))),
+        jax_moe.Projection(
+            *(stack(layer.down, f)[:, 0] for f in ("payload", "block_scale", "global_scale", "input_scale"))
+        ),
     )
 
 
 def assert_same(got, want) -> None:
     assert jax.tree.structure(got) == jax.tree.structure(want)
-    for (path, ours), theirs in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want)):
+    for (path, ours), theirs in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
         name = jax.tree_util.keystr(path)
         assert isinstance(ours, jax.Array), name
         theirs = np.asarray(theirs)
@@ -109,7 +116,9 @@ def test_a_mesh_gets_its_own_part_of_each_leaf(tmp_path):
     got = checkpoints.load_experts(tmp_path, 0, mesh=mesh)
     assert_same(got, expected(layer, range(4)))
     shardings = jax_moe.expert_shardings(got, mesh)
-    assert all(jax.tree.leaves(jax.tree.map(lambda leaf, s: leaf.sharding.is_equivalent_to(s, leaf.ndim), got, shardings)))
+    assert all(
+        jax.tree.leaves(jax.tree.map(lambda leaf, s: leaf.sharding.is_equivalent_to(s, leaf.ndim), got, shardings))
+    )
     assert got.down.payload.addressable_shards[0].data.shape == (2, 32, 16)
     assert isinstance(got.gate_up.payload.sharding, NamedSharding)
 
@@ -199,10 +208,14 @@ def test_mxfp4_is_exact_over_the_whole_range(tmp_path, top, span):
     exponents[0, 0], exponents[1, 1] = top, top - span
     tensors, got = mxfp4(tmp_path, exponents)
     gate = got.gate_up.payload[0, 0]
-    np.testing.assert_array_equal(gate, tensors["model.layers.0.mlp.experts.gate_up_proj_blocks"][0, ::2].reshape(32, -1))
+    np.testing.assert_array_equal(
+        gate, tensors["model.layers.0.mlp.experts.gate_up_proj_blocks"][0, ::2].reshape(32, -1)
+    )
     scale = np.repeat(np.asarray(got.gate_up.block_scale[0, 0]).astype(np.float64), 16, -1)
     values = np.asarray(nvfp4.e2m1_to_float(nvfp4.unpack(gate))).astype(np.float64) * scale
-    np.testing.assert_array_equal(values * float(got.gate_up.global_scale[0, 0]), mx_values(np.asarray(gate), exponents))
+    np.testing.assert_array_equal(
+        values * float(got.gate_up.global_scale[0, 0]), mx_values(np.asarray(gate), exponents)
+    )
     assert float(got.gate_up.global_scale[0, 0]) >= 2.0**-126
     bias = tensors["model.layers.0.mlp.experts.gate_up_proj_bias"].astype(np.float32)
     np.testing.assert_array_equal(got.gate_up.bias[0], bias.reshape(-1, 2).T)

@@ -5,13 +5,12 @@ import os
 from pathlib import Path
 import struct
 
+import checkpoint_writer as writer
 import helpers
 import numpy as np
 import pytest
 
 from jax_moe import checkpoints
-
-import checkpoint_writer as writer
 
 GATE = "model.layers.0.mlp.experts.1.gate_proj."
 FILE = "model.safetensors"
@@ -66,54 +65,105 @@ HEADERS = {
     "header nests deeply": (lambda d: write_file(d / FILE, b'{"a":' * 99999, b""), FILE, "JSON"),
     "integer of many digits": (lambda d: write_file(d / FILE, b'{"a":' + b"9" * 9999 + b"}", b""), FILE, "JSON"),
     "repeated name": (
-        lambda d: write_file(d / FILE, b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"a":1}', b""), FILE, "repeats"),
+        lambda d: write_file(d / FILE, b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"a":1}', b""),
+        FILE,
+        "repeats",
+    ),
     "entry is a number": (lambda d: edit_header(d, lambda h: h.update({GATE + "weight": 5})), GATE, "expected a dtype"),
     "negative shape": (lambda d: edit_header(d, lambda h: h[GATE + "weight"].update(shape=[-48, -16])), GATE, "shape"),
     "float shape": (lambda d: edit_header(d, lambda h: h[GATE + "weight"].update(shape=[48.0, 16])), GATE, "shape"),
     "bool shape": (lambda d: edit_header(d, lambda h: h[GATE + "weight_scale_2"].update(shape=[True])), GATE, "shape"),
-    "huge shape": (lambda d: edit_header(d, lambda h: h[GATE + "weight"].update(shape=[2**62, 2**62])), GATE, "expected"),
-    "a million axes": (lambda d: edit_header(d, lambda h: h[GATE + "weight"].update(shape=[2**62] * 10**6)), GATE, "shape"),
-    "shape and bytes disagree": (lambda d: edit_header(d, lambda h: h[GATE + "weight"].update(shape=[48, 15])), GATE, "bytes"),
+    "huge shape": (
+        lambda d: edit_header(d, lambda h: h[GATE + "weight"].update(shape=[2**62, 2**62])),
+        GATE,
+        "expected",
+    ),
+    "a million axes": (
+        lambda d: edit_header(d, lambda h: h[GATE + "weight"].update(shape=[2**62] * 10**6)),
+        GATE,
+        "shape",
+    ),
+    "shape and bytes disagree": (
+        lambda d: edit_header(d, lambda h: h[GATE + "weight"].update(shape=[48, 15])),
+        GATE,
+        "bytes",
+    ),
     "offsets beyond the file": (
-        lambda d: edit_header(d, lambda h: h[GATE + "weight"].update(data_offsets=[2**40, 2**40 + 768])), GATE, "truncated"),
-    "offsets reversed": (lambda d: edit_header(d, lambda h: h[GATE + "weight"]["data_offsets"].reverse()), GATE, "in order"),
+        lambda d: edit_header(d, lambda h: h[GATE + "weight"].update(data_offsets=[2**40, 2**40 + 768])),
+        GATE,
+        "truncated",
+    ),
+    "offsets reversed": (
+        lambda d: edit_header(d, lambda h: h[GATE + "weight"]["data_offsets"].reverse()),
+        GATE,
+        "in order",
+    ),
     "offsets negative": (
-        lambda d: edit_header(d, lambda h: h[GATE + "weight"].update(data_offsets=[-768, 0])), GATE, "data_offsets"),
+        lambda d: edit_header(d, lambda h: h[GATE + "weight"].update(data_offsets=[-768, 0])),
+        GATE,
+        "data_offsets",
+    ),
     "overlap": (
         lambda d: edit_header(
-            d, lambda h: h[GATE + "weight"].update(data_offsets=[o - 16 for o in h[GATE + "weight"]["data_offsets"]])),
-        "gate_proj", "overlaps"),
+            d, lambda h: h[GATE + "weight"].update(data_offsets=[o - 16 for o in h[GATE + "weight"]["data_offsets"]])
+        ),
+        "gate_proj",
+        "overlaps",
+    ),
     "same data twice": (
-        lambda d: edit_header(d, lambda h: h[GATE + "weight"].update(data_offsets=h[GATE.replace("gate", "up") + "weight"][
-            "data_offsets"])),
-        "_proj", "leaves a hole"),
+        lambda d: edit_header(
+            d,
+            lambda h: h[GATE + "weight"].update(data_offsets=h[GATE.replace("gate", "up") + "weight"]["data_offsets"]),
+        ),
+        "_proj",
+        "leaves a hole",
+    ),
     "metadata is a list": (lambda d: edit_header(d, lambda h: h.update(__metadata__=[1])), FILE, "__metadata__"),
     "unknown dtype": (lambda d: edit_header(d, lambda h: h[GATE + "weight"].update(dtype="F4")), GATE, "expected U8"),
     "payload is I8": (lambda d: edit_header(d, lambda h: h[GATE + "weight"].update(dtype="I8")), GATE, "expected U8"),
     "scale is U8": (lambda d: edit_header(d, lambda h: h[GATE + "weight_scale"].update(dtype="U8")), GATE, "F8_E4M3"),
-    "transposed payload": (lambda d: edit_header(d, lambda h: h[GATE + "weight"].update(shape=[16, 48])), GATE, r"\[48, 16\]"),
-}  # fmt: skip
+    "transposed payload": (
+        lambda d: edit_header(d, lambda h: h[GATE + "weight"].update(shape=[16, 48])),
+        GATE,
+        r"\[48, 16\]",
+    ),
+}
 TENSORS = {
     "missing expert": (lambda t: [t.pop(n) for n in list(t) if ".experts.3." in n], "experts.3", "no such tensor"),
     "missing scale": (lambda t: t.pop(GATE + "weight_scale"), GATE, "no such tensor"),
     "missing global scale": (lambda t: t.pop(GATE + "weight_scale_2"), GATE, "no such tensor"),
     "an expert too many": (
         lambda t: t.update({n.replace("experts.1", "experts.4"): t[n] for n in list(t) if "experts.1." in n}),
-        r"experts\.4", "does not have"),
-    "an unexplained tensor": (lambda t: t.update({GATE + "pre_quant_scale": np.ones(32, np.float32)}), GATE, "does not have"),
+        r"experts\.4",
+        "does not have",
+    ),
+    "an unexplained tensor": (
+        lambda t: t.update({GATE + "pre_quant_scale": np.ones(32, np.float32)}),
+        GATE,
+        "does not have",
+    ),
     "negative scale": (lambda t: swap(t, GATE + "weight_scale_2", np.float32(-1).reshape(())), GATE, "-1.0"),
     "NaN scale": (lambda t: swap(t, GATE + "weight_scale_2", np.float32(np.nan).reshape(())), GATE, "nan"),
     "two scales": (lambda t: swap(t, GATE + "weight_scale_2", np.ones(2, np.float32)), GATE, r"of 1 value"),
     "integer scale": (lambda t: swap(t, GATE + "weight_scale_2", np.ones((), np.int64)), GATE, "I64"),
     "one expert in bf16": (
-        lambda t: (swap(t, GATE + "weight", np.zeros((48, 32), writer.BF16)), t.pop(GATE + "weight_scale")), GATE, "BF16"),
+        lambda t: (swap(t, GATE + "weight", np.zeros((48, 32), writer.BF16)), t.pop(GATE + "weight_scale")),
+        GATE,
+        "BF16",
+    ),
     "a layer in bf16": (
-        lambda t: [t.update({n: np.zeros((48, 32), writer.BF16)}) if n.endswith(".weight") else t.pop(n) for n in list(t)],
-        "BF16", "NVFP4 or MXFP4"),
+        lambda t: [
+            t.update({n: np.zeros((48, 32), writer.BF16)}) if n.endswith(".weight") else t.pop(n) for n in list(t)
+        ],
+        "BF16",
+        "NVFP4 or MXFP4",
+    ),
     "a layer in fp8": (
         lambda t: [t.update({n: np.zeros((48, 32), writer.E4M3)}) if n.endswith(".weight") else None for n in list(t)],
-        "F8_E4M3", "expected U8"),
-}  # fmt: skip
+        "F8_E4M3",
+        "expected U8",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", HEADERS)
@@ -138,7 +188,9 @@ def test_wrong_tensors_are_named(tmp_path, name):
     assert tensor.replace("\\", "") in str(error.value)
 
 
-@pytest.mark.parametrize("entry", ["../x.safetensors", "/etc/passwd", "a/../../x", "..", "", ".", "linked/x", "a\\b", "a\0b", "no"])
+@pytest.mark.parametrize(
+    "entry", ["../x.safetensors", "/etc/passwd", "a/../../x", "..", "", ".", "linked/x", "a\\b", "a\0b", "no"]
+)
 def test_an_index_entry_cannot_leave_the_directory(tmp_path, entry):
     inside = tmp_path / "checkpoint"
     writer.checkpoint(inside, shards=2)
@@ -147,7 +199,9 @@ def test_an_index_entry_cannot_leave_the_directory(tmp_path, entry):
     (inside / "linked").symlink_to("..")
     index = inside / "model.safetensors.index.json"
     edit_json(index, lambda i: i["weight_map"].update({n: entry for n, f in i["weight_map"].items() if "00001" in f}))
-    with pytest.raises(checkpoints.CheckpointError, match="no such file" if entry == "no" else "model.safetensors.index.json"):
+    with pytest.raises(
+        checkpoints.CheckpointError, match="no such file" if entry == "no" else "model.safetensors.index.json"
+    ):
         checkpoints.load_experts(inside, 0)
 
 
@@ -170,7 +224,9 @@ def test_an_index_that_names_the_wrong_shard(tmp_path):
     writer.checkpoint(tmp_path, shards=2)
     edit_json(
         tmp_path / "model.safetensors.index.json",
-        lambda i: i["weight_map"].update({GATE + "weight": sorted(set(i["weight_map"].values()) - {i["weight_map"][GATE + "weight"]})[0]}),
+        lambda i: i["weight_map"].update(
+            {GATE + "weight": sorted(set(i["weight_map"].values()) - {i["weight_map"][GATE + "weight"]})[0]}
+        ),
     )
     with pytest.raises(checkpoints.CheckpointError, match=r"gate_proj\.weight: found no such tensor, but the index"):
         checkpoints.load_experts(tmp_path, 0)
@@ -198,10 +254,18 @@ def test_a_pipe_in_place_of_a_shard_does_not_hang(tmp_path):
         ({"hidden_size": 24}, "multiple of 16"),
         ({"hidden_size": None}, "hidden_size"),
         ({"text_config": 5}, "text_config"),
-        ({"quantization_config": {"transform_config": {"config_groups": {"R4": {"apply": [
-            {"location": "input", "targets": ["re:.*down_proj$"]}]}}}}}, "transform"),
+        (
+            {
+                "quantization_config": {
+                    "transform_config": {
+                        "config_groups": {"R4": {"apply": [{"location": "input", "targets": ["re:.*down_proj$"]}]}}
+                    }
+                }
+            },
+            "transform",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_config_that_does_not_fit_is_named(tmp_path, change, reason):
     writer.checkpoint(tmp_path)
     edit_json(tmp_path / "config.json", lambda c: c.update(change))
@@ -213,7 +277,9 @@ def test_a_config_that_does_not_fit_is_named(tmp_path, change, reason):
 def test_a_fused_tensor_with_too_few_experts(tmp_path, model_type):
     prefix = f"{writer.BLOCKS[model_type].format(0)}.experts."
     edit_tensors(tmp_path, lambda t: swap(t, prefix + "down_proj", t[prefix + "down_proj"][:3]), model_type, "fused")
-    with pytest.raises(checkpoints.CheckpointError, match=r"down_proj: found U8 \[3, 24, 32\], expected U8 \[4, 24, 32\]"):
+    with pytest.raises(
+        checkpoints.CheckpointError, match=r"down_proj: found U8 \[3, 24, 32\], expected U8 \[4, 24, 32\]"
+    ):
         checkpoints.load_experts(tmp_path, 0)
 
 

@@ -2,12 +2,10 @@
 
 import sys
 
+import checkpoint_writer as writer
 import helpers
 import numpy as np
 import pytest
-
-
-import checkpoint_writer as writer
 
 EXPERTS, HIDDEN, INTERMEDIATE = 64, 1024, 768
 
@@ -49,7 +47,9 @@ def big(model_type: str, tool: str) -> dict[str, np.ndarray]:
     [("qwen3_moe", "modelopt", 1), ("qwen3_moe", "compressed-tensors", 4), ("llama4_text", "fused", 1)],
 )
 def test_loading_a_layer_needs_little_more_than_the_layer(tmp_path, model_type, tool, shards, chosen):
-    writer.write(tmp_path / "big", writer.config_of(model_type, EXPERTS, HIDDEN, INTERMEDIATE), big(model_type, tool), shards)
+    writer.write(
+        tmp_path / "big", writer.config_of(model_type, EXPERTS, HIDDEN, INTERMEDIATE), big(model_type, tool), shards
+    )
     writer.checkpoint(tmp_path / "small", model_type, tool)
     grown, result = map(int, helpers.run_python(STATUS + LOAD, tmp_path / "big", tmp_path / "small", chosen).split())
     assert result > 30 * 2**20

@@ -57,4 +57,3 @@ def test_layer_agrees_with_transformers_on_the_decompressed_weights(case):
         # independent roundings of at most 2^-9, of which 3 * 2^-9 leaves room for their sum and for nothing else.
         error = np.linalg.norm(np.asarray(y) - arrays[f"y{layer}"]) / np.linalg.norm(arrays[f"y{layer}"])
         assert error < 3 * 2**-9
-
