@@ -44,14 +44,14 @@ SHAPES = {
 
 
 def tile(text):
-    """"n8m1k2c1" or with a stage limit "n8m1k2c1s20"."""
+    """"n8m1k2b4c1" or with a stage limit "n8m1k2b4c1s5"."""
     import re
 
-    n, m, k, c, s = re.fullmatch(r"n(\d+)m(\d+)k(\d+)c(\d+)(?:s(\d+))?", text).groups()
-    return plan.with_most_stages(int(n), int(m), int(k), int(c), int(s or 99))
+    numbers = re.fullmatch(r"n(\d+)m(\d+)k(\d+)b(\d+)c(\d+)(?:s(\d+))?", text).groups()
+    return plan.with_most_stages(*(int(v) for v in numbers if v))
 
 
-CHECK_TILES = ["n8m1k2c1", "n8m1k1c3", "n16m1k4c1", "n32m1k2c2", "n64m2k1c1", "n128m2k1c1"]
+CHECK_TILES = ["n8m1k2b2c1", "n8m1k1b4c2", "n16m1k4b4c1", "n48m1k1b2c2", "n80m2k1b2c1", "n128m2k1b1c1", "n24m1k4b4c1"]
 ACTIVATIONS = [(0, 1.0, 0.0, INF), (0, 1.702, 1.0, 0.75), (1, 0.0, 0.0, INF), (2, 0.0, 0.0, INF), (3, 0.0, 4.0, 25.0)]
 CASES = [
     (t, precision, activation, bias, combine, out)
@@ -65,13 +65,13 @@ CASES = [
     ]
 ]
 TIMED = {  # T: token tiles with their variants
-    1: ["n8m1k1c3", "n8m1k2c1", "n8m1k2c2", "n8m1k4c1"],
-    8: ["n8m1k1c3", "n8m1k2c1", "n8m1k2c2", "n8m1k4c1"],
-    32: ["n8m1k2c1", "n8m1k2c2", "n8m1k4c1", "n16m1k2c2"],
-    128: ["n16m1k2c1", "n16m1k2c2", "n16m1k4c1", "n16m2k1c1", "n24m1k2c2", "n8m1k2c2"],
-    512: ["n48m1k2c1", "n48m2k1c1", "n32m2k1c1", "n64m2k1c1"],
-    2048: ["n128m2k1c1", "n80m2k1c1", "n96m2k1c1"],
-    8192: ["n128m2k1c1", "n112m2k1c1", "n96m2k1c1"],
+    1: ["n8m1k2b4c2", "n8m1k2b2c2", "n8m1k4b8c1"],
+    8: ["n8m1k2b4c2", "n8m1k2b2c2"],
+    32: ["n8m1k2b4c2", "n8m1k2b2c2"],
+    128: ["n16m1k2b4c2", "n16m1k2b2c2", "n16m1k1b2c3"],
+    512: ["n48m2k1b2c1", "n48m1k1b2c3", "n48m1k1b2c2", "n40m1k1b2c3", "n64m1k1b2c2"],
+    2048: ["n80m2k1b2c1", "n80m1k1b2c2", "n128m1k1b1c2", "n128m2k1b2c1"],
+    8192: ["n128m2k1b1c1", "n128m2k1b2c1", "n128m1k1b1c2", "n112m1k1b1c2", "n88m1k1b1c2"],
 }
 
 
@@ -235,7 +235,7 @@ def make_layer(torch, L, P, H, I, seed, dense, exact=False):
         scales = jax.lax.bitcast_convert_type(scales, jnp.float8_e4m3fn)
         global_scale = jax.random.uniform(next(keys), lead, jnp.float32, 0.3, 3) / (12 * columns**0.5)
         bias = jax.random.normal(next(keys), (*lead, rows)) * 0.3
-        input_scale = jnp.float32(0.002) if len(lead) == 2 else jax.random.uniform(next(keys), lead, jnp.float32, 1e-4, 1e-3)
+        input_scale = jnp.float32(0.002) if len(lead) == 2 else jax.random.uniform(next(keys), lead, jnp.float32, 1e-3, 2e-2)
         return experts.Projection(codes, scales, global_scale, input_scale, bias)
 
     canonical = experts.Experts(gate_up=projection((L, P), I, H), down=projection((L,), H, I))
@@ -253,14 +253,39 @@ def make_layer(torch, L, P, H, I, seed, dense, exact=False):
     return Layer(L, P, H, I, convert(prepared.gate_up), convert(prepared.down), values)
 
 
+def random_prepared_layer(torch, L, P, H, I, seed):
+    """Prepared weights with random codes and block scales from 2**-6 to 2**3: for timing, no jax needed."""
+    layout = _import_without_library("jax_moe.kernels.sm90.layout")
+    g = torch.Generator("cuda").manual_seed(seed)
+
+    def projection(lead, rows, columns):
+        row_blocks, k_blocks = -(-rows // layout.BLOCK_ROWS), -(-columns // layout.BLOCK_K)
+        payload = torch.empty((L, row_blocks, k_blocks, layout.BLOCK_BYTES), dtype=torch.uint8, device="cuda")
+        for e in range(L):
+            payload[e].random_(0, 256, generator=g)
+            scales = torch.randint(16 * 8, 25 * 8, (row_blocks, k_blocks, layout.SCALE_BYTES // 4, 4), generator=g, device="cuda")
+            word = scales[..., 0] | scales[..., 2] << 8 | scales[..., 1] << 16 | scales[..., 3] << 24
+            word = (word << 4 | word >> 28) & 0xFFFFFFFF
+            parts = torch.stack([word >> 8 * i & 0xFF for i in range(4)], -1).to(torch.uint8)
+            payload[e, ..., layout.CODE_BYTES :] = parts.flatten(-2)
+        global_scale = torch.full(lead, 0.1 / columns**0.5, device="cuda")
+        input_scale = torch.full(() if len(lead) == 2 else lead, 0.002, device="cuda")
+        return types.SimpleNamespace(payload=payload, global_scale=global_scale, input_scale=input_scale, bias=None)
+
+    return Layer(L, P, H, I, projection((L, P), P * I, H), projection((L,), H, I), None)
+
+
 def quantise(values, scale):
     """NVFP4 rounding without the global scale of a torch tensor, by the library's own numerics."""
+    import jax
     import jax.numpy as jnp
     import torch
 
     nvfp4 = _import_without_library("jax_moe.nvfp4")
-    rounded = nvfp4.quantize_dequantize(jnp.from_dlpack(values.contiguous()), jnp.float32(float(scale)))
-    return torch.from_dlpack(rounded.block_until_ready()).clone()
+    rows = -(-values.shape[0] // 64) * 64  # few shapes, few compilations
+    padded = torch.nn.functional.pad(values, (0, 0, 0, rows - values.shape[0]))
+    rounded = jax.jit(nvfp4.quantize_dequantize)(jnp.from_dlpack(padded), jnp.float32(float(scale)))
+    return torch.from_dlpack(rounded.block_until_ready())[: values.shape[0]].clone()
 
 
 class Op:
@@ -283,7 +308,7 @@ class Op:
         self.s1, self.s2 = gemm1(t1, precision, activation, bias), gemm2(t2, precision, bias, combine, out)
         self.s3 = plan.CombineSpec(out)
         self.w4a4, self.bias = precision == "w4a4", bias
-        self.x_rows = quantise(x, layer.gate_up.input_scale) if self.w4a4 else x
+        self.x_rows = quantise(x, layer.gate_up.input_scale) if self.w4a4 and layer.dense else x
         self.offset = torch.zeros(1, dtype=torch.int32, device="cuda")
 
     def run1(self):
@@ -426,14 +451,14 @@ def time_graph(torch, calls, replays=5):
     return sorted(times)[len(times) // 2]
 
 
-def bench(driver, model, timed):
+def bench(driver, model, timed, profile=False):
     torch = driver.torch
     E, K, H, I = SHAPES[model]
-    layer = make_layer(torch, E, 2, H, I, 5, False)
+    layer = random_prepared_layer(torch, E, 2, H, I, 5)
     expert_bytes = 3 * H * I * 9 / 16
     results = []
     for T, variants in timed.items():
-        calls = 8 if T <= 512 else 2
+        calls = 1 if profile else 8 if T <= 512 else 2
         g = torch.Generator("cuda").manual_seed(T)
         touched = E * (1 - (1 - K / E) ** T)
         floor = max(touched * expert_bytes / 4.46e6, 6 * T * K * H * I / 791e6)
@@ -445,6 +470,10 @@ def bench(driver, model, timed):
             modes = [("w4a16", "atomic")] + ([("w4a4", "atomic"), ("w4a16", "ordered")] if number == 0 else [])
             for precision, combine in modes:
                 ops = [Op(driver, layer, x, ids, w, t, t, precision, ACTIVATIONS[0], False, combine, "bfloat16") for x, ids, w in inputs]  # fmt: skip
+                if profile:
+                    ops[0].run()
+                    torch.cuda.synchronize()
+                    return []
                 one = time_graph(torch, [op.run1 for op in ops])
                 two = time_graph(torch, [op.run2 for op in ops])
                 both = time_graph(torch, [op.run for op in ops])
@@ -470,6 +499,9 @@ def main():
     for suite in suites:
         if suite == "check":
             check(driver)
+        elif suite.startswith("profile:"):  # profile:MODEL:T:TILE, to be run under ncu
+            _, model, tokens, text = suite.split(":")
+            bench(driver, model, {int(tokens): [text]}, profile=True)
         else:
             results += bench(driver, suite, TIMED)
     target = pathlib.Path(os.environ.get("OUT", folder)) / "results.json"

@@ -61,31 +61,70 @@ def activate(
 
 
 @cute.jit
-def block_scale(amax: Float32, global_scale: Float32) -> Float32:
-    """The e4m3 block scale of 16 values, as fp32 (DESIGN section 3)."""
-    return ptx.round_e4m3(ptx.divide(amax, Float32(6.0) * global_scale))  # the conversion saturates at 448
+def _block_scale(amax: Float32, global_scale: Float32):
+    """``(scale, inverse)`` of 16 values: their e4m3 block scale as fp32, and what to multiply them with (DESIGN section 3)."""
+    scale = ptx.round_e4m3(ptx.divide(amax, Float32(6.0) * global_scale))  # the conversion saturates at 448
+    inverse = ptx.reciprocal(scale * global_scale)
+    if scale == Float32(0.0):
+        inverse = Float32(0.0)
+    return scale, inverse
 
 
-@cute.jit
-def block_inverse(scale: Float32, global_scale: Float32) -> Float32:
-    return ptx.reciprocal(scale * global_scale)
-
-
-@cute.jit
-def round_nvfp4(value: Float32, inverse: Float32, scale: Float32) -> Float32:
+def _round(value: Float32, scale: Float32, inverse: Float32) -> Float32:
     """``e2m1(value * inverse) * scale``: what a w4a4 product multiplies, exact in bf16; NaN if ``scale`` is."""
     scaled = value * inverse
-    magnitude = ptx.absolute(scaled)
-    # Adding and subtracting 1.5 * 2**23 * step rounds to a multiple of step, ties to even; the steps of e2m1
-    # are 0.5 below 2, 1 below 4 and 2 above, and an even multiple is an even code.
-    step = Float32(0.5)
-    if magnitude >= Float32(2.0):
-        step = Float32(1.0)
-    if magnitude >= Float32(4.0):
-        step = Float32(2.0)
-    magic = step * Float32(1.5 * 2**23)
-    rounded = ptx.minimum((magnitude + magic) - magic, Float32(6.0))
-    result = ptx.copy_sign(rounded, scaled) * scale
-    if scale == Float32(0.0):
-        result = Float32(0.0)
+    magnitude = ptx.minimum(ptx.absolute(scaled), Float32(6.0))
+    # Adding and subtracting 1.5 * 2**23 * step rounds to a multiple of step, ties to even. The steps of e2m1 are 0.5 below 2, 1
+    # below 4 and 2 above (an even multiple is an even code): half the power of two below the magnitude, at least 0.5.
+    magic = ptx.power_of_two_below(ptx.maximum(magnitude, Float32(1.0))) * Float32(0.75 * 2**23)
+    return ptx.copy_sign((magnitude + magic) - magic, scaled) * scale
+
+
+def round_blocks(values, global_scale: Float32, lane, lanes: int, stride: int):
+    """NVFP4 rounding of blocks of 16 that lie across ``lanes`` lanes, ``stride`` apart.
+
+    Args:
+      values: at most ``lanes`` lists of this lane's values of one block each.
+      lane: this lane's place among the ``lanes``.
+
+    Returns:
+      The same lists, each value ``code * block_scale``.
+    """
+    amaxes = []
+    for row in values:
+        amax = ptx.absolute(row[0])
+        for value in row[1:]:
+            amax = ptx.maximum(amax, ptx.absolute(value))
+        amaxes.append(amax)
+    blocks = 1 << (len(values) - 1).bit_length()
+    amaxes += [Float32(0.0)] * (blocks - len(values))
+    # Each exchange halves the blocks that a lane looks after: it hands over the other half and takes in its own.
+    distance = lanes // 2
+    while distance:
+        upper = (lane // distance) % 2 == 1
+        if len(amaxes) > 1:
+            half = len(amaxes) // 2
+            mine = [_select(upper, b, a) for a, b in zip(amaxes[:half], amaxes[half:], strict=True)]
+            other = [_select(upper, a, b) for a, b in zip(amaxes[:half], amaxes[half:], strict=True)]
+        else:
+            mine, other = amaxes, amaxes
+        received = [cute.arch.shuffle_sync_bfly(value, distance * stride) for value in other]
+        amaxes = [ptx.maximum(a, b) for a, b in zip(mine, received, strict=True)]
+        distance //= 2
+    scale, inverse = _block_scale(amaxes[0], global_scale)
+    rounded = []
+    first_lane = cute.arch.lane_idx() - lane * stride
+    for i, row in enumerate(values):
+        source = first_lane + i * (lanes // blocks) * stride
+        row_scale = cute.arch.shuffle_sync(scale, source)
+        row_inverse = cute.arch.shuffle_sync(inverse, source)
+        rounded.append([_round(value, row_scale, row_inverse) for value in row])
+    return rounded
+
+
+@cute.jit
+def _select(condition, yes: Float32, no: Float32) -> Float32:
+    result = no
+    if condition:
+        result = yes
     return result

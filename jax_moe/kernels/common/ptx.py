@@ -24,6 +24,14 @@ def rotate_right(word: Uint32, bits: int, *, loc=None, ip=None) -> Uint32:
 
 
 @dsl_user_op
+def mask_and_set(word: Uint32, mask: int, bits: int, *, loc=None, ip=None) -> Uint32:
+    """``word & mask | bits``; one LOP3 has room for one immediate, so ``bits`` is kept in a register."""
+    operands = _words([word, Uint32(bits)], loc, ip)
+    text = f"lop3.b32 $0, $1, {mask:#x}, $2, 0xea;"
+    return Uint32(_asm(T.i32(), operands, text, "=r,r,r", True, loc, ip))
+
+
+@dsl_user_op
 def multiply_bf16x2(a: Uint32, b: Uint32, *, loc=None, ip=None) -> Uint32:
     return Uint32(_asm(T.i32(), _words([a, b], loc, ip), "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", True, loc, ip))
 
@@ -65,13 +73,23 @@ def load_global_f32x4(address: Int64, *, loc=None, ip=None) -> tuple[Float32, Fl
 
 
 @dsl_user_op
-def copy_16_bytes(shared: Int32, source: Int64, num_bytes: Int32, *, loc=None, ip=None) -> None:
-    """``cp.async`` of ``num_bytes`` (0 or 16) bytes; the rest of the 16 is filled with zeros."""
+def gather_rows(
+    shared: Int32, base: Int64, offsets, column: Int32, columns: Int32, row_bytes: int, *, loc=None, ip=None
+) -> None:
+    """``cp.async`` of 16 bytes for each of ``offsets``: from ``base + 16 * offset`` to ``shared + i * row_bytes``.
+
+    Zeros are written, and nothing is read, where an offset is negative and where ``column >= columns``.
+    """
     operands = [
-        Int32(shared).ir_value(loc=loc, ip=ip), Int64(source).ir_value(loc=loc, ip=ip),
-        Int32(num_bytes).ir_value(loc=loc, ip=ip),
+        Int32(shared).ir_value(loc=loc, ip=ip), Int64(base).ir_value(loc=loc, ip=ip),
+        Int32(column).ir_value(loc=loc, ip=ip), Int32(columns).ir_value(loc=loc, ip=ip),
+        *(Int32(offset).ir_value(loc=loc, ip=ip) for offset in offsets),
     ]  # fmt: skip
-    _asm(None, operands, "cp.async.cg.shared.global.L2::128B [$0], [$1], 16, $2;", "r,l,r,~{memory}", False, loc, ip)
+    text = "{ .reg .pred outside, skip; .reg .u64 source; setp.ge.s32 outside, $2, $3; "
+    for i in range(len(offsets)):
+        text += f"setp.lt.or.s32 skip, ${4 + i}, 0, outside; mad.wide.s32 source, ${4 + i}, 16, $1; "
+        text += f"cp.async.cg.shared.global.L2::128B [$0 + {i * row_bytes}], [source], 16, skip; "
+    _asm(None, operands, text + "}", "r,l,r,r" + ",r" * len(offsets) + ",~{memory}", False, loc, ip)
 
 
 @dsl_user_op
@@ -133,6 +151,7 @@ def _unary(text, name):
 exp2 = _unary("ex2.approx.ftz.f32 $0, $1;", "exp2")
 reciprocal_approximate = _unary("rcp.approx.ftz.f32 $0, $1;", "reciprocal_approximate")
 reciprocal = _unary("rcp.rn.f32 $0, $1;", "reciprocal")
+power_of_two_below = _unary("and.b32 $0, $1, 0x7f800000;", "power_of_two_below")  # of a positive number; infinity for NaN
 absolute = _unary("abs.f32 $0, $1;", "absolute")
 round_e4m3 = _unary(
     "{ .reg .b16 p; .reg .b32 h; .reg .b16 l, u; cvt.rn.satfinite.e4m3x2.f32 p, 0f00000000, $1; "

@@ -35,19 +35,22 @@ class _Gemm:
         self.tile = tile
         self.n = tile.token_tile
         self.stages = tile.stages
+        self.blocks = tile.stage_blocks
         self.consumers = tile.m_warpgroups * tile.k_warpgroups
         self.threads = tile.threads
-        self.weight_bytes = tile.m_warpgroups * layout.BLOCK_BYTES
-        self.token_bytes = self.n * _TOKEN_ROW_BYTES
+        self.weight_bytes = self.blocks * layout.BLOCK_BYTES  # of one m warpgroup in one stage
+        self.token_bytes = self.n * _TOKEN_ROW_BYTES  # of one block
         self.accumulators = self.n // 8 * 4  # fp32 registers of one 64-row half
+        # Two blocks of A registers are 64; where they do not fit beside the accumulators (and about 60 others) the compiler
+        # would serialise wgmma (ptxas C7512), and the two halves of one block take turns instead.
+        self.group_per_half = 2 * self.accumulators + 64 + 60 > self._registers()[1]
 
     def _registers(self):
-        """(producer, consumer) registers a thread after the split, or None where all may keep what they start with."""
-        if self.threads * self.tile.ctas_per_sm > 768:
-            return None
-        total = 65536 // self.tile.ctas_per_sm // _WARPGROUP
-        producer = 40
-        consumer = min(240, (total - producer) // self.consumers // 8 * 8)
+        """(producer, consumer) registers a thread after the split."""
+        launched = 65536 // (self.tile.ctas_per_sm * self.threads) // 8 * 8
+        producer = 56 if self.n > 96 else 40
+        # What the producers give back is all there is to hand out: asking for more would wait for ever.
+        consumer = min(240, (launched + (launched - producer) // self.consumers) // 8 * 8)
         return producer, consumer
 
     # -- set-up -------------------------------------------------------------------------------------------------
@@ -62,7 +65,7 @@ class _Gemm:
 
     def _token_layout(self):
         atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, BFloat16)
-        return cute.tile_to_shape(atom, (self.n, _BLOCK_K, self.stages), order=(0, 1, 2))
+        return cute.tile_to_shape(atom, (self.n, _BLOCK_K, self.stages * self.blocks), order=(0, 1, 2))
 
     # -- consumer -----------------------------------------------------------------------------------------------
 
@@ -83,71 +86,99 @@ class _Gemm:
         """bf16x2 block scales (both halves the same) of a thread's rows: 4 rows by 4 steps."""
         scales = []
         for word in ptx.load_shared_v4(address):
-            mask, exponent = Uint32(layout.SCALE_MASK), Uint32(layout.SCALE_EXPONENT)
-            first = (word & mask) | exponent
-            second = (ptx.rotate_right(word, 8) & mask) | exponent
+            first = ptx.mask_and_set(word, layout.SCALE_MASK, layout.SCALE_EXPONENT)
+            second = ptx.mask_and_set(ptx.rotate_right(word, 8), layout.SCALE_MASK, layout.SCALE_EXPONENT)
             scales.append([ptx.broadcast_half(first, False), ptx.broadcast_half(first, True),
                            ptx.broadcast_half(second, False), ptx.broadcast_half(second, True)])  # fmt: skip
         return scales
 
-    @cute.jit
-    def _step(self, mma, accumulators, fragments, tokens, weights, barriers, slot, phase, tid, m_warpgroup):
-        """Waits for one stage, dequantises it and issues its products as one ``wgmma`` group."""
-        cute.arch.mbarrier_wait(barriers + slot, phase)
-        block = weights.toint() + slot * self.weight_bytes + m_warpgroup * layout.BLOCK_BYTES
-        codes = Int32(block + tid * 16)
-        scale_words = Int32(block + layout.CODE_BYTES + (tid // 4) * 16)
-        scales = self._load_scales(scale_words)
-        for half in cutlass.range_constexpr(2):
-            registers = cute.recast_tensor(fragments[half], Uint32)
-            registers = cute.make_tensor(registers.iterator, cute.make_layout((4, 4)))
-            self._dequantise(codes, registers, half, scales)
-        warpgroup.fence()
-        for step in cutlass.range_constexpr(4):
-            for half in cutlass.range_constexpr(2):
-                cute.gemm(mma, accumulators[half], fragments[half][None, None, step], tokens[None, None, step, slot],
-                          accumulators[half])  # fmt: skip
-        warpgroup.commit_group()
+    def _multiply(self, mma, accumulators, fragments, tokens, weights, slot, block, tid, m_warpgroup, first_group_done):
+        """Dequantises one block of a stage and issues its products, as one or two ``wgmma`` groups, each of which waits
+        for the one before it. Calls ``first_group_done`` when all products of earlier blocks are complete."""
+        place = (slot * self.tile.m_warpgroups + m_warpgroup) * self.weight_bytes + block * layout.BLOCK_BYTES
+        address = Int32(weights.toint()) + place
+        scales = self._load_scales(address + layout.CODE_BYTES + tid // 4 * 16)
+        groups = ((0,), (1,)) if self.group_per_half else ((0, 1),)
+        for group in groups:
+            for half in group:
+                registers = cute.recast_tensor(fragments[half], Uint32)
+                registers = cute.make_tensor(registers.iterator, cute.make_layout((4, 4)))
+                self._dequantise(address + tid * 16, registers, half, scales)
+            warpgroup.fence()
+            for step in range(4):
+                token_step = tokens[None, None, step, slot * self.blocks + block]
+                for half in group:
+                    cute.gemm(mma, accumulators[half], fragments[half][None, None, step], token_step, accumulators[half])
+            warpgroup.commit_group()
+            warpgroup.wait_group(1)
+            if group[0] == 0:
+                first_group_done()
 
     @cute.jit
-    def _release(self, barriers, slot, lane):
-        if lane == 0:
+    def _release(self, barriers, slot, tid):
+        if slot >= 0 and tid % 32 == 0:
             cute.arch.mbarrier_arrive(barriers + self.stages + slot)
 
     @cute.jit
-    def _main_loop(self, mma, accumulators, fragment_sets, tokens, weights, barriers, first, k_blocks, tid, m_warpgroup, k_warpgroup):  # fmt: skip
-        """Sums this warpgroup's steps of one unit; ``first`` counts the stages of all units before it."""
-        lane = tid % 32
+    def _stage(self, mma, accumulators, fragment_sets, tokens, weights, barriers, slot, phase, previous, tid, m_warpgroup,
+               k_warpgroup, parity: cutlass.Constexpr):  # fmt: skip
+        """Multiplies a whole stage; returns the slot and phase of the next. Releases the stage before it (if it is not -1)
+        as soon as the tensor cores are done with it, and leaves its own last product in flight."""
+        cute.arch.mbarrier_wait(barriers + slot, phase)
+        for i in cutlass.range_constexpr(self.blocks // self.tile.k_warpgroups):
+            block = k_warpgroup + i * self.tile.k_warpgroups
+            self._multiply(
+                mma, accumulators, fragment_sets[(parity + i) % len(fragment_sets)], tokens, weights, slot, block, tid,
+                m_warpgroup, (lambda: self._release(barriers, previous, tid)) if i == 0 else (lambda: None),
+            )  # fmt: skip
+        return self._next(slot, phase)
+
+    @cute.jit
+    def _next(self, slot, phase):
+        slot = slot + 1
+        if slot == self.stages:
+            slot = Int32(0)
+            phase = phase ^ 1
+        return slot, phase
+
+    @cute.jit
+    def _main_loop(self, mma, accumulators, fragment_sets, tokens, weights, barriers, slot, phase, k_blocks, tid,
+                   m_warpgroup, k_warpgroup):  # fmt: skip
+        """Sums this warpgroup's blocks of one unit; returns the slot and phase of the next unit's first stage."""
         for half in cutlass.range_constexpr(2):
             accumulators[half].fill(0.0)
-        k_split = self.tile.k_warpgroups
-        position = first + k_warpgroup
-        slot = position % self.stages
-        phase = (position // self.stages) % 2
+        full = k_blocks // self.blocks
+        per_stage = self.blocks // self.tile.k_warpgroups
+        # One set of A registers is filled while wgmma reads another: a loop body must take a multiple of their number.
+        stages_per_body = 2 if per_stage % len(fragment_sets) else 1
         previous = Int32(-1)
-        steps = (k_blocks - k_warpgroup + k_split - 1) // k_split
-        # Two sets of A registers: one is filled while wgmma reads the other.
-        for pair in cutlass.range(steps // 2, unroll=1):
-            for parity in cutlass.range_constexpr(2):
-                self._step(mma, accumulators, fragment_sets[parity], tokens, weights, barriers, slot, phase, tid,
-                           m_warpgroup)  # fmt: skip
-                warpgroup.wait_group(1)
-                if previous >= 0:
-                    self._release(barriers, previous, lane)
-                previous = slot
-                slot = slot + k_split
-                if slot >= self.stages:
-                    slot = slot - self.stages
-                    phase = phase ^ 1
-        if steps % 2 == 1:
-            self._step(mma, accumulators, fragment_sets[0], tokens, weights, barriers, slot, phase, tid, m_warpgroup)
-            warpgroup.wait_group(1)
-            if previous >= 0:
-                self._release(barriers, previous, lane)
-            previous = slot
+        for _ in cutlass.range(full // stages_per_body, unroll=1):
+            for i in cutlass.range_constexpr(stages_per_body):
+                current = slot
+                slot, phase = self._stage(mma, accumulators, fragment_sets, tokens, weights, barriers, slot, phase,
+                                          previous, tid, m_warpgroup, k_warpgroup, i)  # fmt: skip
+                previous = current
+        if cutlass.const_expr(stages_per_body == 2):
+            if full % 2 == 1:
+                current = slot
+                slot, phase = self._stage(mma, accumulators, fragment_sets, tokens, weights, barriers, slot, phase,
+                                          previous, tid, m_warpgroup, k_warpgroup, 0)  # fmt: skip
+                previous = current
         warpgroup.wait_group(0)
-        if previous >= 0:
-            self._release(barriers, previous, lane)
+        self._release(barriers, previous, tid)
+        if cutlass.const_expr(self.blocks > 1):
+            rest = k_blocks - full * self.blocks
+            if rest > 0:  # a last stage with fewer blocks
+                cute.arch.mbarrier_wait(barriers + slot, phase)
+                for i in cutlass.range_constexpr(per_stage):
+                    block = k_warpgroup + i * self.tile.k_warpgroups
+                    if block < rest:
+                        self._multiply(mma, accumulators, fragment_sets[0], tokens, weights, slot, block, tid, m_warpgroup,
+                                       lambda: None)  # fmt: skip
+                        warpgroup.wait_group(0)
+                self._release(barriers, slot, tid)
+                slot, phase = self._next(slot, phase)
+        return slot, phase
 
     @cute.jit
     def _add_up(self, accumulators, scratch, tid, k_warpgroup):
@@ -174,17 +205,19 @@ class _Gemm:
     # -- producer -----------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _copy_weights(self, payload, weights, barriers, slot, expert, m_tile, k_block, m_blocks, k_blocks, extra_bytes):
-        """One thread: announces a stage's bytes and starts the copies of its weight blocks."""
+    def _copy_weights(self, payload, weights, barriers, slot, expert, m_tile, k_block, count, m_blocks, k_blocks, extra):
+        """One thread: announces a stage's bytes (``extra`` a block are somebody else's) and starts the copies of its
+        ``count`` weight blocks, which are neighbours in memory."""
         full = Int32((barriers + slot).toint())
-        cute.arch.mbarrier_arrive_and_expect_tx(barriers + slot, self.weight_bytes + extra_bytes)
+        block_bytes = self.tile.m_warpgroups * layout.BLOCK_BYTES + extra
+        cute.arch.mbarrier_arrive_and_expect_tx(barriers + slot, count * block_bytes)
         for i in cutlass.range_constexpr(self.tile.m_warpgroups):
             row_block = m_tile * self.tile.m_warpgroups + i
             if row_block >= m_blocks:  # the last tile may have blocks to spare; their sums are never stored
                 row_block = m_blocks - 1
             block = (Int64(expert) * m_blocks + row_block) * k_blocks + k_block
-            shared = Int32((weights + (slot * self.weight_bytes + i * layout.BLOCK_BYTES)).toint())
-            ptx.bulk_copy(shared, payload.toint() + block * layout.BLOCK_BYTES, Int32(layout.BLOCK_BYTES), full)
+            shared = Int32(weights.toint()) + (slot * self.tile.m_warpgroups + i) * self.weight_bytes
+            ptx.bulk_copy(shared, payload.toint() + block * layout.BLOCK_BYTES, count * layout.BLOCK_BYTES, full)
 
     # -- the kernel ---------------------------------------------------------------------------------------------
 
@@ -199,7 +232,7 @@ class _Gemm:
         smem = cutlass.utils.SmemAllocator()
         token_layout = self._token_layout()
         tokens = smem.allocate_tensor(BFloat16, token_layout.outer, byte_alignment=1024, swizzle=token_layout.inner)
-        weights = smem.allocate_array(cutlass.Uint8, self.stages * self.weight_bytes)
+        weights = smem.allocate_array(cutlass.Uint8, self.stages * self.tile.m_warpgroups * self.weight_bytes)
         barriers = smem.allocate_array(cutlass.Int64, 2 * self.stages)  # full ones, then empty ones
         scratch = None
         if cutlass.const_expr(self.tile.k_warpgroups > 1):
@@ -210,7 +243,7 @@ class _Gemm:
         if warpgroup_index == 0 and tid == 0:
             for i in cutlass.range_constexpr(self.stages):
                 cute.arch.mbarrier_init(barriers + i, self._full_arrivals())
-                cute.arch.mbarrier_init(barriers + self.stages + i, 4 * self.tile.m_warpgroups)
+                cute.arch.mbarrier_init(barriers + self.stages + i, 4 * self.consumers)
             cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
 
@@ -218,13 +251,11 @@ class _Gemm:
         units = expert_tiles[local_experts] * m_tiles
         registers = self._registers()
         if warpgroup_index == 0:
-            if cutlass.const_expr(registers is not None):
-                cute.arch.setmaxregister_decrease(registers[0])
+            cute.arch.setmaxregister_decrease(registers[0])
             self._produce(operands, payload, tile_expert, expert_tiles, tokens, weights, barriers, cta, ctas, units,
                           m_tiles, m_blocks, k_blocks, tid)  # fmt: skip
         else:
-            if cutlass.const_expr(registers is not None):
-                cute.arch.setmaxregister_increase(registers[1])
+            cute.arch.setmaxregister_increase(registers[1])
             self._consume(operands, tile_expert, expert_tiles, tokens, weights, barriers, scratch, rows, cta, ctas,
                           units, m_tiles, m_blocks, k_blocks, tid, warpgroup_index - 1)  # fmt: skip
 
@@ -236,18 +267,18 @@ class _Gemm:
         token_fragments = mma.make_fragment_B(thread_mma.partition_B(tokens))
         accumulators = [mma.make_fragment_C(thread_mma.partition_shape_C((64, self.n))) for _ in range(2)]
         a_shape = thread_mma.partition_shape_A((64, _BLOCK_K))
-        fragment_sets = [[mma.make_fragment_A(a_shape) for _ in range(2)] for _ in range(2)]
+        sets = 1 if self.group_per_half else 2
+        fragment_sets = [[mma.make_fragment_A(a_shape) for _ in range(2)] for _ in range(sets)]
         m_warpgroup, k_warpgroup = consumer, Int32(0)
         if cutlass.const_expr(self.tile.k_warpgroups > 1):
             m_warpgroup, k_warpgroup = Int32(0), consumer
-        first = Int32(0)
+        slot, phase = Int32(0), Int32(0)
         for unit in cutlass.range(cta, units, ctas, unroll=1):
             expert, m_tile, token_tile = schedule.locate(unit, m_tiles, tile_expert, expert_tiles)
             row_block = m_tile * self.tile.m_warpgroups + m_warpgroup
             prefetched = self._prefetch_epilogue(operands, token_tile, tid)
-            self._main_loop(mma, accumulators, fragment_sets, token_fragments, weights, barriers, first, k_blocks, tid,
-                            m_warpgroup, k_warpgroup)  # fmt: skip
-            first = first + k_blocks
+            slot, phase = self._main_loop(mma, accumulators, fragment_sets, token_fragments, weights, barriers, slot, phase,
+                                          k_blocks, tid, m_warpgroup, k_warpgroup)  # fmt: skip
             if cutlass.const_expr(self.tile.k_warpgroups > 1):
                 self._add_up(accumulators, scratch, tid, k_warpgroup)
                 if k_warpgroup == 0:
@@ -318,8 +349,15 @@ class Gemm1(_Gemm):
         """Weights by bulk copies of one thread, token rows by cp.async of all: 8 threads a row, 16 bytes each."""
         x, row_route, hidden, row_divisor = operands["x"], operands["row_route"], operands["H"], operands["row_divisor"]
         chunk = tid % _CHUNKS
-        first_row = tid // _CHUNKS
+        # All 16 rows of a pass are of one block, or, where a tile has 8 rows, of two.
+        blocks_per_pass = max(1, _ROWS_PER_PASS // self.n)
         passes = (self.n + _ROWS_PER_PASS - 1) // _ROWS_PER_PASS
+        full_passes = passes if self.n % _ROWS_PER_PASS == 0 or passes == 1 else passes - 1
+        pass_bytes = _ROWS_PER_PASS * _TOKEN_ROW_BYTES
+        first_row = tid // _CHUNKS % self.n
+        first_block = tid // _CHUNKS // self.n
+        if cutlass.const_expr(blocks_per_pass == 1):
+            first_row, first_block = tid // _CHUNKS, Int32(0)
         shared_row = Int32(tokens.iterator.toint()) + first_row * _TOKEN_ROW_BYTES + (chunk ^ (first_row % 8)) * 16
         offsets = cute.make_rmem_tensor(passes, Int32)
         slot, phase = Int32(0), Int32(1)
@@ -335,30 +373,31 @@ class Gemm1(_Gemm):
                 if route >= 0:
                     offset = (route // row_divisor) * (hidden // 8) + chunk  # in units of 16 bytes
                 offsets[i] = offset
-            for k_block in cutlass.range(k_blocks, unroll=1):
+            for k_block in cutlass.range(0, k_blocks, self.blocks, unroll=1):
                 cute.arch.mbarrier_wait(barriers + self.stages + slot, phase)
                 if tid == 0:
-                    self._copy_weights(payload, weights, barriers, slot, expert, m_tile, k_block, m_blocks, k_blocks, 0)
-                inside = k_block * _BLOCK_K + chunk * 8 < hidden
-                for i in cutlass.range_constexpr(passes):
-                    num_bytes = Int32(0)
-                    source = Int64(x.toint())
-                    if inside and offsets[i] >= 0:
-                        num_bytes = Int32(16)
-                        source = source + Int64(offsets[i] + k_block * _CHUNKS) * 16
-                    if first_row + i * _ROWS_PER_PASS < self.n:
-                        shared = shared_row + slot * self.token_bytes + i * (_ROWS_PER_PASS * _TOKEN_ROW_BYTES)
-                        ptx.copy_16_bytes(shared, source, num_bytes)
+                    count = min(k_blocks - k_block, self.blocks)
+                    self._copy_weights(payload, weights, barriers, slot, expert, m_tile, k_block, count, m_blocks, k_blocks, 0)
+                for j in cutlass.range_constexpr((self.blocks + blocks_per_pass - 1) // blocks_per_pass):
+                    block = first_block + j * blocks_per_pass
+                    place = shared_row + (slot * self.blocks + block) * self.token_bytes
+                    source = Int64(x.toint()) + Int64(k_block + block) * _TOKEN_ROW_BYTES
+                    column = (k_block + block) * _BLOCK_K + chunk * 8
+                    if block < self.blocks:
+                        if cutlass.const_expr(full_passes > 0):
+                            ptx.gather_rows(place, source, [offsets[i] for i in range(full_passes)], column, hidden,
+                                            pass_bytes)  # fmt: skip
+                        if cutlass.const_expr(passes > full_passes):
+                            if first_row < self.n - full_passes * _ROWS_PER_PASS:
+                                ptx.gather_rows(place + full_passes * pass_bytes, source, [offsets[full_passes]], column,
+                                                hidden, pass_bytes)  # fmt: skip
                 cute.arch.cp_async_commit_group()
                 in_flight = in_flight + 1
                 if in_flight > self.copies_in_flight:
                     cute.arch.cp_async_wait_group(self.copies_in_flight)
                     announced = self._announce(barriers, announced, tid)
                     in_flight = in_flight - 1
-                slot = slot + 1
-                if slot == self.stages:
-                    slot = Int32(0)
-                    phase = phase ^ 1
+                slot, phase = self._next(slot, phase)
         cute.arch.cp_async_wait_group(0)
         for _ in cutlass.range(in_flight, unroll=1):
             announced = self._announce(barriers, announced, tid)
@@ -404,35 +443,36 @@ class Gemm1(_Gemm):
         column = value % _BLOCK_K
         chunk, within = column // 8, column % 8 * 2
         tile_address = Int64(operands["h"].toint()) + (Int64(token_tile) * num_blocks + block) * self.token_bytes
-        for j in range(self.n // 8):
-            for c in range(2):
-                if spec.gated:
-                    gates = [accumulators[i][4 * j + c] * scales[0] + biases[0][i] for i in range(2)]
-                    ups = [accumulators[i][4 * j + 2 + c] * scales[1] + biases[1][i] for i in range(2)]
-                else:
-                    ups = [accumulators[i // 2][4 * j + 2 * (i % 2) + c] * scales[0] + biases[0][i] for i in range(4)]
-                    gates = ups
-                values = [
-                    epilogue.activate(gate, up, spec.activation, spec.alpha, spec.beta, spec.limit)
-                    for gate, up in zip(gates, ups, strict=True)
-                ]
-                if spec.precision == "w4a4":
-                    values = self._round(values, next_scale)
-                words = [ptx.pack_bf16x2(values[2 * i], values[2 * i + 1]) for i in range(width // 2)]
-                row = 2 * quad + c  # modulo 8, which is all that the swizzle looks at
-                address = tile_address + Int64((row + 8 * j) * _TOKEN_ROW_BYTES + (chunk ^ row) * 16 + within)
-                ptx.store_global(address, words)
+        def activated(j, c):
+            """The activated values of token 8*j + 2*quad + c."""
+            if spec.gated:
+                gates = [accumulators[i][4 * j + c] * scales[0] + biases[0][i] for i in range(2)]
+                ups = [accumulators[i][4 * j + 2 + c] * scales[1] + biases[1][i] for i in range(2)]
+            else:
+                ups = [accumulators[i // 2][4 * j + 2 * (i % 2) + c] * scales[0] + biases[0][i] for i in range(4)]
+                gates = ups
+            return [
+                epilogue.activate(gate, up, spec.activation, spec.alpha, spec.beta, spec.limit)
+                for gate, up in zip(gates, ups, strict=True)
+            ]
 
-    def _round(self, values, global_scale):
-        """NVFP4 rounding of 16 neighbouring values, which are in one warp: the groups of one quad."""
-        amax = ptx.absolute(values[0])
-        for value in values[1:]:
-            amax = ptx.maximum(amax, ptx.absolute(value))
-        for lanes in (4, 8, 16)[: 3 if self.spec.gated else 2]:
-            amax = ptx.maximum(amax, cute.arch.shuffle_sync_bfly(amax, lanes))
-        scale = epilogue.block_scale(amax, global_scale)
-        inverse = epilogue.block_inverse(scale, global_scale)
-        return [epilogue.round_nvfp4(value, inverse, scale) for value in values]
+        def store(j, c, values):
+            words = [ptx.pack_bf16x2(values[2 * i], values[2 * i + 1]) for i in range(width // 2)]
+            row = 2 * quad + c  # modulo 8, which is all that the swizzle looks at
+            address = tile_address + Int64((row + 8 * j) * _TOKEN_ROW_BYTES + (chunk ^ row) * 16 + within)
+            ptx.store_global(address, words)
+
+        # The 16 neighbours of an NVFP4 block are in 8 lanes (4 without a gate). These take as many tokens at a time, so that
+        # each lane computes one block's scale, by two slow divisions, and not each lane every block's.
+        lanes = 8 if spec.gated else 4
+        columns = [(j, c) for j in range(self.n // 8) for c in range(2)]
+        for first in range(0, len(columns), lanes):
+            some = columns[first : first + lanes]
+            values = [activated(j, c) for j, c in some]
+            if spec.precision == "w4a4":
+                values = epilogue.round_blocks(values, next_scale, group % lanes, lanes, 4)
+            for (j, c), row in zip(some, values, strict=True):
+                store(j, c, row)
 
 
 class Gemm2(_Gemm):
@@ -512,17 +552,16 @@ class Gemm2(_Gemm):
             slot, phase = Int32(0), Int32(1)
             for unit in cutlass.range(cta, units, ctas, unroll=1):
                 expert, m_tile, token_tile = schedule.locate(unit, m_tiles, tile_expert, expert_tiles)
-                for k_block in cutlass.range(k_blocks, unroll=1):
+                for k_block in cutlass.range(0, k_blocks, self.blocks, unroll=1):
                     cute.arch.mbarrier_wait(barriers + self.stages + slot, phase)
-                    self._copy_weights(payload, weights, barriers, slot, expert, m_tile, k_block, m_blocks, k_blocks,
+                    count = min(k_blocks - k_block, self.blocks)
+                    self._copy_weights(payload, weights, barriers, slot, expert, m_tile, k_block, count, m_blocks, k_blocks,
                                        self.token_bytes)  # fmt: skip
                     source = h + (Int64(token_tile) * h_blocks + k_block) * self.token_bytes
                     full = Int32((barriers + slot).toint())
-                    ptx.bulk_copy(shared + slot * self.token_bytes, source, Int32(self.token_bytes), full)
-                    slot = slot + 1
-                    if slot == self.stages:
-                        slot = Int32(0)
-                        phase = phase ^ 1
+                    place = slot * (self.blocks * self.token_bytes)
+                    ptx.bulk_copy(shared + place, source, count * self.token_bytes, full)
+                    slot, phase = self._next(slot, phase)
 
     @cute.jit
     def _epilogue(self, operands, accumulators, rows, prefetched, expert, row_block, token_tile, tid, m_blocks):

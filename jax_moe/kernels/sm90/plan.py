@@ -17,20 +17,25 @@ class Tile:
     Attributes:
       token_tile: N of the matrix product, 8 to 128 by 8.
       m_warpgroups: warpgroups that take different 128-row blocks of the weights (they share the tokens).
-      k_warpgroups: warpgroups that take different 64-wide steps of the contraction; their sums are added at the end.
-      stages: steps in flight.
+      k_warpgroups: warpgroups that take different 64-wide blocks of the contraction; their sums are added at the end.
+      stage_blocks: 64-wide blocks of the contraction that are copied and announced together, a multiple of k_warpgroups.
+      stages: how many of those are in flight.
       ctas_per_sm: resident thread blocks of one multiprocessor, all persistent.
     """
 
     token_tile: int
     m_warpgroups: int
     k_warpgroups: int
+    stage_blocks: int
     stages: int
     ctas_per_sm: int
 
     @property
     def name(self) -> str:
-        return f"n{self.token_tile}m{self.m_warpgroups}k{self.k_warpgroups}s{self.stages}c{self.ctas_per_sm}"
+        return (
+            f"n{self.token_tile}m{self.m_warpgroups}k{self.k_warpgroups}b{self.stage_blocks}s{self.stages}"
+            f"c{self.ctas_per_sm}"
+        )
 
     @property
     def threads(self) -> int:
@@ -38,7 +43,7 @@ class Tile:
 
     @property
     def stage_bytes(self) -> int:
-        return self.m_warpgroups * layout.BLOCK_BYTES + self.token_tile * layout.BLOCK_K * 2
+        return self.stage_blocks * (self.m_warpgroups * layout.BLOCK_BYTES + self.token_tile * layout.BLOCK_K * 2)
 
     @property
     def reduction_bytes(self) -> int:
@@ -51,8 +56,11 @@ class Tile:
         return self.stages * self.stage_bytes + self.reduction_bytes + barriers + rows + 1024  # 1024: alignment
 
 
-def with_most_stages(token_tile: int, m_warpgroups: int, k_warpgroups: int, ctas_per_sm: int, limit: int) -> Tile:
-    tile = Tile(token_tile, m_warpgroups, k_warpgroups, 0, ctas_per_sm)
+def with_most_stages(
+    token_tile: int, m_warpgroups: int, k_warpgroups: int, stage_blocks: int, ctas_per_sm: int, limit: int = 64
+) -> Tile:
+    """A tile with as many stages as shared memory holds, at most ``limit``."""
+    tile = Tile(token_tile, m_warpgroups, k_warpgroups, stage_blocks, 0, ctas_per_sm)
     available = SHARED_MEMORY // ctas_per_sm - (_RESERVED_PER_CTA if ctas_per_sm > 1 else 0)
     per_stage = tile.stage_bytes + 16
     return dataclasses.replace(tile, stages=min(limit, (available - tile.shared_bytes) // per_stage))
