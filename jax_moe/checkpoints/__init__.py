@@ -8,8 +8,10 @@ from jax_moe.checkpoints.files import CheckpointError as CheckpointError
 from jax_moe.checkpoints.load import (
     list_layers as list_layers,
     load_experts as load_experts,
+    load_linear as load_linear,
     load_router as load_router,
     load_shared_expert as load_shared_expert,
+    load_tensor as load_tensor,
     moe_options as moe_options,
 )
 from jax_moe.checkpoints.router import Router as Router, SharedExpert as SharedExpert

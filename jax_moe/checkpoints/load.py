@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jax_moe import parallel
 from jax_moe.checkpoints import conversion, leaves, router
+from jax_moe.checkpoints.files import Files, read_rows
 from jax_moe.checkpoints.layer import open_model
 from jax_moe.checkpoints.router import Router, SharedExpert
 from jax_moe.experts import Experts
@@ -72,6 +74,24 @@ def load_shared_expert(directory: Directory, layer: int) -> SharedExpert | None:
       CheckpointError: as :func:`load_experts`.
     """
     return router.open_shared_expert(open_model(Path(directory)), layer)
+
+
+def load_tensor(directory: Directory, name: str) -> jax.Array:
+    """Loads any tensor by its name in the files, as it is stored: for the parts of a model beside its MoE layers.
+
+    Raises:
+      CheckpointError: as :func:`load_experts`.
+    """
+    return jax.device_put(np.array(read_rows(Files(directory).info(name))))
+
+
+def load_linear(directory: Directory, module: str) -> jax.Array:
+    """Loads the weight of any linear layer ("model.layers.0.self_attn.q_proj") in bfloat16, dequantised if it is 4-bit.
+
+    Raises:
+      CheckpointError: as :func:`load_experts`.
+    """
+    return router.dense(Files(directory), module)
 
 
 def moe_options(directory: Directory) -> dict[str, Any]:

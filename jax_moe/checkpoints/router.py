@@ -88,7 +88,7 @@ def open_shared_expert(model: Model, layer: int) -> SharedExpert | None:
     if not any(name.startswith(prefix) for name in model.files.names()):
         return None
     hidden = size(model.config, model.config_file, "hidden_size")
-    *parts, down = (_dense(model.files, prefix, name) for name in model.family.projections[0])
+    *parts, down = (dense(model.files, prefix + name) for name in model.family.projections[0])
     for matrix, shape in [(part, (parts[0].shape[0], hidden)) for part in parts] + [
         (down, (hidden, parts[0].shape[0]))
     ]:
@@ -110,15 +110,15 @@ def _floats(files: Files, name: str, shape: tuple[int, ...]) -> np.ndarray:
     return read_rows(info).astype(np.float32)
 
 
-def _dense(files: Files, module: str, projection: str) -> jax.Array:
+def dense(files: Files, module: str) -> jax.Array:
     """bfloat16 ``[N, C]`` of a linear layer, dequantised if it is 4-bit."""
-    linear = stored.find_linear(files, module, projection)
+    linear = stored.find_linear(files, module)
     if linear is not None:
         scale = jnp.asarray(linear.global_scale(0, 0))
         return nvfp4.dequantize(
             jnp.asarray(linear.payload(0, 0)), jnp.asarray(linear.block_scale(0, 0)), scale, jnp.bfloat16
         )
-    info = files.info(f"{module}{projection}.weight")
+    info = files.info(f"{module}.weight")
     if info.dtype not in _FLOATS or len(info.shape) != 2:
         raise CheckpointError(
             f"{info}: found {info.summary}, expected {' or '.join(_FLOATS)} of two axes, NVFP4 or MXFP4"

@@ -188,7 +188,7 @@ class Stored:
     def _name(self, suffix: str, expert: int, part: int) -> str:
         if self.fused:
             return f"{self.module}{self.projections[0]}{suffix}"
-        return f"{self.module.format(expert)}{self.projections[part]}.{suffix}"
+        return f"{self.module.replace('{}', str(expert))}{self.projections[part]}.{suffix}"
 
     def _info(self, suffix: str, expert: int, part: int) -> TensorInfo:
         return self.files.info(self._name(suffix, expert, part))
@@ -312,16 +312,18 @@ def find(
     raise CheckpointError(f"{example}: found {example.summary}, expected the experts of {block} in NVFP4 or MXFP4")
 
 
-def find_linear(files: Files, module: str, projection: str) -> Stored | None:
+def find_linear(files: Files, name: str) -> Stored | None:
     """A single 4-bit linear layer outside the experts, of whatever shape it has; None if it is not 4-bit.
 
     Raises:
       CheckpointError: as :func:`find`.
     """
-    present = {name for name in files.names() if name.startswith(f"{module}{projection}.")}
+    present = {tensor for tensor in files.names() if tensor.startswith(f"{name}.")}
+    parent, _, projection = name.rpartition(".")
+    module = f"{parent}." if parent else ""
     for format in _PER_EXPERT:
         if _is_recognised(format, (projection,), module, present, expert=""):
-            payload = files.info(f"{module}{projection}.{format.payload}")
+            payload = files.info(f"{name}.{format.payload}")
             num_rows, half = payload.shape if len(payload.shape) == 2 else (0, 0)
             stored = Stored(
                 files=files,

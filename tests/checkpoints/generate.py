@@ -365,10 +365,28 @@ def expectations(case: Case, out: Path) -> None:
             y = block(x)
         y = y[0] if isinstance(y, tuple) else y
         arrays[f"x{layer}"], arrays[f"y{layer}"] = x.reshape(TOKENS, HIDDEN).numpy(), y.reshape(TOKENS, HIDDEN).numpy()
+    if case.scheme == "NVFP4_EXPERTS_ONLY_CFG":
+        arrays |= decoder_layer(model)
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
     expected = {"tool": case.tool, "scheme": case.scheme, "versions": versions, "sha256": digests}
     (out / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
     np.savez(out / "expected.npz", **arrays)
+
+
+def decoder_layer(model) -> dict:
+    """The whole first decoder layer, attention included, for ``examples/qwen3_layer.py``."""
+    import torch
+
+    model = model.float()
+    x = torch.randn(1, TOKENS, HIDDEN, generator=torch.Generator().manual_seed(7)).to(torch.bfloat16).float()
+    positions = torch.arange(TOKENS)[None]
+    mask = torch.full((TOKENS, TOKENS), float("-inf")).triu(1)[None, None]
+    with torch.no_grad():
+        y = model.model.layers[0](
+            x, attention_mask=mask, position_ids=positions, position_embeddings=model.model.rotary_emb(x, positions)
+        )
+    y = y[0] if isinstance(y, tuple) else y
+    return {"decoder_x": x[0].numpy(), "decoder_y": y.reshape(TOKENS, HIDDEN).numpy()}
 
 
 def _block_name(model: str) -> str:
