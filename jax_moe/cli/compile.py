@@ -60,7 +60,10 @@ def compile(
 
     table = Table(title=f"{len(specs)} kernels for {target} in {kernels.cache_folder()}")
     for heading in ("kernel", "threads", "registers", "stack bytes", "shared bytes", "wgmma", "cubin bytes"):
-        table.add_column(heading, justify="left" if heading == "kernel" else "right")
+        if heading == "kernel":
+            table.add_column(heading, overflow="fold", min_width=40)
+        else:
+            table.add_column(heading, justify="right")
     failures = []
     for spec, kernel in _compile_all(list(specs), target, jobs):
         facts = (kernel.threads, kernel.registers, kernel.stack_bytes, kernel.shared_bytes)

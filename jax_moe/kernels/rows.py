@@ -9,7 +9,7 @@ from cutlass import BFloat16, Float32, Int32, Int64
 import cutlass.cute as cute
 
 from jax_moe.kernels import specs
-from jax_moe.kernels.common import epilogue, ptx
+from jax_moe.kernels.common import epilogue
 from jax_moe.kernels.common.memory import array, pointer
 
 _BLOCK = 16
@@ -46,31 +46,26 @@ class Rows:
         tid, _, _ = cute.arch.thread_idx()
         cta, _, _ = cute.arch.block_idx()
         index = cta * self.spec.threads + tid
-        if index < num_rows * row_blocks:
-            row = index // row_blocks
-            column = index - row * row_blocks
-            source = self._block(x, (row // row_divisor) * row_blocks + column)
-            loaded = cute.make_rmem_tensor(_BLOCK, BFloat16)
-            cute.autovec_copy(source, loaded)
-            values = [Float32(loaded[i]) for i in range(_BLOCK)]
-            if cutlass.const_expr(self.spec.per_route):
-                weight = array(routing_weights)[row]
-                # Rounded to bf16 also where it is quantised next: that is what GEMM1 sees without quantisation.
-                values = [Float32(BFloat16(value * weight)) for value in values]
-            if cutlass.const_expr(self.spec.quantise):
-                values = self._quantise(values, array(input_scale)[0])
-            for i in cutlass.range_constexpr(_BLOCK):
-                loaded[i] = BFloat16(values[i])
+        is_mine = index < num_rows * row_blocks
+        if not is_mine:
+            index = Int32(0)  # whole warps stay together: the rounding exchanges values between lanes
+        row = index // row_blocks
+        column = index - row * row_blocks
+        source = self._block(x, (row // row_divisor) * row_blocks + column)
+        loaded = cute.make_rmem_tensor(_BLOCK, BFloat16)
+        cute.autovec_copy(source, loaded)
+        values = [Float32(loaded[i]) for i in range(_BLOCK)]
+        if cutlass.const_expr(self.spec.per_route):
+            weight = array(routing_weights)[row]
+            # Rounded to bf16 also where it is quantised next: that is what GEMM1 sees without quantisation.
+            values = [Float32(BFloat16(value * weight)) for value in values]
+        if cutlass.const_expr(self.spec.quantise):
+            (values,) = epilogue.round_blocks([values], array(input_scale)[0], lane=Int32(0), lanes=1, stride=1)
+        for i in cutlass.range_constexpr(_BLOCK):
+            loaded[i] = BFloat16(values[i])
+        if is_mine:
             cute.autovec_copy(loaded, self._block(x_rows, index))
 
     def _block(self, base: cute.Pointer, index):
         """16 values as a tensor; aligned to 16 bytes like ``base``."""
         return cute.make_tensor((base + Int64(index) * _BLOCK).align(16), cute.make_layout(_BLOCK))
-
-    def _quantise(self, values, global_scale: Float32):
-        amax = ptx.absolute(values[0])
-        for value in values[1:]:
-            amax = ptx.maximum(amax, ptx.absolute(value))
-        scale = epilogue.block_scale(amax, global_scale)
-        inverse = epilogue.block_inverse(scale, global_scale)
-        return [epilogue.round_nvfp4(value, inverse, scale) for value in values]
