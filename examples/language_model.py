@@ -34,7 +34,6 @@ The full run printed, on two cores of a Xeon with AVX-512:
         # If the parameters and
             if the string and not None:
                 raise ValueError(
-                                                                                                                   return s
     ───────────────────────────────── 2290 bytes/s ─────────────────────────────────
 
 The short run reached 2.646, 2.649 and 2.654 bits per byte.
@@ -198,7 +197,7 @@ def main(
     save_to: Annotated[pathlib.Path | None, typer.Option("--save", help="Write the trained model (.npz).")] = None,
     load_from: Annotated[pathlib.Path | None, typer.Option("--load", help="Read a model instead of training.")] = None,
     prompt: Annotated[str, typer.Option(help="What the model continues.")] = PROMPT,
-    new_bytes: Annotated[int, typer.Option(min=1, help="How far.")] = 200,
+    new_bytes: Annotated[int, typer.Option(min=1, help="How far.")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the best byte each time.")] = 0.5,
 ) -> None:
     """Train a small MoE language model on the standard library, quantise its experts to NVFP4, and let it write."""

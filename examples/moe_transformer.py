@@ -173,7 +173,10 @@ def quantize(params: Params, tokens: ArrayLike, config: Config) -> Params:
     def quantize_layer(n):
         dense = params["layers"]["experts"]
         experts = jax_moe.quantize_experts(dense["gate"][n], dense["up"][n], dense["down"][n], progress=False)
-        return jax_moe.calibrate(experts, x[n].astype(jnp.bfloat16), jax.tree.map(lambda leaf: leaf[n], routing))
+        experts = jax_moe.calibrate(experts, x[n].astype(jnp.bfloat16), jax.tree.map(lambda leaf: leaf[n], routing))
+        return (
+            jax_moe.prepare(experts) if jax.default_backend() == "gpu" else experts
+        )  # the layout of the GPU's kernels
 
     layers = [quantize_layer(n) for n in track(range(config.layers), "quantise layers")]
     return with_experts(params, jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers))

@@ -80,7 +80,8 @@ def main(
     new_bytes: Annotated[int, typer.Option(min=1, help="How far to continue each prompt.")] = 64,
 ) -> None:
     """Run the language model on eight virtual devices and compare with one."""
-    jax.config.update("jax_num_cpu_devices", 8)  # before anything uses a device
+    jax.config.update("jax_platforms", "cpu")  # these two before anything uses a device
+    jax.config.update("jax_num_cpu_devices", 8)
     text, held_out = standard_library()
     if load_from:
         params, config = load(load_from)

@@ -55,8 +55,9 @@ def test_language_model_survives_quantisation(trained):
     megabytes = {name: float(cells[1].split()[0]) for name, cells in rows.items() if name.startswith("MoE")}
     bf16, w4a16, w4a4 = "MoE, bfloat16 experts", "MoE, NVFP4 experts, w4a16", "MoE, NVFP4 experts, w4a4"
     assert bits[bf16] < bits["counts of bytes"]
-    assert abs(bits[w4a16] - bits[bf16]) < 0.02
-    assert abs(bits[w4a4] - bits[bf16]) < 0.04
+    # Measured: 0.002 and 0.001. One slot dropped of two gives 0.03, gate and up exchanged 0.06, in this young model.
+    assert abs(bits[w4a16] - bits[bf16]) < 0.01
+    assert abs(bits[w4a4] - bits[bf16]) < 0.015
     # 4 bits, 8/16 bits of block scale and a few fp32 scales a matrix, in place of 16 bits.
     assert megabytes[w4a16] / megabytes[bf16] == pytest.approx(4.5 / 16, rel=0.03)
     assert re.search(r"(\d+) bytes/s", output)[1] != "0"
