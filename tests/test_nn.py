@@ -96,3 +96,11 @@ def test_state_round_trip():
 
 def test_the_core_does_not_import_flax():
     helpers.run_python("import sys, jax_moe, jax_moe.checkpoints; assert not [m for m in sys.modules if 'flax' in m]")
+
+
+def test_the_decoder_layer_example_agrees_with_transformers():
+    """What the recording cannot tell: that attention, norms and residuals around the module are transformers' too."""
+    example = Path(__file__).parents[1] / "examples" / "qwen3_layer.py"
+    printed = helpers.run_python(f"import runpy; runpy.run_path({str(example)!r}, run_name='__main__')", COLUMNS="200")
+    error = float(printed.split("relative error")[1].split()[0])
+    assert 0 < error < 3 * 2**-8  # inputs, gate, up and intermediate are rounded to bfloat16, over a residual

@@ -1,0 +1,62 @@
+"""``inspect`` and ``convert`` on the command line."""
+
+from pathlib import Path
+
+import checkpoint_writer as writer
+import pytest
+from typer.testing import CliRunner
+
+from jax_moe import checkpoints
+from jax_moe.__main__ import app
+
+DATA = Path(__file__).parent / "data"
+CASES = sorted(path.name for path in DATA.iterdir())
+
+
+def run(*arguments) -> tuple[int, str]:
+    result = CliRunner(env={"COLUMNS": "250"}).invoke(app, [str(argument) for argument in arguments])
+    return result.exit_code, result.output
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_inspect_shows_every_layer(case):
+    status, output = run("inspect", DATA / case)
+    assert status == 0
+    for layer in checkpoints.list_layers(DATA / case):
+        experts = checkpoints.load_experts(DATA / case, layer)
+        _, parts, intermediate, half = experts.gate_up.payload.shape
+        row = next(line for line in output.splitlines() if line.startswith(f"│ {layer} "))
+        assert f"{parts} x [{intermediate}, {2 * half}]" in row
+        assert f"{float(experts.down.global_scale.max()):.3g}" in row
+        assert ("none" in row) == (experts.gate_up.input_scale is None)
+
+
+def test_inspect_says_how_far_gate_and_up_differ(tmp_path):
+    layer = writer.checkpoint(tmp_path)[0]
+    scales = [[float(matrix.global_scale) for matrix in matrices] for matrices in layer.gate_up]
+    _, output = run("inspect", tmp_path)
+    assert f"up to {max(max(pair) / min(pair) for pair in scales):.3g}x" in output
+
+
+def test_inspect_names_what_is_wrong_and_shows_the_rest(tmp_path):
+    writer.checkpoint(tmp_path, layers=(0, 1), shards=1)
+    raw = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(
+        raw.replace(b'layers.1.mlp.experts.2.up_proj.weight"', b'layers.1.mlp.experts.2.up_proj.weighs"')
+    )
+    status, output = run("inspect", tmp_path)
+    assert status == 1
+    assert "│ 0 " in output
+    assert "layers.1.mlp.experts.2.up_proj.weight: found no such tensor" in output
+    status, output = run("inspect", tmp_path / "absent")
+    assert (status, "found no directory" in output) == (1, True)
+
+
+def test_convert_continues_and_reports_errors(tmp_path):
+    writer.checkpoint(tmp_path / "in", layers=(0, 1))
+    assert run("convert", tmp_path / "in", tmp_path / "out")[0] == 0
+    assert "2 layers, 0 written" in run("convert", tmp_path / "in", tmp_path / "out")[1]
+    status, output = run("convert", tmp_path / "in", tmp_path / "out", "--layout", "sm_90a")
+    assert status == 1
+    assert "jax_moe.json: layout" in output
+    assert run("convert", tmp_path / "in", tmp_path / "other", "--layout", "what")[0] == 1

@@ -1,0 +1,50 @@
+"""The snippets of docs/using-a-checkpoint.md run, in order, and the commands on it exist and work."""
+
+import importlib.util
+from pathlib import Path
+import re
+import shutil
+
+import pytest
+from typer.testing import CliRunner
+
+from jax_moe.__main__ import app
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "using-a-checkpoint.md").read_text()
+TINY = Path(__file__).parent / "data" / "modelopt-deepseek_v3"
+
+
+def snippets(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+
+
+def test_the_python_snippets_run_in_order(tmp_path, capsys):
+    names = {"directory": shutil.copytree(TINY, tmp_path / "tiny"), "output": tmp_path / "out"}
+    without_flax = importlib.util.find_spec("flax") is None
+    ran = 0
+    for snippet in snippets("python"):
+        if without_flax and "flax" in snippet:
+            continue
+        exec(snippet, names)
+        ran += 1
+    assert ran >= 8
+    printed = capsys.readouterr().out.strip()
+    promised = re.search(r"print\(error\)  # \.\.\.(.*)", PAGE)
+    assert promised
+    assert printed.endswith(promised[1])
+
+
+@pytest.mark.parametrize("command", snippets("sh"))
+def test_the_commands_run(tmp_path, command):
+    arguments = (
+        command.strip().removeprefix("python -m jax_moe ").replace("DIR", str(TINY)).replace("OUT", str(tmp_path / "o"))
+    )
+    result = CliRunner().invoke(app, arguments.split())
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("page", ["using-a-checkpoint.md", "checkpoint-formats.md"])
+def test_the_files_that_a_page_names_exist(page):
+    for name in re.findall(r"`((?:docs|tests|examples|jax_moe)/[\w/.-]+)`", (ROOT / "docs" / page).read_text()):
+        assert (ROOT / name).exists(), name
