@@ -19,6 +19,7 @@ PACKAGE_FOLDER = pathlib.Path(jax_moe.__file__).parents[1]
 ACTIVATIONS = (
     jax_moe.SwiGLU(),
     jax_moe.SwiGLU(alpha=1.702, beta=1.0, limit=7.0),
+    jax_moe.SwiGLU(alpha=0.5, beta=-0.25, limit=0.75),  # of which most values clamp
     jax_moe.GeGLU(),
     jax_moe.ReLU2(),
     jax_moe.SiTU(),

@@ -177,6 +177,17 @@ def test_quantises_every_boundary_of_the_block_scale(scale):
     _assert_quantises(np.where(np.abs(values) < 2.0**-126, np.float32(0) * values, values), scale)
 
 
+def test_quantises_every_tie_of_a_code_as_defined():
+    """Values that scaling puts next to a tie, where a quotient in place of the product with 1 / (sf s) shows."""
+    rng = np.random.default_rng(4)
+    ties = (statement.E2M1[1:] + statement.E2M1[:-1]) / 2
+    for scale in rng.uniform(0.5, 1, 40).astype(np.float32):
+        sf = rng.integers(8, 0x7F, 64, np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)[:, None]
+        block = np.float32(sf * scale) * np.concatenate([np.float32([6, 0.2]), ties, -ties])
+        block[:, 2:] = np.nextafter(block[:, 2:], rng.choice([-INFINITY, INFINITY], (64, 14)))
+        _assert_quantises(block, scale)
+
+
 @pytest.mark.parametrize("quantize", [nvfp4.quantize, quantize], ids=["eager", "jit"])
 def test_quantises_special_values(quantize):
     ones, zeros = np.ones(15, np.float32), np.zeros(15, np.float32)
