@@ -1,0 +1,205 @@
+"""What a call lowers to on CUDA, without a GPU or the DSL: launches, workspaces, attributes, errors, the CLI."""
+
+import dataclasses
+import functools
+import shlex
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import typer.testing
+
+from jax_moe import activations, plan
+from jax_moe.cli import compile as command
+from jax_moe.kernels import compile as kernels, lowering
+from jax_moe.kernels.sm90 import plan as sm90_plan
+
+_BYTES = {"sort": (8,) * 8 + (4,), "prepare": (8,) * 4 + (4,) * 3, "gemm1": (8,) * 10 + (4,) * 5,
+          "gemm2": (8,) * 10 + (4,) * 6, "combine": (8,) * 4 + (4,) * 4}  # fmt: skip
+_STEPS = {
+    "SortSpec": "sort",
+    "RowsSpec": "prepare",
+    "Gemm1Spec": "gemm1",
+    "Gemm2Spec": "gemm2",
+    "CombineSpec": "combine",
+}
+
+
+@pytest.fixture(autouse=True)
+def compiler(monkeypatch):
+    """Stands in for the compiler; returns the specs that it was asked for."""
+    asked = []
+
+    def compiled(spec, target, hint=""):
+        asked.append(spec)
+        step = _STEPS[type(spec).__name__]
+        return kernels.CompiledKernel(spec.name.encode() + b"\xff\0", spec.name, 128, 1024, _BYTES[step], 64, 0, 1)
+
+    monkeypatch.setattr(kernels, "compiled", compiled)
+    return asked
+
+
+def _problem(**changes) -> plan.Problem:
+    problem = plan.Problem(
+        num_tokens=40, top_k=4, num_experts=16, hidden_size=2880, intermediate_size=2880,
+        activation=activations.SwiGLU(), precision="w4a16", combine="atomic", weight_on="output",
+        out_dtype=jnp.dtype(jnp.bfloat16), layout="sm_90a", command_buffer=True,
+    )  # fmt: skip
+    return dataclasses.replace(problem, **changes)
+
+
+def _kernels(problem, biases=(False, False)):
+    call = lowering.cuda_call(problem, biases=biases)
+    return call.attributes["kernels"], call.workspaces
+
+
+_STEPS_OF_MODES = [
+    ({}, ["sort", "gemm1", "gemm2"]),
+    ({"precision": "w4a4"}, ["sort", "prepare", "gemm1", "gemm2"]),
+    ({"weight_on": "input"}, ["sort", "prepare", "gemm1", "gemm2"]),
+    ({"combine": "ordered"}, ["sort", "gemm1", "gemm2", "combine"]),
+    ({"combine": "ordered", "precision": "w4a4"}, ["sort", "prepare", "gemm1", "gemm2", "combine"]),
+    ({"num_tokens": 0}, []),
+]
+
+
+@pytest.mark.parametrize(("changes", "steps"), _STEPS_OF_MODES, ids=str)
+def test_each_mode_launches_its_kernels(changes, steps):
+    attributes, workspaces = _kernels(_problem(**changes))
+    assert [step for step in _BYTES if step in attributes] == steps
+    assert len(attributes["workspace_bytes"]) == len(workspaces)
+    for workspace, size in zip(workspaces, attributes["workspace_bytes"], strict=True):
+        assert workspace.size * workspace.dtype.itemsize == size
+
+
+def test_arguments_name_buffers_that_are_there():
+    for changes, _ in _STEPS_OF_MODES:
+        attributes, workspaces = _kernels(_problem(**changes), biases=(True, True))
+        for step in _BYTES:
+            for argument in attributes.get(step, {"arguments": ""})["arguments"].split():
+                kind, _, value = argument.partition(":")
+                limit = {"operand": 14, "result": 1 + len(workspaces), "i32": 2**31, "null": 1}[kind]
+                assert int(value or 0) < limit, (step, argument)
+
+
+def _arguments(problem, step, biases=(False, False)):
+    return _kernels(problem, biases)[0][step]["arguments"].split()
+
+
+def test_what_is_absent_is_null_and_what_is_there_is_not():
+    assert _arguments(_problem(), "gemm1")[6:9] == ["null"] * 3
+    quantised = _arguments(_problem(precision="w4a4"), "gemm1", biases=(True, False))
+    assert quantised[6:9] == ["operand:7", "operand:8", "operand:12"]
+    assert _arguments(_problem(), "gemm2", biases=(False, True))[7:9] == ["null", "operand:13"]
+
+
+def test_gemm1_reads_x_or_what_the_pass_over_x_made():
+    assert _arguments(_problem(), "gemm1")[0] == "operand:0"
+    for changes, divisor in (({"precision": "w4a4"}, "i32:4"), ({"weight_on": "input"}, "i32:1")):
+        problem = _problem(**changes)
+        x_rows = _arguments(problem, "prepare")[3]
+        gemm1 = _arguments(problem, "gemm1")
+        assert (gemm1[0], gemm1[11]) == (x_rows, divisor)
+
+
+def test_gemm2_adds_into_the_output_or_stores_contributions():
+    assert _arguments(_problem(), "gemm2")[9:12:2] == ["result:0", "i32:4"]
+    ordered = _problem(combine="ordered")
+    contributions, divisor = _arguments(ordered, "gemm2")[9:12:2]
+    assert contributions == _arguments(ordered, "combine")[0] != "result:0"
+    assert divisor == "i32:1"
+    assert _arguments(ordered, "combine")[3] == "result:0"
+
+
+def test_sizes_of_the_prepared_weights_are_those_that_prepare_makes():
+    for activation in (activations.SwiGLU(), activations.ReLU2()):
+        case = helpers.make_case(hidden=112, intermediate=176, activation=activation, bias=True)
+        prepared = helpers.jax_moe.prepare(case.experts, "sm_90a", progress=False)
+        text = jax.jit(functools.partial(helpers.jax_moe.fused_moe, activation=activation)).trace(
+            case.x, prepared, case.routing
+        ).lower(lowering_platforms=("cuda",)).as_text()  # fmt: skip
+        sizes = [p.payload.nbytes for p in (prepared.gate_up, prepared.down)]
+        assert f"weight_bytes = dense<[{sizes[0]}, 0, {sizes[1]}, 0]>" in text
+        padded = prepared.gate_up.bias.shape[2]
+        assert f"shape = dense<[5, 2, 4, {2 if activation.gated else 1}, 112, {padded}, 2]>" in text
+
+
+def test_lowering_is_deterministic():
+    case = helpers.make_case()
+    prepared = helpers.jax_moe.prepare(case.experts, "sm_90a", progress=False)
+    texts = set()
+    for _ in range(2):
+        jax.clear_caches()
+        traced = jax.jit(helpers.jax_moe.fused_moe).trace(case.x, prepared, case.routing)
+        texts.add(traced.lower(lowering_platforms=("cuda",)).as_text())
+    assert len(texts) == 1
+
+
+def test_weights_that_are_not_prepared_are_refused():
+    with pytest.raises(ValueError, match=r"experts.layout: got 'canonical', .* jax_moe.prepare\(experts, 'sm_90a'\)"):
+        lowering.cuda_call(_problem(layout="canonical"), biases=(False, False))
+
+
+def test_sizes_that_the_kernels_cannot_count_are_refused():
+    with pytest.raises(ValueError, match="local experts, the GPU kernels take at most 512"):
+        lowering.cuda_call(_problem(num_experts=513), biases=(False, False))
+    with pytest.raises(ValueError, match="int32"):
+        lowering.cuda_call(_problem(num_tokens=2**29, top_k=16), biases=(False, False))
+
+
+def test_a_kernel_that_takes_other_parameters_is_refused(monkeypatch):
+    monkeypatch.setitem(_BYTES, "gemm1", (8,) * 10 + (4,) * 4)
+    with pytest.raises(RuntimeError, match="takes parameters of"):
+        lowering.cuda_call(_problem(), biases=(False, False))
+
+
+@pytest.mark.parametrize("changes", [
+    {},
+    {"num_tokens": 8192, "combine": "ordered", "out_dtype": jnp.dtype(jnp.float32)},
+    {"precision": "w4a4", "weight_on": "input", "activation": activations.SwiGLU(1.702, 1.0, 7.0)},
+    {"activation": activations.SiTU(beta=2.5, linear_beta=None), "num_experts": 3},
+    {"activation": activations.GeGLU(), "hidden_size": 64, "intermediate_size": 128},
+    {"activation": activations.ReLU2(), "top_k": 1},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("biases", [(False, False), (True, True)])
+def test_the_command_in_the_error_makes_the_kernels(compiler, monkeypatch, changes, biases):
+    """Round trip: problem -> the error's command line -> the kernels that the problem needs."""
+    problem = _problem(**changes)
+    wanted = {launch.spec for launch in lowering.launches(problem, biases=biases)}
+    app = typer.Typer()
+    app.command()(command.compile)
+    arguments = ["--target", "sm_90a", *shlex.split(" ".join(lowering.command_arguments(problem, biases)))]
+    ran = typer.testing.CliRunner().invoke(app, arguments)
+    assert ran.exit_code == 0, ran.output
+    assert set(compiler) == wanted
+
+
+def test_the_command_refuses_what_it_does_not_know():
+    app = typer.Typer()
+    app.command()(command.compile)
+    for arguments in (["--shape", "gpt-2"], ["--layer", "1,2"], [], ["--layer", "8,2,64,64", "--activation", "tanh"]):
+        ran = typer.testing.CliRunner().invoke(app, arguments)
+        assert ran.exit_code == 2, (arguments, ran.output)
+
+
+def test_the_sort_has_room_for_what_it_is_asked_for():
+    for routes in (1, 8, 100, 2048, 2049, 131072):
+        for experts in (1, 7, 128, 512):
+            spec = lowering.specs.sort_spec(routes, experts, 8, weighted=True)
+            assert spec.warps <= 32
+            assert 32 * spec.warps >= experts, "the sums over experts take a thread for each"
+            shared = 4 * (spec.warps * experts + 3 * experts + spec.warps + 2)
+            assert shared <= 227 * 1024
+
+
+def test_workspaces_hold_the_worst_routing():
+    """A tile map for every routing: one row on each of many experts, or all on one."""
+    for tokens, top_k, experts, tile in ((1, 8, 128, 8), (64, 8, 128, 16), (300, 4, 8, 64)):
+        routes, limit = tokens * top_k, sm90_plan.max_tiles(tokens * top_k, experts, tile)
+        spread = np.bincount(np.arange(routes) % experts, minlength=experts)
+        uneven = np.minimum(np.ones(experts, int), routes)
+        uneven[0] += max(0, routes - uneven.sum())
+        for counts in (spread, uneven, np.array([routes])):
+            assert np.ceil(counts / tile).sum() <= limit or counts.sum() > routes
