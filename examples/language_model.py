@@ -1,7 +1,7 @@
 """Train a small mixture-of-experts language model on real text, quantise its experts to NVFP4, and let it write.
 
 Run it:  python examples/language_model.py            (290 s of CPU time; some 4 minutes on two free cores)
-         python examples/language_model.py --short    (47 s of CPU time, 33 s here)
+         python examples/language_model.py --short    (47 s of CPU time; 33 s on two nearly free cores)
 
 The text is the source code of Python's standard library, which every machine has; every tenth file is held out. The
 model (``moe_transformer.py``) reads bytes, and is trained with dense float32 experts. Then its experts are quantised,
