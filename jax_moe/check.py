@@ -1,5 +1,8 @@
 """Argument checks of the public calls: every mistake is an error while tracing, and names its argument."""
 
+import dataclasses
+import math
+
 import jax.numpy as jnp
 
 from jax_moe import activations, arguments, nvfp4, plan
@@ -20,6 +23,7 @@ def check(
     arguments.instance("experts", experts, Experts)
     arguments.instance("routing", routing, Routing)
     arguments.instance("activation", activation, activations.Activation)
+    _check_activation(activation)
     arguments.choice("precision", precision, plan.Precision)
     arguments.choice("combine", combine, plan.Combine)
     arguments.choice("weight_on", weight_on, plan.WeightOn)
@@ -57,6 +61,19 @@ def check(
         layout=experts.layout,
         command_buffer=bool(command_buffer),
     )
+
+
+def _check_activation(activation: activations.Activation) -> None:
+    """Its parameters become attributes of the custom call: finite Python numbers; what is divided by or clamps, > 0."""
+    for field in dataclasses.fields(activation):
+        value, name = getattr(activation, field.name), f"activation.{field.name}"
+        is_limit = "limit" in field.name or isinstance(activation, activations.SiTU)
+        if value is None and field.name in ("limit", "linear_beta"):
+            continue
+        if not isinstance(value, int | float):
+            raise TypeError(f"{name}: got {type(value).__name__}, needs a Python number")
+        if not math.isfinite(value) or (is_limit and value <= 0):
+            raise ValueError(f"{name}: got {value}, needs a finite number{' above 0' if is_limit else ''}")
 
 
 def _check_experts(experts: Experts, hidden: int, parts: int) -> tuple[int, int]:

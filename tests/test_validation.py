@@ -252,6 +252,46 @@ BAD = {
         TypeError,
         "activation: got type, needs SwiGLU or",
     ),
+    "alpha is an array": (
+        arguments_with(activation=jax_moe.SwiGLU(alpha=jnp.float32(1.7))),
+        TypeError,
+        "activation.alpha: got ArrayImpl, needs a Python number",
+    ),
+    "alpha is a string": (
+        arguments_with(activation=jax_moe.SwiGLU(alpha="1")),
+        TypeError,
+        "activation.alpha: got str, needs a Python number",
+    ),
+    "alpha is None": (
+        arguments_with(activation=jax_moe.SwiGLU(alpha=None)),
+        TypeError,
+        "activation.alpha: got NoneType, needs a Python number",
+    ),
+    "limit is negative": (
+        arguments_with(activation=jax_moe.SwiGLU(limit=-1.0)),
+        ValueError,
+        "activation.limit: got -1.0, needs a finite number above 0",
+    ),
+    "limit is infinite": (
+        arguments_with(activation=jax_moe.SwiGLU(limit=float("inf"))),
+        ValueError,
+        "activation.limit: got inf, needs a finite number above 0",
+    ),
+    "beta is NaN": (
+        arguments_with(activation=jax_moe.SwiGLU(beta=float("nan"))),
+        ValueError,
+        "activation.beta: got nan, needs a finite number",
+    ),
+    "SiTU divides by 0": (
+        arguments_with(activation=jax_moe.SiTU(beta=0.0)),
+        ValueError,
+        "activation.beta: got 0.0, needs a finite number above 0",
+    ),
+    "SiTU divides by 0 linearly": (
+        arguments_with(activation=jax_moe.SiTU(linear_beta=0)),
+        ValueError,
+        "activation.linear_beta: got 0, needs a finite number above 0",
+    ),
     "activation without a gate": (
         arguments_with(activation=jax_moe.ReLU2()),
         ValueError,
