@@ -18,20 +18,17 @@ namespace {
 
 // A panel of kPanelRows x kPanelDepth weights is expanded once and stays in the L1 cache while a block of rows passes
 // over it, kTileTokens at a time: the accumulators of a tile are what the registers hold.
-constexpr int kUnitColumns = kBlockSize;
+constexpr int kColumns = kBlockSize;  // of a GEMM's result, made together: a whole block, so that it can be quantised
 #if defined(__AVX512F__)
 constexpr int kPanelRows = 8;
 constexpr int kTileTokens = 3;
-#elif defined(__AVX2__)
-constexpr int kPanelRows = 2;
-constexpr int kTileTokens = 3;
 #else
-constexpr int kPanelRows = 2;
-constexpr int kTileTokens = 1;
+constexpr int kPanelRows = 4;
+constexpr int kTileTokens = 3;
 #endif
 constexpr int kPanelDepth = 1024;
 // Input rows per pass: enough to pay for the expansion, few enough that they and the sums stay in the L2 cache.
-constexpr int kBlockTokens = 64;
+constexpr int kBlockTokens = 96;
 
 struct E4M3Table {
   float value[256];
@@ -67,35 +64,43 @@ inline void ExpandPanel(const WeightRows& weights, int first_row, int64_t begin,
   }
 }
 
-// sums[t][first_row + r] += panel row r . inputs[t], for the tokens of one tile.
+// sums[t][first_row + r] += panel row r . inputs[t], for the tokens of one tile. Where vectors are narrower than
+// sixteen lanes, one part of the lanes after the other, so that a tile has as many products for what it loads.
 template <int kTokens>
 inline void MultiplyTile(const float* panel, int64_t depth, const float* const* inputs, int64_t begin, int first_row,
-                         float (*sums)[kUnitColumns]) {
-  Lanes accumulators[kTokens][kPanelRows] = {};
-  const float* rows[kTokens];
-  for (int t = 0; t < kTokens; ++t) rows[t] = inputs[t] + begin;
-  for (int64_t k = 0; k < depth; k += kLanes) {
-    Lanes values[kTokens];
-    for (int t = 0; t < kTokens; ++t) values[t] = Load(rows[t] + k);
-    for (int r = 0; r < kPanelRows; ++r) {
-      Lanes weight = Load(panel + r * kPanelDepth + k);
-      KeepInRegisters(&weight);
-      for (int t = 0; t < kTokens; ++t) {
-        for (int i = 0; i < kParts; ++i) {
-          accumulators[t][r].part[i] = MultiplyAdd(weight.part[i], values[t].part[i], accumulators[t][r].part[i]);
-        }
+                         float (*sums)[kColumns]) {
+  Lanes totals[kTokens][kPanelRows];
+#pragma GCC unroll 4
+  for (int part = 0; part < kParts; ++part) {
+    const int offset = part * kNativeLanes;
+    Native accumulators[kTokens][kPanelRows] = {};
+    for (int64_t k = 0; k < depth; k += kLanes) {
+      Native values[kTokens];
+#pragma GCC unroll 8
+      for (int t = 0; t < kTokens; ++t) values[t] = LoadNative(inputs[t] + begin + k + offset);
+#pragma GCC unroll 8
+      for (int r = 0; r < kPanelRows; ++r) {
+        Native weight = LoadNative(panel + r * kPanelDepth + k + offset);
+        KeepInRegister(&weight);
+#pragma GCC unroll 8
+        for (int t = 0; t < kTokens; ++t) accumulators[t][r] = MultiplyAdd(weight, values[t], accumulators[t][r]);
       }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kPanelRows; ++r) totals[t][r].part[part] = accumulators[t][r];
     }
   }
 #pragma GCC unroll 8
-  for (int t = 0; t < kTokens; ++t) AddSumOfLanes(accumulators[t], sums[t] + first_row);
+  for (int t = 0; t < kTokens; ++t) AddSumOfLanes(totals[t], sums[t] + first_row);
 }
 
 // sums[t][n] = weight row n . inputs[t], for 16 weight rows and at most kBlockTokens inputs.
-void Multiply(const WeightRows& weights, const float* const* inputs, int count, float (*sums)[kUnitColumns]) {
+void Multiply(const WeightRows& weights, const float* const* inputs, int count, float (*sums)[kColumns]) {
   alignas(64) float panel[kPanelRows * kPanelDepth];
   memset(sums, 0, count * sizeof(*sums));
-  for (int row = 0; row < kUnitColumns; row += kPanelRows) {
+  for (int row = 0; row < kColumns; row += kPanelRows) {
     for (int64_t begin = 0; begin < weights.depth; begin += kPanelDepth) {
       const int64_t left = weights.depth - begin;
       const int64_t depth = left < kPanelDepth ? left : kPanelDepth;
@@ -104,7 +109,7 @@ void Multiply(const WeightRows& weights, const float* const* inputs, int count, 
       for (; t + kTileTokens <= count; t += kTileTokens) {
         MultiplyTile<kTileTokens>(panel, depth, inputs + t, begin, row, sums + t);
       }
-      if (kTileTokens > 2 && t + 2 == count) {
+      if (t + 2 == count) {
         MultiplyTile<2>(panel, depth, inputs + t, begin, row, sums + t);
       } else if (t + 1 == count) {
         MultiplyTile<1>(panel, depth, inputs + t, begin, row, sums + t);
@@ -146,18 +151,18 @@ void PrepareRow(const Call& call, int64_t row) {
 
 // Sixteen sums scaled and biased.
 inline void Finish(const float* sums, float scale, const float* bias, float* result) {
-  for (int i = 0; i < kUnitColumns; ++i) result[i] = sums[i] * scale;
+  for (int i = 0; i < kColumns; ++i) result[i] = sums[i] * scale;
   if (bias != nullptr) {
-    for (int i = 0; i < kUnitColumns; ++i) result[i] += bias[i];
+    for (int i = 0; i < kColumns; ++i) result[i] += bias[i];
   }
 }
 
 void GateUpUnit(const Call& call, int64_t unit) {
   const Problem& p = call.problem;
   const bool quantized = p.precision == Precision::kW4A4;
-  const int64_t units_per_expert = p.intermediate_size / kUnitColumns;
+  const int64_t units_per_expert = p.intermediate_size / kColumns;
   const int64_t expert = call.active_experts[unit / units_per_expert];
-  const int64_t column = unit % units_per_expert * kUnitColumns;
+  const int64_t column = unit % units_per_expert * kColumns;
   const float input_scale = quantized ? *p.gate_up.input_scale : 1.0f;
   const float down_input_scale = quantized ? p.down.input_scale[expert] : 1.0f;
   const int64_t end = call.expert_starts[expert + 1];
@@ -168,7 +173,7 @@ void GateUpUnit(const Call& call, int64_t unit) {
       const int64_t row = p.weight_on == WeightOn::kInput ? begin + t : call.route_order[begin + t] / p.top_k;
       inputs[t] = call.activations + row * p.hidden_size;
     }
-    alignas(64) float sums[2][kBlockTokens][kUnitColumns];
+    alignas(64) float sums[2][kBlockTokens][kColumns];
     for (int64_t part = 0; part < p.num_parts; ++part) {
       const int64_t weight_row = (expert * p.num_parts + part) * p.intermediate_size + column;
       Multiply(WeightRows(p.gate_up, weight_row, p.hidden_size), inputs, count, sums[part]);
@@ -177,7 +182,7 @@ void GateUpUnit(const Call& call, int64_t unit) {
       for (int t = 0; t < count; ++t) Finish(sums[part][t], scale, bias, sums[part][t]);
     }
     for (int t = 0; t < count; ++t) {
-      float block[kUnitColumns];
+      float block[kColumns];
       Activate(p, sums[0][t], sums[p.num_parts - 1][t], block);
       RoundBlock(p.precision, down_input_scale, block);
       memcpy(call.intermediate + (begin + t) * p.intermediate_size + column, block, sizeof(block));
@@ -188,37 +193,40 @@ void GateUpUnit(const Call& call, int64_t unit) {
 void DownUnit(const Call& call, int64_t unit) {
   const Problem& p = call.problem;
   const bool ordered = p.combine == Combine::kOrdered;
-  const int64_t column = unit * kUnitColumns;
+  const int64_t first_column = unit * call.down_unit_columns;
+  const int64_t past_last = first_column + call.down_unit_columns;
+  const int64_t end_column = past_last < p.hidden_size ? past_last : p.hidden_size;
   // Whatever is accumulated into is zeroed here, on every call: XLA's buffers arrive with anything in them.
   if (!ordered) {
     for (int64_t t = 0; t < p.num_tokens; ++t) {
-      memset(call.sums + t * p.hidden_size + column, 0, kUnitColumns * sizeof(float));
+      memset(call.sums + t * p.hidden_size + first_column, 0, (end_column - first_column) * sizeof(float));
     }
   }
   for (int64_t active = 0; active < call.num_active; ++active) {
     const int64_t expert = call.active_experts[active];
-    const int64_t weight_row = expert * p.hidden_size + column;
-    const WeightRows weights(p.down, weight_row, p.intermediate_size);
     const float input_scale = p.precision == Precision::kW4A4 ? p.down.input_scale[expert] : 1.0f;
     const float scale = input_scale * p.down.global_scale[expert];
-    const float* bias = p.down.bias == nullptr ? nullptr : p.down.bias + weight_row;
     const int64_t end = call.expert_starts[expert + 1];
     for (int64_t begin = call.expert_starts[expert]; begin < end; begin += kBlockTokens) {
       const int count = static_cast<int>(end - begin < kBlockTokens ? end - begin : kBlockTokens);
       const float* inputs[kBlockTokens];
       for (int t = 0; t < count; ++t) inputs[t] = call.intermediate + (begin + t) * p.intermediate_size;
-      alignas(64) float sums[kBlockTokens][kUnitColumns];
-      Multiply(weights, inputs, count, sums);
-      for (int t = 0; t < count; ++t) {
-        const int64_t route = call.route_order[begin + t];
-        const float weight = p.weight_on == WeightOn::kInput ? 1.0f : p.routing_weights[route];
-        float block[kUnitColumns];
-        Finish(sums[t], scale, bias, block);
-        float* to = call.sums + (ordered ? route : route / p.top_k) * p.hidden_size + column;
-        if (ordered) {
-          for (int i = 0; i < kUnitColumns; ++i) to[i] = weight * block[i];
-        } else {
-          for (int i = 0; i < kUnitColumns; ++i) to[i] += weight * block[i];
+      for (int64_t column = first_column; column < end_column; column += kColumns) {
+        const int64_t weight_row = expert * p.hidden_size + column;
+        const float* bias = p.down.bias == nullptr ? nullptr : p.down.bias + weight_row;
+        alignas(64) float sums[kBlockTokens][kColumns];
+        Multiply(WeightRows(p.down, weight_row, p.intermediate_size), inputs, count, sums);
+        for (int t = 0; t < count; ++t) {
+          const int64_t route = call.route_order[begin + t];
+          const float weight = p.weight_on == WeightOn::kInput ? 1.0f : p.routing_weights[route];
+          float block[kColumns];
+          Finish(sums[t], scale, bias, block);
+          float* to = call.sums + (ordered ? route : route / p.top_k) * p.hidden_size + column;
+          if (ordered) {
+            for (int i = 0; i < kColumns; ++i) to[i] = weight * block[i];
+          } else {
+            for (int i = 0; i < kColumns; ++i) to[i] += weight * block[i];
+          }
         }
       }
     }
@@ -226,24 +234,24 @@ void DownUnit(const Call& call, int64_t unit) {
   if (!ordered && p.out_is_bf16) {
     uint16_t* out = static_cast<uint16_t*>(p.out);
     for (int64_t t = 0; t < p.num_tokens; ++t) {
-      const int64_t at = t * p.hidden_size + column;
-      for (int i = 0; i < kUnitColumns; ++i) out[at + i] = BF16FromFloat(call.sums[at + i]);
+      const int64_t row = t * p.hidden_size;
+      for (int64_t h = row + first_column; h < row + end_column; ++h) out[h] = BF16FromFloat(call.sums[h]);
     }
   }
 }
 
 void CombineRow(const Call& call, int64_t token) {
   const Problem& p = call.problem;
-  for (int64_t h = 0; h < p.hidden_size; h += kUnitColumns) {
-    float total[kUnitColumns] = {};
+  for (int64_t h = 0; h < p.hidden_size; h += kColumns) {
+    float total[kColumns] = {};
     for (int64_t route = token * p.top_k; route < (token + 1) * p.top_k; ++route) {
       if (LocalExpert(p, route) < 0) continue;
       const float* contribution = call.sums + route * p.hidden_size + h;
-      for (int i = 0; i < kUnitColumns; ++i) total[i] += contribution[i];
+      for (int i = 0; i < kColumns; ++i) total[i] += contribution[i];
     }
     const int64_t at = token * p.hidden_size + h;
     if (p.out_is_bf16) {
-      for (int i = 0; i < kUnitColumns; ++i) static_cast<uint16_t*>(p.out)[at + i] = BF16FromFloat(total[i]);
+      for (int i = 0; i < kColumns; ++i) static_cast<uint16_t*>(p.out)[at + i] = BF16FromFloat(total[i]);
     } else {
       memcpy(static_cast<float*>(p.out) + at, total, sizeof(total));
     }

@@ -20,12 +20,12 @@ struct Call {
   float* sums;              // ordered: contributions [T*K, H], by route; atomic: the fp32 output [T, H]
 
   int64_t num_active;
-  int64_t num_rows;  // permuted rows: the routes whose expert is local
+  int64_t num_rows;           // permuted rows: the routes whose expert is local
+  int64_t down_unit_columns;  // a multiple of 16
 
   int64_t num_activation_rows() const { return problem.weight_on == WeightOn::kInput ? num_rows : problem.num_tokens; }
-  // GEMM units make 16 columns of their result: whole blocks, so that a unit can quantise what it made.
   int64_t num_gate_up_units() const { return num_active * (problem.intermediate_size / 16); }
-  int64_t num_down_units() const { return problem.hidden_size / 16; }
+  int64_t num_down_units() const { return (problem.hidden_size + down_unit_columns - 1) / down_unit_columns; }
 };
 
 // Units of one kind are independent: any number of threads may run them in any order, with the same result.
@@ -34,7 +34,7 @@ struct Kernels {
   void (*prepare_row)(const Call& call, int64_t unit);
   // 16 columns of `intermediate` for all rows of one expert: GEMM1, activation, rounding.
   void (*gate_up_unit)(const Call& call, int64_t unit);
-  // 16 columns of `sums` (of the output, for atomic) for all rows of all experts: GEMM2, weighting, zeroing.
+  // Some columns of `sums` (of the output, for atomic) for all rows of all experts: zeroing, GEMM2, weighting.
   void (*down_unit)(const Call& call, int64_t unit);
   // Output row `unit` from the contributions of its routes, in slot order; for ordered.
   void (*combine_row)(const Call& call, int64_t unit);

@@ -31,18 +31,17 @@ constexpr int kNativeLanes = 4;
 constexpr int kParts = kLanes / kNativeLanes;
 
 typedef float Native __attribute__((vector_size(sizeof(float) * kNativeLanes)));
+typedef float UnalignedNative __attribute__((vector_size(sizeof(float) * kNativeLanes), aligned(4), may_alias));
 
 struct Lanes {
   Native part[kParts];
 };
 
-static inline Lanes Load(const float* from) {
-  Lanes lanes;
-  memcpy(&lanes, from, sizeof(lanes));
-  return lanes;
-}
+static inline Native LoadNative(const float* from) { return *reinterpret_cast<const UnalignedNative*>(from); }
 
-static inline void Store(float* to, const Lanes& lanes) { memcpy(to, &lanes, sizeof(lanes)); }
+static inline void Store(float* to, const Lanes& lanes) {
+  for (int i = 0; i < kParts; ++i) *reinterpret_cast<UnalignedNative*>(to + i * kNativeLanes) = lanes.part[i];
+}
 
 static inline Native MultiplyAdd(Native a, Native b, Native c) {
 #if defined(__AVX512F__)
@@ -56,13 +55,17 @@ static inline Native MultiplyAdd(Native a, Native b, Native c) {
 #endif
 }
 
-// Keeps the compiler from loading these lanes again for every use: it would rather have memory operands, and the load
+// Keeps the compiler from loading this vector again for every use: it would rather have memory operands, and the load
 // ports would become the limit.
-static inline void KeepInRegisters(Lanes* lanes) {
+static inline void KeepInRegister(Native* vector) {
+#if defined(__x86_64__)
 #if defined(__AVX512F__)
-  asm("" : "+v"(lanes->part[0]));
+  asm("" : "+v"(*vector));
 #else
-  (void)lanes;
+  asm("" : "+x"(*vector));
+#endif
+#else
+  (void)vector;
 #endif
 }
 
@@ -98,20 +101,25 @@ static inline Lanes DequantizeBlock(const uint8_t* payload, float scale) {
     values[2 * i] = E2M1ToFloat(payload[i] & 0xF) * scale;
     values[2 * i + 1] = E2M1ToFloat(payload[i] >> 4) * scale;
   }
-  lanes = Load(values);
+  memcpy(&lanes, values, sizeof(lanes));
 #endif
   return lanes;
 }
 
 // The sum of the sixteen lanes: halves onto each other, 8 + 8, 4 + 4, 2 + 2, 1 + 1. Every instruction set keeps this
 // order.
-static inline float SumLanes(const Lanes& lanes) {
-  float sums[kLanes];
-  memcpy(sums, &lanes, sizeof(lanes));
-  for (int width = kLanes / 2; width >= 1; width /= 2) {
-    for (int i = 0; i < width; ++i) sums[i] += sums[i + width];
-  }
-  return sums[0];
+static inline float SumLanes(Lanes lanes) {
+  typedef float Quad __attribute__((vector_size(16)));
+#if defined(__AVX512F__)
+  const __m256 eight = _mm512_castps512_ps256(lanes.part[0]) + _mm512_extractf32x8_ps(lanes.part[0], 1);
+  const Quad four = _mm256_castps256_ps128(eight) + _mm256_extractf128_ps(eight, 1);
+#elif defined(__AVX2__)
+  const __m256 eight = lanes.part[0] + lanes.part[1];
+  const Quad four = _mm256_castps256_ps128(eight) + _mm256_extractf128_ps(eight, 1);
+#else
+  const Quad four = (lanes.part[0] + lanes.part[2]) + (lanes.part[1] + lanes.part[3]);
+#endif
+  return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 // sums[r] += the sum of rows[r]'s lanes.
@@ -139,6 +147,7 @@ static inline void AddSumOfLanes(const Lanes (&rows)[kRows], float* sums) {
   const __m256 totals = _mm512_castps512_ps256(_mm512_permutexvar_ps(every_other, doubled));
   _mm256_storeu_ps(sums, _mm256_loadu_ps(sums) + totals);
 #else
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) sums[r] += SumLanes(rows[r]);
 #endif
 }
