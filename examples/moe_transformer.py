@@ -174,9 +174,7 @@ def quantize(params: Params, tokens: ArrayLike, config: Config) -> Params:
         dense = params["layers"]["experts"]
         experts = jax_moe.quantize_experts(dense["gate"][n], dense["up"][n], dense["down"][n], progress=False)
         experts = jax_moe.calibrate(experts, x[n].astype(jnp.bfloat16), jax.tree.map(lambda leaf: leaf[n], routing))
-        return (
-            jax_moe.prepare(experts) if jax.default_backend() == "gpu" else experts
-        )  # the layout of the GPU's kernels
+        return jax_moe.prepare(experts)  # the layout of this device's kernels; on a CPU the experts as they are
 
     layers = [quantize_layer(n) for n in track(range(config.layers), "quantise layers")]
     return with_experts(params, jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers))

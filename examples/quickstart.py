@@ -68,7 +68,7 @@ def main() -> None:
     routing = jax_moe.route(logits, TOP_K)
     experts = jax_moe.quantize_experts(gate, up, down)
     experts = jax_moe.calibrate(experts, x, routing)
-    ready = jax_moe.prepare(experts) if jax.default_backend() == "gpu" else experts  # the layout of the GPU's kernels
+    ready = jax_moe.prepare(experts)  # the layout of this device's kernels; on a CPU the experts as they are
 
     # In the model, under jit. Experts and Routing are pytrees: they go in and out like arrays.
     def layer(op, precision, combine):

@@ -77,14 +77,21 @@ def register() -> None:
 
 def _capsule(symbol: str):
     """The handler of that name."""
-    return jax.ffi.pycapsule(getattr(library(), symbol))
+    return jax.ffi.pycapsule(_symbol(symbol))
 
 
 def _capsule_from(getter: str):
     """The object that a C function of that name returns the address of."""
-    function = getattr(library(), getter)
+    function = _symbol(getter)
     function.restype = ctypes.c_void_p
     return jax.ffi.pycapsule(function())
+
+
+def _symbol(name: str):
+    try:
+        return getattr(library(), name)
+    except AttributeError:
+        raise ImportError(f"jax_moe: {library_path()} is older than this package (no {name}): build it again") from None
 
 
 def export_checks() -> list[jax.export.DisabledSafetyCheck]:

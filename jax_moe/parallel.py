@@ -119,6 +119,9 @@ def partition_specs(
       ValueError: the mesh does not divide E or I, or lacks an axis that is not the default one.
     """
     arguments.instance("mesh", mesh, Mesh | AbstractMesh)
+    if experts.down.global_scale.ndim != 1:  # layers stacked for lax.scan, say
+        shape = experts.down.global_scale.shape
+        raise ValueError(f"experts.down.global_scale: got shape {shape}, needs [E]: the experts of one layer")
     expert_axes = _axes_in(mesh, "expert_axis", expert_axis)
     tensor_axes = _axes_in(mesh, "tensor_axis", tensor_axis)
     if shared := set(expert_axes) & set(tensor_axes):

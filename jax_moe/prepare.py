@@ -19,7 +19,7 @@ _ZERO = 0  # e5m3 code of a zero scale
 _E5M3_FIRST = 13  # e5m3 exponent of 2**-9, the smallest e4m3: see layout.SCALE_EXPONENT
 
 
-def prepare(experts: Experts, target: str = SM_90A, *, progress: bool = True) -> Experts:
+def prepare(experts: Experts, target: str | None = None, *, progress: bool = True) -> Experts:
     """Repacks one layer's experts for the kernels of ``target``; done once, when the weights are loaded.
 
     Works where the weights are (host or device), one expert at a time: beside the input and the result, memory
@@ -28,7 +28,8 @@ def prepare(experts: Experts, target: str = SM_90A, *, progress: bool = True) ->
 
     Args:
       experts: canonical layout.
-      target: "sm_90a" (H100, H200).
+      target: "sm_90a" (H100, H200); "canonical" for CPUs returns the experts as they are. None is what JAX's default
+        device needs, so that a program may call this wherever it runs.
       progress: show a progress bar on a terminal, if it takes longer than a second.
 
     Returns:
@@ -41,10 +42,14 @@ def prepare(experts: Experts, target: str = SM_90A, *, progress: bool = True) ->
       scales have no NaN. Otherwise every weight keeps its value exactly.
 
     Raises:
-      ValueError: unknown target, or the experts are not canonical.
+      ValueError: unknown target, no kernels for the default device, or the experts are not canonical.
     """
+    if target is None:
+        target = _default_target()
+    if target == CANONICAL == experts.layout:
+        return experts
     if target != SM_90A:
-        raise ValueError(f"target: got {target!r}, needs {SM_90A!r}")
+        raise ValueError(f"target: got {target!r}, needs {SM_90A!r} or {CANONICAL!r}")
     if experts.layout != CANONICAL:
         raise ValueError(f"experts: got layout {experts.layout!r}, needs {CANONICAL!r}")
     gate_up, down = experts.gate_up, experts.down
@@ -61,6 +66,16 @@ def prepare(experts: Experts, target: str = SM_90A, *, progress: bool = True) ->
         bias = jnp.pad(gate_up.bias, ((0, 0), (0, 0), (0, padding)))
         prepared_gate_up = dataclasses.replace(prepared_gate_up, bias=bias)
     return Experts(gate_up=prepared_gate_up, down=prepared_down, layout=target)
+
+
+def _default_target() -> str:
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        return CANONICAL
+    capability = device.compute_capability
+    if capability != "9.0":
+        raise ValueError(f"target: got None on a GPU of compute capability {capability}, kernels exist for 9.0 alone")
+    return SM_90A
 
 
 def unprepare(experts: Experts, hidden_size: int, intermediate_size: int) -> Experts:
@@ -128,7 +143,7 @@ def _insert(stack: jax.Array, item: jax.Array, index: int) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="gated")
 def _pack_expert(payload: jax.Array, block_scale: jax.Array, *, gated: bool) -> tuple[jax.Array, jax.Array]:
-    """One expert: ``[P, N, C/2]`` and ``[P, N, C/16]`` to ``[row_blocks, k_blocks, 4608]``, and which of P have a NaN."""
+    """One expert: ``[P, N, C/2]``, ``[P, N, C/16]`` to ``[row_blocks, k_blocks, 4608]``, and which of P have a NaN."""
     projections, rows, _ = payload.shape
     rows_per_block = layout.BLOCK_ROWS // projections
     codes = nvfp4.unpack(payload)

@@ -189,3 +189,11 @@ def test_spread_never_carries():
             for bit, target in enumerate((6, 7, 8, 15)):
                 want |= (word >> layout.code_bit(3, half, bit) & 1) << (target + 16 * half)
         assert got == want
+
+
+def test_the_default_target_is_what_this_device_needs():
+    experts = random_experts(np.random.default_rng(0), 1, *UNGATED)
+    assert prepare(experts) is experts  # the tests' default device is a CPU
+    assert prepare(experts, "canonical") is experts
+    with pytest.raises(ValueError, match="experts: got layout 'sm_90a'"):
+        prepare(prepare(experts, "sm_90a", progress=False), "sm_90a")
