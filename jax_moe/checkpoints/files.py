@@ -6,7 +6,7 @@ order, without holes. The library's own numpy and flax readers refuse ``F8_E4M3`
 a header is checked against the file's size before anything is mapped.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 import json
 import math
@@ -97,6 +97,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{path}: __metadata__: found {brief(metadata)}, expected an object of strings")
+    _check_names(path, header)
     start = 8 + length
     tensors = {name: _tensor_info(path, name, entry, start, size) for name, entry in header.items()}
     _check_coverage(path, tensors, start, size)
@@ -223,6 +224,7 @@ class Files:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(entry, str) for entry in weight_map.values()):
             raise CheckpointError(f"{index}: weight_map: found {brief(weight_map)}, expected an object of file names")
+        _check_names(index, weight_map)
         shards = {entry: self._shard(index, entry) for entry in set(weight_map.values())}
         return {name: shards[entry] for name, entry in weight_map.items()}
 
@@ -280,6 +282,15 @@ def _regular_file_size(path: Path) -> int:
     if not stat.S_ISREG(status.st_mode):  # opening a FIFO would hang
         raise CheckpointError(f"{path}: found something that is not a regular file")
     return status.st_size
+
+
+def _check_names(path: Path, names: Iterable[str]) -> None:
+    for name in names:
+        # Names end up in messages, on terminals.
+        if len(name) > 512 or not name.isprintable():
+            raise CheckpointError(
+                f"{path}: found the tensor name {brief(name)}, expected up to 512 printable characters"
+            )
 
 
 def _tensor_info(path: Path, name: str, entry: Any, start: int, size: int) -> TensorInfo:

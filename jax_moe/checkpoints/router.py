@@ -70,12 +70,15 @@ def open_router(model: Model, layer: int) -> Router:
     """See :func:`jax_moe.checkpoints.load_router`."""
     block, config, where = model.block(layer), model.config, model.config_file
     num_experts, hidden = size(config, where, *NUM_EXPERTS), size(config, where, "hidden_size")
+    k = size(config, where, *TOP_K)
+    if k > num_experts:
+        raise CheckpointError(f"{where}: {TOP_K[0]}: found {k}, expected at most the {num_experts} experts")
     prefix = f"{block}.{model.family.router}."
     return Router(
         weight=jax.device_put(_floats(model.files, prefix + "weight", (num_experts, hidden))),
         bias=_optional(model.files, prefix + "bias", num_experts),
         selection_bias=_optional(model.files, prefix + "e_score_correction_bias", num_experts),
-        k=min(size(config, where, *TOP_K), num_experts),
+        k=k,
         method=model.family.method(config),
     )
 

@@ -102,7 +102,14 @@ def test_another_conversion_is_not_continued(tmp_path):
         checkpoints.convert(tmp_path / "a", tmp_path / "b")
 
 
-CONVERT = "import sys; from jax_moe import checkpoints; print(checkpoints.convert(sys.argv[1], sys.argv[2]))"
+# A disk that takes its time, so that the kill finds a layer half-way on any machine.
+CONVERT = """
+import os, sys, time
+from jax_moe import checkpoints
+flush = os.fsync
+os.fsync = lambda descriptor: (time.sleep(0.1), flush(descriptor))
+print(checkpoints.convert(sys.argv[1], sys.argv[2]))
+"""
 
 
 def start(source: Path, out: Path) -> subprocess.Popen:

@@ -1,5 +1,6 @@
 """Every format, family, sharding and scale convention, on checkpoints whose content the test chose."""
 
+import json
 import os
 
 import checkpoint_writer as writer
@@ -168,6 +169,61 @@ def test_router_beside_the_experts(tmp_path, family):
     got = jax.jit(lambda router, x: router(x))(router, x)
     np.testing.assert_array_equal(got.expert_ids, want.expert_ids)
     np.testing.assert_allclose(got.weights, want.weights, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "method"),
+    [
+        ("qwen3_moe", {"norm_topk_prob": True}, jax_moe.Softmax(True)),
+        ("qwen3_moe", {"norm_topk_prob": False}, jax_moe.Softmax(False)),
+        ("mixtral", {}, jax_moe.Softmax(True)),
+        ("gpt_oss", {}, jax_moe.Softmax(True)),
+        ("llama4_text", {}, jax_moe.Llama4()),
+        (
+            "deepseek_v3",
+            {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.5, "norm_topk_prob": False},
+            jax_moe.DeepSeekV3(num_groups=4, top_groups=2, scaling_factor=1.5, renormalize=False),
+        ),
+        (
+            "nemotron_h",
+            {"n_group": 2, "topk_group": 1, "routed_scaling_factor": 2.5, "norm_topk_prob": True},
+            jax_moe.DeepSeekV3(num_groups=2, top_groups=1, scaling_factor=2.5, renormalize=True),
+        ),
+    ],
+)
+def test_routing_rule_and_k_from_the_config(tmp_path, family, config, method):
+    writer.checkpoint(tmp_path, family)
+    config = writer.config_of(family, 4, 32, 48) | config | {"num_experts_per_tok": 3}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    router = checkpoints.load_router(tmp_path, 0)
+    assert router.method == method
+    assert router.k == 3
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "options"),
+    [
+        ("qwen3_moe", {"hidden_act": "silu"}, {"activation": jax_moe.SwiGLU(), "weight_on": "output"}),
+        ("mixtral", {"hidden_act": "gelu_pytorch_tanh"}, {"activation": jax_moe.GeGLU(), "weight_on": "output"}),
+        ("nemotron_h", {}, {"activation": jax_moe.ReLU2(), "weight_on": "output"}),
+        ("llama4_text", {}, {"activation": jax_moe.SwiGLU(), "weight_on": "input"}),
+        ("gpt_oss", {}, {"activation": jax_moe.SwiGLU(1.702, 1.0, 7.0), "weight_on": "output"}),
+        ("gpt_oss", {"swiglu_limit": 5.0}, {"activation": jax_moe.SwiGLU(1.702, 1.0, 5.0), "weight_on": "output"}),
+    ],
+)
+def test_activation_and_weight_from_the_config(tmp_path, family, config, options):
+    writer.checkpoint(tmp_path, family)
+    (tmp_path / "config.json").write_text(json.dumps(writer.config_of(family, 4, 32, 48) | config))
+    assert checkpoints.moe_options(tmp_path) == options
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "nemotron_h"])
+def test_an_unknown_activation_is_an_error(tmp_path, family):
+    writer.checkpoint(tmp_path, family)
+    change = {"hidden_act": "tanh", "mlp_hidden_act": "tanh"}
+    (tmp_path / "config.json").write_text(json.dumps(writer.config_of(family, 4, 32, 48) | change))
+    with pytest.raises(checkpoints.CheckpointError, match="hidden_act: found 'tanh'"):
+        checkpoints.moe_options(tmp_path)
 
 
 # --- MXFP4 --------------------------------------------------------------------------------------------------------

@@ -118,6 +118,13 @@ HEADERS = {
         "_proj",
         "leaves a hole",
     ),
+    "a name of a megabyte": (lambda d: edit_header(d, lambda h: h.update({"x" * 10**6: {}})), FILE, "tensor name"),
+    "a name that moves the cursor": (
+        lambda d: edit_header(d, lambda h: h.update({"\x1b[2J": {}})),
+        FILE,
+        "tensor name",
+    ),
+    "a name that is no text": (lambda d: edit_header(d, lambda h: h.update({"\ud800": {}})), FILE, "tensor name"),
     "metadata is a list": (lambda d: edit_header(d, lambda h: h.update(__metadata__=[1])), FILE, "__metadata__"),
     "unknown dtype": (lambda d: edit_header(d, lambda h: h[GATE + "weight"].update(dtype="F4")), GATE, "expected U8"),
     "payload is I8": (lambda d: edit_header(d, lambda h: h[GATE + "weight"].update(dtype="I8")), GATE, "expected U8"),
@@ -305,3 +312,18 @@ def test_five_thousand_mutated_files(tmp_path):
     assert outcome["mutants"] == 5000
     assert outcome["refused"] > 2500, outcome
     assert outcome["growth_mib"] < 100, outcome
+
+
+def test_a_router_that_does_not_fit_is_named(tmp_path):
+    writer.checkpoint(tmp_path)
+    edit_json(tmp_path / "config.json", lambda c: c.update(num_experts_per_tok=5))
+    with pytest.raises(checkpoints.CheckpointError, match="num_experts_per_tok: found 5"):
+        checkpoints.load_router(tmp_path, 0)
+    writer.checkpoint(tmp_path)
+    edit_header(tmp_path, lambda h: h["model.layers.0.mlp.gate.weight"].update(shape=[32, 4]))
+    with pytest.raises(checkpoints.CheckpointError, match=r"gate\.weight: found BF16 \[32, 4\], expected .* \[4, 32\]"):
+        checkpoints.load_router(tmp_path, 0)
+    with pytest.raises(checkpoints.CheckpointError, match="no such tensor"):
+        checkpoints.load_tensor(tmp_path, "model.norm.weight")
+    with pytest.raises(checkpoints.CheckpointError, match=r"gate_proj\.weight: found no such tensor"):
+        checkpoints.load_linear(tmp_path, "model.layers.0.mlp.shared_experts.gate_proj")
