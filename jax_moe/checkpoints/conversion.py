@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
+import gc
 import hashlib
 import json
 import os
@@ -94,6 +95,7 @@ def convert(
             if not _is_complete(path, manifest["digest"], layout):
                 _write_layer(model, number, path, layout, manifest["digest"])
                 written.append(number)
+                gc.collect()  # until then jax keeps the host buffers that it took over, and the next layer comes on top
     return written
 
 
