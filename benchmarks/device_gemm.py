@@ -52,7 +52,13 @@ def tile(text):
 
 
 CHECK_TILES = ["n8m1k2b2c1", "n8m1k1b4c2", "n16m1k4b4c1", "n48m1k1b2c2", "n80m2k1b2c1", "n128m2k1b1c1", "n24m1k4b4c1"]
-ACTIVATIONS = [(0, 1.0, 0.0, INF), (0, 1.702, 1.0, 0.75), (1, 0.0, 0.0, INF), (2, 0.0, 0.0, INF), (3, 0.0, 4.0, 25.0)]
+ACTIVATIONS = [
+    ("swiglu", 1.0, 0.0, INF),
+    ("swiglu", 1.702, 1.0, 0.75),
+    ("geglu", 0.0, 0.0, INF),
+    ("relu2", 0.0, 0.0, INF),
+    ("situ", 0.0, 4.0, 25.0),
+]
 CASES = [
     (t, precision, activation, bias, combine, out)
     for i, t in enumerate(CHECK_TILES)
@@ -64,36 +70,51 @@ CASES = [
         ("w4a16", ACTIVATIONS[(3, 4)[i % 2]], False, "ordered", "float32"),
     ]
 ]
-TIMED = {  # T: token tiles with their variants
-    1: ["n8m1k2b4c2", "n8m1k2b2c2", "n8m1k4b8c1"],
-    8: ["n8m1k2b4c2", "n8m1k2b2c2"],
-    32: ["n8m1k2b4c2", "n8m1k2b2c2"],
-    128: ["n16m1k2b4c2", "n16m1k2b2c2", "n16m1k1b2c3"],
-    512: ["n48m2k1b2c1", "n48m1k1b2c3", "n48m1k1b2c2", "n40m1k1b2c3", "n64m1k1b2c2"],
-    2048: ["n80m2k1b2c1", "n80m1k1b2c2", "n128m1k1b1c2", "n128m2k1b2c1"],
-    8192: ["n128m2k1b1c1", "n128m2k1b2c1", "n128m1k1b1c2", "n112m1k1b1c2", "n88m1k1b1c2"],
+TIMED = {  # T: token tiles with their variants; "auto" is what plan.py picks
+    "qwen3-235b-a22b": {
+        1: ["auto"],
+        8: ["auto"],
+        32: ["auto"],
+        128: ["auto"],
+        512: ["auto", "n48m3k1b2c1", "n48m3k1b1c1", "n64m3k1b1c1"],
+        2048: ["auto", "n128m2k1b1c1", "n80m2k1b2c1", "n80m3k1b1c1"],
+        8192: ["auto", "n128m2k1b1c1"],
+    },
+    "others": {1: ["auto"], 8: ["auto"], 32: ["auto"], 512: ["auto"], 2048: ["auto"], 8192: ["auto"]},
 }
 
 
+def timed(model):
+    return TIMED.get(model, TIMED["others"])
+
+
+def resolve(text, model, T):
+    """The tile of "auto" for T tokens of a model."""
+    if text != "auto":
+        return tile(text)
+    E, K, _, _ = SHAPES[model]
+    return plan.best_tile(T * K, E)
+
+
 def gemm1(t, precision, activation, bias):
-    return plan.Gemm1Spec(tile(t), precision, *activation, bias)
+    return plan.Gemm1Spec(t, precision, *activation, bias)
 
 
 def gemm2(t, precision, bias, combine, out):
-    return plan.Gemm2Spec(tile(t), precision, combine, out if combine == "atomic" else "float32", bias)
+    return plan.Gemm2Spec(t, precision, combine, out if combine == "atomic" else "float32", bias)
 
 
-def suite_specs(suite, timed=None):
+def suite_specs(suite):
     specs = []
     if suite == "check":
         for t, precision, activation, bias, combine, out in CASES:
-            specs += [gemm1(t, precision, activation, bias), gemm2(t, precision, bias, combine, out)]
+            specs += [gemm1(tile(t), precision, activation, bias), gemm2(tile(t), precision, bias, combine, out)]
     else:
-        for variants in (timed or TIMED).values():
-            for t in variants:
-                specs += [gemm1(t, "w4a16", ACTIVATIONS[0], False), gemm2(t, "w4a16", False, "atomic", "bfloat16")]
-        for t in {(timed or TIMED)[key][0] for key in (timed or TIMED)}:
-            specs += [gemm1(t, "w4a4", ACTIVATIONS[0], False), gemm2(t, "w4a4", False, "atomic", "bfloat16"), gemm2(t, "w4a16", False, "ordered", "bfloat16")]
+        for T, variants in timed(suite).items():
+            for number, text in enumerate(variants):
+                t = resolve(text, suite, T)
+                for precision, combine in [("w4a16", "atomic"), ("w4a4", "atomic"), ("w4a16", "ordered")][: 1 if number else 3]:
+                    specs += [gemm1(t, precision, ACTIVATIONS[0], False), gemm2(t, precision, False, combine, "bfloat16")]
     specs += [plan.CombineSpec("bfloat16"), plan.CombineSpec("float32")]
     return list(dict.fromkeys(specs))
 
@@ -277,14 +298,13 @@ def random_prepared_layer(torch, L, P, H, I, seed):
 
 def quantise(values, scale):
     """NVFP4 rounding without the global scale of a torch tensor, by the library's own numerics."""
-    import jax
     import jax.numpy as jnp
     import torch
 
     nvfp4 = _import_without_library("jax_moe.nvfp4")
     rows = -(-values.shape[0] // 64) * 64  # few shapes, few compilations
     padded = torch.nn.functional.pad(values, (0, 0, 0, rows - values.shape[0]))
-    rounded = jax.jit(nvfp4.quantize_dequantize)(jnp.from_dlpack(padded), jnp.float32(float(scale)))
+    rounded = nvfp4.quantize_dequantize(jnp.from_dlpack(padded), jnp.float32(float(scale)))  # not under jit: see notes-h200.md
     return torch.from_dlpack(rounded.block_until_ready())[: values.shape[0]].clone()
 
 
@@ -295,7 +315,7 @@ class Op:
         torch = driver.torch
         self.driver, self.layer, self.x, self.ids, self.combine = driver, layer, x, ids, combine
         self.T, self.K = ids.shape
-        self.N = tile(t1).token_tile
+        self.N = t1.token_tile
         self.map = tile_map(torch, ids, weights, layer.L, self.N)
         gated = layer.P == 2
         self.I_blocks = layer.gate_up.payload.shape[1] * (1 if gated else 2)
@@ -364,12 +384,12 @@ def oracle(torch, layer, x, ids, weights, precision, activation, bias):
             pre = [v + layer.gate_up.bias[e, p, : layer.I].double() for p, v in enumerate(pre)]
         up = pre[-1]
         gate = pre[0]
-        if kind == 0:
+        if kind == "swiglu":
             gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
             h = (up + beta) * gate * torch.sigmoid(alpha * gate)
-        elif kind == 1:
+        elif kind == "geglu":
             h = torch.nn.functional.gelu(gate, approximate="tanh") * up
-        elif kind == 2:
+        elif kind == "relu2":
             h = torch.relu(up) ** 2
         else:
             h = beta * torch.tanh(gate / beta) * torch.sigmoid(gate) * limit * torch.tanh(up / limit)
@@ -391,9 +411,9 @@ def check(driver):
     failures = 0
     layers = {}
     for number, (t, precision, activation, bias, combine, out) in enumerate(CASES):
-        P = 1 if activation[0] == 2 else 2
+        P = 1 if activation[0] == "relu2" else 2
         L, H, I, T, K = 6, 336, 208, (5, 61, 300)[number % 3], 4
-        exact = activation[0] == 2 and precision == "w4a16"
+        exact = activation[0] == "relu2" and precision == "w4a16"
         if (P, exact) not in layers:
             layers[P, exact] = make_layer(torch, L, P, H, I, 11 + P, True, exact)
         layer = layers[P, exact]
@@ -408,7 +428,7 @@ def check(driver):
         weights = torch.rand(T, K, generator=g, device="cuda")
         if exact:
             weights = torch.round(weights * 4) / 4
-        op = Op(driver, layer, x, ids, weights, t, t, precision, activation, bias, combine, out)
+        op = Op(driver, layer, x, ids, weights, tile(t), tile(t), precision, activation, bias, combine, out)
         worst = []
         for _ in range(3):
             op.out.fill_(float("nan"))
@@ -425,7 +445,7 @@ def check(driver):
             bound = 0.0
         fine = error <= bound and same in (True, "-") and not bool(op.out[0].any())
         failures += not fine
-        print(f"{'ok  ' if fine else 'FAIL'} {t:12} {precision:5} act {activation[0]} bias {int(bias)} {combine:7} {out:8} T {T:3} error {error:.2e} worst row {row:.2e} repeat {same}{' exact' if exact else ''}", flush=True)  # fmt: skip
+        print(f"{'ok  ' if fine else 'FAIL'} {t:12} {precision:5} {activation[0]:6} bias {int(bias)} {combine:7} {out:8} T {T:3} error {error:.2e} worst row {row:.2e} repeat {same}{' exact' if exact else ''}", flush=True)  # fmt: skip
     print("failures:", failures)
     return failures
 
@@ -451,13 +471,13 @@ def time_graph(torch, calls, replays=5):
     return sorted(times)[len(times) // 2]
 
 
-def bench(driver, model, timed, profile=False):
+def bench(driver, model, variants_of, profile=False):
     torch = driver.torch
     E, K, H, I = SHAPES[model]
     layer = random_prepared_layer(torch, E, 2, H, I, 5)
     expert_bytes = 3 * H * I * 9 / 16
     results = []
-    for T, variants in timed.items():
+    for T, variants in variants_of.items():
         calls = 1 if profile else 8 if T <= 512 else 2
         g = torch.Generator("cuda").manual_seed(T)
         touched = E * (1 - (1 - K / E) ** T)
@@ -466,7 +486,8 @@ def bench(driver, model, timed, profile=False):
         for _ in range(calls):
             ids = torch.rand(T, E, generator=g, device="cuda").topk(K, dim=1).indices.int()
             inputs.append((torch.randn(T, H, generator=g, device="cuda").bfloat16(), ids, torch.rand(T, K, generator=g, device="cuda")))  # fmt: skip
-        for number, t in enumerate(variants):
+        for number, text in enumerate(variants):
+            t = resolve(text, model, T)
             modes = [("w4a16", "atomic")] + ([("w4a4", "atomic"), ("w4a16", "ordered")] if number == 0 else [])
             for precision, combine in modes:
                 ops = [Op(driver, layer, x, ids, w, t, t, precision, ACTIVATIONS[0], False, combine, "bfloat16") for x, ids, w in inputs]  # fmt: skip
@@ -478,8 +499,8 @@ def bench(driver, model, timed, profile=False):
                 two = time_graph(torch, [op.run2 for op in ops])
                 both = time_graph(torch, [op.run for op in ops])
                 work = touched * expert_bytes / both / 1e6 if T <= 256 else 6 * T * K * H * I / both / 1e6
-                results.append(dict(model=model, T=T, tile=tile(t).name, precision=precision, combine=combine, gemm1=one, gemm2=two, op=both, floor=floor))  # fmt: skip
-                print(f"{model:16} T {T:5} {tile(t).name:16} {precision:5} {combine:7} gemm1 {one:8.1f} gemm2 {two:8.1f} all {both:8.1f} us  x floor {both / floor:5.2f}  {work:7.2f} {'TB/s' if T <= 256 else 'TFLOP/s'}", flush=True)  # fmt: skip
+                results.append(dict(model=model, T=T, tile=t.name, precision=precision, combine=combine, gemm1=one, gemm2=two, op=both, floor=floor))  # fmt: skip
+                print(f"{model:16} T {T:5} {t.name:16} {precision:5} {combine:7} gemm1 {one:8.1f} gemm2 {two:8.1f} all {both:8.1f} us  x floor {both / floor:5.2f}  {work:7.2f} {'TB/s' if T <= 256 else 'TFLOP/s'}", flush=True)  # fmt: skip
                 del ops
     return results
 
@@ -503,7 +524,7 @@ def main():
             _, model, tokens, text = suite.split(":")
             bench(driver, model, {int(tokens): [text]}, profile=True)
         else:
-            results += bench(driver, suite, TIMED)
+            results += bench(driver, suite, timed(suite))
     target = pathlib.Path(os.environ.get("OUT", folder)) / "results.json"
     target.write_text(json.dumps(results, indent=1))
 

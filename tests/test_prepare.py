@@ -19,10 +19,10 @@ UNGATED = (1, 144, 64)
 def random_experts(rng, num_experts, projections, intermediate, hidden, bias=False):
     def projection(lead, rows, columns):
         codes = rng.integers(0, 256, (*lead, rows, columns // 2)).astype(np.uint8)
-        scales = rng.integers(1, 127, (*lead, rows, columns // 16)).astype(np.uint8)
+        scales = rng.integers(1, 127, (*lead, rows, columns // 16)).astype(np.uint8).view(ml_dtypes.float8_e4m3fn)
         global_scale = rng.uniform(0.5, 2, lead).astype(np.float32)
         biases = jnp.asarray(rng.normal(size=(*lead, rows)), jnp.float32) if bias else None
-        return Projection(jnp.asarray(codes), jnp.asarray(scales.view(ml_dtypes.float8_e4m3fn)), jnp.asarray(global_scale), bias=biases)  # fmt: skip
+        return Projection(jnp.asarray(codes), jnp.asarray(scales), jnp.asarray(global_scale), bias=biases)
 
     return Experts(
         gate_up=projection((num_experts, projections), intermediate, hidden),
@@ -82,7 +82,7 @@ def epilogue_row(row, gated):
     return (upper, 16 * warp + 2 * group + half) if gated else (0, 32 * warp + 4 * group + 2 * half + upper)
 
 
-@pytest.mark.parametrize("projections,intermediate,hidden", [GATED, UNGATED])
+@pytest.mark.parametrize(("projections", "intermediate", "hidden"), [GATED, UNGATED])
 def test_instructions_reproduce_weights(projections, intermediate, hidden):
     experts = random_experts(np.random.default_rng(0), 2, projections, intermediate, hidden)
     prepared = prepare(experts, "sm_90a", progress=False)
@@ -120,7 +120,8 @@ def test_every_code_and_scale():
         jnp.asarray(bits.astype(np.uint8).view(ml_dtypes.float8_e4m3fn)),
         jnp.ones(128),
     )
-    experts = Experts(gate_up=dataclasses.replace(projection, payload=projection.payload[:, None], block_scale=projection.block_scale[:, None], global_scale=jnp.ones((128, 1))), down=projection)  # fmt: skip
+    gate_up = Projection(projection.payload[:, None], projection.block_scale[:, None], jnp.ones((128, 1)))
+    experts = Experts(gate_up=gate_up, down=projection)
     prepared = prepare(experts, "sm_90a", progress=False)
     seen = set()
     for expert in range(0, 128, 8):
@@ -132,7 +133,7 @@ def test_every_code_and_scale():
     assert len(seen) == 16 * 127
 
 
-@pytest.mark.parametrize("projections,intermediate,hidden", [GATED, UNGATED, (2, 16, 16), (2, 192, 176)])
+@pytest.mark.parametrize(("projections", "intermediate", "hidden"), [GATED, UNGATED, (2, 16, 16), (2, 192, 176)])
 def test_round_trip(projections, intermediate, hidden):
     experts = random_experts(np.random.default_rng(1), 3, projections, intermediate, hidden, bias=True)
     prepared = prepare(experts, "sm_90a", progress=False)

@@ -2,8 +2,8 @@
 
 import cuda.bindings.driver as cuda
 import cutlass
-import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64
+import cutlass.cute as cute
 
 from jax_moe.kernels.common import ptx
 from jax_moe.kernels.common.memory import array, pointer

@@ -3,8 +3,8 @@
 import math
 
 import cutlass
-import cutlass.cute as cute
 from cutlass import Float32
+import cutlass.cute as cute
 
 from jax_moe.kernels.common import ptx
 
@@ -37,7 +37,7 @@ def activate(
 ) -> Float32:  # fmt: skip
     """The activations of ``jax_moe.activations`` by their ``kind``; relu2 ignores ``gate``."""
     result = up
-    if cutlass.const_expr(kind == 0):  # swiglu
+    if cutlass.const_expr(kind == "swiglu"):
         if cutlass.const_expr(limit != math.inf):
             gate = ptx.minimum(gate, Float32(limit))
             up = ptx.maximum(ptx.minimum(up, Float32(limit)), Float32(-limit))
@@ -47,10 +47,10 @@ def activate(
         if cutlass.const_expr(alpha != 1.0):
             scaled = gate * Float32(alpha)
         result = up * (gate * sigmoid(scaled))
-    elif cutlass.const_expr(kind == 1):  # geglu: 0.5 * (1 + tanh(u)) is sigmoid(2u)
+    elif cutlass.const_expr(kind == "geglu"):  # 0.5 * (1 + tanh(u)) is sigmoid(2u)
         inner = gate * (Float32(1.0) + Float32(0.044715) * gate * gate)
         result = gate * sigmoid(Float32(2 * math.sqrt(2 / math.pi)) * inner) * up
-    elif cutlass.const_expr(kind == 2):  # relu squared
+    elif cutlass.const_expr(kind == "relu2"):
         positive = ptx.maximum(up, Float32(0.0))
         result = positive * positive
     else:  # situ

@@ -1,7 +1,7 @@
 """Which expert, token tile and weight tile a unit of work is: shared by every target's grouped GEMM."""
 
-import cutlass.cute as cute
 from cutlass import Int32
+import cutlass.cute as cute
 
 
 @cute.jit

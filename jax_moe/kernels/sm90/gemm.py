@@ -11,8 +11,8 @@ clock and SM where HBM gives 19: dequantisation hides behind memory for few toke
 
 import cuda.bindings.driver as cuda
 import cutlass
-import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32
+import cutlass.cute as cute
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
 from jax_moe.kernels.common import epilogue, ptx, schedule
@@ -55,9 +55,9 @@ class _Gemm:
 
     # -- set-up -------------------------------------------------------------------------------------------------
 
-    def _tiled_mma(self):
+    def _tiled_mma(self, width):
         operation = warpgroup.MmaF16BF16Op(
-            BFloat16, Float32, (64, self.n, 16), warpgroup.OperandSource.RMEM, OperandMajorMode.K, OperandMajorMode.K
+            BFloat16, Float32, (64, width, 16), warpgroup.OperandSource.RMEM, OperandMajorMode.K, OperandMajorMode.K
         )
         mma = cute.make_tiled_mma(operation)
         mma.set(warpgroup.Field.ACCUMULATE, True)  # sums start as zeros, so that one loop body serves all steps
@@ -94,7 +94,8 @@ class _Gemm:
 
     def _multiply(self, mma, accumulators, fragments, tokens, weights, slot, block, tid, m_warpgroup, first_group_done):
         """Dequantises one block of a stage and issues its products, as one or two ``wgmma`` groups, each of which waits
-        for the one before it. Calls ``first_group_done`` when all products of earlier blocks are complete."""
+        for the one before it. Calls ``first_group_done`` when all products of earlier blocks are complete.
+        """
         place = (slot * self.tile.m_warpgroups + m_warpgroup) * self.weight_bytes + block * layout.BLOCK_BYTES
         address = Int32(weights.toint()) + place
         scales = self._load_scales(address + layout.CODE_BYTES + tid // 4 * 16)
@@ -123,7 +124,8 @@ class _Gemm:
     def _stage(self, mma, accumulators, fragment_sets, tokens, weights, barriers, slot, phase, previous, tid, m_warpgroup,
                k_warpgroup, parity: cutlass.Constexpr):  # fmt: skip
         """Multiplies a whole stage; returns the slot and phase of the next. Releases the stage before it (if it is not -1)
-        as soon as the tensor cores are done with it, and leaves its own last product in flight."""
+        as soon as the tensor cores are done with it, and leaves its own last product in flight.
+        """
         cute.arch.mbarrier_wait(barriers + slot, phase)
         for i in cutlass.range_constexpr(self.blocks // self.tile.k_warpgroups):
             block = k_warpgroup + i * self.tile.k_warpgroups
@@ -183,13 +185,13 @@ class _Gemm:
     @cute.jit
     def _add_up(self, accumulators, scratch, tid, k_warpgroup):
         """Adds the sums of all k warpgroups into those of warpgroup 0, which alone goes on to the epilogue."""
-        width = 2 * self.accumulators
+        registers = 2 * self.accumulators
         everyone = self.consumers * _WARPGROUP
         if k_warpgroup > 0:
             cute.arch.barrier(barrier_id=_REDUCTION_EMPTY, number_of_threads=everyone)
             for half in cutlass.range_constexpr(2):
                 for i in cutlass.range_constexpr(self.accumulators):
-                    index = ((k_warpgroup - 1) * width + half * self.accumulators + i) * _WARPGROUP + tid
+                    index = ((k_warpgroup - 1) * registers + half * self.accumulators + i) * _WARPGROUP + tid
                     scratch[index] = accumulators[half][i]
             cute.arch.fence_acq_rel_cta()
             cute.arch.barrier_arrive(barrier_id=_REDUCTION_FULL, number_of_threads=everyone)
@@ -199,7 +201,7 @@ class _Gemm:
             for other in cutlass.range_constexpr(self.tile.k_warpgroups - 1):
                 for half in cutlass.range_constexpr(2):
                     for i in cutlass.range_constexpr(self.accumulators):
-                        index = (other * width + half * self.accumulators + i) * _WARPGROUP + tid
+                        index = (other * registers + half * self.accumulators + i) * _WARPGROUP + tid
                         accumulators[half][i] = accumulators[half][i] + scratch[index]
 
     # -- producer -----------------------------------------------------------------------------------------------
@@ -207,7 +209,8 @@ class _Gemm:
     @cute.jit
     def _copy_weights(self, payload, weights, barriers, slot, expert, m_tile, k_block, count, m_blocks, k_blocks, extra):
         """One thread: announces a stage's bytes (``extra`` a block are somebody else's) and starts the copies of its
-        ``count`` weight blocks, which are neighbours in memory."""
+        ``count`` weight blocks, which are neighbours in memory.
+        """
         full = Int32((barriers + slot).toint())
         block_bytes = self.tile.m_warpgroups * layout.BLOCK_BYTES + extra
         cute.arch.mbarrier_arrive_and_expect_tx(barriers + slot, count * block_bytes)
@@ -262,13 +265,6 @@ class _Gemm:
     @cute.jit
     def _consume(self, operands, tile_expert, expert_tiles, tokens, weights, barriers, scratch, rows, cta, ctas, units,
                  m_tiles, m_blocks, k_blocks, tid, consumer):  # fmt: skip
-        mma = self._tiled_mma()
-        thread_mma = mma.get_slice(tid)
-        token_fragments = mma.make_fragment_B(thread_mma.partition_B(tokens))
-        accumulators = [mma.make_fragment_C(thread_mma.partition_shape_C((64, self.n))) for _ in range(2)]
-        a_shape = thread_mma.partition_shape_A((64, _BLOCK_K))
-        sets = 1 if self.group_per_half else 2
-        fragment_sets = [[mma.make_fragment_A(a_shape) for _ in range(2)] for _ in range(sets)]
         m_warpgroup, k_warpgroup = consumer, Int32(0)
         if cutlass.const_expr(self.tile.k_warpgroups > 1):
             m_warpgroup, k_warpgroup = Int32(0), consumer
@@ -277,16 +273,35 @@ class _Gemm:
             expert, m_tile, token_tile = schedule.locate(unit, m_tiles, tile_expert, expert_tiles)
             row_block = m_tile * self.tile.m_warpgroups + m_warpgroup
             prefetched = self._prefetch_epilogue(operands, token_tile, tid)
-            slot, phase = self._main_loop(mma, accumulators, fragment_sets, token_fragments, weights, barriers, slot, phase,
-                                          k_blocks, tid, m_warpgroup, k_warpgroup)  # fmt: skip
-            if cutlass.const_expr(self.tile.k_warpgroups > 1):
-                self._add_up(accumulators, scratch, tid, k_warpgroup)
-                if k_warpgroup == 0:
-                    self._epilogue(
-                        operands, accumulators, rows, prefetched, expert, row_block, token_tile, tid, m_blocks
-                    )
-            else:
-                self._epilogue(operands, accumulators, rows, prefetched, expert, row_block, token_tile, tid, m_blocks)
+            needed = Int32(self.tile.token_widths[0])
+            for i in cutlass.range_constexpr(len(self.tile.token_widths) - 1):
+                if operands["row_route"][token_tile * self.n + self.tile.token_widths[i]] >= 0:  # padding rows come last
+                    needed = Int32(self.tile.token_widths[i + 1])
+            for i in cutlass.range_constexpr(len(self.tile.token_widths)):
+                if needed == self.tile.token_widths[i]:
+                    slot, phase = self._unit(operands, tokens, weights, barriers, scratch, rows, prefetched, expert, row_block,
+                                             token_tile, slot, phase, m_blocks, k_blocks, tid, m_warpgroup, k_warpgroup,
+                                             self.tile.token_widths[i])  # fmt: skip
+
+    @cute.jit
+    def _unit(self, operands, tokens, weights, barriers, scratch, rows, prefetched, expert, row_block, token_tile, slot, phase,
+              m_blocks, k_blocks, tid, m_warpgroup, k_warpgroup, width: cutlass.Constexpr):  # fmt: skip
+        """One 128-row block of weights times the first ``width`` rows of a token tile, for this warpgroup."""
+        mma = self._tiled_mma(width)
+        thread_mma = mma.get_slice(tid)
+        used = cute.local_tile(tokens, (width, _BLOCK_K), (0, 0, None))
+        token_fragments = mma.make_fragment_B(thread_mma.partition_B(used))
+        accumulators = [mma.make_fragment_C(thread_mma.partition_shape_C((64, width))) for _ in range(2)]
+        a_shape = thread_mma.partition_shape_A((64, _BLOCK_K))
+        sets = 1 if self.group_per_half else 2
+        fragment_sets = [[mma.make_fragment_A(a_shape) for _ in range(2)] for _ in range(sets)]
+        slot, phase = self._main_loop(mma, accumulators, fragment_sets, token_fragments, weights, barriers, slot, phase,
+                                      k_blocks, tid, m_warpgroup, k_warpgroup)  # fmt: skip
+        if cutlass.const_expr(self.tile.k_warpgroups > 1):
+            self._add_up(accumulators, scratch, tid, k_warpgroup)
+        if k_warpgroup == 0:
+            self._epilogue(operands, accumulators, rows, prefetched, expert, row_block, token_tile, tid, m_blocks, width)
+        return slot, phase
 
 
 class Gemm1(_Gemm):
@@ -416,30 +431,31 @@ class Gemm1(_Gemm):
         return slot
 
     @cute.jit
-    def _epilogue(self, operands, accumulators, rows, prefetched, expert, row_block, token_tile, tid, m_blocks):
+    def _epilogue(self, operands, accumulators, rows, prefetched, expert, row_block, token_tile, tid, m_blocks,
+                  width: cutlass.Constexpr):  # fmt: skip
         if row_block < m_blocks:
-            self._store(operands, accumulators, expert, row_block, token_tile, tid, m_blocks)
+            self._store(operands, accumulators, expert, row_block, token_tile, tid, m_blocks, width)
 
-    def _store(self, operands, accumulators, expert, row_block, token_tile, tid, m_blocks):
+    def _store(self, operands, accumulators, expert, row_block, token_tile, tid, m_blocks, width):
         spec = self.spec
         warp, group, quad = tid // 32, tid % 32 // 4, tid % 4
         # Where this thread's neighbouring values lie: in I, and in the blocks of 64 that GEMM2 reads.
         if spec.gated:
-            projections, width, value = 2, 2, 16 * warp + 2 * group
+            projections, values_per_thread, value = 2, 2, 16 * warp + 2 * group
             block, num_blocks = row_block, m_blocks
         else:
-            projections, width, value = 1, 4, 32 * warp + 4 * group
+            projections, values_per_thread, value = 1, 4, 32 * warp + 4 * group
             block, num_blocks = 2 * row_block + warp // 2, 2 * m_blocks
         scales = [operands["global_scale"][expert * projections + p] for p in range(projections)]
         if spec.precision == "w4a4":
             scales = [scale * operands["input_scale"][0] for scale in scales]
         scales = [scale * Float32(2.0**-layout.WEIGHT_LOG2) for scale in scales]
         next_scale = operands["down_input_scale"][expert] if spec.precision == "w4a4" else None
-        biases = [[Float32(0.0)] * width for _ in range(projections)]
+        biases = [[Float32(0.0)] * values_per_thread for _ in range(projections)]
         if spec.has_bias:
             first = row_block * (layout.BLOCK_ROWS // projections) + value
             starts = [(expert * projections + p) * (num_blocks * _BLOCK_K) + first for p in range(projections)]
-            biases = [[operands["bias"][start + i] for i in range(width)] for start in starts]
+            biases = [[operands["bias"][start + i] for i in range(values_per_thread)] for start in starts]
         column = value % _BLOCK_K
         chunk, within = column // 8, column % 8 * 2
         tile_address = Int64(operands["h"].toint()) + (Int64(token_tile) * num_blocks + block) * self.token_bytes
@@ -457,7 +473,7 @@ class Gemm1(_Gemm):
             ]
 
         def store(j, c, values):
-            words = [ptx.pack_bf16x2(values[2 * i], values[2 * i + 1]) for i in range(width // 2)]
+            words = [ptx.pack_bf16x2(values[2 * i], values[2 * i + 1]) for i in range(values_per_thread // 2)]
             row = 2 * quad + c  # modulo 8, which is all that the swizzle looks at
             address = tile_address + Int64((row + 8 * j) * _TOKEN_ROW_BYTES + (chunk ^ row) * 16 + within)
             ptx.store_global(address, words)
@@ -465,7 +481,7 @@ class Gemm1(_Gemm):
         # The 16 neighbours of an NVFP4 block are in 8 lanes (4 without a gate). These take as many tokens at a time, so that
         # each lane computes one block's scale, by two slow divisions, and not each lane every block's.
         lanes = 8 if spec.gated else 4
-        columns = [(j, c) for j in range(self.n // 8) for c in range(2)]
+        columns = [(j, c) for j in range(width // 8) for c in range(2)]
         for first in range(0, len(columns), lanes):
             some = columns[first : first + lanes]
             values = [activated(j, c) for j, c in some]
@@ -564,7 +580,8 @@ class Gemm2(_Gemm):
                     slot, phase = self._next(slot, phase)
 
     @cute.jit
-    def _epilogue(self, operands, accumulators, rows, prefetched, expert, row_block, token_tile, tid, m_blocks):
+    def _epilogue(self, operands, accumulators, rows, prefetched, expert, row_block, token_tile, tid, m_blocks,
+                  width: cutlass.Constexpr):  # fmt: skip
         hidden = operands["H"]
         warp, group, quad = tid // 32, tid % 32 // 4, tid % 4
         out_rows, out_weights = rows
@@ -584,9 +601,9 @@ class Gemm2(_Gemm):
         cute.arch.barrier(barrier_id=barrier, number_of_threads=_WARPGROUP)
         feature = row_block * layout.BLOCK_ROWS + 32 * warp + 4 * group
         if feature < hidden:
-            self._store(operands, accumulators, rows, mine + 2 * quad, expert, feature)
+            self._store(operands, accumulators, rows, mine + 2 * quad, expert, feature, width)
 
-    def _store(self, operands, accumulators, rows, first_row, expert, feature):
+    def _store(self, operands, accumulators, rows, first_row, expert, feature, width):
         spec, hidden = self.spec, operands["H"]
         scale = operands["global_scale"][expert]
         if spec.precision == "w4a4":
@@ -597,7 +614,7 @@ class Gemm2(_Gemm):
             biases = [operands["bias"][expert * hidden + feature + i] for i in range(4)]
         size = 2 if self._bf16() else 4
         column = Int64(operands["out"].toint()) + Int64(feature) * size
-        for j in range(self.n // 8):
+        for j in range(width // 8):
             for c in range(2):
                 out_row = rows[0][first_row + 8 * j + c]
                 weight = rows[1][first_row + 8 * j + c]

@@ -1,13 +1,20 @@
 """Which kernel variants a call launches, as frozen values; importable without the DSL."""
 
 import dataclasses
+import functools
+import math
+from typing import TYPE_CHECKING
+
 from jax_moe.kernels.sm90 import layout
+
+if TYPE_CHECKING:
+    from jax_moe.plan import Problem
 
 SHARED_MEMORY = 232_448
 """Bytes of shared memory one thread block may use on sm_90."""
 
 _RESERVED_PER_CTA = 1024  # what the driver keeps of an SM's shared memory for each resident block
-_GATED_KINDS = (0, 1, 3)
+_GATED = ("swiglu", "geglu", "situ")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +47,14 @@ class Tile:
     @property
     def threads(self) -> int:
         return 128 * (1 + self.m_warpgroups * self.k_warpgroups)
+
+    @property
+    def token_widths(self) -> tuple[int, ...]:
+        """Rows that are multiplied: a tile with padding takes the least of these that holds its rows.
+
+        Each has its own code, which only the widest tile is worth; with more than three the compiler serialises ``wgmma``.
+        """
+        return (32, 64, 128) if self.token_tile == 128 else (self.token_tile,)
 
     @property
     def stage_bytes(self) -> int:
@@ -88,7 +103,7 @@ class Gemm1Spec(_Launch):
 
     tile: Tile
     precision: str
-    activation: int
+    activation: str
     alpha: float
     beta: float
     limit: float
@@ -96,14 +111,14 @@ class Gemm1Spec(_Launch):
 
     @property
     def gated(self) -> bool:
-        return self.activation in _GATED_KINDS
+        return self.activation in _GATED
 
     @property
     def name(self) -> str:
         numbers = "_".join(float(v).hex().replace(".", "p").replace("-", "m").replace("+", "")
                            for v in (self.alpha, self.beta, self.limit))  # fmt: skip
         bias = "_bias" if self.has_bias else ""
-        return f"jax_moe_gemm1_{self.tile.name}_{self.precision}_a{self.activation}_{numbers}{bias}"
+        return f"jax_moe_gemm1_{self.tile.name}_{self.precision}_{self.activation}_{numbers}{bias}"
 
     def entry(self):
         from jax_moe.kernels.sm90 import gemm
@@ -173,3 +188,66 @@ class Plan:
 def max_tiles(num_routes: int, num_experts: int, token_tile: int) -> int:
     """Upper bound of the number of tiles, whatever the routing: each expert's last tile may hold one row."""
     return min(num_routes, (num_routes + num_experts * (token_tile - 1)) // token_tile)
+
+
+def plan(problem: "Problem", *, biases: tuple[bool, bool]) -> Plan:
+    """The kernels of ``problem``, chosen from its shapes alone.
+
+    Args:
+      problem: of the call.
+      biases: whether gate_up and down have one.
+    """
+    from jax_moe import activations
+
+    tile = best_tile(problem.num_routes, problem.num_experts)
+    alpha, beta, limit = activations.parameters(problem.activation)
+    out_dtype = str(problem.out_dtype) if problem.combine == "atomic" else "float32"
+    return Plan(
+        tile.token_tile,
+        Gemm1Spec(tile, problem.precision, problem.activation.kind, alpha, beta, limit, biases[0]),
+        Gemm2Spec(tile, problem.precision, problem.combine, out_dtype, biases[1]),
+        CombineSpec(str(problem.out_dtype)) if problem.combine == "ordered" else None,
+    )
+
+
+TOKEN_TILES = (8, 16, 24, 32, 48, 64, 72, 80, 96, 128)
+
+# What one expert costs, in the tensor cores' time for one token (4 clocks a 128 x 64 block): reading its weights once
+# from memory (239 clocks a block and SM), for each tile turning them into bf16 (152 clocks), and a tile's start and end.
+_READ, _DEQUANTISE, _TILE = 60, 38, 10
+
+
+@functools.lru_cache(maxsize=1024)
+def best_tile(num_routes: int, num_experts: int) -> Tile:
+    """The tile with the least expected time, if routes fall on experts at random.
+
+    With few routes a wider tile costs next to nothing while a second tile repeats the dequantisation; with many, the padding of
+    each expert's last tile is what differs.
+    """
+    tiles = [_with_token_tile(token_tile) for token_tile in TOKEN_TILES]
+    costs = [_expected_cost(num_routes / num_experts, tile) for tile in tiles]
+    return next(tile for tile, cost in zip(tiles, costs, strict=True) if cost <= 1.01 * min(costs))
+
+
+def _with_token_tile(token_tile: int) -> Tile:
+    if token_tile <= 16:
+        return with_most_stages(token_tile, 1, 2, 4, 2)
+    if token_tile <= 48:
+        return with_most_stages(token_tile, 1, 1, 2, 3)
+    return with_most_stages(token_tile, 2, 1, 2, 1)
+
+
+def _expected_cost(mean: float, tile: Tile) -> float:
+    """Of an expert that some routes fall on; their number has a Poisson distribution with this mean."""
+    spread = math.sqrt(mean)
+    cost_of = {width: max(_DEQUANTISE, width) + _TILE for width in tile.token_widths}
+    total = weight = 0.0
+    for count in range(max(1, math.floor(mean - 4 * spread)), math.ceil(mean + 4 * spread) + 2, math.ceil(spread / 16)):
+        probability = math.exp(count * math.log(mean) - mean - math.lgamma(count + 1))
+        full, rest = divmod(count, tile.token_tile)
+        cost = full * cost_of[tile.token_tile]
+        if rest:
+            cost += next(cost_of[width] for width in tile.token_widths if width >= rest)
+        total += probability * max(_READ, cost)
+        weight += probability
+    return total / weight

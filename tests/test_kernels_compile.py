@@ -1,0 +1,138 @@
+"""Every kernel that the plan picks for the shapes of shapes.json, compiled for sm_90a and read back as machine code."""
+
+import collections
+import importlib.util
+import itertools
+import math
+import struct
+
+import jax.numpy as jnp
+import pytest
+
+from jax_moe import activations
+from jax_moe.kernels import compile
+from jax_moe.kernels.sm90 import plan as sm90_plan
+from jax_moe.plan import Problem
+
+HAS_DSL = importlib.util.find_spec("cutlass") is not None
+needs_dsl = pytest.mark.skipif(not HAS_DSL, reason="nvidia-cutlass-dsl is not installed")
+
+MODELS = {  # E, K, H, I
+    "qwen3-30b-a3b": (128, 8, 2048, 768),
+    "qwen3-235b-a22b": (128, 8, 4096, 1536),
+    "deepseek-r1-ep8": (32, 8, 7168, 2048),
+    "mixtral-8x7b": (8, 2, 4096, 14336),
+    "gpt-oss-120b": (128, 4, 2880, 2880),
+}
+TOKENS = (1, 8, 32, 128, 512, 2048, 8192)
+
+# The low 12 bits of an sm_90 instruction, as nvdisasm -hex shows them.
+HGMMA, WARPGROUP, LOCAL_LOAD, LOCAL_STORE = 0xDF0, 0x9C5, 0x983, 0x387
+SWIGLU = activations.SwiGLU()
+GPT_OSS = activations.SwiGLU(alpha=1.702, beta=1.0, limit=7.0)
+
+
+def problem(model, tokens, precision="w4a16", combine="atomic", activation=SWIGLU, out_dtype=jnp.bfloat16):
+    experts, top_k, hidden, intermediate = MODELS[model]
+    return Problem(
+        num_tokens=tokens,
+        top_k=top_k,
+        num_experts=experts,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        activation=activation,
+        precision=precision,
+        combine=combine,
+        weight_on="output",
+        out_dtype=jnp.dtype(out_dtype),
+        layout="sm_90a",
+        command_buffer=True,
+    )
+
+
+def planned_specs():
+    """Each tile that a shape picks, in every precision and combine; other activations, biases and fp32 for one shape."""
+    specs = {}
+    for model in MODELS:
+        for tokens in TOKENS:
+            for precision, combine in itertools.product(("w4a16", "w4a4"), ("atomic", "ordered")):
+                for spec in sm90_plan.plan(problem(model, tokens, precision, combine), biases=(False, False)).specs():
+                    specs[spec.name] = spec
+    for activation in (GPT_OSS, activations.GeGLU(), activations.ReLU2(), activations.SiTU()):
+        for tokens, precision in ((32, "w4a16"), (512, "w4a4"), (8192, "w4a4")):
+            call = problem("gpt-oss-120b", tokens, precision, "atomic", activation, jnp.float32)
+            for spec in sm90_plan.plan(call, biases=(True, True)).specs():
+                specs[spec.name] = spec
+    return specs
+
+
+def opcodes(cubin):
+    """How often each opcode occurs in the kernel of ``cubin``."""
+    (sections_at,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names_index = struct.unpack_from("<HHH", cubin, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, sections_at + i * size) for i in range(count)]
+    names = sections[names_index][4]
+    counts = collections.Counter()
+    for name, _, _, _, offset, length in sections:
+        if cubin[names + name : names + name + 6] == b".text.":
+            counts.update(word & 0xFFF for (word,) in struct.iter_unpack("<Q8x", cubin[offset : offset + length]))
+    return counts
+
+
+@needs_dsl
+@pytest.mark.parametrize("spec", planned_specs().values(), ids=lambda spec: spec.name.removeprefix("jax_moe_"))
+def test_machine_code(spec):
+    kernel = compile.compiled(spec, "sm_90a")
+    counts = opcodes(kernel.image)
+    assert sum(counts.values()) > 50
+    if isinstance(spec, sm90_plan.CombineSpec):
+        assert kernel.stack_bytes == 0
+        return
+    tile = spec.tile
+    assert kernel.threads == tile.threads
+    assert kernel.shared_bytes == spec.smem_bytes
+    assert counts[HGMMA] > 0
+    assert counts[HGMMA] == kernel.tensor_core_instructions
+    # Serialised wgmma (ptxas C7512) is one fence and one wait for each; ours wait once for four or eight.
+    assert counts[WARPGROUP] < counts[HGMMA]
+    # A unit's start and end may keep a few words in local memory; the loops that multiply would need far more.
+    assert kernel.stack_bytes <= 32
+    assert counts[LOCAL_LOAD] + counts[LOCAL_STORE] <= 16
+    assert kernel.registers * tile.threads * tile.ctas_per_sm <= 65536
+    gemm = pytest.importorskip("jax_moe.kernels.sm90.gemm")
+    implementation = (gemm.Gemm1 if isinstance(spec, sm90_plan.Gemm1Spec) else gemm.Gemm2)(spec)
+    producer, consumer = implementation._registers()
+    consumers = tile.m_warpgroups * tile.k_warpgroups
+    # More than was there at launch would never be granted, and the kernel would hang.
+    assert 128 * (producer + consumers * consumer) <= kernel.registers * tile.threads
+
+
+def test_tiles_fit_and_grow_with_the_routes():
+    for model in MODELS:
+        experts, top_k, _, _ = MODELS[model]
+        tiles = [sm90_plan.best_tile(tokens * top_k, experts) for tokens in TOKENS]
+        assert [t.token_tile for t in tiles] == sorted(t.token_tile for t in tiles)
+        for tile in tiles:
+            assert tile.stages >= 2
+            assert tile.stage_blocks % tile.k_warpgroups == 0
+            resident = tile.shared_bytes + (1024 if tile.ctas_per_sm > 1 else 0)
+            assert resident * tile.ctas_per_sm <= sm90_plan.SHARED_MEMORY + 1024 * (tile.ctas_per_sm > 1)
+
+
+def test_names_tell_specs_apart():
+    specs = planned_specs()
+    assert len(set(specs.values())) == len(specs)
+    infinite = sm90_plan.plan(problem("mixtral-8x7b", 8), biases=(False, False)).gemm1
+    assert math.isinf(infinite.limit)
+    clamped = sm90_plan.plan(problem("mixtral-8x7b", 8, activation=GPT_OSS), biases=(False, False)).gemm1
+    assert infinite.name != clamped.name
+
+
+@pytest.mark.parametrize("num_routes", [0, 1, 7, 8, 9, 100, 1000])
+@pytest.mark.parametrize("num_experts", [1, 3, 128])
+def test_max_tiles_is_the_worst_routing(num_routes, num_experts):
+    token_tile = 8
+    # Worst: as many experts as there are routes for, or experts, have a last tile with a single row.
+    busy = min(num_routes, num_experts)
+    worst = busy + (num_routes - busy) // token_tile if busy else 0
+    assert sm90_plan.max_tiles(num_routes, num_experts, token_tile) >= worst
