@@ -226,8 +226,10 @@ class Stored:
         for expert, part in self._pairs():
             info = self._info(suffix, expert, part)
             if info.dtype not in dtypes or info.shape != shape:
+                another = suffix == self.format.payload and info.dtype not in dtypes
+                hint = "this layer is not in NVFP4 or MXFP4" if another else self.format.name
                 raise CheckpointError(
-                    f"{info}: found {info.summary}, expected {' or '.join(dtypes)} {list(shape)} ({self.format.name})"
+                    f"{info}: found {info.summary}, expected {' or '.join(dtypes)} {list(shape)} ({hint})"
                 )
 
     def _check_scalar(self, suffix: str, *, required: bool) -> None:
