@@ -281,6 +281,25 @@ def test_infinities_stay_in_their_rows(precision, combine):
     np.testing.assert_array_equal(spoilt[np.arange(8) != 2].astype(np.float32), clean[np.arange(8) != 2])
 
 
+def _scales_where_only_a_division_is_right(largest: float, count: int) -> list[np.float32]:
+    """Input scales s under which largest * (1 / (6 s)) and largest / (6 s) round to different e4m3 block scales."""
+    e4m3 = np.arange(8, 0x7E, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    s = np.float32(largest) / (np.float32(6) * (e4m3[1:] + e4m3[:-1]) / 2)
+    s = np.concatenate([s, np.nextafter(s, np.float32(0)), np.nextafter(s, np.float32(1))])
+    product = (np.float32(largest) * (np.float32(1) / (np.float32(6) * s))).astype(ml_dtypes.float8_e4m3fn)
+    return list(s[product.astype(np.float32) != statement.block_scales(largest, s).astype(np.float32)][:count])
+
+
+def test_activations_are_quantised_at_the_boundaries_as_defined():
+    case = make_case(22, precision="w4a4", out_dtype=jnp.float32)
+    x = jnp.clip(case.x, -1, 1).at[:, ::16].set(1.375)  # the largest of every block
+    scales = _scales_where_only_a_division_is_right(1.375, 5)
+    assert len(scales) == 5
+    for scale in scales:
+        gate_up = dataclasses.replace(case.experts.gate_up, input_scale=jnp.float32(scale))
+        dataclasses.replace(case, x=x, experts=dataclasses.replace(case.experts, gate_up=gate_up)).check()
+
+
 @pytest.mark.parametrize("scale", [0.0, 2.0**-140, 1e-30, 1e30, np.inf, np.nan, -1e-3])
 @pytest.mark.parametrize("name", ["gate_up", "down"])
 def test_adversarial_input_scales_never_crash(name, scale):
