@@ -102,7 +102,8 @@ class _Call:
         self.down_rows = _blocks(problem.hidden_size, rows)
         self.down_columns = _blocks(problem.intermediate_size, width)
         self.h_blocks = self.gate_up_rows * rows // self.parts // width
-        self.plan = sm90_plan.plan(problem, biases=biases)
+        # Without tokens nothing is launched, and any plan will do.
+        self.plan = sm90_plan.plan(dataclasses.replace(problem, num_tokens=max(1, problem.num_tokens)), biases=biases)
         self.sort = specs.sort_spec(
             problem.num_routes, problem.num_experts, self.plan.token_tile, weighted=problem.weight_on == "output"
         )
