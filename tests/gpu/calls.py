@@ -87,14 +87,18 @@ def call(
     return raw_call(target, results, attributes, *operands)
 
 
-def register_mutant(name: str, file: str, original: str, replacement: str, build_folder: pathlib.Path) -> str:
-    """Builds the library's CUDA half with one change and registers it; returns the name of its target."""
+def register_changed(name: str, changes: dict[str, tuple[str, str]], build_folder: pathlib.Path) -> str:
+    """Builds the library's CUDA half with some changes and registers it; returns the name of its target.
+
+    ``changes``: by file, what is there and what is to stand there instead.
+    """
     sources = build_folder / name
     shutil.copytree(FFI, sources, ignore=shutil.ignore_patterns("tests", "build"))
-    text = (sources / file).read_text()
-    assert original in text, f"the mutant no longer applies to {file}"
-    (sources / file).write_text(text.replace(original, replacement))
-    library = sources / "mutant.so"
+    for file, (original, replacement) in changes.items():
+        text = (sources / file).read_text()
+        assert original in text, f"the change no longer applies to {file}"
+        (sources / file).write_text(text.replace(original, replacement))
+    library = sources / "changed.so"
     compiler = os.environ.get("CXX", "g++")
     includes = [f"-I{sources}", f"-isystem{jax.ffi.include_dir()}"]
     units = [sources / "cuda" / unit for unit in ("driver.cc", "handler.cc", "program.cc")]

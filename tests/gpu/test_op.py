@@ -1,6 +1,7 @@
 """``fused_moe`` on a GPU against its definition, and against the CPU handler bit for bit where sums are exact."""
 
 import functools
+import threading
 
 import calls
 import helpers
@@ -165,3 +166,45 @@ def test_layers_in_a_scan(precision):
         outs = np.asarray(scan(cases[0].x, stacked))
     for out, case in zip(outs, cases, strict=True):
         _check(out, helpers.dataclasses.replace(case, x=cases[0].x))
+
+
+@pytest.mark.parametrize("precision", ["w4a16", "w4a4"])
+@pytest.mark.parametrize("combine", ["atomic", "ordered"])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("tokens", [1, 16, 300, 2500])
+def test_exact_sums_have_the_bits_of_the_cpu_handler(poison, tokens, gated, combine, precision):
+    case = helpers.make_exact_case(11, tokens=tokens, gated=gated, precision=precision, combine=combine,
+                                   out_dtype=jnp.float32)  # fmt: skip
+    poison(1)
+    got = _run(case)
+    cpu = jax.devices("cpu")[0]
+    x, experts, routing = jax.device_put((case.x, case.experts, case.routing), cpu)
+    expected = jax.jit(functools.partial(jax_moe.fused_moe, **case.options))(x, experts, routing)
+    # Zeros may differ in sign: 0 - 0 depends on the order.
+    helpers.assert_bit_equal(got + 0.0, np.asarray(expected) + 0.0)
+
+
+@pytest.mark.skipif("len(__import__('jax').devices()) < 2", reason="needs two GPUs")
+@pytest.mark.parametrize("combine", ["atomic", "ordered"])
+def test_two_devices_at_once(poison, combine):
+    """One jitted function from two threads, each with a device, weights and tokens of its own."""
+    cases = [helpers.make_case(seed, tokens=64, hidden=256, intermediate=128, combine=combine) for seed in (12, 13)]
+    op = _op(**cases[0].options)
+    failures = []
+
+    def work(number):
+        case, device = cases[number], jax.devices()[number]
+        prepared = _prepared(case)
+        arguments = jax.device_put((prepared.x, prepared.experts, prepared.routing), device)
+        for _ in range(20):
+            try:
+                _check(np.asarray(op(*arguments)), case)
+            except AssertionError as error:
+                failures.append((number, str(error)))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
