@@ -170,9 +170,9 @@ def test_errors():
     experts = random_experts(np.random.default_rng(3), 1, 2, 16, 16)
     with pytest.raises(ValueError, match="target: got 'sm_80'"):
         prepare(experts, "sm_80")
-    prepared = prepare(experts, progress=False)
+    prepared = prepare(experts, "sm_90a", progress=False)
     with pytest.raises(ValueError, match="experts: got layout 'sm_90a'"):
-        prepare(prepared)
+        prepare(prepared, "sm_90a")
     with pytest.raises(ValueError, match="experts: got layout 'canonical'"):
         unprepare(experts, 16, 16)
 
