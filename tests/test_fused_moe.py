@@ -20,17 +20,17 @@ PRECISIONS, COMBINES, WEIGHT_ONS = ("w4a16", "w4a4"), ("atomic", "ordered"), ("o
 OUT_DTYPES = (jnp.bfloat16, jnp.float32)
 
 
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("weight_on", WEIGHT_ONS)
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_every_option(precision, weight_on, activation, bias):
-    case = make_case(1, activation=activation, bias=bias, precision=precision, weight_on=weight_on)
-    for combine, out_dtype in itertools.product(COMBINES, OUT_DTYPES):
-        case.check(combine=combine, out_dtype=out_dtype)
+def test_every_option(precision, weight_on, activation):
+    for bias, combine in itertools.product((False, True), COMBINES):
+        case = make_case(1, activation=activation, bias=bias, precision=precision, weight_on=weight_on)
+        for out_dtype in OUT_DTYPES if bias else OUT_DTYPES[1:]:
+            case.check(combine=combine, out_dtype=out_dtype)
 
 
-@settings(max_examples=60)
+@settings(max_examples=50)
 @given(
     seed=st.integers(0, 2**16),
     tokens=st.integers(0, 40),
