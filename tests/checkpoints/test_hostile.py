@@ -227,6 +227,14 @@ def test_a_missing_shard_is_named(tmp_path):
         checkpoints.load_experts(tmp_path, 0)
 
 
+def test_an_absolute_index_entry_is_refused_even_inside(tmp_path):
+    writer.checkpoint(tmp_path, shards=2)
+    index = tmp_path / "model.safetensors.index.json"
+    edit_json(index, lambda i: i["weight_map"].update({n: str(tmp_path / f) for n, f in i["weight_map"].items()}))
+    with pytest.raises(checkpoints.CheckpointError, match="found the file name"):
+        checkpoints.load_experts(tmp_path, 0)
+
+
 def test_an_index_that_names_the_wrong_shard(tmp_path):
     writer.checkpoint(tmp_path, shards=2)
     edit_json(
