@@ -7,7 +7,6 @@ from typing import TypeVar
 import jax
 import jax.export
 
-
 _Class = TypeVar("_Class", bound=type)
 
 
