@@ -127,6 +127,9 @@ def quantize(values: jax.Array, global_scale: jax.Array) -> tuple[jax.Array, jax
 
     amax = jnp.max(jnp.abs(blocks), axis=-1)
     block_scale = jnp.minimum(_divide(amax, E2M1_MAX * scale), E4M3_MAX).astype(jnp.float8_e4m3fn)
+    # XLA's GPU backend may take a conversion and the one back for nothing, and would use the scale unrounded
+    # (xla_allow_excess_precision); the barrier keeps the rounding.
+    block_scale = jax.lax.optimization_barrier(block_scale)
     decoded = block_scale.astype(jnp.float32)
     is_zero = decoded == 0
     inverse = 1.0 / (jnp.where(is_zero, 1.0, decoded) * scale)
