@@ -44,7 +44,7 @@ SHAPES = {
 
 
 def tile(text):
-    """"n8m1k2b4c1" or with a stage limit "n8m1k2b4c1s5"."""
+    """A tile by name: n8m1k2b4c1, or with a limit of stages n8m1k2b4c1s5."""
     import re
 
     numbers = re.fullmatch(r"n(\d+)m(\d+)k(\d+)b(\d+)c(\d+)(?:s(\d+))?", text).groups()
@@ -70,22 +70,11 @@ CASES = [
         ("w4a16", ACTIVATIONS[(3, 4)[i % 2]], False, "ordered", "float32"),
     ]
 ]
-TIMED = {  # T: token tiles with their variants; "auto" is what plan.py picks
-    "qwen3-235b-a22b": {
-        1: ["auto"],
-        8: ["auto"],
-        32: ["auto"],
-        128: ["auto"],
-        512: ["auto", "n48m3k1b2c1", "n48m3k1b1c1", "n64m3k1b1c1"],
-        2048: ["auto", "n128m2k1b1c1", "n80m2k1b2c1", "n80m3k1b1c1"],
-        8192: ["auto", "n128m2k1b1c1"],
-    },
-    "others": {1: ["auto"], 8: ["auto"], 32: ["auto"], 512: ["auto"], 2048: ["auto"], 8192: ["auto"]},
-}
+TIMED = {1: ["auto"], 8: ["auto"], 32: ["auto"], 128: ["auto"], 512: ["auto"], 2048: ["auto"], 8192: ["auto"]}
+"""T: the tiles to time, "auto" being what plan.py picks."""
 
 
-def timed(model):
-    return TIMED.get(model, TIMED["others"])
+MODES = [("w4a16", "atomic"), ("w4a4", "atomic"), ("w4a16", "ordered")]  # only the first for other tiles than the first
 
 
 def resolve(text, model, T):
@@ -110,11 +99,12 @@ def suite_specs(suite):
         for t, precision, activation, bias, combine, out in CASES:
             specs += [gemm1(tile(t), precision, activation, bias), gemm2(tile(t), precision, bias, combine, out)]
     else:
-        for T, variants in timed(suite).items():
+        for T, variants in TIMED.items():
             for number, text in enumerate(variants):
                 t = resolve(text, suite, T)
-                for precision, combine in [("w4a16", "atomic"), ("w4a4", "atomic"), ("w4a16", "ordered")][: 1 if number else 3]:
-                    specs += [gemm1(t, precision, ACTIVATIONS[0], False), gemm2(t, precision, False, combine, "bfloat16")]
+                for precision, combine in MODES[: 1 if number else None]:
+                    specs.append(gemm1(t, precision, ACTIVATIONS[0], False))
+                    specs.append(gemm2(t, precision, False, combine, "bfloat16"))
     specs += [plan.CombineSpec("bfloat16"), plan.CombineSpec("float32")]
     return list(dict.fromkeys(specs))
 
@@ -221,7 +211,9 @@ def tile_map(torch, ids, weights, L, N, poison=True):
     row_weight[padded] = weights.flatten()[order]
     tile_expert = torch.full((tiles,), junk, dtype=torch.int32, device=ids.device)
     tile_expert[:num] = torch.repeat_interleave(torch.arange(L, device=ids.device), tile_counts).int()
-    return dict(row_route=row_route, row_weight=row_weight, tile_expert=tile_expert, expert_tiles=starts.int(), tiles=tiles)
+    return dict(
+        row_route=row_route, row_weight=row_weight, tile_expert=tile_expert, expert_tiles=starts.int(), tiles=tiles
+    )
 
 
 @dataclasses.dataclass
@@ -231,13 +223,13 @@ class Layer:
     L: int
     P: int
     H: int
-    I: int
+    inner: int
     gate_up: types.SimpleNamespace
     down: types.SimpleNamespace
     dense: tuple | None
 
 
-def make_layer(torch, L, P, H, I, seed, dense, exact=False):
+def make_layer(torch, L, P, H, inner, seed, dense, exact=False):
     import jax
     import jax.numpy as jnp
 
@@ -249,32 +241,47 @@ def make_layer(torch, L, P, H, I, seed, dense, exact=False):
     def projection(lead, rows, columns):
         codes = jax.random.bits(next(keys), (*lead, rows, columns // 2), jnp.uint8)
         if exact:  # values -2 .. 2 by halves, block scale 1
-            codes = nvfp4.pack(jax.random.randint(next(keys), (*lead, rows, columns), 0, 5).astype(jnp.uint8) | jax.random.bits(next(keys), (*lead, rows, columns), jnp.uint8) & 8)  # fmt: skip
+            codes = nvfp4.pack(
+                jax.random.randint(next(keys), (*lead, rows, columns), 0, 5).astype(jnp.uint8)
+                | jax.random.bits(next(keys), (*lead, rows, columns), jnp.uint8) & 8
+            )
             scales = jnp.ones((*lead, rows, columns // 16), jnp.float8_e4m3fn)
-            return experts.Projection(codes, scales, jnp.full(lead, 0.5, jnp.float32), jnp.float32(1) if len(lead) == 2 else jnp.ones(lead), jnp.round(jax.random.normal(next(keys), (*lead, rows)) * 2))  # fmt: skip
+            return experts.Projection(
+                codes,
+                scales,
+                jnp.full(lead, 0.5, jnp.float32),
+                jnp.float32(1) if len(lead) == 2 else jnp.ones(lead),
+                jnp.round(jax.random.normal(next(keys), (*lead, rows)) * 2),
+            )
         scales = jax.random.randint(next(keys), (*lead, rows, columns // 16), 40, 112).astype(jnp.uint8)
         scales = jax.lax.bitcast_convert_type(scales, jnp.float8_e4m3fn)
         global_scale = jax.random.uniform(next(keys), lead, jnp.float32, 0.3, 3) / (12 * columns**0.5)
         bias = jax.random.normal(next(keys), (*lead, rows)) * 0.3
-        input_scale = jnp.float32(0.002) if len(lead) == 2 else jax.random.uniform(next(keys), lead, jnp.float32, 1e-3, 2e-2)
+        input_scale = (
+            jnp.float32(0.002) if len(lead) == 2 else jax.random.uniform(next(keys), lead, jnp.float32, 1e-3, 2e-2)
+        )
         return experts.Projection(codes, scales, global_scale, input_scale, bias)
 
-    canonical = experts.Experts(gate_up=projection((L, P), I, H), down=projection((L,), H, I))
+    canonical = experts.Experts(gate_up=projection((L, P), inner, H), down=projection((L,), H, inner))
     prepared = preparation.prepare(canonical, "sm_90a", progress=False)
 
     def to_torch(array):
         return torch.from_dlpack(jnp.asarray(array).block_until_ready()).clone()
 
     def convert(p):
-        return types.SimpleNamespace(**{f: to_torch(getattr(p, f)) for f in ("payload", "global_scale", "input_scale", "bias")})
+        return types.SimpleNamespace(
+            **{f: to_torch(getattr(p, f)) for f in ("payload", "global_scale", "input_scale", "bias")}
+        )
 
     values = None
     if dense:
-        values = tuple(to_torch(nvfp4.dequantize(p.payload, p.block_scale)) for p in (canonical.gate_up, canonical.down))
-    return Layer(L, P, H, I, convert(prepared.gate_up), convert(prepared.down), values)
+        values = tuple(
+            to_torch(nvfp4.dequantize(p.payload, p.block_scale)) for p in (canonical.gate_up, canonical.down)
+        )
+    return Layer(L, P, H, inner, convert(prepared.gate_up), convert(prepared.down), values)
 
 
-def random_prepared_layer(torch, L, P, H, I, seed):
+def random_prepared_layer(torch, L, P, H, inner, seed):
     """Prepared weights with random codes and block scales from 2**-6 to 2**3: for timing, no jax needed."""
     layout = _import_without_library("jax_moe.kernels.sm90.layout")
     g = torch.Generator("cuda").manual_seed(seed)
@@ -284,7 +291,9 @@ def random_prepared_layer(torch, L, P, H, I, seed):
         payload = torch.empty((L, row_blocks, k_blocks, layout.BLOCK_BYTES), dtype=torch.uint8, device="cuda")
         for e in range(L):
             payload[e].random_(0, 256, generator=g)
-            scales = torch.randint(16 * 8, 25 * 8, (row_blocks, k_blocks, layout.SCALE_BYTES // 4, 4), generator=g, device="cuda")
+            scales = torch.randint(
+                16 * 8, 25 * 8, (row_blocks, k_blocks, layout.SCALE_BYTES // 4, 4), generator=g, device="cuda"
+            )
             word = scales[..., 0] | scales[..., 2] << 8 | scales[..., 1] << 16 | scales[..., 3] << 24
             word = (word << 4 | word >> 28) & 0xFFFFFFFF
             parts = torch.stack([word >> 8 * i & 0xFF for i in range(4)], -1).to(torch.uint8)
@@ -293,7 +302,7 @@ def random_prepared_layer(torch, L, P, H, I, seed):
         input_scale = torch.full(() if len(lead) == 2 else lead, 0.002, device="cuda")
         return types.SimpleNamespace(payload=payload, global_scale=global_scale, input_scale=input_scale, bias=None)
 
-    return Layer(L, P, H, I, projection((L, P), P * I, H), projection((L,), H, I), None)
+    return Layer(L, P, H, inner, projection((L, P), P * inner, H), projection((L,), H, inner), None)
 
 
 def quantise(values, scale):
@@ -304,14 +313,18 @@ def quantise(values, scale):
     nvfp4 = _import_without_library("jax_moe.nvfp4")
     rows = -(-values.shape[0] // 64) * 64  # few shapes, few compilations
     padded = torch.nn.functional.pad(values, (0, 0, 0, rows - values.shape[0]))
-    rounded = nvfp4.quantize_dequantize(jnp.from_dlpack(padded), jnp.float32(float(scale)))  # not under jit: see notes-h200.md
+    rounded = nvfp4.quantize_dequantize(
+        jnp.from_dlpack(padded), jnp.float32(float(scale))
+    )  # not under jit: see notes-h200.md
     return torch.from_dlpack(rounded.block_until_ready())[: values.shape[0]].clone()
 
 
 class Op:
     """GEMM1, GEMM2 (and combine) of one problem: operands, workspaces and launches."""
 
-    def __init__(self, driver, layer, x, ids, weights, t1, t2, precision, activation, bias, combine, out, limit_experts=None):
+    def __init__(
+        self, driver, layer, x, ids, weights, t1, t2, precision, activation, bias, combine, out, limit_experts=None
+    ):
         torch = driver.torch
         self.driver, self.layer, self.x, self.ids, self.combine = driver, layer, x, ids, combine
         self.T, self.K = ids.shape
@@ -319,7 +332,9 @@ class Op:
         self.map = tile_map(torch, ids, weights, layer.L, self.N)
         gated = layer.P == 2
         self.I_blocks = layer.gate_up.payload.shape[1] * (1 if gated else 2)
-        self.h = torch.full((self.map["tiles"], self.I_blocks, self.N, 64), float("nan"), dtype=torch.bfloat16, device="cuda")
+        self.h = torch.full(
+            (self.map["tiles"], self.I_blocks, self.N, 64), float("nan"), dtype=torch.bfloat16, device="cuda"
+        )
         dtype = torch.bfloat16 if out == "bfloat16" else torch.float32
         self.out = torch.full((self.T, layer.H), float("nan"), dtype=dtype, device="cuda")
         self.contributions = None
@@ -332,30 +347,67 @@ class Op:
         self.offset = torch.zeros(1, dtype=torch.int32, device="cuda")
 
     def run1(self):
-        l, m = self.layer, self.map
-        g = l.gate_up
+        layer, tiles = self.layer, self.map
+        g = layer.gate_up
         self.driver.launch(
-            self.s1.name, self.driver.sms * self.s1.tile.ctas_per_sm, self.x_rows, m["row_route"], m["tile_expert"],
-            m["expert_tiles"], g.payload, g.global_scale, g.input_scale if self.w4a4 else None, g.bias if self.bias else None,
-            l.down.input_scale if self.w4a4 else None, self.h, l.H, self.K, l.L, g.payload.shape[1], g.payload.shape[2],
-        )  # fmt: skip
+            self.s1.name,
+            self.driver.sms * self.s1.tile.ctas_per_sm,
+            self.x_rows,
+            tiles["row_route"],
+            tiles["tile_expert"],
+            tiles["expert_tiles"],
+            g.payload,
+            g.global_scale,
+            g.input_scale if self.w4a4 else None,
+            g.bias if self.bias else None,
+            layer.down.input_scale if self.w4a4 else None,
+            self.h,
+            layer.H,
+            self.K,
+            layer.L,
+            g.payload.shape[1],
+            g.payload.shape[2],
+        )
 
     def run2(self):
-        l, m = self.layer, self.map
-        d = l.down
+        layer, tiles = self.layer, self.map
+        d = layer.down
         target, divisor = (self.out, self.K) if self.combine == "atomic" else (self.contributions, 1)
         self.driver.launch(
-            self.s2.name, self.driver.sms * self.s2.tile.ctas_per_sm, self.h, m["row_route"], m["row_weight"],
-            m["tile_expert"], m["expert_tiles"], d.payload, d.global_scale, d.input_scale if self.w4a4 else None,
-            d.bias if self.bias else None, target, l.H, divisor, l.L, d.payload.shape[1], d.payload.shape[2], self.I_blocks,
-        )  # fmt: skip
+            self.s2.name,
+            self.driver.sms * self.s2.tile.ctas_per_sm,
+            self.h,
+            tiles["row_route"],
+            tiles["row_weight"],
+            tiles["tile_expert"],
+            tiles["expert_tiles"],
+            d.payload,
+            d.global_scale,
+            d.input_scale if self.w4a4 else None,
+            d.bias if self.bias else None,
+            target,
+            layer.H,
+            divisor,
+            layer.L,
+            d.payload.shape[1],
+            d.payload.shape[2],
+            self.I_blocks,
+        )
 
     def run3(self):
-        l = self.layer
+        layer = self.layer
         self.driver.launch(
-            self.s3.name, self.s3.grid(self.T, l.H), self.contributions, self.ids, self.offset, self.out, self.T, self.K,
-            l.H, l.L,
-        )  # fmt: skip
+            self.s3.name,
+            self.s3.grid(self.T, layer.H),
+            self.contributions,
+            self.ids,
+            self.offset,
+            self.out,
+            self.T,
+            self.K,
+            layer.H,
+            layer.L,
+        )
 
     def run(self):
         if self.combine == "atomic":
@@ -381,7 +433,7 @@ def oracle(torch, layer, x, ids, weights, precision, activation, bias):
             gs = gs * layer.gate_up.input_scale.double()
         pre = [xq[token] @ gu[e, p].double().T * gs[p] for p in range(layer.P)]
         if bias:
-            pre = [v + layer.gate_up.bias[e, p, : layer.I].double() for p, v in enumerate(pre)]
+            pre = [v + layer.gate_up.bias[e, p, : layer.inner].double() for p, v in enumerate(pre)]
         up = pre[-1]
         gate = pre[0]
         if kind == "swiglu":
@@ -412,10 +464,10 @@ def check(driver):
     layers = {}
     for number, (t, precision, activation, bias, combine, out) in enumerate(CASES):
         P = 1 if activation[0] == "relu2" else 2
-        L, H, I, T, K = 6, 336, 208, (5, 61, 300)[number % 3], 4
+        L, H, inner, T, K = 6, 336, 208, (5, 61, 300)[number % 3], 4
         exact = activation[0] == "relu2" and precision == "w4a16"
         if (P, exact) not in layers:
-            layers[P, exact] = make_layer(torch, L, P, H, I, 11 + P, True, exact)
+            layers[P, exact] = make_layer(torch, L, P, H, inner, 11 + P, True, exact)
         layer = layers[P, exact]
         g = torch.Generator("cuda").manual_seed(number)
         if exact:
@@ -445,7 +497,11 @@ def check(driver):
             bound = 0.0
         fine = error <= bound and same in (True, "-") and not bool(op.out[0].any())
         failures += not fine
-        print(f"{'ok  ' if fine else 'FAIL'} {t:12} {precision:5} {activation[0]:6} bias {int(bias)} {combine:7} {out:8} T {T:3} error {error:.2e} worst row {row:.2e} repeat {same}{' exact' if exact else ''}", flush=True)  # fmt: skip
+        print(
+            f"{'ok  ' if fine else 'FAIL'} {t:12} {precision:5} {activation[0]:6} bias {int(bias)} {combine:7} {out:8} "
+            f"T {T:3} error {error:.2e} worst row {row:.2e} repeat {same}{' exact' if exact else ''}",
+            flush=True,
+        )
     print("failures:", failures)
     return failures
 
@@ -473,24 +529,32 @@ def time_graph(torch, calls, replays=5):
 
 def bench(driver, model, variants_of, profile=False):
     torch = driver.torch
-    E, K, H, I = SHAPES[model]
-    layer = random_prepared_layer(torch, E, 2, H, I, 5)
-    expert_bytes = 3 * H * I * 9 / 16
+    E, K, H, inner = SHAPES[model]
+    layer = random_prepared_layer(torch, E, 2, H, inner, 5)
+    expert_bytes = 3 * H * inner * 9 / 16
     results = []
     for T, variants in variants_of.items():
         calls = 1 if profile else 8 if T <= 512 else 2
         g = torch.Generator("cuda").manual_seed(T)
         touched = E * (1 - (1 - K / E) ** T)
-        floor = max(touched * expert_bytes / 4.46e6, 6 * T * K * H * I / 791e6)
+        floor = max(touched * expert_bytes / 4.46e6, 6 * T * K * H * inner / 791e6)
         inputs = []
         for _ in range(calls):
             ids = torch.rand(T, E, generator=g, device="cuda").topk(K, dim=1).indices.int()
-            inputs.append((torch.randn(T, H, generator=g, device="cuda").bfloat16(), ids, torch.rand(T, K, generator=g, device="cuda")))  # fmt: skip
+            inputs.append(
+                (
+                    torch.randn(T, H, generator=g, device="cuda").bfloat16(),
+                    ids,
+                    torch.rand(T, K, generator=g, device="cuda"),
+                )
+            )
         for number, text in enumerate(variants):
             t = resolve(text, model, T)
-            modes = [("w4a16", "atomic")] + ([("w4a4", "atomic"), ("w4a16", "ordered")] if number == 0 else [])
-            for precision, combine in modes:
-                ops = [Op(driver, layer, x, ids, w, t, t, precision, ACTIVATIONS[0], False, combine, "bfloat16") for x, ids, w in inputs]  # fmt: skip
+            for precision, combine in MODES[: 1 if number else None]:
+                ops = [
+                    Op(driver, layer, x, ids, w, t, t, precision, ACTIVATIONS[0], False, combine, "bfloat16")
+                    for x, ids, w in inputs
+                ]
                 if profile:
                     ops[0].run()
                     torch.cuda.synchronize()
@@ -498,9 +562,25 @@ def bench(driver, model, variants_of, profile=False):
                 one = time_graph(torch, [op.run1 for op in ops])
                 two = time_graph(torch, [op.run2 for op in ops])
                 both = time_graph(torch, [op.run for op in ops])
-                work = touched * expert_bytes / both / 1e6 if T <= 256 else 6 * T * K * H * I / both / 1e6
-                results.append(dict(model=model, T=T, tile=t.name, precision=precision, combine=combine, gemm1=one, gemm2=two, op=both, floor=floor))  # fmt: skip
-                print(f"{model:16} T {T:5} {t.name:16} {precision:5} {combine:7} gemm1 {one:8.1f} gemm2 {two:8.1f} all {both:8.1f} us  x floor {both / floor:5.2f}  {work:7.2f} {'TB/s' if T <= 256 else 'TFLOP/s'}", flush=True)  # fmt: skip
+                work = touched * expert_bytes / both / 1e6 if T <= 256 else 6 * T * K * H * inner / both / 1e6
+                results.append(
+                    dict(
+                        model=model,
+                        T=T,
+                        tile=t.name,
+                        precision=precision,
+                        combine=combine,
+                        gemm1=one,
+                        gemm2=two,
+                        op=both,
+                        floor=floor,
+                    )
+                )
+                print(
+                    f"{model:16} T {T:5} {t.name:16} {precision:5} {combine:7} gemm1 {one:8.1f} gemm2 {two:8.1f} "
+                    f"all {both:8.1f} us  x floor {both / floor:5.2f}  {work:7.2f} {'TB/s' if T <= 256 else 'TFLOP/s'}",
+                    flush=True,
+                )
                 del ops
     return results
 
@@ -524,7 +604,7 @@ def main():
             _, model, tokens, text = suite.split(":")
             bench(driver, model, {int(tokens): [text]}, profile=True)
         else:
-            results += bench(driver, suite, timed(suite))
+            results += bench(driver, suite, TIMED)
     target = pathlib.Path(os.environ.get("OUT", folder)) / "results.json"
     target.write_text(json.dumps(results, indent=1))
 

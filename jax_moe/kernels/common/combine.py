@@ -10,6 +10,7 @@ from jax_moe.kernels.common.memory import array, pointer
 
 THREADS = 128
 VALUES_PER_THREAD = 4
+SLOTS_AT_ONCE = 8
 
 
 def entry(spec):
@@ -48,12 +49,20 @@ class _Combine:
             vector = index - token * vectors
             ids, first = array(expert_ids), array(expert_offset)[0]
             sums = [Float32(0.0) for _ in range(VALUES_PER_THREAD)]
-            for slot in cutlass.range(K, unroll=4):
-                route = token * K + slot
-                expert = Int64(ids[route]) - Int64(first)
-                if expert >= 0 and expert < local_experts:
+            # All loads of a batch are issued before the first is used; a slot that is not local adds nothing.
+            for first_slot in cutlass.range(0, K, SLOTS_AT_ONCE, unroll=1):
+                batch = []
+                for i in cutlass.range_constexpr(SLOTS_AT_ONCE):
+                    slot = first_slot + i
+                    route = token * K + slot
+                    wanted = Int32(0)
+                    if slot < K:
+                        expert = Int64(ids[route]) - Int64(first)
+                        if expert >= 0 and expert < local_experts:
+                            wanted = Int32(1)
                     address = Int64(contributions.toint()) + (Int64(route) * vectors + vector) * 16
-                    values = ptx.load_global_f32x4(address)
+                    batch.append(ptx.load_global_f32x4(address, wanted))
+                for values in batch:
                     sums = [total + value for total, value in zip(sums, values, strict=True)]
             position = Int64(index) * VALUES_PER_THREAD
             if cutlass.const_expr(self.bf16):

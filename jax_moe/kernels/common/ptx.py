@@ -63,12 +63,16 @@ def load_shared_v4(address: Int32, *, loc=None, ip=None) -> tuple[Uint32, Uint32
 
 
 @dsl_user_op
-def load_global_f32x4(address: Int64, *, loc=None, ip=None) -> tuple[Float32, Float32, Float32, Float32]:
-    """Four fp32 values that are read once, 16-byte aligned."""
+def load_global_f32x4(
+    address: Int64, wanted: Int32, *, loc=None, ip=None
+) -> tuple[Float32, Float32, Float32, Float32]:
+    """Four fp32 values that are read once, 16-byte aligned; zeros, and no access, if ``wanted`` is 0."""
     struct = ir.Type.parse("!llvm.struct<(f32, f32, f32, f32)>")
-    operand = Int64(address).ir_value(loc=loc, ip=ip)
-    text = "ld.global.L1::no_allocate.v4.f32 {$0, $1, $2, $3}, [$4];"
-    value = _asm(struct, [operand], text, "=f,=f,=f,=f,l", False, loc, ip)
+    operands = [Int64(address).ir_value(loc=loc, ip=ip), Int32(wanted).ir_value(loc=loc, ip=ip)]
+    text = "{ .reg .pred p; setp.ne.s32 p, $5, 0; "
+    text += "".join(f"mov.f32 ${i}, 0f00000000; " for i in range(4))
+    text += "@p ld.global.L1::no_allocate.v4.f32 {$0, $1, $2, $3}, [$4]; }"
+    value = _asm(struct, operands, text, "=&f,=&f,=&f,=&f,l,r", False, loc, ip)
     return tuple(Float32(llvm.extractvalue(T.f32(), value, [i], loc=loc, ip=ip)) for i in range(4))
 
 
@@ -116,9 +120,9 @@ def store_global(address: Int64, words, *, loc=None, ip=None) -> None:
 
 @dsl_user_op
 def store_global_f32x4(address: Int64, values, *, loc=None, ip=None) -> None:
-    """Stores four fp32 values, 16-byte aligned."""
+    """Stores four fp32 values that this kernel never reads again, 16-byte aligned."""
     operands = [Int64(address).ir_value(loc=loc, ip=ip), *(Float32(v).ir_value(loc=loc, ip=ip) for v in values)]
-    text = "st.global.v4.f32 [$0], {$1, $2, $3, $4};"
+    text = "st.global.cs.v4.f32 [$0], {$1, $2, $3, $4};"
     _asm(None, operands, text, "l,f,f,f,f,~{memory}", False, loc, ip)
 
 

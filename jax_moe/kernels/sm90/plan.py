@@ -67,7 +67,7 @@ class Tile:
     @property
     def shared_bytes(self) -> int:
         barriers = 16 * self.stages
-        rows = 8 * self.token_tile
+        rows = 8 * self.m_warpgroups * self.token_tile  # GEMM2: output row and weight, a copy for each warpgroup
         return self.stages * self.stage_bytes + self.reduction_bytes + barriers + rows + 1024  # 1024: alignment
 
 
@@ -233,7 +233,7 @@ def _with_token_tile(token_tile: int) -> Tile:
     if token_tile <= 16:
         return with_most_stages(token_tile, 1, 2, 4, 2)
     if token_tile <= 48:
-        return with_most_stages(token_tile, 1, 1, 2, 3)
+        return with_most_stages(token_tile, 3, 1, 2, 1)
     return with_most_stages(token_tile, 2, 1, 2, 1)
 
 
