@@ -13,6 +13,7 @@ import concurrent.futures
 import ctypes
 import dataclasses
 import functools
+import importlib.metadata
 import json
 import math
 import os
@@ -26,7 +27,6 @@ from typing import Annotated
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -306,7 +306,7 @@ def machine() -> dict:
         "load_average": os.getloadavg(),
         "versions": {
             "jax": jax.__version__,
-            "jaxlib": jaxlib.__version__,
+            "jaxlib": importlib.metadata.version("jaxlib"),
             "numpy": np.__version__,
             "python": platform.python_version(),
         },

@@ -1,12 +1,14 @@
 """``Experts``: the NVFP4 weights of one MoE layer, as a pytree of plain arrays."""
 
 import dataclasses
-
-import jax
+from typing import Any
 
 from jax_moe import pytree
 
 CANONICAL = "canonical"
+
+Leaf = Any
+"""A ``jax.Array``; in a tree of the same structure, what stands for one: a PartitionSpec, a ShapeDtypeStruct."""
 
 
 @pytree.register
@@ -26,11 +28,11 @@ class Projection:
       bias: float32 ``[*lead, N]``, added after the global scale, or None.
     """
 
-    payload: jax.Array
-    block_scale: jax.Array
-    global_scale: jax.Array
-    input_scale: jax.Array | None = None
-    bias: jax.Array | None = None
+    payload: Leaf
+    block_scale: Leaf
+    global_scale: Leaf
+    input_scale: Leaf = None
+    bias: Leaf = None
 
 
 @pytree.register

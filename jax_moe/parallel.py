@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -41,7 +42,8 @@ def sharded_moe(
 
     Args:
       x, experts, routing: global arrays as for ``fused_moe``; ids are global. :func:`expert_shardings` gives the
-        shardings under which ``experts`` is used in place.
+        shardings under which ``experts`` is used in place; give them to ``jax.jit``'s ``in_shardings`` or place the
+        weights so, because inside ``jax.jit`` other placements are not seen and XLA would move the weights.
       mesh: the device mesh. A default axis name that it lacks is not used; at least one axis must be.
       expert_axis: shards E; its size must divide E.
       tensor_axis: shards I; I divided by its size must be a multiple of 16.
@@ -91,8 +93,8 @@ def sharded_moe(
         return y.astype(out_dtype)
 
     run = jax.shard_map(local_moe, mesh=mesh, in_specs=(tokens, specs, tokens), out_specs=tokens)
+    _check_in_place(experts, specs, mesh)
     if AxisType.Explicit in mesh.axis_types:
-        _check_in_place(experts, specs)
         everything = (x, experts, routing), (tokens, specs, jax.tree.map(lambda _: tokens, routing))
         x, experts, routing = jax.tree.map(lambda a, spec: jax.reshard(a, NamedSharding(mesh, spec)), *everything)
     return run(x, experts, routing)
@@ -155,12 +157,23 @@ def partition_specs(
     return Experts(_where_present(gate_up, experts.gate_up), _where_present(down, experts.down), experts.layout)
 
 
-def _check_in_place(experts: Experts, specs: Experts) -> None:
-    """Raises where explicitly sharded weights would have to move; slicing a replicated array is free."""
+def _check_in_place(experts: Experts, specs: Experts, mesh: Mesh) -> None:
+    """Raises where weights would have to move, as far as their placement is known; slicing a replicated array is free.
+
+    It is not known of what ``jax.jit`` traces over automatic mesh axes.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(experts)
     for (path, leaf), spec in zip(leaves, jax.tree.leaves(specs), strict=True):
-        got = jax.typeof(leaf).sharding.spec
-        if any(axis is not None for axis in got) and tuple(got) != (*spec, *[None] * (leaf.ndim - len(spec))):
+        if not isinstance(leaf, jax.Array):  # a NumPy array is nowhere yet
+            continue
+        if isinstance(leaf, jax.core.Tracer):
+            got = jax.typeof(leaf).sharding.spec
+            padded = (*spec, *[None] * (leaf.ndim - len(spec)))
+            fits = tuple(got) == padded or all(axis is None for axis in got)
+        else:
+            got = leaf.sharding
+            fits = got.is_fully_replicated or got.is_equivalent_to(NamedSharding(mesh, spec), leaf.ndim)
+        if not fits:
             name = "experts" + jax.tree_util.keystr(path)
             raise ValueError(f"{name}: got sharding {got}, needs {spec}; jax_moe.expert_shardings(...) gives it")
 

@@ -104,7 +104,8 @@ def route(logits: jax.Array, k: int, method: Method = Softmax(), *, bias: jax.Ar
             weights, expert_ids = _grouped_top_k(jax.nn.sigmoid(logits), k, method, bias)
             renormalize = method.renormalize
     if renormalize:
-        weights = weights / weights.sum(-1, keepdims=True)
+        # Sigmoids of very negative logits all vanish: then the weights are 0, not 0/0. No other sum notices 1e-20.
+        weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
     if isinstance(method, DeepSeekV3):
         weights = weights * method.scaling_factor
     return Routing(expert_ids.astype(jnp.int32), weights)

@@ -175,3 +175,9 @@ def test_refuses(change, error, message):
     arguments = {"logits": jnp.zeros((2, 8)), "k": 2} | change
     with pytest.raises(error, match=message):
         jax_moe.route(**arguments)
+
+
+@pytest.mark.parametrize("method", [Sigmoid(renormalize=True), DeepSeekV3(num_groups=1, top_groups=1)])
+def test_renormalising_vanished_sigmoids_is_no_nan(method):
+    routing = jax_moe.route(jnp.full((1, 4), -200.0), 2, method)
+    np.testing.assert_array_equal(routing.weights, 0)

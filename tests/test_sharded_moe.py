@@ -353,3 +353,15 @@ def test_inside_a_shard_map_over_some_axes_raises():
     run = jax.shard_map(local, mesh=mesh, in_specs=P(), out_specs=P(), axis_names={"data"}, check_vma=False)
     with pytest.raises(ValueError, match=r"fused_moe: .*4 devices.*sharded_moe"):
         jax.jit(run)(case.x, case.experts, case.routing)
+
+
+def test_eager_weights_that_are_placed_otherwise_are_refused():
+    """Under jit over automatic axes a placement cannot be seen; outside it can, and nothing may move silently."""
+    mesh = make_mesh(expert=2, tensor=2)
+    case = make_case(num_experts=4, intermediate=32)
+    placed = jax.device_put(case.experts, jax_moe.expert_shardings(case.experts, mesh))
+    jax_moe.sharded_moe(case.x, placed, case.routing, mesh=mesh)
+    elsewhere = jax.device_put(placed.down.payload, NamedSharding(mesh, P(None, "expert", None)))
+    moved = dataclasses.replace(placed, down=dataclasses.replace(placed.down, payload=elsewhere))
+    with pytest.raises(ValueError, match=r"experts\.down\.payload: got sharding"):
+        jax_moe.sharded_moe(case.x, moved, case.routing, mesh=mesh)
