@@ -15,6 +15,7 @@ project was measured to read and to multiply. A bf16 peer reads 3.56 times the b
 import datetime
 import functools
 import json
+import os
 import pathlib
 import statistics
 import subprocess
@@ -266,15 +267,15 @@ def _environment() -> dict:
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     commit = ["git", "-C", str(pathlib.Path(__file__).parent), "rev-parse", "HEAD"]
     return {
-        "gpu": _first_line(query), "commit": _first_line(commit), "python": platform.python_version(),
+        "gpu": _first_line(query), "commit": os.environ.get("JAX_MOE_COMMIT") or _first_line(commit), "python": platform.python_version(),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **versions,
     }  # fmt: skip
 
 
 def _first_line(command) -> str:
     try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0]
-    except OSError:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.partition("\n")[0]
+    except (OSError, subprocess.CalledProcessError):
         return ""
 
 
