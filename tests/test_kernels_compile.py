@@ -51,7 +51,7 @@ def problem(model, tokens, precision="w4a16", combine="atomic", activation=SWIGL
 
 
 def planned_specs():
-    """Each tile that a shape picks, in every precision and combine; other activations, biases and fp32 for one shape."""
+    """Each tile that a shape picks, in every precision and combine; the other options for one shape."""
     specs = {}
     for model in MODELS:
         for tokens in TOKENS:

@@ -13,6 +13,7 @@ _LOG2_E = math.log2(math.e)
 
 @cute.jit
 def sigmoid(x: Float32) -> Float32:
+    """``1 / (1 + exp(-x))`` to a few ulp."""
     return ptx.reciprocal_approximate(Float32(1.0) + ptx.exp2(x * Float32(-_LOG2_E)))
 
 
@@ -62,7 +63,7 @@ def activate(
 
 @cute.jit
 def _block_scale(amax: Float32, global_scale: Float32):
-    """``(scale, inverse)`` of 16 values: their e4m3 block scale as fp32, and what to multiply them with (DESIGN section 3)."""
+    """``(scale, inverse)`` of 16 values: their e4m3 block scale as fp32, and what to multiply them with."""
     scale = ptx.round_e4m3(ptx.divide(amax, Float32(6.0) * global_scale))  # the conversion saturates at 448
     inverse = ptx.reciprocal(scale * global_scale)
     if scale == Float32(0.0):
@@ -74,8 +75,9 @@ def _round(value: Float32, scale: Float32, inverse: Float32) -> Float32:
     """``e2m1(value * inverse) * scale``: what a w4a4 product multiplies, exact in bf16; NaN if ``scale`` is."""
     scaled = value * inverse
     magnitude = ptx.minimum(ptx.absolute(scaled), Float32(6.0))
-    # Adding and subtracting 1.5 * 2**23 * step rounds to a multiple of step, ties to even. The steps of e2m1 are 0.5 below 2, 1
-    # below 4 and 2 above (an even multiple is an even code): half the power of two below the magnitude, at least 0.5.
+    # Adding and subtracting 1.5 * 2**23 * step rounds to a multiple of step, ties to even. The steps of e2m1 are 0.5
+    # below 2, 1 below 4 and 2 above (an even multiple is an even code): half the power of two below the magnitude, at
+    # least 0.5.
     magic = ptx.power_of_two_below(ptx.maximum(magnitude, Float32(1.0))) * Float32(0.75 * 2**23)
     return ptx.copy_sign((magnitude + magic) - magic, scaled) * scale
 

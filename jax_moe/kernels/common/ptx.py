@@ -19,6 +19,7 @@ def _words(values, loc, ip):
 
 @dsl_user_op
 def rotate_right(word: Uint32, bits: int, *, loc=None, ip=None) -> Uint32:
+    """``word`` rotated by a constant."""
     (w,) = _words([word], loc, ip)
     return Uint32(_asm(T.i32(), [w], f"shf.r.wrap.b32 $0, $1, $1, {bits};", "=r,r", True, loc, ip))
 
@@ -33,6 +34,7 @@ def mask_and_set(word: Uint32, mask: int, bits: int, *, loc=None, ip=None) -> Ui
 
 @dsl_user_op
 def multiply_bf16x2(a: Uint32, b: Uint32, *, loc=None, ip=None) -> Uint32:
+    """Products of two pairs of bf16, subnormals included, rounded to nearest even."""
     return Uint32(_asm(T.i32(), _words([a, b], loc, ip), "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", True, loc, ip))
 
 
@@ -63,9 +65,7 @@ def load_shared_v4(address: Int32, *, loc=None, ip=None) -> tuple[Uint32, Uint32
 
 
 @dsl_user_op
-def load_global_f32x4(
-    address: Int64, wanted: Int32, *, loc=None, ip=None
-) -> tuple[Float32, Float32, Float32, Float32]:
+def load_global_f32x4(address: Int64, wanted: Int32, *, loc=None, ip=None) -> tuple[Float32, Float32, Float32, Float32]:
     """Four fp32 values that are read once, 16-byte aligned; zeros, and no access, if ``wanted`` is 0."""
     struct = ir.Type.parse("!llvm.struct<(f32, f32, f32, f32)>")
     operands = [Int64(address).ir_value(loc=loc, ip=ip), Int32(wanted).ir_value(loc=loc, ip=ip)]
@@ -155,7 +155,8 @@ def _unary(text, name):
 exp2 = _unary("ex2.approx.ftz.f32 $0, $1;", "exp2")
 reciprocal_approximate = _unary("rcp.approx.ftz.f32 $0, $1;", "reciprocal_approximate")
 reciprocal = _unary("rcp.rn.f32 $0, $1;", "reciprocal")
-power_of_two_below = _unary("and.b32 $0, $1, 0x7f800000;", "power_of_two_below")  # of a positive number; infinity for NaN
+# The power of two of a positive normal number; infinity for NaN.
+power_of_two_below = _unary("and.b32 $0, $1, 0x7f800000;", "power_of_two_below")
 absolute = _unary("abs.f32 $0, $1;", "absolute")
 round_e4m3 = _unary(
     "{ .reg .b16 p; .reg .b32 h; .reg .b16 l, u; cvt.rn.satfinite.e4m3x2.f32 p, 0f00000000, $1; "

@@ -5,9 +5,14 @@ consumer warpgroups. Weights are the M side of ``wgmma``: a consumer turns its s
 (``layout.py``) into bf16 A fragments and multiplies them with N tokens that lie K-major in shared memory. Blocks are
 persistent and walk over (expert, weight tile, token tile) as ``common/schedule.py`` orders them.
 
-Per 64 values of the contraction a consumer warp issues about 140 instructions for 4608 bytes of weights, which is 34 bytes a
-clock and SM where HBM gives 19: dequantisation hides behind memory for few tokens and behind the tensor cores for many.
+For a block of 4608 bytes a consumer warp issues about 130 instructions, 70 of them on the integer pipe, which takes
+140 clocks where HBM takes 239: dequantisation hides behind memory for few tokens and behind the tensor cores for many.
+
+Names: ``op`` holds the kernel's operands, ``shared`` what lies in shared memory, ``me`` this thread's place, ``unit``
+one piece of work; ``slot`` and ``phase`` are the next stage of the pipeline and the parity of its barriers.
 """
+
+import collections
 
 import cuda.bindings.driver as cuda
 import cutlass
@@ -25,7 +30,12 @@ _TOKEN_ROW_BYTES = _BLOCK_K * 2
 _CHUNK_BYTES = 16
 _CHUNKS = _TOKEN_ROW_BYTES // _CHUNK_BYTES
 _ROWS_PER_PASS = _WARPGROUP // _CHUNKS
-_REDUCTION_FULL, _REDUCTION_EMPTY, _CONSUMERS = 1, 2, 3  # named barriers; 0 is sync_threads
+_REDUCTION_FULL, _REDUCTION_EMPTY, _EPILOGUE = 1, 2, 3  # named barriers; 0 is sync_threads
+
+
+def _values(**values):
+    """Named values; a tuple, because the DSL would rebind a mutable object's attributes at the end of every branch."""
+    return collections.namedtuple("_Values", values)(**values)
 
 
 class _Gemm:
@@ -41,8 +51,8 @@ class _Gemm:
         self.weight_bytes = self.blocks * layout.BLOCK_BYTES  # of one m warpgroup in one stage
         self.token_bytes = self.n * _TOKEN_ROW_BYTES  # of one block
         self.accumulators = self.n // 8 * 4  # fp32 registers of one 64-row half
-        # Two blocks of A registers are 64; where they do not fit beside the accumulators (and about 60 others) the compiler
-        # would serialise wgmma (ptxas C7512), and the two halves of one block take turns instead.
+        # Two blocks of A registers are 64; where they do not fit beside the accumulators (and about 60 others) the
+        # compiler would serialise wgmma (ptxas C7512), and the two halves of one block take turns instead.
         self.group_per_half = 2 * self.accumulators + 64 + 60 > self._registers()[1]
 
     def _registers(self):
@@ -92,48 +102,35 @@ class _Gemm:
                            ptx.broadcast_half(second, False), ptx.broadcast_half(second, True)])  # fmt: skip
         return scales
 
-    def _multiply(self, mma, accumulators, fragments, tokens, weights, slot, block, tid, m_warpgroup, first_group_done):
-        """Dequantises one block of a stage and issues its products, as one or two ``wgmma`` groups, each of which waits
-        for the one before it. Calls ``first_group_done`` when all products of earlier blocks are complete.
+    def _multiply(self, mma, accumulators, fragments, tokens, shared, me, slot, block, first_group_done):
+        """Dequantises one block of a stage and issues its products, as one or two ``wgmma`` groups.
+
+        Each group waits for the one before it. ``first_group_done`` is called when all products of earlier blocks are
+        complete.
         """
-        place = (slot * self.tile.m_warpgroups + m_warpgroup) * self.weight_bytes + block * layout.BLOCK_BYTES
-        address = Int32(weights.toint()) + place
-        scales = self._load_scales(address + layout.CODE_BYTES + tid // 4 * 16)
-        groups = ((0,), (1,)) if self.group_per_half else ((0, 1),)
-        for group in groups:
+        place = (slot * self.tile.m_warpgroups + me.m_warpgroup) * self.weight_bytes + block * layout.BLOCK_BYTES
+        address = Int32(shared.weights.toint()) + place
+        scales = self._load_scales(address + layout.CODE_BYTES + me.tid // 4 * 16)
+        for group in ((0,), (1,)) if self.group_per_half else ((0, 1),):
             for half in group:
                 registers = cute.recast_tensor(fragments[half], Uint32)
                 registers = cute.make_tensor(registers.iterator, cute.make_layout((4, 4)))
-                self._dequantise(address + tid * 16, registers, half, scales)
+                self._dequantise(address + me.tid * 16, registers, half, scales)
             warpgroup.fence()
             for step in range(4):
                 token_step = tokens[None, None, step, slot * self.blocks + block]
                 for half in group:
-                    cute.gemm(mma, accumulators[half], fragments[half][None, None, step], token_step, accumulators[half])
+                    sums = accumulators[half]
+                    cute.gemm(mma, sums, fragments[half][None, None, step], token_step, sums)
             warpgroup.commit_group()
             warpgroup.wait_group(1)
             if group[0] == 0:
                 first_group_done()
 
     @cute.jit
-    def _release(self, barriers, slot, tid):
-        if slot >= 0 and tid % 32 == 0:
-            cute.arch.mbarrier_arrive(barriers + self.stages + slot)
-
-    @cute.jit
-    def _stage(self, mma, accumulators, fragment_sets, tokens, weights, barriers, slot, phase, previous, tid, m_warpgroup,
-               k_warpgroup, parity: cutlass.Constexpr):  # fmt: skip
-        """Multiplies a whole stage; returns the slot and phase of the next. Releases the stage before it (if it is not -1)
-        as soon as the tensor cores are done with it, and leaves its own last product in flight.
-        """
-        cute.arch.mbarrier_wait(barriers + slot, phase)
-        for i in cutlass.range_constexpr(self.blocks // self.tile.k_warpgroups):
-            block = k_warpgroup + i * self.tile.k_warpgroups
-            self._multiply(
-                mma, accumulators, fragment_sets[(parity + i) % len(fragment_sets)], tokens, weights, slot, block, tid,
-                m_warpgroup, (lambda: self._release(barriers, previous, tid)) if i == 0 else (lambda: None),
-            )  # fmt: skip
-        return self._next(slot, phase)
+    def _release(self, shared, me, slot):
+        if slot >= 0 and me.tid % 32 == 0:
+            cute.arch.mbarrier_arrive(shared.barriers + self.stages + slot)
 
     @cute.jit
     def _next(self, slot, phase):
@@ -144,8 +141,24 @@ class _Gemm:
         return slot, phase
 
     @cute.jit
-    def _main_loop(self, mma, accumulators, fragment_sets, tokens, weights, barriers, slot, phase, k_blocks, tid,
-                   m_warpgroup, k_warpgroup):  # fmt: skip
+    def _stage(
+        self, mma, accumulators, fragment_sets, tokens, shared, me, slot, phase, previous, parity: cutlass.Constexpr
+    ):
+        """Multiplies a whole stage, and leaves its last products in flight.
+
+        The stage before it (``previous``, or -1) is released as soon as the tensor cores are done with it.
+        """
+        cute.arch.mbarrier_wait(shared.barriers + slot, phase)
+        for i in cutlass.range_constexpr(self.blocks // self.tile.k_warpgroups):
+            self._multiply(
+                mma, accumulators, fragment_sets[(parity + i) % len(fragment_sets)], tokens, shared, me, slot,
+                me.k_warpgroup + i * self.tile.k_warpgroups,
+                (lambda: self._release(shared, me, previous)) if i == 0 else (lambda: None),
+            )  # fmt: skip
+        return self._next(slot, phase)
+
+    @cute.jit
+    def _main_loop(self, mma, accumulators, fragment_sets, tokens, shared, me, slot, phase, k_blocks):
         """Sums this warpgroup's blocks of one unit; returns the slot and phase of the next unit's first stage."""
         for half in cutlass.range_constexpr(2):
             accumulators[half].fill(0.0)
@@ -157,42 +170,46 @@ class _Gemm:
         for _ in cutlass.range(full // stages_per_body, unroll=1):
             for i in cutlass.range_constexpr(stages_per_body):
                 current = slot
-                slot, phase = self._stage(mma, accumulators, fragment_sets, tokens, weights, barriers, slot, phase,
-                                          previous, tid, m_warpgroup, k_warpgroup, i)  # fmt: skip
+                slot, phase = self._stage(
+                    mma, accumulators, fragment_sets, tokens, shared, me, slot, phase, previous, i
+                )
                 previous = current
-        if cutlass.const_expr(stages_per_body == 2):
-            if full % 2 == 1:
-                current = slot
-                slot, phase = self._stage(mma, accumulators, fragment_sets, tokens, weights, barriers, slot, phase,
-                                          previous, tid, m_warpgroup, k_warpgroup, 0)  # fmt: skip
-                previous = current
+        if full % stages_per_body == 1:
+            current = slot
+            slot, phase = self._stage(mma, accumulators, fragment_sets, tokens, shared, me, slot, phase, previous, 0)
+            previous = current
         warpgroup.wait_group(0)
-        self._release(barriers, previous, tid)
+        self._release(shared, me, previous)
+        rest = k_blocks - full * self.blocks
         if cutlass.const_expr(self.blocks > 1):
-            rest = k_blocks - full * self.blocks
-            if rest > 0:  # a last stage with fewer blocks
-                cute.arch.mbarrier_wait(barriers + slot, phase)
-                for i in cutlass.range_constexpr(per_stage):
-                    block = k_warpgroup + i * self.tile.k_warpgroups
-                    if block < rest:
-                        self._multiply(mma, accumulators, fragment_sets[0], tokens, weights, slot, block, tid, m_warpgroup,
-                                       lambda: None)  # fmt: skip
-                        warpgroup.wait_group(0)
-                self._release(barriers, slot, tid)
-                slot, phase = self._next(slot, phase)
+            slot, phase = self._last_stage(mma, accumulators, fragment_sets[0], tokens, shared, me, slot, phase, rest)
         return slot, phase
 
     @cute.jit
-    def _add_up(self, accumulators, scratch, tid, k_warpgroup):
+    def _last_stage(self, mma, accumulators, fragments, tokens, shared, me, slot, phase, rest):
+        """A stage of only ``rest`` blocks, if that is not 0; nothing stays in flight."""
+        if rest > 0:
+            cute.arch.mbarrier_wait(shared.barriers + slot, phase)
+            for i in cutlass.range_constexpr(self.blocks // self.tile.k_warpgroups):
+                block = me.k_warpgroup + i * self.tile.k_warpgroups
+                if block < rest:
+                    self._multiply(mma, accumulators, fragments, tokens, shared, me, slot, block, lambda: None)
+                    warpgroup.wait_group(0)
+            self._release(shared, me, slot)
+            slot, phase = self._next(slot, phase)
+        return slot, phase
+
+    @cute.jit
+    def _add_up(self, accumulators, shared, me):
         """Adds the sums of all k warpgroups into those of warpgroup 0, which alone goes on to the epilogue."""
         registers = 2 * self.accumulators
         everyone = self.consumers * _WARPGROUP
-        if k_warpgroup > 0:
+        if me.k_warpgroup > 0:
             cute.arch.barrier(barrier_id=_REDUCTION_EMPTY, number_of_threads=everyone)
             for half in cutlass.range_constexpr(2):
                 for i in cutlass.range_constexpr(self.accumulators):
-                    index = ((k_warpgroup - 1) * registers + half * self.accumulators + i) * _WARPGROUP + tid
-                    scratch[index] = accumulators[half][i]
+                    index = ((me.k_warpgroup - 1) * registers + half * self.accumulators + i) * _WARPGROUP + me.tid
+                    shared.scratch[index] = accumulators[half][i]
             cute.arch.fence_acq_rel_cta()
             cute.arch.barrier_arrive(barrier_id=_REDUCTION_FULL, number_of_threads=everyone)
         else:
@@ -201,106 +218,107 @@ class _Gemm:
             for other in cutlass.range_constexpr(self.tile.k_warpgroups - 1):
                 for half in cutlass.range_constexpr(2):
                     for i in cutlass.range_constexpr(self.accumulators):
-                        index = (other * registers + half * self.accumulators + i) * _WARPGROUP + tid
-                        accumulators[half][i] = accumulators[half][i] + scratch[index]
+                        index = (other * registers + half * self.accumulators + i) * _WARPGROUP + me.tid
+                        accumulators[half][i] = accumulators[half][i] + shared.scratch[index]
 
     # -- producer -----------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _copy_weights(self, payload, weights, barriers, slot, expert, m_tile, k_block, count, m_blocks, k_blocks, extra):
-        """One thread: announces a stage's bytes (``extra`` a block are somebody else's) and starts the copies of its
-        ``count`` weight blocks, which are neighbours in memory.
+    def _copy_weights(self, op, shared, slot, unit, k_block, count, extra):
+        """One thread: announces a stage's bytes, ``extra`` of each block somebody else's, and copies its weights.
+
+        The stage is ``count`` blocks, which are neighbours in memory, for each m warpgroup.
         """
-        full = Int32((barriers + slot).toint())
+        full = Int32((shared.barriers + slot).toint())
         block_bytes = self.tile.m_warpgroups * layout.BLOCK_BYTES + extra
-        cute.arch.mbarrier_arrive_and_expect_tx(barriers + slot, count * block_bytes)
+        cute.arch.mbarrier_arrive_and_expect_tx(shared.barriers + slot, count * block_bytes)
         for i in cutlass.range_constexpr(self.tile.m_warpgroups):
-            row_block = m_tile * self.tile.m_warpgroups + i
-            if row_block >= m_blocks:  # the last tile may have blocks to spare; their sums are never stored
-                row_block = m_blocks - 1
-            block = (Int64(expert) * m_blocks + row_block) * k_blocks + k_block
-            shared = Int32(weights.toint()) + (slot * self.tile.m_warpgroups + i) * self.weight_bytes
-            ptx.bulk_copy(shared, payload.toint() + block * layout.BLOCK_BYTES, count * layout.BLOCK_BYTES, full)
+            row_block = unit.m_tile * self.tile.m_warpgroups + i
+            if row_block >= op.m_blocks:  # the last tile may have blocks to spare; their sums are never stored
+                row_block = op.m_blocks - 1
+            block = (Int64(unit.expert) * op.m_blocks + row_block) * op.k_blocks + k_block
+            target = Int32(shared.weights.toint()) + (slot * self.tile.m_warpgroups + i) * self.weight_bytes
+            source = op.payload.toint() + block * layout.BLOCK_BYTES
+            ptx.bulk_copy(target, source, count * layout.BLOCK_BYTES, full)
 
     # -- the kernel ---------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _run(self, operands, payload, tile_expert, expert_tiles, local_experts, m_blocks, k_blocks):
+    def _run(self, op):
         tid, _, _ = cute.arch.thread_idx()
-        cta, _, _ = cute.arch.block_idx()
-        ctas, _, _ = cute.arch.grid_dim()
         warpgroup_index = cute.arch.make_warp_uniform(tid // _WARPGROUP)
         tid = tid % _WARPGROUP
 
         smem = cutlass.utils.SmemAllocator()
         token_layout = self._token_layout()
-        tokens = smem.allocate_tensor(BFloat16, token_layout.outer, byte_alignment=1024, swizzle=token_layout.inner)
-        weights = smem.allocate_array(cutlass.Uint8, self.stages * self.tile.m_warpgroups * self.weight_bytes)
-        barriers = smem.allocate_array(cutlass.Int64, 2 * self.stages)  # full ones, then empty ones
-        scratch = None
-        if cutlass.const_expr(self.tile.k_warpgroups > 1):
-            size = self.tile.reduction_bytes // 4
-            scratch = cute.make_tensor(smem.allocate_array(Float32, size), cute.make_layout(size))
-        rows = self._allocate_rows(smem)
-
+        shared = _values(
+            tokens=smem.allocate_tensor(BFloat16, token_layout.outer, byte_alignment=1024, swizzle=token_layout.inner),
+            weights=smem.allocate_array(Uint8, self.stages * self.tile.m_warpgroups * self.weight_bytes),
+            barriers=smem.allocate_array(Int64, 2 * self.stages),  # a stage is full, then a stage is empty
+            scratch=self._array(smem, Float32, self.tile.reduction_bytes // 4),
+            rows=self._allocate_rows(smem),
+        )
         if warpgroup_index == 0 and tid == 0:
             for i in cutlass.range_constexpr(self.stages):
-                cute.arch.mbarrier_init(barriers + i, self._full_arrivals())
-                cute.arch.mbarrier_init(barriers + self.stages + i, 4 * self.consumers)
+                cute.arch.mbarrier_init(shared.barriers + i, self._full_arrivals())
+                cute.arch.mbarrier_init(shared.barriers + self.stages + i, 4 * self.consumers)
             cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
 
-        m_tiles = (m_blocks + self.tile.m_warpgroups - 1) // self.tile.m_warpgroups
-        units = expert_tiles[local_experts] * m_tiles
-        registers = self._registers()
+        m_tiles = (op.m_blocks + self.tile.m_warpgroups - 1) // self.tile.m_warpgroups
+        op = _values(m_tiles=m_tiles, **op._asdict())
+        units = op.expert_tiles[op.local_experts] * m_tiles
+        producer_registers, consumer_registers = self._registers()
         if warpgroup_index == 0:
-            cute.arch.setmaxregister_decrease(registers[0])
-            self._produce(operands, payload, tile_expert, expert_tiles, tokens, weights, barriers, cta, ctas, units,
-                          m_tiles, m_blocks, k_blocks, tid)  # fmt: skip
+            cute.arch.setmaxregister_decrease(producer_registers)
+            self._produce(op, shared, units, tid)
         else:
-            cute.arch.setmaxregister_increase(registers[1])
-            self._consume(operands, tile_expert, expert_tiles, tokens, weights, barriers, scratch, rows, cta, ctas,
-                          units, m_tiles, m_blocks, k_blocks, tid, warpgroup_index - 1)  # fmt: skip
+            cute.arch.setmaxregister_increase(consumer_registers)
+            self._consume(op, shared, units, tid, warpgroup_index - 1)
+
+    def _array(self, smem, dtype, size):
+        return cute.make_tensor(smem.allocate_array(dtype, size), cute.make_layout(size)) if size else None
+
+    def _unit(self, op, index):
+        expert, m_tile, token_tile = schedule.locate(index, op.m_tiles, op.tile_expert, op.expert_tiles)
+        return _values(expert=expert, m_tile=m_tile, token_tile=token_tile)
 
     @cute.jit
-    def _consume(self, operands, tile_expert, expert_tiles, tokens, weights, barriers, scratch, rows, cta, ctas, units,
-                 m_tiles, m_blocks, k_blocks, tid, consumer):  # fmt: skip
-        m_warpgroup, k_warpgroup = consumer, Int32(0)
+    def _consume(self, op, shared, units, tid, consumer):
+        first, _, _ = cute.arch.block_idx()
+        ctas, _, _ = cute.arch.grid_dim()
+        me = _values(tid=tid, m_warpgroup=consumer, k_warpgroup=Int32(0))
         if cutlass.const_expr(self.tile.k_warpgroups > 1):
-            m_warpgroup, k_warpgroup = Int32(0), consumer
+            me = _values(tid=tid, m_warpgroup=Int32(0), k_warpgroup=consumer)
         slot, phase = Int32(0), Int32(0)
-        for unit in cutlass.range(cta, units, ctas, unroll=1):
-            expert, m_tile, token_tile = schedule.locate(unit, m_tiles, tile_expert, expert_tiles)
-            row_block = m_tile * self.tile.m_warpgroups + m_warpgroup
-            prefetched = self._prefetch_epilogue(operands, token_tile, tid)
-            needed = Int32(self.tile.token_widths[0])
-            for i in cutlass.range_constexpr(len(self.tile.token_widths) - 1):
-                if operands["row_route"][token_tile * self.n + self.tile.token_widths[i]] >= 0:  # padding rows come last
-                    needed = Int32(self.tile.token_widths[i + 1])
-            for i in cutlass.range_constexpr(len(self.tile.token_widths)):
-                if needed == self.tile.token_widths[i]:
-                    slot, phase = self._unit(operands, tokens, weights, barriers, scratch, rows, prefetched, expert, row_block,
-                                             token_tile, slot, phase, m_blocks, k_blocks, tid, m_warpgroup, k_warpgroup,
-                                             self.tile.token_widths[i])  # fmt: skip
+        widths = self.tile.token_widths
+        for index in cutlass.range(first, units, ctas, unroll=1):
+            unit = self._unit(op, index)
+            prefetched = self._prefetch_epilogue(op, unit, tid)
+            needed = Int32(widths[0])
+            for i in cutlass.range_constexpr(len(widths) - 1):
+                if op.row_route[unit.token_tile * self.n + widths[i]] >= 0:  # padding rows come last
+                    needed = Int32(widths[i + 1])
+            for i in cutlass.range_constexpr(len(widths)):
+                if needed == widths[i]:
+                    slot, phase = self._compute(op, shared, me, unit, prefetched, slot, phase, widths[i])
 
     @cute.jit
-    def _unit(self, operands, tokens, weights, barriers, scratch, rows, prefetched, expert, row_block, token_tile, slot, phase,
-              m_blocks, k_blocks, tid, m_warpgroup, k_warpgroup, width: cutlass.Constexpr):  # fmt: skip
+    def _compute(self, op, shared, me, unit, prefetched, slot, phase, width: cutlass.Constexpr):
         """One 128-row block of weights times the first ``width`` rows of a token tile, for this warpgroup."""
         mma = self._tiled_mma(width)
-        thread_mma = mma.get_slice(tid)
-        used = cute.local_tile(tokens, (width, _BLOCK_K), (0, 0, None))
-        token_fragments = mma.make_fragment_B(thread_mma.partition_B(used))
+        thread_mma = mma.get_slice(me.tid)
+        used = cute.local_tile(shared.tokens, (width, _BLOCK_K), (0, 0, None))
+        tokens = mma.make_fragment_B(thread_mma.partition_B(used))
         accumulators = [mma.make_fragment_C(thread_mma.partition_shape_C((64, width))) for _ in range(2)]
         a_shape = thread_mma.partition_shape_A((64, _BLOCK_K))
         sets = 1 if self.group_per_half else 2
         fragment_sets = [[mma.make_fragment_A(a_shape) for _ in range(2)] for _ in range(sets)]
-        slot, phase = self._main_loop(mma, accumulators, fragment_sets, token_fragments, weights, barriers, slot, phase,
-                                      k_blocks, tid, m_warpgroup, k_warpgroup)  # fmt: skip
+        slot, phase = self._main_loop(mma, accumulators, fragment_sets, tokens, shared, me, slot, phase, op.k_blocks)
         if cutlass.const_expr(self.tile.k_warpgroups > 1):
-            self._add_up(accumulators, scratch, tid, k_warpgroup)
-        if k_warpgroup == 0:
-            self._epilogue(operands, accumulators, rows, prefetched, expert, row_block, token_tile, tid, m_blocks, width)
+            self._add_up(accumulators, shared, me)
+        if me.k_warpgroup == 0:
+            self._epilogue(op, shared, me, unit, prefetched, accumulators, width)
         return slot, phase
 
 
@@ -343,11 +361,13 @@ class Gemm1(_Gemm):
         down_input_scale: cute.Pointer, h: cute.Pointer, H: Int32, row_divisor: Int32, local_experts: Int32,
         m_blocks: Int32, k_blocks: Int32,
     ):  # fmt: skip
-        operands = dict(
-            x=x, row_route=array(row_route), global_scale=array(global_scale), input_scale=array(input_scale),
-            bias=array(bias), down_input_scale=array(down_input_scale), h=h, H=H, row_divisor=row_divisor,
+        op = _values(
+            x=x, row_route=array(row_route), tile_expert=array(tile_expert), expert_tiles=array(expert_tiles),
+            payload=payload, global_scale=array(global_scale), input_scale=array(input_scale), bias=array(bias),
+            down_input_scale=array(down_input_scale), h=h, H=H, row_divisor=row_divisor, local_experts=local_experts,
+            m_blocks=m_blocks, k_blocks=k_blocks,
         )  # fmt: skip
-        self._run(operands, payload, array(tile_expert), array(expert_tiles), local_experts, m_blocks, k_blocks)
+        self._run(op)
 
     def _full_arrivals(self):
         return 1 + 4  # the thread that announces the weights, and each warp for its token rows
@@ -355,14 +375,14 @@ class Gemm1(_Gemm):
     def _allocate_rows(self, smem):
         return None
 
-    def _prefetch_epilogue(self, operands, token_tile, tid):
+    def _prefetch_epilogue(self, op, unit, tid):
         return None
 
     @cute.jit
-    def _produce(self, operands, payload, tile_expert, expert_tiles, tokens, weights, barriers, cta, ctas, units, m_tiles,
-                 m_blocks, k_blocks, tid):  # fmt: skip
+    def _produce(self, op, shared, units, tid):
         """Weights by bulk copies of one thread, token rows by cp.async of all: 8 threads a row, 16 bytes each."""
-        x, row_route, hidden, row_divisor = operands["x"], operands["row_route"], operands["H"], operands["row_divisor"]
+        first, _, _ = cute.arch.block_idx()
+        ctas, _, _ = cute.arch.grid_dim()
         chunk = tid % _CHUNKS
         # All 16 rows of a pass are of one block, or, where a tile has 8 rows, of two.
         blocks_per_pass = max(1, _ROWS_PER_PASS // self.n)
@@ -373,92 +393,93 @@ class Gemm1(_Gemm):
         first_block = tid // _CHUNKS // self.n
         if cutlass.const_expr(blocks_per_pass == 1):
             first_row, first_block = tid // _CHUNKS, Int32(0)
-        shared_row = Int32(tokens.iterator.toint()) + first_row * _TOKEN_ROW_BYTES + (chunk ^ (first_row % 8)) * 16
+        swizzled = first_row * _TOKEN_ROW_BYTES + (chunk ^ (first_row % 8)) * _CHUNK_BYTES
+        target = Int32(shared.tokens.iterator.toint()) + swizzled
         offsets = cute.make_rmem_tensor(passes, Int32)
         slot, phase = Int32(0), Int32(1)
         announced, in_flight = Int32(0), Int32(0)
-        for unit in cutlass.range(cta, units, ctas, unroll=1):
-            expert, m_tile, token_tile = schedule.locate(unit, m_tiles, tile_expert, expert_tiles)
+        for index in cutlass.range(first, units, ctas, unroll=1):
+            unit = self._unit(op, index)
             for i in cutlass.range_constexpr(passes):
                 row = first_row + i * _ROWS_PER_PASS
                 route = Int32(-1)
                 if row < self.n:
-                    route = row_route[token_tile * self.n + row]
+                    route = op.row_route[unit.token_tile * self.n + row]
                 offset = Int32(-1)
                 if route >= 0:
-                    offset = (route // row_divisor) * (hidden // 8) + chunk  # in units of 16 bytes
+                    offset = (route // op.row_divisor) * (op.H // 8) + chunk  # in units of 16 bytes
                 offsets[i] = offset
-            for k_block in cutlass.range(0, k_blocks, self.blocks, unroll=1):
-                cute.arch.mbarrier_wait(barriers + self.stages + slot, phase)
+            for k_block in cutlass.range(0, op.k_blocks, self.blocks, unroll=1):
+                cute.arch.mbarrier_wait(shared.barriers + self.stages + slot, phase)
                 if tid == 0:
-                    count = min(k_blocks - k_block, self.blocks)
-                    self._copy_weights(payload, weights, barriers, slot, expert, m_tile, k_block, count, m_blocks, k_blocks, 0)
+                    count = min(op.k_blocks - k_block, self.blocks)
+                    self._copy_weights(op, shared, slot, unit, k_block, count, 0)
                 for j in cutlass.range_constexpr((self.blocks + blocks_per_pass - 1) // blocks_per_pass):
                     block = first_block + j * blocks_per_pass
-                    place = shared_row + (slot * self.blocks + block) * self.token_bytes
-                    source = Int64(x.toint()) + Int64(k_block + block) * _TOKEN_ROW_BYTES
+                    place = target + (slot * self.blocks + block) * self.token_bytes
+                    source = Int64(op.x.toint()) + Int64(k_block + block) * _TOKEN_ROW_BYTES
                     column = (k_block + block) * _BLOCK_K + chunk * 8
+                    rows = [offsets[i] for i in range(full_passes)]
                     if block < self.blocks:
-                        if cutlass.const_expr(full_passes > 0):
-                            ptx.gather_rows(place, source, [offsets[i] for i in range(full_passes)], column, hidden,
-                                            pass_bytes)  # fmt: skip
+                        ptx.gather_rows(place, source, rows, column, op.H, pass_bytes)
                         if cutlass.const_expr(passes > full_passes):
+                            place = place + full_passes * pass_bytes
                             if first_row < self.n - full_passes * _ROWS_PER_PASS:
-                                ptx.gather_rows(place + full_passes * pass_bytes, source, [offsets[full_passes]], column,
-                                                hidden, pass_bytes)  # fmt: skip
+                                ptx.gather_rows(place, source, [offsets[full_passes]], column, op.H, pass_bytes)
                 cute.arch.cp_async_commit_group()
                 in_flight = in_flight + 1
                 if in_flight > self.copies_in_flight:
                     cute.arch.cp_async_wait_group(self.copies_in_flight)
-                    announced = self._announce(barriers, announced, tid)
+                    announced = self._announce(shared, announced, tid)
                     in_flight = in_flight - 1
                 slot, phase = self._next(slot, phase)
         cute.arch.cp_async_wait_group(0)
         for _ in cutlass.range(in_flight, unroll=1):
-            announced = self._announce(barriers, announced, tid)
+            announced = self._announce(shared, announced, tid)
 
     @cute.jit
-    def _announce(self, barriers, slot, tid):
+    def _announce(self, shared, slot, tid):
         """Tells the consumers that this warp's part of a stage has arrived; returns the next slot."""
         # cp.async writes through the generic proxy, wgmma reads through the async one.
         cute.arch.fence_view_async_shared()
         cute.arch.sync_warp()
         if tid % 32 == 0:
-            cute.arch.mbarrier_arrive(barriers + slot)
+            cute.arch.mbarrier_arrive(shared.barriers + slot)
         slot = slot + 1
         if slot == self.stages:
             slot = Int32(0)
         return slot
 
     @cute.jit
-    def _epilogue(self, operands, accumulators, rows, prefetched, expert, row_block, token_tile, tid, m_blocks,
-                  width: cutlass.Constexpr):  # fmt: skip
-        if row_block < m_blocks:
-            self._store(operands, accumulators, expert, row_block, token_tile, tid, m_blocks, width)
+    def _epilogue(self, op, shared, me, unit, prefetched, accumulators, width: cutlass.Constexpr):
+        row_block = unit.m_tile * self.tile.m_warpgroups + me.m_warpgroup
+        if row_block < op.m_blocks:
+            self._store(op, me, unit, row_block, accumulators, width)
 
-    def _store(self, operands, accumulators, expert, row_block, token_tile, tid, m_blocks, width):
-        spec = self.spec
-        warp, group, quad = tid // 32, tid % 32 // 4, tid % 4
+    def _store(self, op, me, unit, row_block, accumulators, width):
+        spec, expert = self.spec, unit.expert
+        warp, group, quad = me.tid // 32, me.tid % 32 // 4, me.tid % 4
         # Where this thread's neighbouring values lie: in I, and in the blocks of 64 that GEMM2 reads.
         if spec.gated:
             projections, values_per_thread, value = 2, 2, 16 * warp + 2 * group
-            block, num_blocks = row_block, m_blocks
+            block, num_blocks = row_block, op.m_blocks
         else:
             projections, values_per_thread, value = 1, 4, 32 * warp + 4 * group
-            block, num_blocks = 2 * row_block + warp // 2, 2 * m_blocks
-        scales = [operands["global_scale"][expert * projections + p] for p in range(projections)]
+            block, num_blocks = 2 * row_block + warp // 2, 2 * op.m_blocks
+        scales = [op.global_scale[expert * projections + p] for p in range(projections)]
         if spec.precision == "w4a4":
-            scales = [scale * operands["input_scale"][0] for scale in scales]
+            scales = [scale * op.input_scale[0] for scale in scales]
         scales = [scale * Float32(2.0**-layout.WEIGHT_LOG2) for scale in scales]
-        next_scale = operands["down_input_scale"][expert] if spec.precision == "w4a4" else None
+        next_scale = op.down_input_scale[expert] if spec.precision == "w4a4" else None
         biases = [[Float32(0.0)] * values_per_thread for _ in range(projections)]
         if spec.has_bias:
             first = row_block * (layout.BLOCK_ROWS // projections) + value
             starts = [(expert * projections + p) * (num_blocks * _BLOCK_K) + first for p in range(projections)]
-            biases = [[operands["bias"][start + i] for i in range(values_per_thread)] for start in starts]
+            biases = [[op.bias[start + i] for i in range(values_per_thread)] for start in starts]
         column = value % _BLOCK_K
         chunk, within = column // 8, column % 8 * 2
-        tile_address = Int64(operands["h"].toint()) + (Int64(token_tile) * num_blocks + block) * self.token_bytes
+        tile_address = Int64(op.h.toint()) + (Int64(unit.token_tile) * num_blocks + block) * self.token_bytes
+
         def activated(j, c):
             """The activated values of token 8*j + 2*quad + c."""
             if spec.gated:
@@ -478,8 +499,8 @@ class Gemm1(_Gemm):
             address = tile_address + Int64((row + 8 * j) * _TOKEN_ROW_BYTES + (chunk ^ row) * 16 + within)
             ptx.store_global(address, words)
 
-        # The 16 neighbours of an NVFP4 block are in 8 lanes (4 without a gate). These take as many tokens at a time, so that
-        # each lane computes one block's scale, by two slow divisions, and not each lane every block's.
+        # The 16 neighbours of an NVFP4 block are in 8 lanes (4 without a gate). These take as many tokens at a time,
+        # so that each lane computes one block's scale, by two slow divisions, and not each lane every block's.
         lanes = 8 if spec.gated else 4
         columns = [(j, c) for j in range(width // 8) for c in range(2)]
         for first in range(0, len(columns), lanes):
@@ -533,94 +554,89 @@ class Gemm2(_Gemm):
         bias: cute.Pointer, out: cute.Pointer, H: Int32, row_divisor: Int32, local_experts: Int32, m_blocks: Int32,
         k_blocks: Int32, h_blocks: Int32,
     ):  # fmt: skip
-        operands = dict(
-            h=h, row_route=array(row_route), row_weight=array(row_weight), global_scale=array(global_scale),
-            input_scale=array(input_scale), bias=array(bias), out=out, H=H, row_divisor=row_divisor, h_blocks=h_blocks,
+        op = _values(
+            h=h, row_route=array(row_route), row_weight=array(row_weight), tile_expert=array(tile_expert),
+            expert_tiles=array(expert_tiles), payload=payload, global_scale=array(global_scale),
+            input_scale=array(input_scale), bias=array(bias), out=out, H=H, row_divisor=row_divisor,
+            local_experts=local_experts, m_blocks=m_blocks, k_blocks=k_blocks, h_blocks=h_blocks,
         )  # fmt: skip
-        self._run(operands, payload, array(tile_expert), array(expert_tiles), local_experts, m_blocks, k_blocks)
+        self._run(op)
 
     def _full_arrivals(self):
         return 1
 
     def _allocate_rows(self, smem):
         size = self.tile.m_warpgroups * self.n
-        return (
-            cute.make_tensor(smem.allocate_array(Int32, size), cute.make_layout(size)),
-            cute.make_tensor(smem.allocate_array(Float32, size), cute.make_layout(size)),
-        )
+        return self._array(smem, Int32, size), self._array(smem, Float32, size)
 
     @cute.jit
-    def _prefetch_epilogue(self, operands, token_tile, tid):
-        """Output row and weight of token row ``tid``; used only after the main loop has hidden the loads."""
+    def _prefetch_epilogue(self, op, unit, tid):
+        """Route and weight of token row ``tid``; used only after the main loop has hidden the loads."""
         route, weight = Int32(-1), Float32(0.0)
         if tid < self.n:
-            route = operands["row_route"][token_tile * self.n + tid]
-            weight = operands["row_weight"][token_tile * self.n + tid]
+            route = op.row_route[unit.token_tile * self.n + tid]
+            weight = op.row_weight[unit.token_tile * self.n + tid]
         return route, weight
 
     @cute.jit
-    def _produce(self, operands, payload, tile_expert, expert_tiles, tokens, weights, barriers, cta, ctas, units, m_tiles,
-                 m_blocks, k_blocks, tid):  # fmt: skip
+    def _produce(self, op, shared, units, tid):
         """One thread: everything is a bulk copy, because GEMM1 stored its result as tiles in shared-memory order."""
+        first, _, _ = cute.arch.block_idx()
+        ctas, _, _ = cute.arch.grid_dim()
         if tid == 0:
-            h, h_blocks = Int64(operands["h"].toint()), operands["h_blocks"]
-            shared = Int32(tokens.iterator.toint())
+            target = Int32(shared.tokens.iterator.toint())
             slot, phase = Int32(0), Int32(1)
-            for unit in cutlass.range(cta, units, ctas, unroll=1):
-                expert, m_tile, token_tile = schedule.locate(unit, m_tiles, tile_expert, expert_tiles)
-                for k_block in cutlass.range(0, k_blocks, self.blocks, unroll=1):
-                    cute.arch.mbarrier_wait(barriers + self.stages + slot, phase)
-                    count = min(k_blocks - k_block, self.blocks)
-                    self._copy_weights(payload, weights, barriers, slot, expert, m_tile, k_block, count, m_blocks, k_blocks,
-                                       self.token_bytes)  # fmt: skip
-                    source = h + (Int64(token_tile) * h_blocks + k_block) * self.token_bytes
-                    full = Int32((barriers + slot).toint())
-                    place = slot * (self.blocks * self.token_bytes)
-                    ptx.bulk_copy(shared + place, source, count * self.token_bytes, full)
+            for index in cutlass.range(first, units, ctas, unroll=1):
+                unit = self._unit(op, index)
+                for k_block in cutlass.range(0, op.k_blocks, self.blocks, unroll=1):
+                    cute.arch.mbarrier_wait(shared.barriers + self.stages + slot, phase)
+                    count = min(op.k_blocks - k_block, self.blocks)
+                    self._copy_weights(op, shared, slot, unit, k_block, count, self.token_bytes)
+                    block = Int64(unit.token_tile) * op.h_blocks + k_block
+                    source = Int64(op.h.toint()) + block * self.token_bytes
+                    full = Int32((shared.barriers + slot).toint())
+                    place = target + slot * (self.blocks * self.token_bytes)
+                    ptx.bulk_copy(place, source, count * self.token_bytes, full)
                     slot, phase = self._next(slot, phase)
 
     @cute.jit
-    def _epilogue(self, operands, accumulators, rows, prefetched, expert, row_block, token_tile, tid, m_blocks,
-                  width: cutlass.Constexpr):  # fmt: skip
-        hidden = operands["H"]
-        warp, group, quad = tid // 32, tid % 32 // 4, tid % 4
-        out_rows, out_weights = rows
+    def _epilogue(self, op, shared, me, unit, prefetched, accumulators, width: cutlass.Constexpr):
+        warp, group, quad = me.tid // 32, me.tid % 32 // 4, me.tid % 4
+        row_block = unit.m_tile * self.tile.m_warpgroups + me.m_warpgroup
+        out_rows, out_weights = shared.rows
         route, weight = prefetched
-        mine = 0
-        barrier = Int32(_CONSUMERS)
-        if cutlass.const_expr(self.tile.m_warpgroups > 1):
-            mine = (row_block % self.tile.m_warpgroups) * self.n
-            barrier = barrier + row_block % self.tile.m_warpgroups
+        mine = me.m_warpgroup * self.n
+        barrier = me.m_warpgroup + _EPILOGUE
         cute.arch.barrier(barrier_id=barrier, number_of_threads=_WARPGROUP)  # the unit before this one has been stored
-        if tid < self.n:
+        if me.tid < self.n:
             out_row = Int32(-1)
             if route >= 0:
-                out_row = route // operands["row_divisor"]
-            out_rows[mine + tid] = out_row
-            out_weights[mine + tid] = weight
+                out_row = route // op.row_divisor
+            out_rows[mine + me.tid] = out_row
+            out_weights[mine + me.tid] = weight
         cute.arch.barrier(barrier_id=barrier, number_of_threads=_WARPGROUP)
         feature = row_block * layout.BLOCK_ROWS + 32 * warp + 4 * group
-        if feature < hidden:
-            self._store(operands, accumulators, rows, mine + 2 * quad, expert, feature, width)
+        if feature < op.H:
+            self._store(op, shared, unit, mine + 2 * quad, feature, accumulators, width)
 
-    def _store(self, operands, accumulators, rows, first_row, expert, feature, width):
-        spec, hidden = self.spec, operands["H"]
-        scale = operands["global_scale"][expert]
+    def _store(self, op, shared, unit, first_row, feature, accumulators, width):
+        spec, expert = self.spec, unit.expert
+        scale = op.global_scale[expert]
         if spec.precision == "w4a4":
-            scale = scale * operands["input_scale"][expert]
+            scale = scale * op.input_scale[expert]
         scale = scale * Float32(2.0**-layout.WEIGHT_LOG2)
         biases = [Float32(0.0)] * 4
         if spec.has_bias:
-            biases = [operands["bias"][expert * hidden + feature + i] for i in range(4)]
+            biases = [op.bias[expert * op.H + feature + i] for i in range(4)]
         size = 2 if self._bf16() else 4
-        column = Int64(operands["out"].toint()) + Int64(feature) * size
+        column = Int64(op.out.toint()) + Int64(feature) * size
         for j in range(width // 8):
             for c in range(2):
-                out_row = rows[0][first_row + 8 * j + c]
-                weight = rows[1][first_row + 8 * j + c]
+                out_row = shared.rows[0][first_row + 8 * j + c]
+                weight = shared.rows[1][first_row + 8 * j + c]
                 sums = [accumulators[i // 2][4 * j + 2 * (i % 2) + c] for i in range(4)]
                 values = [(total * scale + bias) * weight for total, bias in zip(sums, biases, strict=True)]
-                self._store_row(out_row, column, hidden * size, values)
+                self._store_row(out_row, column, op.H * size, values)
 
     @cute.jit
     def _store_row(self, out_row, column, row_bytes, values):

@@ -36,7 +36,7 @@ SPREAD_FACTOR = (1 << 2) | (1 << 7) | (1 << 12)
 
 SCALE_MASK = 0x0FF00FF0
 SCALE_EXPONENT = 0x70007000
-"""Block scales are stored as unsigned e5m3 with the bf16 exponent's low five bits, so that they become bf16 by one LOP3:
+"""Block scales are stored as unsigned e5m3 with the bf16 exponent's low five bits, so that one LOP3 makes them bf16:
 ``(word & SCALE_MASK) | SCALE_EXPONENT`` is scale * 2**119, for e4m3's subnormals too."""
 
 SCALE_LOG2 = 119
@@ -56,8 +56,9 @@ def code_bit(pair: int, upper_value: int, bit: int) -> int:
 
 
 def scale_bit(step: int, bit: int) -> int:
-    """Bit of a scale word that holds ``bit`` of the e5m3 scale of k16-step ``step``: steps 0 and 1 in place, 2 and 3 after
-    a rotation to the right by 8.
+    """Bit of a scale word that holds ``bit`` of the e5m3 scale of k16-step ``step``.
+
+    Steps 0 and 1 stand in place, 2 and 3 after a rotation to the right by 8.
     """
     return (4 + 16 * (step % 2) + 8 * (step // 2) + bit) % 32
 
@@ -65,8 +66,8 @@ def scale_bit(step: int, bit: int) -> int:
 def row_in_block(half: int, warp: int, group: int, upper: int, gated: bool) -> tuple[int, int]:
     """``(projection, row)`` that a thread's accumulator row stands for.
 
-    Gated: a block is 64 gate and 64 up rows; 16 neighbouring ones (a block of NVFP4) in one warp. Otherwise it is 128 rows
-    of one projection, four neighbouring ones in one thread.
+    Gated: a block is 64 gate and 64 up rows; 16 neighbouring ones (a block of NVFP4) in one warp. Otherwise it is 128
+    rows of one projection, four neighbouring ones in one thread.
     """
     if gated:
         return upper, 16 * warp + 2 * group + half

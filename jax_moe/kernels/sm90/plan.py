@@ -25,7 +25,8 @@ class Tile:
       token_tile: N of the matrix product, 8 to 128 by 8.
       m_warpgroups: warpgroups that take different 128-row blocks of the weights (they share the tokens).
       k_warpgroups: warpgroups that take different 64-wide blocks of the contraction; their sums are added at the end.
-      stage_blocks: 64-wide blocks of the contraction that are copied and announced together, a multiple of k_warpgroups.
+      stage_blocks: 64-wide blocks of the contraction that are copied and announced together, a multiple of
+        k_warpgroups.
       stages: how many of those are in flight.
       ctas_per_sm: resident thread blocks of one multiprocessor, all persistent.
     """
@@ -52,7 +53,8 @@ class Tile:
     def token_widths(self) -> tuple[int, ...]:
         """Rows that are multiplied: a tile with padding takes the least of these that holds its rows.
 
-        Each has its own code, which only the widest tile is worth; with more than three the compiler serialises ``wgmma``.
+        Each has its own code, which only the widest tile is worth; with more than three the compiler serialises
+        ``wgmma``.
         """
         return (32, 64, 128) if self.token_tile == 128 else (self.token_tile,)
 
@@ -212,8 +214,8 @@ def plan(problem: "Problem", *, biases: tuple[bool, bool]) -> Plan:
 
 TOKEN_TILES = (8, 16, 24, 32, 48, 64, 72, 80, 96, 128)
 
-# What one expert costs, in the tensor cores' time for one token (4 clocks a 128 x 64 block): reading its weights once
-# from memory (239 clocks a block and SM), for each tile turning them into bf16 (152 clocks), and a tile's start and end.
+# What one expert costs, in the tensor cores' time for one token (4 clocks a 128 x 64 block): reading its weights
+# once from memory (239 clocks a block and SM), for each tile turning them into bf16 (152 clocks), and a tile's ends.
 _READ, _DEQUANTISE, _TILE = 60, 38, 10
 
 
@@ -221,8 +223,8 @@ _READ, _DEQUANTISE, _TILE = 60, 38, 10
 def best_tile(num_routes: int, num_experts: int) -> Tile:
     """The tile with the least expected time, if routes fall on experts at random.
 
-    With few routes a wider tile costs next to nothing while a second tile repeats the dequantisation; with many, the padding of
-    each expert's last tile is what differs.
+    With few routes a wider tile costs next to nothing while a second tile repeats the dequantisation; with many, the
+    padding of each expert's last tile is what differs.
     """
     tiles = [_with_token_tile(token_tile) for token_tile in TOKEN_TILES]
     costs = [_expected_cost(num_routes / num_experts, tile) for tile in tiles]
