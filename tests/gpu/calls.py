@@ -36,6 +36,12 @@ def jit(function, compiler_options):
     return compile_and_skip
 
 
+def require_two_gpus() -> None:
+    """Skips the test unless this process sees two GPUs."""
+    if sum(device.platform == "gpu" for device in jax.devices()) < 2:
+        pytest.skip("needs two GPUs")
+
+
 @functools.cache
 def launch_kernels(build_folder: pathlib.Path) -> bytes:
     """launch_kernels.cu as a cubin."""

@@ -218,8 +218,8 @@ def test_two_threads(build_folder):
     assert not failures
 
 
-@pytest.mark.skipif("len(__import__('jax').devices()) < 2", reason="needs two GPUs")
 def test_two_devices_in_one_process(build_folder):
+    calls.require_two_gpus()
     steps = _steps(build_folder)
     call = jax.jit(lambda x: calls.call(x, steps)[0], compiler_options=_CAPTURE)
     for i in range(6):

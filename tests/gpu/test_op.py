@@ -184,17 +184,17 @@ def test_exact_sums_have_the_bits_of_the_cpu_handler(poison, tokens, gated, comb
     helpers.assert_bit_equal(got + 0.0, np.asarray(expected) + 0.0)
 
 
-@pytest.mark.skipif("len(__import__('jax').devices()) < 2", reason="needs two GPUs")
 @pytest.mark.parametrize("combine", ["atomic", "ordered"])
 def test_two_devices_at_once(poison, combine):
     """One jitted function from two threads, each with a device, weights and tokens of its own."""
     cases = [helpers.make_case(seed, tokens=64, hidden=256, intermediate=128, combine=combine) for seed in (12, 13)]
-    op = _op(**cases[0].options)
-    failures = []
+    op, prepared_cases, failures = _op(**cases[0].options), [_prepared(case) for case in cases], []
+    if calls.COMPILE_ONLY:
+        op(prepared_cases[0].x, prepared_cases[0].experts, prepared_cases[0].routing)
+    calls.require_two_gpus()
 
     def work(number):
-        case, device = cases[number], jax.devices()[number]
-        prepared = _prepared(case)
+        case, prepared, device = cases[number], prepared_cases[number], jax.devices()[number]
         arguments = jax.device_put((prepared.x, prepared.experts, prepared.routing), device)
         for _ in range(20):
             try:
