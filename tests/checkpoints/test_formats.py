@@ -171,6 +171,47 @@ def test_router_beside_the_experts(tmp_path, family):
     np.testing.assert_allclose(got.weights, want.weights, rtol=1e-5)
 
 
+@pytest.mark.parametrize("stored", ["modelopt", "compressed-tensors", "bf16"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "llama4_text", "nemotron_h"])
+def test_shared_expert_is_gate_then_up_dequantised(tmp_path, family, stored):
+    rng = np.random.default_rng(0)
+    module = f"{writer.BLOCKS[family].format(0)}.shared_expert{'' if family == 'llama4_text' else 's'}."
+    names = writer.PROJECTIONS.get(family, ("gate_proj", "up_proj", "down_proj"))
+    shapes = [(80, 32)] * (len(names) - 1) + [(32, 80)]  # its intermediate size is its own
+    tensors, dense = writer.router(family, 0, 4, 32), []
+    for name, shape in zip(names, shapes, strict=True):
+        matrix = writer.random_matrix(rng, *shape)
+        scale = np.repeat(matrix.block_scale.astype(np.float32), 16, -1) * matrix.global_scale
+        codes = np.stack([matrix.payload & 15, matrix.payload >> 4], -1).reshape(shape)
+        dense.append((codes.view(ml_dtypes.float4_e2m1fn).astype(np.float32) * scale).astype(writer.BF16))
+        if stored == "bf16":
+            tensors[f"{module}{name}.weight"] = dense[-1]
+        else:
+            layer = writer.Layer([[matrix]], [[matrix]])
+            for key, array in writer.per_expert(layer, "nemotron_h", stored, 0).items():
+                if ".up_proj." in key:
+                    tensors[f"{module}{name}.{key.rpartition('.')[2]}"] = array
+    tensors |= writer.per_expert(writer.random_layer(0, 4, len(names) - 1, 32, 48), family, "modelopt", 0)
+    writer.write(tmp_path, writer.config_of(family, 4, 32, 48), tensors)
+    shared = checkpoints.load_shared_expert(tmp_path, 0)
+    np.testing.assert_array_equal(shared.gate_up, np.stack(dense[:-1]))
+    np.testing.assert_array_equal(shared.down, dense[-1])
+    x = rng.normal(size=(5, 32)).astype(writer.BF16)
+    activation = checkpoints.moe_options(tmp_path)["activation"]
+    parts = [x.astype(np.float32) @ part.astype(np.float32).T for part in dense[:-1]]
+    h = np.asarray(activation(*parts)).astype(writer.BF16).astype(np.float32)
+    np.testing.assert_allclose(
+        shared(x, activation), h @ dense[-1].astype(np.float32).T, rtol=0.02, atol=0.02 * np.abs(h).max()
+    )
+
+
+def test_no_shared_expert(tmp_path):
+    writer.checkpoint(tmp_path, "deepseek_v3")
+    assert checkpoints.load_shared_expert(tmp_path, 0) is None
+    writer.checkpoint(tmp_path, "mixtral")
+    assert checkpoints.load_shared_expert(tmp_path, 0) is None
+
+
 @pytest.mark.parametrize(
     ("family", "config", "method"),
     [

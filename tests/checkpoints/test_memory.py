@@ -1,4 +1,4 @@
-"""Peak memory of loading a layer, measured from outside the process: at most 1.3 times the result."""
+"""Peak memory of loading a layer, as the kernel counts it: at most 1.15 times the result (1.3 is promised)."""
 
 import sys
 
@@ -54,4 +54,4 @@ def test_loading_a_layer_needs_little_more_than_the_layer(tmp_path, model_type, 
     grown, result = map(int, helpers.run_python(STATUS + LOAD, tmp_path / "big", tmp_path / "small", chosen).split())
     assert result > 30 * 2**20
     print(f"peak {grown / result:.3f} of the result")
-    assert grown < 1.3 * result, f"{grown / result:.3f} times the result"
+    assert grown < 1.15 * result, f"{grown / result:.3f} times the result"
