@@ -265,11 +265,15 @@ def _environment() -> dict:
         except importlib.metadata.PackageNotFoundError:
             continue
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    commit = ["git", "-C", str(pathlib.Path(__file__).parent), "rev-parse", "HEAD"]
+    # A checkout without its history (a copy on a lent machine) is told its commit.
+    revision = ["git", "-C", str(pathlib.Path(__file__).parent), "rev-parse", "HEAD"]
     return {
-        "gpu": _first_line(query), "commit": os.environ.get("JAX_MOE_COMMIT") or _first_line(commit), "python": platform.python_version(),
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **versions,
-    }  # fmt: skip
+        "gpu": _first_line(query),
+        "commit": os.environ.get("JAX_MOE_COMMIT") or _first_line(revision),
+        "python": platform.python_version(),
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **versions,
+    }
 
 
 def _first_line(command) -> str:

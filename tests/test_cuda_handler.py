@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from raw_call import raw_call
 
+from jax_moe import kernels
+
 _FFI = pathlib.Path(__file__).parents[1] / "ffi"
 _COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 
@@ -161,5 +163,10 @@ def test_the_same_call_lowers_to_the_same_bytes(echo_target):
 
 
 def test_a_malformed_attribute_is_named(echo_target):
-    with pytest.raises(jax.errors.JaxRuntimeError, match="kernels.gemm1.block: got 4096, needs 1..1024"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"kernels\.gemm1\.block: got 4096, needs 1\.\.1024"):
         _echo(echo_target, b"image", block=np.int64(4096))()
+
+
+def test_the_counters_are_readable_without_a_gpu():
+    """The library opens without CUDA; and nothing that ran on a CPU counts."""
+    assert kernels.counters() == kernels.Counters(eager=0, captured=0, forked=0)

@@ -5,7 +5,6 @@ The output is large and "GEMM1" short, so that the zeroing is still running when
 GEMM2's blocks are small, to fit in beside it, and begin with the end of the output, which is zeroed last.
 """
 
-import ctypes
 import re
 import threading
 
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_moe import ffi
+from jax_moe import ffi, kernels
 
 _TOKENS, _HIDDEN = 2048, 16384  # f32: 128 MiB, some 35 us of memset
 _CAPTURE = {"xla_gpu_graph_min_graph_size": 1}
@@ -54,9 +53,7 @@ def _wrong(out) -> int:
 
 
 def _counters() -> np.ndarray:
-    counters = (ctypes.c_int64 * 3)()
-    ffi.library().JaxMoeCudaCounters(counters)
-    return np.array(counters)
+    return np.array(kernels.counters())
 
 
 @pytest.mark.parametrize("combine", ["atomic", "ordered"])
