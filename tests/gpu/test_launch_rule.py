@@ -16,6 +16,8 @@ import pytest
 
 from jax_moe import ffi, kernels
 
+pytestmark = pytest.mark.skipif(calls.COMPILE_ONLY, reason="JAX_MOE_COMPILE_ONLY: nothing to compile here")
+
 _TOKENS, _HIDDEN = 2048, 16384  # f32: 128 MiB, some 35 us of memset
 _CAPTURE = {"xla_gpu_graph_min_graph_size": 1}
 
