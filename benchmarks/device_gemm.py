@@ -47,8 +47,10 @@ def tile(text):
     """A tile by name: n8m1k2b4c1, or with a limit of stages n8m1k2b4c1s5."""
     import re
 
-    numbers = re.fullmatch(r"n(\d+)m(\d+)k(\d+)b(\d+)c(\d+)(?:s(\d+))?", text).groups()
-    return plan.with_most_stages(*(int(v) for v in numbers if v))
+    found = re.fullmatch(r"n(\d+)m(\d+)k(\d+)b(\d+)c(\d+)(?:s(\d+))?", text)
+    if found is None:
+        raise SystemExit(f"{text}: not a tile such as n8m1k2b4c1 or n8m1k2b4c1s5")
+    return plan.with_most_stages(*(int(number) for number in found.groups() if number))
 
 
 CHECK_TILES = ["n8m1k2b2c1", "n8m1k1b4c2", "n16m1k4b4c1", "n48m1k1b2c2", "n80m2k1b2c1", "n128m2k1b1c1", "n24m1k4b4c1"]
@@ -127,7 +129,12 @@ def build(folder, suites):
             (cubin,) = dump.glob("*.cubin")
             target = folder / f"{len(manifest)}.cubin"
             cubin.replace(target)
-            manifest[spec.name] = {"file": target.name, "threads": spec.threads, "smem": spec.smem_bytes}
+            tile = getattr(spec, "tile", None)
+            manifest[spec.name] = {
+                "file": target.name,
+                "threads": spec.threads,
+                "smem": tile.shared_bytes if tile else 0,
+            }
     manifest_path.write_text(json.dumps(manifest))
     dump.rmdir()
     print(len(manifest), "kernels", sum(f.stat().st_size for f in folder.iterdir()) / 1e6, "MB")
@@ -605,8 +612,9 @@ def main():
             bench(driver, model, {int(tokens): [text]}, profile=True)
         else:
             results += bench(driver, suite, TIMED)
-    target = pathlib.Path(os.environ.get("OUT", folder)) / "results.json"
-    target.write_text(json.dumps(results, indent=1))
+    if results:
+        target = pathlib.Path(os.environ.get("OUT", folder)) / "results.json"
+        target.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

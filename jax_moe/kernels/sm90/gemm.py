@@ -249,7 +249,7 @@ class _Gemm:
         warpgroup_index = cute.arch.make_warp_uniform(tid // _WARPGROUP)
         tid = tid % _WARPGROUP
 
-        smem = cutlass.utils.SmemAllocator()
+        smem = cutlass.memory.SmemAllocator()
         token_layout = self._token_layout()
         shared = _values(
             tokens=smem.allocate_tensor(BFloat16, token_layout.outer, byte_alignment=1024, swizzle=token_layout.inner),
@@ -350,7 +350,7 @@ class Gemm1(_Gemm):
             x, row_route, tile_expert, expert_tiles, payload, global_scale, input_scale, bias, down_input_scale, h, H,
             row_divisor, local_experts, m_blocks, k_blocks,
         ).launch(
-            grid=(ctas, 1, 1), block=(self.threads, 1, 1), smem=self.spec.smem_bytes, stream=stream,
+            grid=(ctas, 1, 1), block=(self.threads, 1, 1), stream=stream,
             min_blocks_per_mp=self.tile.ctas_per_sm, preferred_smem_carveout=100,
         )  # fmt: skip
 
@@ -543,7 +543,7 @@ class Gemm2(_Gemm):
             h, row_route, row_weight, tile_expert, expert_tiles, payload, global_scale, input_scale, bias, out, H,
             row_divisor, local_experts, m_blocks, k_blocks, h_blocks,
         ).launch(
-            grid=(ctas, 1, 1), block=(self.threads, 1, 1), smem=self.spec.smem_bytes, stream=stream,
+            grid=(ctas, 1, 1), block=(self.threads, 1, 1), stream=stream,
             min_blocks_per_mp=self.tile.ctas_per_sm, preferred_smem_carveout=100,
         )  # fmt: skip
 

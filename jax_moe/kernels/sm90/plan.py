@@ -94,10 +94,6 @@ class _Launch:
     def threads(self) -> int:
         return self.tile.threads
 
-    @property
-    def smem_bytes(self) -> int:
-        return self.tile.shared_bytes
-
 
 @dataclasses.dataclass(frozen=True)
 class Gemm1Spec(_Launch):
@@ -157,7 +153,6 @@ class CombineSpec:
     cluster = 1
     pdl = False
     threads = 128
-    smem_bytes = 0
 
     @property
     def name(self) -> str:
