@@ -80,6 +80,14 @@ def payload_bytes(payload: jax.Array) -> jax.Array:
     return payload.view(jnp.uint8) if payload.dtype == jnp.float4_e2m1fn else payload
 
 
+def amax(values: jax.Array, axis: int | None = None) -> jax.Array:
+    """The largest magnitude along ``axis`` (None: of all) in float32; NaN where there is one."""
+    # As integers: the bits of non-negative floats order like their values, NaN above all. XLA's float maximum on a CPU
+    # loses a NaN in all but the smallest arrays (seen with jax 0.10.2 and 0.12).
+    bits = jax.lax.bitcast_convert_type(jnp.abs(values.astype(jnp.float32)), jnp.int32)
+    return jax.lax.bitcast_convert_type(jnp.max(bits, axis=axis), jnp.float32)
+
+
 def global_scale_for(amax: jax.Array) -> jax.Array:
     """The fp32 global scale under which ``amax`` is still representable: amax / (6 * 448).
 
@@ -125,8 +133,7 @@ def quantize(values: jax.Array, global_scale: jax.Array) -> tuple[jax.Array, jax
     blocks = values.astype(jnp.float32).reshape(*values.shape[:-1], n // BLOCK_SIZE, BLOCK_SIZE)
     scale = jnp.broadcast_to(jnp.asarray(global_scale, jnp.float32), values.shape[:-1])[..., None]
 
-    amax = jnp.max(jnp.abs(blocks), axis=-1)
-    block_scale = jnp.minimum(_divide(amax, E2M1_MAX * scale), E4M3_MAX).astype(jnp.float8_e4m3fn)
+    block_scale = jnp.minimum(_divide(amax(blocks, axis=-1), E2M1_MAX * scale), E4M3_MAX).astype(jnp.float8_e4m3fn)
     # XLA's GPU backend may take a conversion and the one back for nothing, and would use the scale unrounded
     # (xla_allow_excess_precision); the barrier keeps the rounding.
     block_scale = jax.lax.optimization_barrier(block_scale)

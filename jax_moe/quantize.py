@@ -76,7 +76,7 @@ def quantize_experts(
 @jax.jit
 def _quantize_matrix(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     matrix = matrix.astype(jnp.float32)
-    global_scale = nvfp4.global_scale_for(jnp.max(jnp.abs(matrix)))
+    global_scale = nvfp4.global_scale_for(nvfp4.amax(matrix))
     return *nvfp4.quantize(matrix, global_scale), global_scale
 
 
@@ -136,15 +136,15 @@ def _amaxes(experts, x, routing, activation, weight_on) -> tuple[jax.Array, jax.
         chosen = routing.expert_ids == expert
         if weight_on == "output":
             h = reference.intermediate(x, experts, expert, activation=activation, precision="w4a16")
-            return jnp.max(jnp.where(chosen.any(1)[:, None], jnp.abs(h), 0))
+            return nvfp4.amax(jnp.where(chosen.any(1)[:, None], h, 0))
         amaxes = []
         for slot in range(routing.expert_ids.shape[1]):
             weighted = reference.weighted_input(x, routing.weights[:, slot])
             h = reference.intermediate(weighted, experts, expert, activation=activation, precision="w4a16")
-            amaxes.append(jnp.max(jnp.where(chosen[:, slot, None], jnp.abs(h), 0)))
-        return jnp.max(jnp.stack(amaxes))
+            amaxes.append(nvfp4.amax(jnp.where(chosen[:, slot, None], h, 0)))
+        return nvfp4.amax(jnp.stack(amaxes))
 
-    x_amax = jnp.max(jnp.abs(x.astype(jnp.float32)))
+    x_amax = nvfp4.amax(x)
     if weight_on == "input":
-        x_amax = jnp.max(jnp.abs(reference.weighted_input(x[:, None], routing.weights)).astype(jnp.float32))
+        x_amax = nvfp4.amax(reference.weighted_input(x[:, None], routing.weights))
     return x_amax, jax.lax.map(expert_amax, jnp.arange(experts.down.global_scale.shape[0]))

@@ -275,3 +275,17 @@ def test_global_scale_for():
     for row in np.float32([amax[1:]] * 16).T:
         payload, block_scale = quantize(jnp.asarray(row), nvfp4.global_scale_for(row.max()))
         assert dequantize(payload, block_scale).max() == 6 * 448
+
+
+@pytest.mark.parametrize("rows", [1, 64, 900])
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_nan_is_not_lost_in_a_large_array(rows, jit):
+    """XLA's float maximum on a CPU drops NaN once it is vectorised."""
+    values = np.ones((rows, 64), np.float32)
+    values[rows // 2, 21] = np.nan
+    quantize = jax.jit(nvfp4.quantize) if jit else nvfp4.quantize
+    _, block_scale = quantize(values, jnp.float32(1))
+    nan = np.isnan(np.asarray(block_scale).astype(np.float32))
+    assert nan[rows // 2, 1]
+    assert nan.sum() == 1
+    assert np.isnan(nvfp4.global_scale_for(nvfp4.amax(jnp.asarray(values))))
