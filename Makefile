@@ -6,20 +6,24 @@ VENV ?= .venv
 EXTRAS ?= dev
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test install lint typecheck clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py
 	$(BIN)/python examples/language_model.py --short
 
-test: $(VENV)/.installed-$(EXTRAS)
+test: install
 	$(BIN)/pytest
 
-lint: $(VENV)/.installed-$(EXTRAS)
+install: $(VENV)/.installed-$(EXTRAS)
+
+lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	git ls-files '*.h' '*.cc' '*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
+
+typecheck: install
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	git ls-files '*.h' '*.cc' | xargs $(BIN)/clang-format --dry-run --Werror
 
 # Installed again whenever something that the wheel is made of has changed.
 SOURCES := pyproject.toml $(shell git ls-files jax_moe ffi)

@@ -52,7 +52,7 @@ def expert_mlp(
     if precision == "w4a4":
         scale = _required(down.input_scale)
         return project(nvfp4.quantize_dequantize(h, scale), down, scale)
-    return project(h.astype(jnp.bfloat16), down, 1.0)
+    return project(_round_to_bfloat16(h), down, 1.0)
 
 
 def fused_moe(
@@ -94,7 +94,12 @@ def fused_moe(
 
 def weighted_input(x: jax.Array, weights: jax.Array) -> jax.Array:
     """``weight_on="input"``: x times its routing weight, rounded to bfloat16; ``[..., H]`` and ``[...]``."""
-    return (x.astype(jnp.float32) * weights[..., None]).astype(jnp.bfloat16)
+    return _round_to_bfloat16(x.astype(jnp.float32) * weights[..., None])
+
+
+def _round_to_bfloat16(values: jax.Array) -> jax.Array:
+    # Not by a cast alone: XLA's GPU backend drops a cast and the one back (xla_allow_excess_precision).
+    return jax.lax.reduce_precision(values, exponent_bits=8, mantissa_bits=7).astype(jnp.bfloat16)
 
 
 def _select(tree, index):
