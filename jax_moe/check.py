@@ -1,7 +1,6 @@
 """Argument checks of the public calls: every mistake is an error while tracing, and names its argument."""
 
 import dataclasses
-import math
 
 import jax.numpy as jnp
 
@@ -27,6 +26,7 @@ def check(
     arguments.choice("precision", precision, plan.Precision)
     arguments.choice("combine", combine, plan.Combine)
     arguments.choice("weight_on", weight_on, plan.WeightOn)
+    arguments.instance("command_buffer", command_buffer, bool)
     out_dtype = arguments.dtype("out_dtype", out_dtype, (jnp.bfloat16, jnp.float32))
 
     tokens, hidden = arguments.array("x", x, jnp.bfloat16, ("T", "H"))
@@ -59,7 +59,7 @@ def check(
         weight_on=weight_on,
         out_dtype=out_dtype,
         layout=experts.layout,
-        command_buffer=bool(command_buffer),
+        command_buffer=command_buffer,
     )
 
 
@@ -72,8 +72,9 @@ def _check_activation(activation: activations.Activation) -> None:
             continue
         if not isinstance(value, int | float):
             raise TypeError(f"{name}: got {type(value).__name__}, needs a Python number")
-        if not math.isfinite(value) or (is_limit and value <= 0):
-            raise ValueError(f"{name}: got {value}, needs a finite number{' above 0' if is_limit else ''}")
+        float32 = jnp.finfo(jnp.float32)
+        if not float(float32.min) <= value <= float(float32.max) or (is_limit and value < float(float32.tiny)):
+            raise ValueError(f"{name}: got {value}, needs a finite number{' above 0' if is_limit else ''} in float32")
 
 
 def _check_experts(experts: Experts, hidden: int, parts: int) -> tuple[int, int]:

@@ -106,7 +106,7 @@ GATE_UP_BIAS, DOWN_BIAS = 8, 13
 """Positions of the optional biases among the operands; an absent one has shape ``(0,)``."""
 
 fused_moe_p = Primitive("jax_moe_fused_moe")
-"""``out = fused_moe_p.bind(*operands, problem=...)``; operands as ``ffi/problem.h`` lists them."""
+"""``out = fused_moe_p.bind(*operands, problem=...)``; operands as ``ffi/decode.h`` lists them."""
 
 
 @fused_moe_p.def_impl

@@ -29,7 +29,7 @@ def fused_moe(
     """Mixture-of-experts MLP with NVFP4 weights, as one XLA custom call.
 
     ``y[t] = sum over slots k of weights[t, k] * down(activation(gate(x[t]), up(x[t])))`` with the matrices of
-    expert ``expert_ids[t, k]``. DESIGN section 3 and ``docs/numerics.md`` say where each rounding happens;
+    expert ``expert_ids[t, k]``. ``docs/numerics.md`` says where each rounding happens;
     ``jax_moe.reference.fused_moe`` is the same function in readable ``jnp``.
 
     Args:
@@ -83,7 +83,7 @@ def _raise_on_bad_id(expert_ids: np.ndarray, num_experts: int | None) -> None:
 
 
 def _operands(projection: Projection) -> tuple[jax.Array, ...]:
-    """The five operands of a projection; an absent one is an empty float32 array, as ``ffi/problem.h`` expects."""
+    """The five operands of a projection; an absent one is an empty float32 array, as ``ffi/decode.h`` expects."""
     absent = jnp.zeros((0,), jnp.float32)
     input_scale = absent if projection.input_scale is None else projection.input_scale
     bias = absent if projection.bias is None else projection.bias

@@ -112,7 +112,7 @@ def quantize(values: jax.Array, global_scale: jax.Array) -> tuple[jax.Array, jax
 
     For each block ``v`` of 16: ``sf = e4m3(min(amax(v) / (6*s), 448))``; if ``sf``
     is 0 all codes are 0, else ``code = e2m1(v * (1 / (sf*s)))``; all in float32 with
-    IEEE division, where ``s`` is the global scale (DESIGN section 3). XLA's CPU backend flushes subnormals,
+    IEEE division, where ``s`` is the global scale (docs/numerics.md). XLA's CPU backend flushes subnormals,
     so there the bits are those of IEEE for ``2**-115 <= s <= 2**117``: with a scale beyond, a value, product or
     reciprocal that counts may be subnormal.
 

@@ -18,7 +18,7 @@ WeightOn = Literal["output", "input"]
 class Problem:
     """The shapes and options of one ``fused_moe`` call; hashable, so that it can be a static argument.
 
-    ``num_experts`` counts the experts held locally (L of DESIGN section 2), ``intermediate_size`` is the
+    ``num_experts`` counts the experts held locally (L), ``intermediate_size`` is the
     local I, padding of a prepared layout included. ``command_buffer`` says whether XLA may capture the call.
     """
 
@@ -41,7 +41,7 @@ class Problem:
         return self.num_tokens * self.top_k
 
     def attributes(self) -> dict[str, object]:
-        """The custom call's attributes, as the handlers' ``ffi/problem.h`` decodes them."""
+        """The custom call's attributes, as the handlers' ``ffi/decode.h`` decodes them."""
         alpha, beta, limit = activations.parameters(self.activation)
         return {
             "precision": self.precision,

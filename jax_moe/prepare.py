@@ -4,11 +4,10 @@ import dataclasses
 import functools
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from jax_moe import nvfp4
+from jax_moe import arguments, nvfp4, stacking
 from jax_moe.experts import CANONICAL, Experts, Projection
 from jax_moe.kernels.sm90 import layout
 from jax_moe.progress import track
@@ -43,8 +42,10 @@ def prepare(experts: Experts, target: str | None = None, *, progress: bool = Tru
       scales have no NaN. Otherwise every weight keeps its value exactly.
 
     Raises:
+      TypeError: not Experts.
       ValueError: unknown target, no kernels for the default device, or the experts are not canonical.
     """
+    arguments.instance("experts", experts, Experts)
     if target is None:
         target = _default_target()
     if target == CANONICAL == experts.layout:
@@ -114,32 +115,17 @@ def unprepare(experts: Experts, hidden_size: int, intermediate_size: int) -> Exp
 def _prepare_projection(projection: Projection, gated: bool, expert_indices) -> Projection:
     """``projection`` with leaves ``[E, P, N, C/2]`` and ``[E, P, N, C/16]``."""
     num_experts = projection.payload.shape[0]
-    result, has_nan = None, []
-    for expert in expert_indices:
-        payload, nan = _pack_expert(projection.payload[expert], projection.block_scale[expert], gated=gated)
-        has_nan.append(nan)
-        if result is None:
-            result = jnp.zeros((num_experts, *payload.shape), jnp.uint8, device=_device_of(payload))
-        result = _insert(result, payload, expert)
-    nan = jnp.stack(has_nan)
+    codes = nvfp4.payload_bytes(projection.payload)
+    packed = (_pack_expert(codes[e], projection.block_scale[e], gated=gated) for e in expert_indices)
+    payload, nan = stacking.stack_in_place(packed, num_experts)
     if projection.global_scale.ndim == 1:
         nan = nan[:, 0]
     return dataclasses.replace(
         projection,
-        payload=result,
+        payload=payload,
         block_scale=jnp.zeros((num_experts, 0), jnp.float8_e4m3fn),
         global_scale=jnp.where(nan, jnp.nan, projection.global_scale),
     )
-
-
-def _device_of(array: jax.Array):
-    return None if isinstance(array, jax.core.Tracer) else array.sharding
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _insert(stack: jax.Array, item: jax.Array, index: int) -> jax.Array:
-    """``stack`` with ``item`` at ``index``, in place."""
-    return jax.lax.dynamic_update_index_in_dim(stack, item, index, 0)
 
 
 @functools.partial(jax.jit, static_argnames="gated")

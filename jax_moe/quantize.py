@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jax_moe import activations, arguments, check, nvfp4, reference
+from jax_moe import activations, arguments, check, nvfp4, reference, stacking
 from jax_moe.experts import CANONICAL, Experts, Projection
 from jax_moe.progress import track
 from jax_moe.routing import Routing
@@ -51,8 +51,10 @@ def quantize_experts(
     ):
         if array is not None:
             arguments.floats(name, array, shape)
-    for name, size in (("E", num_experts), ("H", hidden), ("I", intermediate)):
-        if size == 0 or (name != "E" and size % nvfp4.BLOCK_SIZE):
+    if num_experts == 0:
+        raise ValueError("up: got E = 0, needs at least one expert")
+    for name, size in (("H", hidden), ("I", intermediate)):
+        if size == 0 or size % nvfp4.BLOCK_SIZE:
             raise ValueError(f"up: got {name} = {size}, needs a positive multiple of {nvfp4.BLOCK_SIZE}")
     if gate is None and gate_bias is not None:
         raise ValueError("gate_bias: got an array, but there is no gate")
@@ -61,11 +63,13 @@ def quantize_experts(
 
     parts = (up,) if gate is None else (gate, up)
     biases = (up_bias,) if gate is None else (gate_bias, up_bias)
-    quantized = []
-    for expert in track(range(num_experts), "quantize experts", enabled=progress):
+
+    def quantize_expert(expert: int):
         pair = [_quantize_matrix(part[expert]) for part in parts]
-        quantized.append((jax.tree.map(lambda *p: jnp.stack(p), *pair), _quantize_matrix(down[expert])))
-    gate_up_leaves, down_leaves = jax.tree.map(lambda *leaf: jnp.stack(leaf), *quantized)
+        return jax.tree.map(lambda *p: jnp.stack(p), *pair), _quantize_matrix(down[expert])
+
+    quantized = map(quantize_expert, track(range(num_experts), "quantize experts", enabled=progress))
+    gate_up_leaves, down_leaves = stacking.stack_in_place(quantized, num_experts)
     gate_up_bias = None if up_bias is None else jnp.stack([jnp.asarray(b, jnp.float32) for b in biases], axis=1)
     return Experts(
         gate_up=Projection(*gate_up_leaves, bias=gate_up_bias),

@@ -2,7 +2,7 @@
 
 It runs every token through every local expert and keeps what the routing asks for, so it is slow, needs no
 sorting and has no indices to get wrong. All arithmetic is float32 at the highest precision on dequantised
-weights; the rounding points are those of DESIGN section 3.
+weights; the rounding points are those of docs/numerics.md.
 """
 
 import jax

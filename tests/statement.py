@@ -1,4 +1,4 @@
-"""The definitions of DESIGN section 3 in plain NumPy, with a bound on what rounding may change.
+"""The definitions of docs/numerics.md in plain NumPy, with a bound on what rounding may change.
 
 What the library computes is compared with this, the readable oracle ``jax_moe.reference`` included: it shares no code
 with the library. Elementary arithmetic is float32 where the definition says so (NumPy's is IEEE), else float64.
@@ -38,7 +38,7 @@ def block_scales(amax, s):
 
 
 def quantize(values, s):
-    """DESIGN section 3 for ``[..., n]`` under one scale: codes ``[..., n]`` uint8, e4m3 scales ``[..., n/16]``."""
+    """docs/numerics.md for ``[..., n]`` under one scale: codes ``[..., n]`` uint8, e4m3 scales ``[..., n/16]``."""
     blocks = np.asarray(values, np.float32).reshape(*values.shape[:-1], values.shape[-1] // 16, 16)
     scales = block_scales(np.abs(blocks).max(-1), s)
     return codes_under(blocks, scales, s).reshape(values.shape), scales
@@ -49,7 +49,7 @@ def codes_under(blocks, scales, s):
     decoded = np.asarray(scales, np.float32)[..., None]
     with np.errstate(all="ignore"):
         products = blocks * (np.float32(1) / (decoded * np.float32(s)))
-    # The sign of a NaN product is the hardware's choice; DESIGN's codes need one, and take a positive NaN.
+    # The sign of a NaN product is the hardware's choice; a code needs one, and takes a positive NaN.
     products = np.where(np.isnan(blocks), blocks, np.where(np.isnan(products), np.float32(np.nan), products))
     codes = products.astype(np.float32).astype(ml_dtypes.float4_e2m1fn).view(np.uint8)
     return np.where(decoded == 0, np.uint8(0), codes)

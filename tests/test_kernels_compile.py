@@ -1,4 +1,4 @@
-"""Every kernel that the plan picks for the shapes of shapes.json, compiled for sm_90a and read back as machine code."""
+"""Every kernel that the plan picks for the shapes of published models, compiled for sm_90a and read back."""
 
 import collections
 import importlib.util

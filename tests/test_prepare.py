@@ -166,7 +166,21 @@ def test_zero_negative_and_nan_block_scales():
     np.testing.assert_array_equal(got, want)
 
 
+def test_float4_payloads_are_prepared_as_bytes_are():
+    experts = random_experts(np.random.default_rng(4), 2, 2, 48, 80)
+    projections = {
+        name: dataclasses.replace(projection, payload=projection.payload.view(jnp.float4_e2m1fn))
+        for name, projection in (("gate_up", experts.gate_up), ("down", experts.down))
+    }
+    got = prepare(dataclasses.replace(experts, **projections), "sm_90a", progress=False)
+    want = prepare(experts, "sm_90a", progress=False)
+    np.testing.assert_array_equal(got.gate_up.payload, want.gate_up.payload)
+    np.testing.assert_array_equal(got.down.payload, want.down.payload)
+
+
 def test_errors():
+    with pytest.raises(TypeError, match="experts: got int, needs Experts"):
+        prepare(3, "sm_90a")  # pyright: ignore[reportArgumentType]
     experts = random_experts(np.random.default_rng(3), 1, 2, 16, 16)
     with pytest.raises(ValueError, match="target: got 'sm_80'"):
         prepare(experts, "sm_80")

@@ -277,6 +277,21 @@ BAD = {
         ValueError,
         "activation.limit: got inf, needs a finite number above 0",
     ),
+    "alpha overflows float32": (
+        arguments_with(activation=jax_moe.SwiGLU(alpha=1e300)),
+        ValueError,
+        "activation.alpha: got 1e[+]300, needs a finite number in float32",
+    ),
+    "limit vanishes in float32": (
+        arguments_with(activation=jax_moe.SwiGLU(limit=1e-300)),
+        ValueError,
+        "activation.limit: got 1e-300, needs a finite number above 0 in float32",
+    ),
+    "command_buffer is a word": (
+        arguments_with(command_buffer="no"),
+        TypeError,
+        "command_buffer: got str, needs bool",
+    ),
     "beta is NaN": (
         arguments_with(activation=jax_moe.SwiGLU(beta=float("nan"))),
         ValueError,
@@ -478,10 +493,10 @@ def test_quantize_experts_refuses_sizes(num_experts, intermediate, hidden, messa
         jax_moe.quantize_experts(None, up, down)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name for name in BAD if not any(word in name for word in ("offset", "out_dtype", "combine", "precision", "w4a4"))],
-)
+NOT_CALIBRATES = ("offset", "out_dtype", "combine", "precision", "w4a4", "command_buffer")
+
+
+@pytest.mark.parametrize("name", [name for name in BAD if not any(word in name for word in NOT_CALIBRATES)])
 def test_calibrate_refuses(name, good):
     """It takes what fused_moe takes."""
     change, error, message = BAD[name]

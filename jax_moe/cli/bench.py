@@ -13,7 +13,7 @@ from rich.table import Table
 import typer
 
 import jax_moe
-from jax_moe import progress, shapes
+from jax_moe import arguments, plan, progress, shapes
 
 
 def bench(
@@ -21,24 +21,29 @@ def bench(
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = "1,32,256",
     precision: Annotated[str, typer.Option(help="w4a16, w4a4, or both separated by a comma.")] = "w4a16,w4a4",
     combine: Annotated[str, typer.Option(help="atomic or ordered.")] = "atomic",
-    repeats: Annotated[int, typer.Option(help="Timed calls; the median is shown.")] = 20,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed calls; the median is shown.")] = 20,
     seed: Annotated[int, typer.Option(help="Seed of weights, tokens and routing.")] = 0,
     output: Annotated[str | None, typer.Option("--json", help="Write the results to this file as well.")] = None,
 ) -> None:
     """Time fused_moe under jit: random weights, random routing, host clock around a blocked call."""
     try:
         shape = shapes.MODELS[model] if model in shapes.MODELS else shapes.LayerShape(*map(int, model.split(",")))
-        counts = [int(count) for count in tokens.split(",")]
+        counts, kinds = [int(count) for count in tokens.split(",")], precision.split(",")
+        if min(counts) < 1:
+            raise ValueError(f"tokens: got {min(counts)}, needs at least 1")
+        for kind in kinds:
+            arguments.choice("precision", kind, plan.Precision)
+        arguments.choice("combine", combine, plan.Combine)
+        experts = random_experts(shape, seed)
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(f"{error}; see --help") from error
 
-    experts = random_experts(shape, seed)
     device = jax.devices()[0]
     table = Table(title=f"fused_moe on {device.device_kind}: {model}, combine={combine}")
     for heading in ("precision", "T", "median ms", "GFLOP/s", "GB/s of weights"):
         table.add_column(heading, justify="right")
     rows = []
-    for kind, count in progress.track([(kind, count) for kind in precision.split(",") for count in counts], "bench"):
+    for kind, count in progress.track([(kind, count) for kind in kinds for count in counts], "bench"):
         seconds = time_op(experts, shape, count, kind, combine, repeats, seed)
         gflops = shape.flops(count) / seconds / 1e9
         gigabytes = shape.touched_experts(count) * shape.weight_bytes_per_expert / seconds / 1e9
@@ -62,7 +67,7 @@ def random_experts(shape: shapes.LayerShape, seed: int) -> jax_moe.Experts:
     experts = jax_moe.quantize_experts(gate, up, down)
     x = jax.random.normal(keys[3], (64, shape.hidden_size), jnp.bfloat16)
     logits = jax.random.normal(keys[4], (64, shape.num_experts))
-    return jax_moe.calibrate(experts, x, jax_moe.route(logits, shape.top_k))
+    return jax_moe.prepare(jax_moe.calibrate(experts, x, jax_moe.route(logits, shape.top_k)))
 
 
 def time_op(

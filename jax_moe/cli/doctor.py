@@ -4,6 +4,7 @@ import ctypes
 import importlib.metadata
 import os
 import platform
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -17,20 +18,22 @@ def doctor() -> None:
     console = Console()
     versions = Table("package", "version", title="Versions")
     versions.add_row("python", platform.python_version())
-    for package in ("jax_moe", "jax", "jaxlib", "ml_dtypes", "nvidia-cutlass-dsl", "flax"):
+    versions.add_row("jax_moe", jax_moe.__version__)
+    for package in ("jax", "jaxlib", "ml_dtypes", "nvidia-cutlass-dsl", "flax"):
         versions.add_row(package, _version(package))
     console.print(versions)
 
     facts = Table("what", "value", title="XLA FFI", show_header=False)
     facts.add_row("library", str(jax_moe.ffi.library_path()))
     facts.add_row("custom call target", jax_moe.ffi.TARGET)
-    facts.add_row("JAX devices", ", ".join(map(str, jax.devices())))
+    devices, failure = _devices()
+    facts.add_row("JAX devices", failure or ", ".join(map(str, devices)))
     facts.add_row("XLA_FLAGS", os.environ.get("XLA_FLAGS", "(not set)"))
     facts.add_row("command buffers", _command_buffers())
     console.print(facts)
 
     targets = Table("target", "runs here", "why", title="What this machine can run")
-    for target, (runs, why) in _targets().items():
+    for target, (runs, why) in _targets(devices).items():
         targets.add_row(target, "[green]yes" if runs else "[red]no", why)
     console.print(targets)
 
@@ -53,26 +56,36 @@ def _command_buffers() -> str:
     return f"GPU only: captured in runs of at least {size} capturable operations"
 
 
-def _targets() -> dict[str, tuple[bool, str]]:
+def _devices() -> tuple[list[Any], str | None]:
+    """What JAX runs on, or why it does not start: an installation that is broken is what a doctor is asked about."""
+    try:
+        return jax.devices(), None
+    except RuntimeError as error:
+        return [], f"JAX does not start: {error}"
+
+
+def _targets(devices: list[Any]) -> dict[str, tuple[bool, str]]:
     """For each target whether it runs here, and the reason."""
-    results = {"CPU": (True, f"{os.cpu_count()} cores, {platform.machine()}")}
-    gpus = [device for device in jax.devices() if device.platform == "gpu"]
-    capabilities = sorted({device.compute_capability for device in gpus})
-    for name, needed in (("Hopper (sm_90a)", "9.0"), ("Blackwell (sm_100a)", "10.0")):
-        if needed in capabilities:
-            results[name] = (True, f"{capabilities.count(needed)} device(s) of compute capability {needed}")
-        elif gpus:
-            results[name] = (False, f"needs compute capability {needed}, JAX sees {', '.join(capabilities)}")
-        else:
-            results[name] = (False, _why_no_gpu())
-    return results
+    cpu = (True, f"{os.cpu_count()} cores, {platform.machine()}") if devices else (False, "JAX does not start")
+    capabilities = [device.compute_capability for device in devices if device.platform == "gpu"]
+    hopper_devices = capabilities.count("9.0")
+    if hopper_devices and _version("nvidia-cutlass-dsl") == "not installed":
+        hopper = (True, f"{hopper_devices} device(s), but only kernels compiled before: no nvidia-cutlass-dsl")
+    elif hopper_devices:
+        hopper = (True, f"{hopper_devices} device(s) of compute capability 9.0")
+    elif capabilities:
+        hopper = (False, f"needs compute capability 9.0, JAX sees {', '.join(sorted(set(capabilities)))}")
+    else:
+        hopper = (False, _why_no_gpu(devices))
+    return {"CPU": cpu, "Hopper (sm_90a)": hopper, "Blackwell (sm_100a)": (False, "no kernel is written for it yet")}
 
 
-def _why_no_gpu() -> str:
+def _why_no_gpu(devices: list[Any]) -> str:
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
         return "no NVIDIA driver on this machine (libcuda.so.1 does not load)"
     if _version("jax-cuda13-plugin") == _version("jax-cuda12-plugin") == "not installed":
         return "a driver is here, but JAX has no CUDA plugin: pip install 'jax_moe[cuda13]'"
-    return f"a driver and a plugin are here, but JAX runs on {jax.default_backend()}: see JAX_PLATFORMS"
+    running = f"runs on {devices[0].platform}" if devices else "does not start"
+    return f"a driver and a plugin are here, but JAX {running}: see JAX_PLATFORMS"
