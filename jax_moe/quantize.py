@@ -5,21 +5,25 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_moe import activations, arguments, check, nvfp4, reference, stacking
 from jax_moe.experts import CANONICAL, Experts, Projection
 from jax_moe.progress import track
 from jax_moe.routing import Routing
 
+Dense = jax.Array | np.ndarray
+"""Dense weights: on a device, on the host, or a memory map."""
+
 
 def quantize_experts(
-    gate: jax.Array | None,
-    up: jax.Array,
-    down: jax.Array,
+    gate: Dense | None,
+    up: Dense,
+    down: Dense,
     *,
-    gate_bias: jax.Array | None = None,
-    up_bias: jax.Array | None = None,
-    down_bias: jax.Array | None = None,
+    gate_bias: Dense | None = None,
+    up_bias: Dense | None = None,
+    down_bias: Dense | None = None,
     progress: bool = True,
 ) -> Experts:
     """Quantises one layer's dense experts to NVFP4, one expert at a time.

@@ -16,8 +16,8 @@ What a library that is more than an example adds, and where this repository does
 
 - A build that users need not see: ``pyproject.toml`` and ``ffi/CMakeLists.txt`` compile the library into the wheel,
   with the headers of the *oldest* jaxlib supported: a runtime refuses a library built on newer headers than its own.
-- Checks at trace time, with messages that name the argument (``jax_moe/check.py``), and all of them once more in C++ for
-  callers who bypass Python (``ffi/decode.h``).
+- Checks at trace time, with messages that name the argument (``jax_moe/check.py``), and all of them once more in C++
+  for callers who bypass Python (``ffi/decode.h``).
 - A version in the target's name, because exported programs outlive libraries; workspaces as extra results, because
   a handler must not allocate what grows with the model; refusals where XLA would do the wrong thing silently, such
   as gathering sharded weights (``jax_moe/ffi.py``, ``jax_moe/plan.py``).
