@@ -21,7 +21,8 @@ def stack_in_place(items: Iterable[Any], count: int) -> Any:
 
 
 def _empty_stack(leaf: jax.Array, count: int) -> jax.Array:
-    device = None if isinstance(leaf, jax.core.Tracer) else leaf.sharding
+    # Committed only where the item is: else the stack could not be moved to a mesh as freely as its items.
+    device = leaf.sharding if not isinstance(leaf, jax.core.Tracer) and leaf.committed else None
     return jnp.zeros((count, *leaf.shape), leaf.dtype, device=device)
 
 

@@ -2,6 +2,7 @@
 
 import weakref
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -24,6 +25,16 @@ def test_items_are_stacked_and_let_go():
     np.testing.assert_array_equal(stack["a"], np.repeat(np.arange(6, dtype=np.uint8), 6).reshape(6, 2, 3))
     np.testing.assert_array_equal(stack["b"], np.arange(6, dtype=np.float32))
     assert stack["a"].dtype == jnp.uint8
+
+
+def test_the_stack_is_where_its_items_are():
+    """An item that JAX may move freely makes a stack that it may move; one that was put somewhere stays there."""
+    free = stacking.stack_in_place([jnp.ones(3), jnp.ones(3)], 2)
+    assert not free.committed
+    device = jax.devices()[-1]
+    placed = stacking.stack_in_place([jax.device_put(jnp.ones(3), device)] * 2, 2)
+    assert placed.committed
+    assert placed.devices() == {device}
 
 
 def test_the_stack_that_was_extended_is_not_a_copy():
