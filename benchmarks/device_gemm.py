@@ -5,7 +5,7 @@ Two steps, because the machine with the GPU may have no compiler and the one wit
     python benchmarks/device_gemm.py build DIR SUITE...     # needs nvidia-cutlass-dsl, no GPU
     python benchmarks/device_gemm.py run DIR SUITE...       # needs torch, jax and an sm_90 GPU
 
-A suite is "check" or a model of shapes.json. ``run`` prints a table and leaves results.json in $OUT (or DIR).
+A suite is "check" or a model of jax_moe.shapes. ``run`` prints a table and leaves results.json in $OUT (or DIR).
 Times are CUDA graph replays; every call of a graph has a routing of its own, outputs are poisoned before each check.
 """
 
@@ -426,7 +426,7 @@ class Op:
 
 
 def oracle(torch, layer, x, ids, weights, precision, activation, bias):
-    """The op in fp64 sums, by the DESIGN's numbers; [T, H] float64."""
+    """The op in fp64 sums, by docs/numerics.md; [T, H] float64."""
     kind, alpha, beta, limit = activation
     gu, dn = layer.dense
     xq = quantise(x, layer.gate_up.input_scale).double() if precision == "w4a4" else x.double()

@@ -72,7 +72,7 @@ def _ids(case: SortCase, rng) -> np.ndarray:
 
 
 def _expected(case: SortCase, ids: np.ndarray):
-    """Tile starts of the experts, expert of each tile, route of each row: DESIGN's stable order."""
+    """Tile starts of the experts, expert of each tile, route of each row: stable: by expert, then by route."""
     local = ids.reshape(-1).astype(np.int64) - case.offset
     routes = [np.flatnonzero(local == expert) for expert in range(case.num_experts)]
     tiles = [-(-len(r) // case.token_tile) for r in routes]
