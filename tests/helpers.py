@@ -16,6 +16,11 @@ import jax_moe
 from jax_moe import Experts, Projection, Routing
 
 PACKAGE_FOLDER = pathlib.Path(jax_moe.__file__).parents[1]
+"""Where the package that is tested is imported from: the installed one, usually."""
+
+SOURCE_FOLDER = pathlib.Path(__file__).parents[1]
+"""The checkout these tests are in."""
+
 ACTIVATIONS = (
     jax_moe.SwiGLU(),
     jax_moe.SwiGLU(alpha=1.702, beta=1.0, limit=7.0),

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import multiprocessing
 import pathlib
+import time
 import struct
 
 import pytest
@@ -168,23 +169,28 @@ def test_an_unknown_target_is_named(compiler):
         kernels.compiled(_Spec(), "sm_75")
 
 
-def _write_many(folder: str, number: int) -> None:
-    for i in range(50):
-        kernel = dataclasses.replace(_KERNEL, image=bytes([number]) * (1000 + i))
+def _write_until(stop, folder: str, number: int) -> None:
+    size = 1000
+    while not stop.is_set():
+        size += 1
+        kernel = dataclasses.replace(_KERNEL, image=bytes([number]) * size)
         kernels._write(pathlib.Path(folder) / "shared.json", kernel)
 
 
 def test_processes_that_write_the_same_kernel_never_show_half_of_it(tmp_path):
     context = multiprocessing.get_context("spawn")
-    writers = [context.Process(target=_write_many, args=(str(tmp_path), number)) for number in (1, 2)]
+    stop = context.Event()
+    writers = [context.Process(target=_write_until, args=(stop, str(tmp_path), number)) for number in (1, 2)]
     for writer in writers:
         writer.start()
-    reads = 0
-    while any(writer.is_alive() for writer in writers):
-        if (tmp_path / "shared.json").exists():
-            assert kernels._read(tmp_path / "shared.json") is not None
-            reads += 1
-    assert reads > 0
+    while not (tmp_path / "shared.json").exists():
+        assert any(writer.is_alive() for writer in writers)
+        time.sleep(0.01)
+    for _ in range(300):
+        assert kernels._read(tmp_path / "shared.json") is not None
+    stop.set()
+    for writer in writers:
+        writer.join()
     assert all(writer.exitcode == 0 for writer in writers)
     assert [path.name for path in tmp_path.iterdir()] == ["shared.json"]
 

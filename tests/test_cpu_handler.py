@@ -59,7 +59,7 @@ def probe(tmp_path_factory):
         "-shared",
         "-fPIC",
         "-I",
-        helpers.PACKAGE_FOLDER / "ffi",
+        helpers.SOURCE_FOLDER / "ffi",
     ]
     subprocess.run([*command, folder / "probe.cc", "-o", folder / "probe.so"], check=True)
     return ctypes.CDLL(str(folder / "probe.so"))

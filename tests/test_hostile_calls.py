@@ -19,7 +19,7 @@ import pytest
 import jax_moe
 from jax_moe import ffi, plan
 
-_SOURCE = helpers.PACKAGE_FOLDER / "ffi"
+_SOURCE = helpers.SOURCE_FOLDER / "ffi"
 _SEEDS = (1, 2, 3, 4)
 _CALLS_PER_SEED = 3000
 
