@@ -5,8 +5,8 @@ import importlib.metadata
 import json
 import multiprocessing
 import pathlib
-import time
 import struct
+import time
 
 import pytest
 
