@@ -9,6 +9,7 @@ import pathlib
 import shutil
 import subprocess
 
+import helpers
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -67,6 +68,7 @@ def _run(folder: pathlib.Path, objects) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def objects(tmp_path_factory):
     """The objects of the unchanged handler and of its test, by source."""
+    helpers.need_shipped_headers()
     folder = tmp_path_factory.mktemp("handler")
     sources = ["tests/cuda/handler_test.cc", "cuda/driver.cc", "cuda/program.cc", "cuda/handler.cc"]
     built = {}
