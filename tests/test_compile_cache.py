@@ -3,11 +3,14 @@
 import dataclasses
 import importlib.metadata
 import json
-import multiprocessing
+import os
 import pathlib
 import struct
+import subprocess
+import sys
 import time
 
+import helpers
 import pytest
 
 from jax_moe.kernels import compile as kernels
@@ -169,30 +172,34 @@ def test_an_unknown_target_is_named(compiler):
         kernels.compiled(_Spec(), "sm_75")
 
 
-def _write_until(stop, folder: str, number: int) -> None:
+def write_until(stop: pathlib.Path, file: pathlib.Path, number: int) -> None:
+    """Writes kernels of growing size into ``file`` until ``stop`` exists; run by other processes."""
     size = 1000
-    while not stop.is_set():
+    while not stop.exists():
         size += 1
-        kernel = dataclasses.replace(_KERNEL, image=bytes([number]) * size)
-        kernels._write(pathlib.Path(folder) / "shared.json", kernel)
+        kernels._write(file, dataclasses.replace(_KERNEL, image=bytes([number]) * size))
 
 
 def test_processes_that_write_the_same_kernel_never_show_half_of_it(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    stop = context.Event()
-    writers = [context.Process(target=_write_until, args=(stop, str(tmp_path), number)) for number in (1, 2)]
-    for writer in writers:
-        writer.start()
-    while not (tmp_path / "shared.json").exists():
-        assert any(writer.is_alive() for writer in writers)
-        time.sleep(0.01)
-    for _ in range(300):
-        assert kernels._read(tmp_path / "shared.json") is not None
-    stop.set()
-    for writer in writers:
-        writer.join()
-    assert all(writer.exitcode == 0 for writer in writers)
-    assert [path.name for path in tmp_path.iterdir()] == ["shared.json"]
+    stop, file = tmp_path / "stop", tmp_path / "cache" / "shared.json"
+    file.parent.mkdir()
+    program = "import pathlib, sys, test_compile_cache as t; t.write_until(*map(pathlib.Path, sys.argv[1:3]), {})"
+    path = os.pathsep.join(map(str, [helpers.PACKAGE_FOLDER, pathlib.Path(__file__).parent]))
+    environment = os.environ | {"PYTHONPATH": path}
+    writers = [
+        subprocess.Popen([sys.executable, "-c", program.format(number), stop, file], env=environment)
+        for number in (1, 2)
+    ]
+    try:
+        while not file.exists():
+            assert all(writer.poll() is None for writer in writers)
+            time.sleep(0.01)
+        for _ in range(300):
+            assert kernels._read(file) is not None
+    finally:
+        stop.touch()
+    assert [writer.wait() for writer in writers] == [0, 0]
+    assert [path.name for path in file.parent.iterdir()] == ["shared.json"]
 
 
 def test_what_is_no_cubin_is_refused():
