@@ -1,0 +1,90 @@
+"""What benchmarks/device_gemm.py builds and runs: the tiles, cases and kernels of each suite."""
+
+import importlib
+import math
+import pathlib
+import re
+import sys
+import types
+
+INF = math.inf
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def import_without_library(name):
+    """Modules of jax_moe without its __init__, which wants the compiled FFI library."""
+    if "jax_moe" not in sys.modules:
+        package = types.ModuleType("jax_moe")
+        package.__path__ = [str(ROOT / "jax_moe")]
+        sys.modules["jax_moe"] = package
+    return importlib.import_module(name)
+
+
+plan = import_without_library("jax_moe.kernels.sm90.plan")
+shapes = import_without_library("jax_moe.shapes")
+
+
+def tile(text):
+    """A tile by name: n8m1k2b4c1, or with a limit of stages n8m1k2b4c1s5."""
+    found = re.fullmatch(r"n(\d+)m(\d+)k(\d+)b(\d+)c(\d+)(?:s(\d+))?", text)
+    if found is None:
+        raise SystemExit(f"{text}: not a tile such as n8m1k2b4c1 or n8m1k2b4c1s5")
+    return plan.with_most_stages(*(int(number) for number in found.groups() if number))
+
+
+CHECK_TILES = ["n8m1k2b2c1", "n8m1k1b4c2", "n16m1k4b4c1", "n48m1k1b2c2", "n80m2k1b2c1", "n128m2k1b1c1", "n24m1k4b4c1"]
+ACTIVATIONS = [
+    ("swiglu", 1.0, 0.0, INF),
+    ("swiglu", 1.702, 1.0, 0.75),
+    ("geglu", 0.0, 0.0, INF),
+    ("relu2", 0.0, 0.0, INF),
+    ("situ", 0.0, 4.0, 25.0),
+]
+CASES = [
+    (t, precision, activation, bias, combine, out)
+    for i, t in enumerate(CHECK_TILES)
+    for precision, activation, bias, combine, out in [
+        ("w4a16", ACTIVATIONS[0], False, "ordered", "float32"),
+        ("w4a16", ACTIVATIONS[1], True, "atomic", "float32"),
+        ("w4a4", ACTIVATIONS[(2, 0)[i % 2]], i % 2 == 0, "atomic", "bfloat16"),
+        ("w4a4", ACTIVATIONS[2 + i % 2], i % 2 == 1, "ordered", "bfloat16"),
+        ("w4a16", ACTIVATIONS[(3, 4)[i % 2]], False, "ordered", "float32"),
+    ]
+]
+TIMED = {1: ["auto"], 8: ["auto"], 32: ["auto"], 128: ["auto"], 512: ["auto"], 2048: ["auto"], 8192: ["auto"]}
+"""T: the tiles to time, "auto" being what plan.py picks."""
+
+
+MODES = [("w4a16", "atomic"), ("w4a4", "atomic"), ("w4a16", "ordered")]  # only the first for other tiles than the first
+
+
+def resolve(text, model, T):
+    """The tile of "auto" for T tokens of a model."""
+    if text != "auto":
+        return tile(text)
+    shape = shapes.MODELS[model]
+    return plan.best_tile(T * shape.top_k, shape.num_experts)
+
+
+def gemm1(t, precision, activation, bias):
+    return plan.Gemm1Spec(t, precision, *activation, bias)
+
+
+def gemm2(t, precision, bias, combine, out):
+    return plan.Gemm2Spec(t, precision, combine, out if combine == "atomic" else "float32", bias)
+
+
+def suite_specs(suite):
+    specs = []
+    if suite == "check":
+        for t, precision, activation, bias, combine, out in CASES:
+            specs += [gemm1(tile(t), precision, activation, bias), gemm2(tile(t), precision, bias, combine, out)]
+    else:
+        for T, variants in TIMED.items():
+            for number, text in enumerate(variants):
+                t = resolve(text, suite, T)
+                for precision, combine in MODES[: 1 if number else None]:
+                    specs.append(gemm1(t, precision, ACTIVATIONS[0], False))
+                    specs.append(gemm2(t, precision, False, combine, "bfloat16"))
+    specs += [plan.CombineSpec("bfloat16"), plan.CombineSpec("float32")]
+    return list(dict.fromkeys(specs))
