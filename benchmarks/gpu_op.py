@@ -3,17 +3,23 @@
     python benchmarks/gpu_op.py --model qwen3-235b-a22b --peer ragged_dot --peer torch --output results.json
     python benchmarks/gpu_op.py --plot results.json results.png
 
-Method. A chain of calls in one jitted program, each call's output the next one's input and each with a random routing
-of its own, recorded into a command buffer; the time of one call is the median time of the program over its length.
-A chain, because independent calls might overlap; routings of their own, because one routing's weights might stay in
-the L2 cache. torch runs the same chain as a CUDA graph. Weights, tokens and routings are random.
+Method. A chain of calls in one jitted program, each waiting for the one before and each with a random routing of its
+own, recorded into a command buffer; the time of one call is the median time of the program over its length. A chain,
+because independent calls might overlap; routings of their own, because one routing's weights might stay in the L2
+cache. torch and humming run the same chain as a CUDA graph. Weights, tokens and routings are random; gpu_methods.py
+says when calls get each other's outputs and when the same random tokens.
 
 The floor is max(bytes of the touched experts' NVFP4 weights / 4.46 TB/s, FLOP / 791 TFLOP/s): what an H200 of this
 project was measured to read and to multiply. A bf16 peer reads 3.56 times the bytes; its ratio is to the same floor.
+
+Peers: `torch` (bf16 `torch._grouped_mm` with sort, activation and combine), `ragged_dot` (the same in JAX) and
+`humming` (humming-kernels' two NVFP4 GEMMs alone, without sort, activation and combine). Peers multiply without biases
+and with the usual SwiGLU, whatever the model has. Each method runs in a process of its own; one that fails is listed
+under "failures" in the JSON, and its rows until then, like everyone else's, are kept.
 """
 
+import dataclasses
 import datetime
-import functools
 import json
 import os
 import pathlib
@@ -27,14 +33,32 @@ import typer
 
 READ_BYTES_PER_SECOND = 4.46e12
 FLOP_PER_SECOND = 791e12
-_CHAIN = 16
+PEERS = ("ragged_dot", "torch", "humming")
+CHAIN = {"ragged_dot": 2}  # its dense lowering takes half a second a call for many tokens
+_DEFAULT_CHAIN = 16
+_SECONDS = 3
+"""About so long the repeats of one row may take; never fewer than three."""
+
+
+@dataclasses.dataclass
+class Results:
+    """What is written to the JSON file, after every row: an interrupted run loses nothing."""
+
+    output: pathlib.Path | None
+    rows: list[dict] = dataclasses.field(default_factory=list)
+    failures: list[dict] = dataclasses.field(default_factory=list)
+
+    def write(self) -> None:
+        if self.output:
+            document = {"environment": environment(), "results": self.rows, "failures": self.failures}
+            self.output.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def main(
     model: Annotated[list[str] | None, typer.Option(help="Names of jax_moe.shapes.MODELS.")] = None,
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = "1,8,32,128,512,2048,8192",
     variant: Annotated[list[str] | None, typer.Option(help="precision/combine of ours.")] = None,
-    peer: Annotated[list[str] | None, typer.Option(help="ragged_dot (bf16, JAX) or torch (bf16 grouped_mm).")] = None,
+    peer: Annotated[list[str] | None, typer.Option(help=f"Any of {', '.join(PEERS)}.")] = None,
     repeats: Annotated[int, typer.Option(help="Timed runs of a chain; the median counts.")] = 15,
     output: Annotated[pathlib.Path | None, typer.Option(help="JSON file for the results.")] = None,
     plot: Annotated[tuple[pathlib.Path, pathlib.Path] | None, typer.Option(help="Only plot: results, picture.")] = None,
@@ -43,223 +67,114 @@ def main(
     if plot:
         _plot(json.loads(plot[0].read_text()), plot[1])
         return
+    from jax_moe import shapes  # not needed for a plot, which is drawn where there may be no jax
+
+    models = model or ["qwen3-235b-a22b"]
+    for given, known in ((models, shapes.MODELS), (peer or [], PEERS)):
+        if unknown := [name for name in given if name not in known]:
+            raise typer.BadParameter(f"got {', '.join(unknown)}, needs any of {', '.join(known)}")
     counts = [int(count) for count in tokens.split(",")]
     methods = [f"jax_moe {v}" for v in variant or ["w4a16/atomic"]] + (peer or [])
-    rows = []
-    for name in model or ["qwen3-235b-a22b"]:
+    results = Results(output)
+    for name in models:
         for method in methods:
-            rows += _in_own_process(name, method, counts, repeats)
-    _print(rows)
-    if output:
-        output.write_text(json.dumps({"environment": _environment(), "results": rows}, indent=1) + "\n")
+            _in_own_process(results, name, method, counts, repeats)
+    _print(results.rows)
+    for failure in results.failures:
+        print(f"FAILED {failure['method']} on {failure['model']}: {failure['error']}")
 
 
-def _in_own_process(model: str, method: str, counts: list[int], repeats: int) -> list[dict]:
-    """Rows of one method; in a process of its own, because each framework keeps the memory it has had."""
+def _in_own_process(results: Results, model: str, method: str, counts: list[int], repeats: int) -> None:
+    """Adds the rows of one method; in a process of its own, because each framework keeps the memory it has had."""
     request = json.dumps([model, method, counts, repeats])
-    ran = subprocess.run([sys.executable, __file__, "measure", request], stdout=subprocess.PIPE, text=True)
-    rows = [json.loads(line.removeprefix("ROW ")) for line in ran.stdout.splitlines() if line.startswith("ROW ")]
-    if ran.returncode:
-        print(f"{method} on {model}: failed with exit code {ran.returncode} after {len(rows)} rows", file=sys.stderr)
-    return rows
+    child = subprocess.Popen([sys.executable, __file__, "measure", request], stdout=subprocess.PIPE, text=True)
+    assert child.stdout
+    reported = False
+    for line in child.stdout:
+        kind, _, text = line.partition(" ")
+        if kind == "ROW":
+            results.rows.append(json.loads(text))
+        elif kind == "FAILED":
+            results.failures.append(json.loads(text))
+            reported = True
+        else:
+            continue
+        print(line, end="", file=sys.stderr, flush=True)
+        results.write()
+    if child.wait() and not reported:
+        results.failures.append({"model": model, "method": method, "error": f"exit code {child.returncode}"})
+        results.write()
 
 
 def measure(request: str) -> None:
     """Time one method and print its rows; called by main."""
     model, method, counts, repeats = json.loads(request)
+    count = None
+    try:
+        make = _method(model, method)
+        for count in counts:
+            print("ROW", json.dumps({"model": model, "method": method, **_row(make, model, method, count, repeats)}))
+            sys.stdout.flush()
+    except Exception as error:
+        # After an error of CUDA nothing else runs in this process, so this is the method's end.
+        text = f"{type(error).__name__}: {error}"
+        print("FAILED", json.dumps({"model": model, "method": method, "tokens": count, "error": text}), flush=True)
+        raise
+
+
+def _method(model: str, method: str):
+    import gpu_methods
+
+    if method.startswith("jax_moe "):
+        return gpu_methods.ours(model, *method.split()[1].split("/"))
+    if method == "humming":
+        import gpu_humming
+
+        return gpu_humming.gemms(model)
+    return {"ragged_dot": gpu_methods.ragged_dot, "torch": gpu_methods.torch_grouped_mm}[method](model)
+
+
+def _row(make, model: str, method: str, count: int, repeats: int) -> dict:
     from jax_moe import shapes
 
-    shape = shapes.MODELS[model]
-    if method.startswith("jax_moe "):
-        make = _ours(shape, *method.split()[1].split("/"))
-    else:
-        make = {"ragged_dot": _ragged_dot, "torch": _torch}[method](shape)
-    for count in counts:
-        # The dense lowering of ragged_dot takes half a second a call for many tokens.
-        length = 2 if method == "ragged_dot" else _CHAIN
-        run, touched, start_eagerly = make(count, length)
-        run(4)  # compiled, run eagerly, captured, replayed
-        # As many programs in a row as hide what starting and awaiting one costs the host.
-        programs = max(1, min(50, round(0.05 / _timed(run, 1))))
-        run(programs)
-        seconds = statistics.median(_timed(run, programs) for _ in range(repeats)) / (programs * length)
-        weights = touched * shape.weight_bytes_per_expert
-        flop = shape.flops(count)
-        floor = max(weights / READ_BYTES_PER_SECOND, flop / FLOP_PER_SECOND)
-        row = {
-            "model": model, "method": method, "tokens": count, "seconds": seconds, "touched_experts": touched,
-            "floor_seconds": floor, "ratio": seconds / floor, "weight_bytes_per_second": weights / seconds,
-            "flop_per_second": flop / seconds,
-        }  # fmt: skip
-        if start_eagerly is not None and count <= 8:  # with more tokens the GPU's queue fills up, and the host waits
-            start_eagerly(1)
-            row["eager_host_seconds"] = statistics.median(start_eagerly(2) for _ in range(repeats)) / (2 * length)
-        print("ROW", json.dumps(row), flush=True)
+    shape, length = shapes.MODELS[model], CHAIN.get(method, _DEFAULT_CHAIN)
+    chain = make(count, length)
+    chain.run(4)  # compiled, run eagerly, captured, replayed
+    # As many programs in a row as hide what starting and awaiting one costs the host.
+    one = timed(chain.run, 1)
+    programs = max(1, min(50, round(0.05 / one)))
+    chain.run(programs)
+    runs = max(3, min(repeats, round(_SECONDS / (one * programs))))
+    seconds = statistics.median(timed(chain.run, programs) for _ in range(runs)) / (programs * length)
+    weights, flop = chain.touched * shape.weight_bytes_per_expert, shape.flops(count)
+    floor = max(weights / READ_BYTES_PER_SECOND, flop / FLOP_PER_SECOND)
+    row = {
+        "tokens": count, "seconds": seconds, "touched_experts": chain.touched, "floor_seconds": floor,
+        "ratio": seconds / floor, "weight_bytes_per_second": weights / seconds, "flop_per_second": flop / seconds,
+    }  # fmt: skip
+    if chain.start_eagerly is not None and count <= 8:  # with more tokens the GPU's queue fills up, and the host waits
+        chain.start_eagerly(1)
+        host = statistics.median(chain.start_eagerly(2) for _ in range(repeats))
+        row["eager_host_seconds"] = host / (2 * length)
+    return row
 
 
-def _timed(run, programs: int) -> float:
+def timed(run, programs: int) -> float:
+    """Seconds that ``run(programs)`` takes, waiting included."""
     start = time.perf_counter()
     run(programs)
     return time.perf_counter() - start
 
 
-def _run_jax(function, arguments, programs: int) -> None:
-    for _ in range(programs):
-        out = function(*arguments)
-    out.block_until_ready()
-
-
-def _routings(shape, count: int, length: int):
-    """Random distinct experts per token, as NumPy, and the mean number of experts that have a token."""
-    import numpy as np
-
-    rng = np.random.default_rng(count)
-    ids = np.argpartition(rng.random((length, count, shape.num_experts)), shape.top_k, axis=-1)[..., : shape.top_k]
-    touched = statistics.mean(len(np.unique(call)) for call in ids)
-    return ids.astype(np.int32), np.full(ids.shape, 1 / shape.top_k, np.float32), touched
-
-
-def _ours(shape, precision, combine):
-    import jax
-    import jax.numpy as jnp
-
-    import jax_moe
-
-    experts, hidden = shape.num_experts, shape.hidden_size
-    keys = iter(jax.random.split(jax.random.key(0), 8))
-
-    def projection(lead, rows, columns, input_scale):
-        # Block scales of 0.5 to 2 and a global scale that keeps the size of what is multiplied.
-        payload = jax.random.bits(next(keys), (*lead, rows, columns // 2), jnp.uint8)
-        scale = jax.random.randint(next(keys), (*lead, rows, columns // 16), 0x30, 0x40).astype(jnp.uint8)
-        return jax_moe.Projection(
-            payload,
-            jax.lax.bitcast_convert_type(scale, jnp.float8_e4m3fn),
-            jnp.full(lead, 1 / (3.5 * columns**0.5), jnp.float32),
-            input_scale,
-        )
-
-    canonical = jax_moe.Experts(
-        projection((experts, 2), shape.intermediate_size, hidden, jnp.float32(1 / 448)),
-        projection((experts,), hidden, shape.intermediate_size, jnp.full(experts, 1 / 448, jnp.float32)),
-    )
-    weights = jax_moe.prepare(canonical, "sm_90a", progress=False)
-    del canonical
-    op = functools.partial(jax_moe.fused_moe, precision=precision, combine=combine)
-
-    def make(count, length):
-        ids, routing_weights, touched = _routings(shape, count, length)
-        x = jax.random.normal(jax.random.key(count), (count, hidden), jnp.bfloat16)
-
-        def chain(x, weights, ids, routing_weights):
-            for i in range(length):
-                x = op(x, weights, jax_moe.Routing(ids[i], routing_weights[i]))
-            return x
-
-        compiled = jax.jit(chain, compiler_options={"xla_gpu_graph_min_graph_size": 1})
-        arguments = [jnp.asarray(ids[i]) for i in range(length)], [jnp.asarray(w) for w in routing_weights]
-        eager = jax.jit(chain, compiler_options={"xla_gpu_enable_command_buffer": ""})
-
-        def start_eagerly(programs) -> float:
-            """Seconds of the host to start so many programs; awaits the GPU outside of that."""
-            start = time.perf_counter()
-            outs = [eager(x, weights, *arguments) for _ in range(programs)]
-            elapsed = time.perf_counter() - start
-            jax.block_until_ready(outs)
-            return elapsed
-
-        return functools.partial(_run_jax, compiled, (x, weights, *arguments)), touched, start_eagerly
-
-    return make
-
-
-def _ragged_dot(shape):
-    import jax
-    import jax.numpy as jnp
-
-    keys = jax.random.split(jax.random.key(0), 2)
-    experts, hidden, intermediate = shape.num_experts, shape.hidden_size, shape.intermediate_size
-    gate_up = jax.random.normal(keys[0], (experts, hidden, 2 * intermediate), jnp.bfloat16) * hidden**-0.5
-    down = jax.random.normal(keys[1], (experts, intermediate, hidden), jnp.bfloat16) * intermediate**-0.5
-
-    def op(x, gate_up, down, ids, weights):
-        order = jnp.argsort(ids.reshape(-1), stable=True)
-        sizes = jnp.bincount(ids.reshape(-1), length=experts).astype(jnp.int32)
-        both = jax.lax.ragged_dot(x[order // shape.top_k], gate_up, sizes)
-        h = jax.nn.silu(both[:, :intermediate].astype(jnp.float32)) * both[:, intermediate:]
-        rows = jax.lax.ragged_dot(h.astype(jnp.bfloat16), down, sizes, preferred_element_type=jnp.float32)
-        out = jnp.zeros(x.shape, jnp.float32).at[order // shape.top_k].add(rows * weights.reshape(-1)[order][:, None])
-        return out.astype(x.dtype)
-
-    def make(count, length):
-        ids, routing_weights, touched = _routings(shape, count, length)
-        x = jax.random.normal(jax.random.key(count), (count, hidden), jnp.bfloat16)
-
-        def chain(x, gate_up, down, ids, weights):
-            for i in range(length):
-                x = op(x, gate_up, down, ids[i], weights[i])
-            return x
-
-        compiled, arguments = jax.jit(chain), (jnp.asarray(ids), jnp.asarray(routing_weights))
-        return functools.partial(_run_jax, compiled, (x, gate_up, down, *arguments)), touched, None
-
-    return make
-
-
-def _torch(shape):
-    import torch
-
-    experts, hidden, intermediate = shape.num_experts, shape.hidden_size, shape.intermediate_size
-    torch.manual_seed(0)
-    gate_up = torch.randn(experts, 2 * intermediate, hidden, dtype=torch.bfloat16, device="cuda") * hidden**-0.5
-    down = torch.randn(experts, hidden, intermediate, dtype=torch.bfloat16, device="cuda") * intermediate**-0.5
-
-    def op(x, ids, weights):
-        flat = ids.reshape(-1)
-        order = torch.argsort(flat, stable=True)
-        ends = torch.searchsorted(flat[order], torch.arange(1, experts + 1, device="cuda")).to(torch.int32)
-        both = torch._grouped_mm(x[order // shape.top_k], gate_up.transpose(1, 2), offs=ends)
-        h = torch.nn.functional.silu(both[:, :intermediate]) * both[:, intermediate:]
-        rows = torch._grouped_mm(h, down.transpose(1, 2), offs=ends)
-        out = torch.zeros(x.shape, dtype=torch.float32, device="cuda")
-        out.index_add_(0, order // shape.top_k, rows.float() * weights.reshape(-1)[order][:, None])
-        return out.to(x.dtype)
-
-    def make(count, length):
-        ids, routing_weights, touched = _routings(shape, count, length)
-        ids, weights = torch.tensor(ids, dtype=torch.int64, device="cuda"), torch.tensor(routing_weights, device="cuda")
-        first = torch.randn(count, hidden, dtype=torch.bfloat16, device="cuda")
-
-        def chain():
-            x = first
-            for i in range(length):
-                x = op(x, ids[i], weights[i])
-            return x
-
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            chain()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            chain()
-
-        def run(programs):
-            for _ in range(programs):
-                graph.replay()
-            torch.cuda.synchronize()
-
-        return run, touched, None
-
-    return make
-
-
-def _environment() -> dict:
+def environment() -> dict:
+    """Versions, commit, GPU and time, for the results' file."""
     import importlib.metadata
     import platform
 
     versions = {}
-    for package in ("jax", "jaxlib", "jax-cuda13-plugin", "torch", "numpy"):
+    for package in (
+        "jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cutlass-dsl", "numpy", "torch", "triton", "humming-kernels",
+    ):  # fmt: skip
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

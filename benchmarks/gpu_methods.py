@@ -1,0 +1,255 @@
+"""What benchmarks/gpu_op.py times: for each method a maker of chains of calls, with random weights, tokens and routing.
+
+A method is called with the name of a model and returns ``make(count, length)``: a :class:`Chain` of ``length`` calls of
+``count`` tokens. docs/hopper.md and gpu_op's own text say why chains.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+import os
+import statistics
+import time
+from typing import Any
+
+from jax_moe import shapes
+
+_CHAINED_TOKENS = 128
+"""Up to so many tokens a call of ours gets the output of the one before; see ``ours``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """``run(programs)`` runs the chain so often and waits for it; ``touched``: experts with a token, mean of the calls.
+
+    ``start_eagerly(programs)`` returns the seconds that the host takes to start the chain without a command buffer.
+    """
+
+    run: Callable[[int], None]
+    touched: float
+    start_eagerly: Callable[[int], float] | None = None
+
+
+def routings(shape: shapes.LayerShape, count: int, length: int):
+    """Random distinct experts per token, as NumPy, and the mean number of experts that have a token."""
+    import numpy as np
+
+    rng = np.random.default_rng(count)
+    ids = np.argpartition(rng.random((length, count, shape.num_experts)), shape.top_k, axis=-1)[..., : shape.top_k]
+    touched = statistics.mean(len(np.unique(call)) for call in ids)
+    return ids.astype(np.int32), np.full(ids.shape, 1 / shape.top_k, np.float32), touched
+
+
+def random_x(shape: shapes.LayerShape, count: int):
+    import jax
+    import jax.numpy as jnp
+
+    return jax.random.normal(jax.random.key(count), (count, shape.hidden_size), jnp.bfloat16)
+
+
+def after(y):
+    """A zero that is there only once ``y`` is: what makes one call wait for another without changing its input."""
+    import jax.numpy as jnp
+
+    first = y[0, 0]
+    return (jnp.isnan(first) & (first == 0)).astype(jnp.int32)  # never true, which XLA does not find out
+
+
+def random_experts(model: str):
+    """Prepared weights and the activation of a model; gpt-oss alone has biases."""
+    import jax
+    import jax.numpy as jnp
+
+    import jax_moe
+
+    shape, gpt_oss = shapes.MODELS[model], model == "gpt-oss-120b"
+    experts, hidden, intermediate = shape.num_experts, shape.hidden_size, shape.intermediate_size
+    keys = iter(jax.random.split(jax.random.key(0), 8))
+
+    def projection(lead, rows, columns, input_scale):
+        # Block scales of 0.5 to 2 and a global scale that keeps the size of what is multiplied.
+        payload = jax.random.bits(next(keys), (*lead, rows, columns // 2), jnp.uint8)
+        scale = jax.random.randint(next(keys), (*lead, rows, columns // 16), 0x30, 0x40).astype(jnp.uint8)
+        return jax_moe.Projection(
+            payload,
+            jax.lax.bitcast_convert_type(scale, jnp.float8_e4m3fn),
+            jnp.full(lead, 1 / (3.5 * columns**0.5), jnp.float32),
+            input_scale,
+            jax.random.normal(next(keys), (*lead, rows)) * 0.1 if gpt_oss else None,
+        )
+
+    canonical = jax_moe.Experts(
+        projection((experts, 2), intermediate, hidden, jnp.float32(1 / 448)),
+        projection((experts,), hidden, intermediate, jnp.full(experts, 1 / 448, jnp.float32)),
+    )
+    activation = jax_moe.SwiGLU(alpha=1.702, beta=1.0, limit=7.0) if gpt_oss else jax_moe.SwiGLU()
+    return jax_moe.prepare(canonical, "sm_90a", progress=False), activation
+
+
+def op_chain(op, *, chained: bool):
+    """Calls of ``op(x, weights, routing, expert_offset=...)`` one after the other, as a function for ``jax.jit``.
+
+    ``chained``: each call's input is the last one's output. Otherwise all have the same x and wait for one another.
+    """
+    import jax.numpy as jnp
+
+    import jax_moe
+
+    def chain(x, weights, ids, routing_weights):
+        offset, y = jnp.int32(0), x
+        for call_ids, call_weights in zip(ids, routing_weights, strict=True):
+            y = op(y if chained else x, weights, jax_moe.Routing(call_ids, call_weights), expert_offset=offset)
+            offset = offset if chained else after(y)
+        return y
+
+    return chain
+
+
+def run_jax(function, arguments, programs: int) -> None:
+    for _ in range(programs):
+        out = function(*arguments)
+    out.block_until_ready()
+
+
+def ours(model: str, precision: Any, combine: Any):
+    """The op of this project.
+
+    From a few hundred tokens on the card is at its power limit, and what is multiplied matters: an output that is the
+    next input shrinks call by call to zeros, which take less power and so less time. There all calls get the same x,
+    and a small kernel makes each wait for the one before. With fewer tokens the bytes of the weights decide, whatever
+    is in x, and that kernel would be a twentieth of a call: there the calls are chained.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    import jax_moe
+
+    shape = shapes.MODELS[model]
+    weights, activation = random_experts(model)
+    op = functools.partial(jax_moe.fused_moe, precision=precision, combine=combine, activation=activation)
+
+    def make(count, length):
+        ids, routing_weights, touched = routings(shape, count, length)
+        chain = op_chain(op, chained=count <= _CHAINED_TOKENS)
+        compiled = jax.jit(chain, compiler_options={"xla_gpu_graph_min_graph_size": 1})
+        eager = jax.jit(chain, compiler_options={"xla_gpu_enable_command_buffer": ""})
+        arguments = (
+            random_x(shape, count), weights, [jnp.asarray(i) for i in ids], [jnp.asarray(w) for w in routing_weights],
+        )  # fmt: skip
+
+        def start_eagerly(programs) -> float:
+            start = time.perf_counter()
+            outs = [eager(*arguments) for _ in range(programs)]
+            elapsed = time.perf_counter() - start
+            jax.block_until_ready(outs)
+            return elapsed
+
+        return Chain(functools.partial(run_jax, compiled, arguments), touched, start_eagerly)
+
+    return make
+
+
+def ragged_dot_op(x, gate_up, down, ids, weights):
+    """The op in plain JAX on bf16 weights: gate_up ``[E, H, 2*I]``, down ``[E, I, H]``."""
+    import jax
+    import jax.numpy as jnp
+
+    top_k, intermediate = ids.shape[1], down.shape[1]
+    order = jnp.argsort(ids.reshape(-1), stable=True)
+    sizes = jnp.bincount(ids.reshape(-1), length=down.shape[0]).astype(jnp.int32)
+    both = jax.lax.ragged_dot(x[order // top_k], gate_up, sizes)
+    h = jax.nn.silu(both[:, :intermediate].astype(jnp.float32)) * both[:, intermediate:]
+    rows = jax.lax.ragged_dot(h.astype(jnp.bfloat16), down, sizes, preferred_element_type=jnp.float32)
+    out = jnp.zeros(x.shape, jnp.float32).at[order // top_k].add(rows * weights.reshape(-1)[order][:, None])
+    return out.astype(x.dtype)
+
+
+def ragged_dot(model: str):
+    """``jax.lax.ragged_dot`` on bf16 weights. Refuses what would not fit: its dense lowering may need E copies of x."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # read when the first array is made
+    import jax
+    import jax.numpy as jnp
+
+    shape = shapes.MODELS[model]
+    keys = jax.random.split(jax.random.key(0), 2)
+    experts, hidden, intermediate = shape.num_experts, shape.hidden_size, shape.intermediate_size
+    gate_up = jax.random.normal(keys[0], (experts, hidden, 2 * intermediate), jnp.bfloat16) * hidden**-0.5
+    down = jax.random.normal(keys[1], (experts, intermediate, hidden), jnp.bfloat16) * intermediate**-0.5
+
+    def chain(x, gate_up, down, ids, weights):
+        wait = jnp.int32(0)
+        for i in range(ids.shape[0]):
+            y = ragged_dot_op(x, gate_up, down, ids[i] + wait, weights[i])
+            wait = after(y)
+        return y
+
+    def make(count, length):
+        ids, routing_weights, touched = routings(shape, count, length)
+        arguments = random_x(shape, count), gate_up, down, jnp.asarray(ids), jnp.asarray(routing_weights)
+        compiled = jax.jit(chain).lower(*arguments).compile()
+        needed, limit = compiled.memory_analysis(), (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+        if needed and limit and needed.temp_size_in_bytes + needed.argument_size_in_bytes > 0.95 * limit:
+            raise MemoryError(f"{needed.temp_size_in_bytes / 1e9:.0f} GB of temporaries, {limit / 1e9:.0f} GB there")
+        return Chain(functools.partial(run_jax, compiled, arguments), touched)
+
+    return make
+
+
+def torch_op(x, gate_up, down, ids, weights):
+    """The op in torch on bf16 weights: gate_up ``[E, 2*I, H]``, down ``[E, H, I]``."""
+    import torch
+
+    top_k, (experts, _, intermediate) = ids.shape[1], down.shape
+    flat = ids.reshape(-1)
+    order = torch.argsort(flat, stable=True)
+    ends = torch.searchsorted(flat[order], torch.arange(1, experts + 1, device=x.device)).to(torch.int32)
+    both = torch._grouped_mm(x[order // top_k], gate_up.transpose(1, 2), offs=ends)
+    h = torch.nn.functional.silu(both[:, :intermediate]) * both[:, intermediate:]
+    rows = torch._grouped_mm(h, down.transpose(1, 2), offs=ends)
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    out.index_add_(0, order // top_k, rows.float() * weights.reshape(-1)[order][:, None])
+    return out.to(x.dtype)
+
+
+def torch_grouped_mm(model: str):
+    """``torch._grouped_mm`` on bf16 weights, in a CUDA graph; calls on one stream wait for one another."""
+    import torch
+
+    shape = shapes.MODELS[model]
+    experts, hidden, intermediate = shape.num_experts, shape.hidden_size, shape.intermediate_size
+    torch.manual_seed(0)
+    gate_up = torch.randn(experts, 2 * intermediate, hidden, dtype=torch.bfloat16, device="cuda") * hidden**-0.5
+    down = torch.randn(experts, hidden, intermediate, dtype=torch.bfloat16, device="cuda") * intermediate**-0.5
+
+    def make(count, length):
+        ids, routing_weights, touched = routings(shape, count, length)
+        ids, weights = torch.tensor(ids, dtype=torch.int64, device="cuda"), torch.tensor(routing_weights, device="cuda")
+        x = torch.randn(count, hidden, dtype=torch.bfloat16, device="cuda")
+
+        def chain():
+            for i in range(length):
+                torch_op(x, gate_up, down, ids[i], weights[i])
+
+        return Chain(torch_graph(chain), touched)
+
+    return make
+
+
+def torch_graph(chain: Callable[[], None]) -> Callable[[int], None]:
+    """``chain`` once eagerly, then captured: a function that replays it so many times and waits."""
+    import torch
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        chain()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chain()
+
+    def run(programs):
+        for _ in range(programs):
+            graph.replay()
+        torch.cuda.synchronize()
+
+    return run
