@@ -1,13 +1,25 @@
-"""How much of a captured call's time the zeroing of the output takes: the op beside itself with the zeroing removed.
+"""What the zeroing of the output costs in a captured call: the op with it, with it in line, and without it.
 
     python benchmarks/zeroing.py            # needs a GPU and a C++ compiler
 
-Both run in one process and by turns, because a GPU's clock wanders by more than what is measured. The handler without
-zeroing adds into whatever is there, so its results are wrong and not looked at.
+``branch`` is the library as it is: the zeroing is a branch of the graph beside sort and GEMM1. ``in_line`` has a memset
+before them on the stream instead, as an eager call has. ``without`` has none: it adds into whatever is there, so its
+results are wrong and not looked at.
+
+The effect is a percent, and a GPU's clock wanders by more. Hence:
+
+- Every call gets the same random x. Calls that are chained by their outputs would compare different work: without
+  zeroing outputs grow to inf and NaN, with it they shrink to zeros; either takes less power, and a card at its power
+  limit then clocks higher. One call waits for the one before by a scalar that is always zero.
+- A round times all variants within a fraction of a second, in an order of its own; what counts is the ratio within a
+  round, and of these the median over the rounds, with a 95% bootstrap interval.
 """
 
+import contextlib
+import functools
 import json
 import pathlib
+import random
 import statistics
 import sys
 import tempfile
@@ -17,36 +29,84 @@ import typer
 sys.path[:0] = [str(pathlib.Path(__file__).parents[1] / folder) for folder in (".", "tests", "tests/gpu", "benchmarks")]
 
 import calls  # noqa: E402
+import gpu_methods  # noqa: E402
 import gpu_op  # noqa: E402
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
 
+import jax_moe  # noqa: E402
 from jax_moe import ffi, shapes  # noqa: E402
 
-_REMOVED = {
-    "cuda/handler.cc": ("driver_.cuMemsetD8Async(Address(destination), 0, bytes, stream)", "0"),
-    "launch_sequence.h": ("if (plan.atomic && result.captured) {", "if (false) {"),
-}
+_IN_LINE = {"launch_sequence.h": ("if (plan.atomic && result.captured) {", "if (false) {")}
+_WITHOUT = _IN_LINE | {"cuda/handler.cc": ("driver_.cuMemsetD8Async(Address(destination), 0, bytes, stream)", "0")}
+_CHAIN = 8
 
 
-def main(model: str = "qwen3-235b-a22b", tokens: str = "1,128,8192", rounds: int = 15) -> None:
-    """Time both by turns and print the ratio of the medians."""
-    changed = calls.register_changed("no_zeroing_at_all", _REMOVED, pathlib.Path(tempfile.mkdtemp()))
-    make = gpu_op._ours(shapes.MODELS[model], "w4a16", "atomic")
+def main(
+    model: str = "qwen3-235b-a22b", tokens: str = "8192,2048", rounds: int = 60, output: pathlib.Path | None = None
+) -> None:
+    """Time the variants by turns; print a row of JSON for each number of tokens."""
+    folder = pathlib.Path(tempfile.mkdtemp())
+    targets = {
+        "branch": ffi.TARGET,
+        "in_line": calls.register_changed("in_line", _IN_LINE, folder),
+        "without": calls.register_changed("without", _WITHOUT, folder),
+    }
+    weights, activation = gpu_methods.random_experts(model)
+    rows = []
     for count in map(int, tokens.split(",")):
-        runs = {}
-        for name, target in (("with", ffi.TARGET), ("without", changed)):
-            original, ffi.TARGET = ffi.TARGET, target
-            run, *_ = make(count, gpu_op._CHAIN)
-            run(4)
-            ffi.TARGET = original
-            runs[name] = run
-        programs = max(1, min(50, round(0.05 / gpu_op._timed(runs["with"], 1))))
-        times = {name: [] for name in runs}
-        for _ in range(rounds):
-            for name, run in runs.items():
-                times[name].append(gpu_op._timed(run, programs) / (programs * gpu_op._CHAIN))
-        medians = {name: statistics.median(seconds) for name, seconds in times.items()}
-        row = {"model": model, "tokens": count, **medians, "ratio": medians["with"] / medians["without"]}
-        print("ROW", json.dumps(row), flush=True)
+        runs = {name: _program(model, target, weights, activation, count) for name, target in targets.items()}
+        rows.append({"model": model, "tokens": count, "rounds": rounds, **measure(runs, rounds)})
+        print("ROW", json.dumps(rows[-1]), flush=True)
+    if output:
+        output.write_text(json.dumps({"environment": gpu_op.environment(), "results": rows}, indent=1) + "\n")
+
+
+def _program(model, target, weights, activation, count):
+    """``run(programs)`` of a chain whose calls go to ``target``; compiled and captured."""
+    shape = shapes.MODELS[model]
+    ids, routing_weights, _ = gpu_methods.routings(shape, count, _CHAIN)
+    op = functools.partial(jax_moe.fused_moe, activation=activation)
+    chain = gpu_methods.op_chain(op, chained=False)
+    compiled = jax.jit(chain, compiler_options={"xla_gpu_graph_min_graph_size": 1})
+    routing = [jnp.asarray(i) for i in ids], [jnp.asarray(w) for w in routing_weights]
+    run = functools.partial(gpu_methods.run_jax, compiled, (gpu_methods.random_x(shape, count), weights, *routing))
+    with _target(target):
+        run(4)
+    return run
+
+
+@contextlib.contextmanager
+def _target(target: str):
+    """Programs traced inside call ``target``."""
+    original, ffi.TARGET = ffi.TARGET, target
+    try:
+        yield
+    finally:
+        ffi.TARGET = original
+
+
+def measure(runs, rounds: int) -> dict:
+    """Median seconds of a call by variant, and each variant's ratio to ``without``: median and 95% interval."""
+    programs = max(1, min(50, round(0.05 / gpu_op.timed(runs["without"], 1))))
+    order, times = random.Random(0), {name: [] for name in runs}
+    for number in range(-max(2, rounds // 10), rounds):  # the first ones let clock and temperature settle
+        for name in order.sample(list(runs), len(runs)):
+            seconds = gpu_op.timed(runs[name], programs) / (programs * _CHAIN)
+            if number >= 0:
+                times[name].append(seconds)
+    result: dict = {"seconds": {name: statistics.median(seconds) for name, seconds in times.items()}}
+    for name in runs.keys() - {"without"}:
+        ratios = [with_it / without for with_it, without in zip(times[name], times["without"], strict=True)]
+        result[f"ratio_{name}"] = {"median": statistics.median(ratios), "interval": interval(ratios)}
+    return result
+
+
+def interval(values: list[float], resamples: int = 2000) -> list[float]:
+    """A 95% bootstrap interval of the median."""
+    choose = random.Random(1)
+    medians = sorted(statistics.median(choose.choices(values, k=len(values))) for _ in range(resamples))
+    return [medians[round(0.025 * (resamples - 1))], medians[round(0.975 * (resamples - 1))]]
 
 
 if __name__ == "__main__":
