@@ -2,14 +2,17 @@
 // indexes by. jax_moe.fused_moe checks the same at trace time with better words; this is for callers who build the
 // custom call by hand, and for programs that were serialised by another version.
 //
-// Every refusal is INVALID_ARGUMENT and says which operand, what it got and what it needs.
+// Every refusal is INVALID_ARGUMENT and says which operand, what it got and what it needs. An accepted call builds no
+// text and allocates nothing: on a GPU this is part of what every eager call costs.
 
 #ifndef JAX_MOE_DECODE_H_
 #define JAX_MOE_DECODE_H_
 
+#include <array>
 #include <cstdint>
 #include <initializer_list>
 #include <limits>
+#include <optional>
 #include <string>
 #include <string_view>
 
@@ -88,7 +91,42 @@ inline std::string Describe(const ffi::AnyBuffer& buffer) {
   return Describe(buffer.element_type(), buffer.dimensions().begin(), buffer.dimensions().size());
 }
 
-inline ffi::Error Refuse(const std::string& what) { return ffi::Error::InvalidArgument("jax_moe: " + what); }
+// Cold, so that the compiler keeps the code that words refusals away from the code that every call runs.
+[[gnu::cold]] inline ffi::Error Refuse(const std::string& what) {
+  return ffi::Error::InvalidArgument("jax_moe: " + what);
+}
+
+// The buffers of a call, taken out of the call frame once. Once filled they are all there, and can be indexed freely.
+using Operands = std::array<std::optional<ffi::AnyBuffer>, kNumOperands>;
+
+inline constexpr size_t kMostResults = 16;                                // the output and its workspaces
+using Results = std::array<std::optional<ffi::AnyBuffer>, kMostResults>;  // those that the call has, then none
+
+inline ffi::Error GetOperands(const ffi::RemainingArgs& args, Operands* operands) {
+  if (args.size() != kNumOperands) {
+    return Refuse("operands: got " + std::to_string(args.size()) + ", needs " + std::to_string(kNumOperands));
+  }
+  for (size_t i = 0; i < kNumOperands; ++i) {
+    ffi::ErrorOr<ffi::AnyBuffer> buffer = args.get<ffi::AnyBuffer>(i);
+    if (buffer.has_error()) return Refuse(std::string(kOperandNames[i]) + ": " + buffer.error().message());
+    (*operands)[i] = *buffer;
+  }
+  return ffi::Error::Success();
+}
+
+// `needed` results, of which a refusal says that they are `what`.
+inline ffi::Error GetResults(const ffi::RemainingRets& rets, size_t needed, std::string_view what, Results* results) {
+  if (rets.size() != needed || needed > kMostResults) {
+    return Refuse("results: got " + std::to_string(rets.size()) + ", needs " + std::to_string(needed) +
+                  std::string(what));
+  }
+  for (size_t i = 0; i < needed; ++i) {
+    ffi::ErrorOr<ffi::Result<ffi::AnyBuffer>> buffer = rets.get<ffi::AnyBuffer>(i);
+    if (buffer.has_error()) return Refuse("result " + std::to_string(i) + ": " + buffer.error().message());
+    (*results)[i] = **buffer;
+  }
+  return ffi::Error::Success();
+}
 
 // True when the bytes of such a buffer can be counted in an int64.
 inline bool IsAddressable(ffi::DataType dtype, std::initializer_list<int64_t> dims) {
@@ -121,56 +159,37 @@ inline ffi::Error CheckBuffer(std::string_view name, const ffi::AnyBuffer& buffe
   return ffi::Error::Success();
 }
 
-inline ffi::ErrorOr<ffi::AnyBuffer> GetOperand(const ffi::RemainingArgs& args, Operand operand) {
-  ffi::ErrorOr<ffi::AnyBuffer> buffer = args.get<ffi::AnyBuffer>(operand);
-  if (buffer.has_error()) {
-    return ffi::Unexpected(Refuse(std::string(kOperandNames[operand]) + ": " + buffer.error().message()));
-  }
-  return buffer;
-}
-
 // Size `axis` of an operand whose exact shape is checked later; checks the rank that this needs.
-inline ffi::Error GetSize(const ffi::RemainingArgs& args, Operand operand, size_t rank, size_t axis, int64_t* size) {
-  ffi::ErrorOr<ffi::AnyBuffer> buffer = GetOperand(args, operand);
-  if (buffer.has_error()) return buffer.error();
-  if (buffer->dimensions().size() != rank) {
-    return Refuse(std::string(kOperandNames[operand]) + ": got " + Describe(*buffer) + ", needs " +
+inline ffi::Error GetSize(const Operands& operands, Operand operand, size_t rank, size_t axis, int64_t* size) {
+  const ffi::AnyBuffer& buffer = *operands[operand];
+  if (buffer.dimensions().size() != rank) {
+    return Refuse(std::string(kOperandNames[operand]) + ": got " + Describe(buffer) + ", needs " +
                   std::to_string(rank) + " dimensions");
   }
-  *size = buffer->dimensions()[axis];
+  *size = buffer.dimensions()[axis];
   return ffi::Error::Success();
 }
 
 template <typename T>
-ffi::Error GetOperandData(const ffi::RemainingArgs& args, Operand operand, ffi::DataType dtype,
+ffi::Error GetData(std::string_view name, const ffi::AnyBuffer& buffer, ffi::DataType dtype,
+                   std::initializer_list<int64_t> dims, T** data) {
+  *data = static_cast<T*>(buffer.untyped_data());
+  return CheckBuffer(name, buffer, dtype, dims);
+}
+
+template <typename T>
+ffi::Error GetOperandData(const Operands& operands, Operand operand, ffi::DataType dtype,
                           std::initializer_list<int64_t> dims, const T** data) {
-  ffi::ErrorOr<ffi::AnyBuffer> buffer = GetOperand(args, operand);
-  if (buffer.has_error()) return buffer.error();
-  JAX_MOE_TRY(CheckBuffer(kOperandNames[operand], *buffer, dtype, dims));
-  *data = static_cast<const T*>(buffer->untyped_data());
-  return ffi::Error::Success();
+  return GetData(kOperandNames[operand], *operands[operand], dtype, dims, data);
 }
 
 // As GetOperandData, for f32 operands that may be absent (f32[0]): *data is null then.
-inline ffi::Error GetOptionalOperandData(const ffi::RemainingArgs& args, Operand operand,
-                                         std::initializer_list<int64_t> dims, const float** data) {
+inline ffi::Error GetOptionalOperandData(const Operands& operands, Operand operand, std::initializer_list<int64_t> dims,
+                                         const float** data) {
   *data = nullptr;
-  ffi::ErrorOr<ffi::AnyBuffer> buffer = GetOperand(args, operand);
-  if (buffer.has_error()) return buffer.error();
-  const ffi::AnyBuffer::Dimensions got = buffer->dimensions();
-  if (buffer->element_type() == ffi::F32 && got.size() == 1 && got[0] == 0) return ffi::Error::Success();
-  return GetOperandData(args, operand, ffi::F32, dims, data);
-}
-
-// Result `index` as T*; used for the output and, by each handler, for its workspaces.
-template <typename T>
-ffi::Error GetResultData(const ffi::RemainingRets& rets, size_t index, std::string_view name, ffi::DataType dtype,
-                         std::initializer_list<int64_t> dims, T** data) {
-  ffi::ErrorOr<ffi::Result<ffi::AnyBuffer>> buffer = rets.get<ffi::AnyBuffer>(index);
-  if (buffer.has_error()) return Refuse(std::string(name) + ": " + buffer.error().message());
-  JAX_MOE_TRY(CheckBuffer(name, **buffer, dtype, dims));
-  *data = static_cast<T*>((*buffer)->untyped_data());
-  return ffi::Error::Success();
+  const ffi::AnyBuffer::Dimensions got = operands[operand]->dimensions();
+  if (operands[operand]->element_type() == ffi::F32 && got.size() == 1 && got[0] == 0) return ffi::Error::Success();
+  return GetOperandData(operands, operand, ffi::F32, dims, data);
 }
 
 template <typename Enum>
@@ -184,14 +203,13 @@ ffi::Error GetChoice(const ffi::Dictionary& attributes, std::string_view name,
                      std::initializer_list<Choice<Enum>> choices, Enum* value) {
   ffi::ErrorOr<std::string_view> got = attributes.get<std::string_view>(name);
   if (got.has_error()) return Refuse("attribute " + std::string(name) + ": " + got.error().message());
-  std::string needs;
   for (const Choice<Enum>& choice : choices) {
-    if (choice.name == *got) {
-      *value = choice.value;
-      return ffi::Error::Success();
-    }
-    needs += (needs.empty() ? "" : " | ") + std::string(choice.name);
+    if (choice.name != *got) continue;
+    *value = choice.value;
+    return ffi::Error::Success();
   }
+  std::string needs;
+  for (const Choice<Enum>& choice : choices) needs += (needs.empty() ? "" : " | ") + std::string(choice.name);
   constexpr size_t kMostShown = 32;
   return Refuse("attribute " + std::string(name) + ": got '" + std::string(got->substr(0, kMostShown)) + "', needs " +
                 needs);
@@ -204,22 +222,22 @@ inline ffi::Error GetNumber(const ffi::Dictionary& attributes, std::string_view 
   return ffi::Error::Success();
 }
 
-inline ffi::Error DecodeAttributes(const ffi::Dictionary& attributes, Problem* problem) {
+inline ffi::Error DecodeOptions(const ffi::Dictionary& attributes, Options* options) {
   JAX_MOE_TRY(GetChoice<Precision>(attributes, "precision", {{"w4a16", Precision::kW4A16}, {"w4a4", Precision::kW4A4}},
-                                   &problem->precision));
+                                   &options->precision));
   JAX_MOE_TRY(GetChoice<Combine>(attributes, "combine", {{"atomic", Combine::kAtomic}, {"ordered", Combine::kOrdered}},
-                                 &problem->combine));
+                                 &options->combine));
   JAX_MOE_TRY(GetChoice<WeightOn>(attributes, "weight_on", {{"output", WeightOn::kOutput}, {"input", WeightOn::kInput}},
-                                  &problem->weight_on));
+                                  &options->weight_on));
   JAX_MOE_TRY(GetChoice<Activation>(attributes, "activation",
                                     {{"swiglu", Activation::kSwiGLU},
                                      {"geglu", Activation::kGeGLU},
                                      {"relu2", Activation::kReLU2},
                                      {"situ", Activation::kSiTU}},
-                                    &problem->activation));
-  JAX_MOE_TRY(GetNumber(attributes, "alpha", &problem->alpha));
-  JAX_MOE_TRY(GetNumber(attributes, "beta", &problem->beta));
-  return GetNumber(attributes, "limit", &problem->limit);
+                                    &options->activation));
+  JAX_MOE_TRY(GetNumber(attributes, "alpha", &options->alpha));
+  JAX_MOE_TRY(GetNumber(attributes, "beta", &options->beta));
+  return GetNumber(attributes, "limit", &options->limit);
 }
 
 inline ffi::Error CheckSize(std::string_view name, int64_t size, int64_t least, int64_t multiple) {
@@ -230,20 +248,16 @@ inline ffi::Error CheckSize(std::string_view name, int64_t size, int64_t least, 
 
 // Everything but the payloads and block scales, whose layout is the platform's. `intermediate_size` is the caller's
 // to find, because only those two tell it.
-inline ffi::Error DecodeProblem(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets,
-                                const ffi::Dictionary& attributes, int64_t intermediate_size, Problem* problem) {
-  if (args.size() != kNumOperands) {
-    return Refuse("operands: got " + std::to_string(args.size()) + ", needs " + std::to_string(kNumOperands));
-  }
-  JAX_MOE_TRY(DecodeAttributes(attributes, problem));
-
+inline ffi::Error DecodeProblem(const Operands& operands, const Results& results, const Options& options,
+                                int64_t intermediate_size, Problem* problem) {
   Problem& p = *problem;
+  static_cast<Options&>(p) = options;
   p.num_parts = p.activation == Activation::kReLU2 ? 1 : 2;
   p.intermediate_size = intermediate_size;
-  JAX_MOE_TRY(GetSize(args, kX, 2, 0, &p.num_tokens));
-  JAX_MOE_TRY(GetSize(args, kX, 2, 1, &p.hidden_size));
-  JAX_MOE_TRY(GetSize(args, kExpertIds, 2, 1, &p.top_k));
-  JAX_MOE_TRY(GetSize(args, kDownGlobalScale, 1, 0, &p.num_experts));
+  JAX_MOE_TRY(GetSize(operands, kX, 2, 0, &p.num_tokens));
+  JAX_MOE_TRY(GetSize(operands, kX, 2, 1, &p.hidden_size));
+  JAX_MOE_TRY(GetSize(operands, kExpertIds, 2, 1, &p.top_k));
+  JAX_MOE_TRY(GetSize(operands, kDownGlobalScale, 1, 0, &p.num_experts));
   JAX_MOE_TRY(CheckSize("tokens (axis 0 of x)", p.num_tokens, 0, 1));
   JAX_MOE_TRY(CheckSize("hidden size (axis 1 of x)", p.hidden_size, 16, 16));
   JAX_MOE_TRY(CheckSize("experts per token (axis 1 of expert_ids)", p.top_k, 1, 1));
@@ -257,16 +271,16 @@ inline ffi::Error DecodeProblem(const ffi::RemainingArgs& args, const ffi::Remai
 
   const int64_t tokens = p.num_tokens, k = p.top_k, experts = p.num_experts, parts = p.num_parts;
   const int64_t hidden = p.hidden_size, intermediate = p.intermediate_size;
-  JAX_MOE_TRY(GetOperandData(args, kX, ffi::BF16, {tokens, hidden}, &p.x));
-  JAX_MOE_TRY(GetOperandData(args, kExpertIds, ffi::S32, {tokens, k}, &p.expert_ids));
-  JAX_MOE_TRY(GetOperandData(args, kRoutingWeights, ffi::F32, {tokens, k}, &p.routing_weights));
-  JAX_MOE_TRY(GetOperandData(args, kExpertOffset, ffi::S32, {}, &p.expert_offset));
-  JAX_MOE_TRY(GetOperandData(args, kGateUpGlobalScale, ffi::F32, {experts, parts}, &p.gate_up.global_scale));
-  JAX_MOE_TRY(GetOptionalOperandData(args, kGateUpInputScale, {}, &p.gate_up.input_scale));
-  JAX_MOE_TRY(GetOptionalOperandData(args, kGateUpBias, {experts, parts, intermediate}, &p.gate_up.bias));
-  JAX_MOE_TRY(GetOperandData(args, kDownGlobalScale, ffi::F32, {experts}, &p.down.global_scale));
-  JAX_MOE_TRY(GetOptionalOperandData(args, kDownInputScale, {experts}, &p.down.input_scale));
-  JAX_MOE_TRY(GetOptionalOperandData(args, kDownBias, {experts, hidden}, &p.down.bias));
+  JAX_MOE_TRY(GetOperandData(operands, kX, ffi::BF16, {tokens, hidden}, &p.x));
+  JAX_MOE_TRY(GetOperandData(operands, kExpertIds, ffi::S32, {tokens, k}, &p.expert_ids));
+  JAX_MOE_TRY(GetOperandData(operands, kRoutingWeights, ffi::F32, {tokens, k}, &p.routing_weights));
+  JAX_MOE_TRY(GetOperandData(operands, kExpertOffset, ffi::S32, {}, &p.expert_offset));
+  JAX_MOE_TRY(GetOperandData(operands, kGateUpGlobalScale, ffi::F32, {experts, parts}, &p.gate_up.global_scale));
+  JAX_MOE_TRY(GetOptionalOperandData(operands, kGateUpInputScale, {}, &p.gate_up.input_scale));
+  JAX_MOE_TRY(GetOptionalOperandData(operands, kGateUpBias, {experts, parts, intermediate}, &p.gate_up.bias));
+  JAX_MOE_TRY(GetOperandData(operands, kDownGlobalScale, ffi::F32, {experts}, &p.down.global_scale));
+  JAX_MOE_TRY(GetOptionalOperandData(operands, kDownInputScale, {experts}, &p.down.input_scale));
+  JAX_MOE_TRY(GetOptionalOperandData(operands, kDownBias, {experts, hidden}, &p.down.bias));
   if (p.precision == Precision::kW4A4 && (p.gate_up.input_scale == nullptr || p.down.input_scale == nullptr)) {
     const Operand missing = p.gate_up.input_scale == nullptr ? kGateUpInputScale : kDownInputScale;
     return Refuse(std::string(kOperandNames[missing]) +
@@ -274,29 +288,27 @@ inline ffi::Error DecodeProblem(const ffi::RemainingArgs& args, const ffi::Remai
   }
 
   // Either output type will do; the size is checked against the one it has.
-  ffi::ErrorOr<ffi::Result<ffi::AnyBuffer>> out = rets.get<ffi::AnyBuffer>(0);
-  if (out.has_error()) return Refuse("out: " + out.error().message());
-  p.out_is_bf16 = (*out)->element_type() == ffi::BF16;
-  return GetResultData(rets, 0, "out", p.out_is_bf16 ? ffi::BF16 : ffi::F32, {tokens, hidden}, &p.out);
+  p.out_is_bf16 = results[0]->element_type() == ffi::BF16;
+  return GetData("out", *results[0], p.out_is_bf16 ? ffi::BF16 : ffi::F32, {tokens, hidden}, &p.out);
 }
 
 // Payloads and block scales in the canonical layout ([E, P, I, H/2] and so on); after DecodeProblem.
-inline ffi::Error DecodeCanonicalWeights(const ffi::RemainingArgs& args, Problem* problem) {
+inline ffi::Error DecodeCanonicalWeights(const Operands& operands, Problem* problem) {
   Problem& p = *problem;
   const int64_t experts = p.num_experts, parts = p.num_parts;
   const int64_t hidden = p.hidden_size, intermediate = p.intermediate_size;
-  JAX_MOE_TRY(
-      GetOperandData(args, kGateUpPayload, ffi::U8, {experts, parts, intermediate, hidden / 2}, &p.gate_up.payload));
-  JAX_MOE_TRY(GetOperandData(args, kGateUpBlockScale, ffi::F8E4M3FN, {experts, parts, intermediate, hidden / 16},
+  JAX_MOE_TRY(GetOperandData(operands, kGateUpPayload, ffi::U8, {experts, parts, intermediate, hidden / 2},
+                             &p.gate_up.payload));
+  JAX_MOE_TRY(GetOperandData(operands, kGateUpBlockScale, ffi::F8E4M3FN, {experts, parts, intermediate, hidden / 16},
                              &p.gate_up.block_scale));
-  JAX_MOE_TRY(GetOperandData(args, kDownPayload, ffi::U8, {experts, hidden, intermediate / 2}, &p.down.payload));
-  return GetOperandData(args, kDownBlockScale, ffi::F8E4M3FN, {experts, hidden, intermediate / 16},
+  JAX_MOE_TRY(GetOperandData(operands, kDownPayload, ffi::U8, {experts, hidden, intermediate / 2}, &p.down.payload));
+  return GetOperandData(operands, kDownBlockScale, ffi::F8E4M3FN, {experts, hidden, intermediate / 16},
                         &p.down.block_scale);
 }
 
 // The intermediate size of canonical weights, for DecodeProblem.
-inline ffi::Error CanonicalIntermediateSize(const ffi::RemainingArgs& args, int64_t* intermediate_size) {
-  return GetSize(args, kGateUpPayload, 4, 2, intermediate_size);
+inline ffi::Error CanonicalIntermediateSize(const Operands& operands, int64_t* intermediate_size) {
+  return GetSize(operands, kGateUpPayload, 4, 2, intermediate_size);
 }
 
 }  // namespace jax_moe

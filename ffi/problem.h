@@ -24,13 +24,16 @@ struct Projection {
   const float* bias;           // [*lead, N]; null when absent
 };
 
-struct Problem {
+// What the attributes of a call say: the same on every run of a call site.
+struct Options {
   Precision precision;
   Combine combine;
   WeightOn weight_on;
   Activation activation;
   float alpha, beta, limit;  // of the activation; see jax_moe/activations.py
+};
 
+struct Problem : Options {
   int64_t num_tokens;         // T
   int64_t top_k;              // K
   int64_t num_experts;        // L, those held here

@@ -43,7 +43,14 @@ _MUTANTS = {
     ),
     "alignment unchecked": ("cuda/handler.cc", "% kAlignment == 0", "% 1 == 0"),
     "shape unchecked": ("cuda/handler.cc", "if (shape != program.shape())", "if (false)"),
-    "kernels not kept by context": ("cuda/program.cc", "driver.cuCtxGetId(context, id)", "(*id = 1, kSuccess)"),
+    "kernels not kept by context": ("cuda/program.cc", "driver.cuCtxGetId(kCurrent, id)", "(*id = 1, kSuccess)"),
+    "needed kernels unchecked": ("cuda/program.cc", "if (is_needed && !kernels_[step].present)", "if (false)"),
+    "arguments unchecked": ("cuda/program.cc", "if (!is_there)", "if (false)"),
+    "checks in words": (
+        "cuda/handler.cc",
+        "if (!IsAligned(*results[i]))",
+        "if (!std::string(99, ' ').empty() && !IsAligned(*results[i]))",
+    ),
     "runs unloaded": ("cuda/program.cc", "(found == functions_.end()) return", "(false) return"),
 }  # fmt: skip
 
@@ -110,7 +117,11 @@ def test_the_drivers_interface_is_nvidias(tmp_path):
     assert checked.returncode == 0, checked.stderr
 
 
-_SHAPE = np.array([1, 1, 1, 2, 16, 64, 2], np.int64)
+_SHAPE = np.array([0, 1, 1, 2, 16, 64, 2], np.int64)  # without tokens, one kernel is enough
+_OPTIONS = {
+    "precision": "w4a16", "combine": "atomic", "weight_on": "output", "activation": "swiglu",
+    "alpha": np.float32(1), "beta": np.float32(0), "limit": np.float32(np.inf),
+}  # fmt: skip
 
 
 def _echo(target: str, image: bytes, **changes):
@@ -120,9 +131,9 @@ def _echo(target: str, image: bytes, **changes):
         "shared": np.int64(232448), "overlap": np.int64(1), "arguments": "operand:3 null result:1 f32:inf i32:-5",
     }  # fmt: skip
     sizes = np.zeros(4, np.int64)
-    kernels = {"gemm1": kernel | changes, "shape": _SHAPE, "weight_bytes": sizes, "workspace_bytes": sizes[:0]}
+    kernels = {"gemm1": kernel | changes, "shape": _SHAPE, "weight_bytes": sizes, "workspace_bytes": sizes[:1]}
     types = jax.ShapeDtypeStruct((len(image),), jnp.uint8), jax.ShapeDtypeStruct((8,), jnp.int32)
-    return jax.jit(lambda: raw_call(target, types, {"kernels": kernels, "precision": "w4a16"}))
+    return jax.jit(lambda: raw_call(target, types, {"kernels": kernels, **_OPTIONS}))
 
 
 @pytest.fixture(scope="module")

@@ -35,25 +35,20 @@ const Kernels& ChooseKernels() {
   return *chosen;
 }
 
-ffi::Error DecodeWorkspaces(const ffi::RemainingRets& rets, Call* call) {
+ffi::Error DecodeWorkspaces(const Results& results, Call* call) {
   const Problem& p = call->problem;
   const int64_t routes = p.num_routes();
   const bool ordered = p.combine == Combine::kOrdered;
   const int64_t activation_rows = p.weight_on == WeightOn::kInput ? routes : p.num_tokens;
   const int64_t sum_rows = ordered ? routes : p.out_is_bf16 ? p.num_tokens : 0;
-  constexpr size_t kNumResults = 7;
-  if (rets.size() != kNumResults) {
-    return Refuse("results: got " + std::to_string(rets.size()) + ", needs " + std::to_string(kNumResults) +
-                  " (out and the workspaces of plan.cpu_workspaces)");
-  }
-  JAX_MOE_TRY(GetResultData(rets, 1, "workspace route_order", ffi::S32, {routes}, &call->route_order));
-  JAX_MOE_TRY(GetResultData(rets, 2, "workspace expert_starts", ffi::S32, {p.num_experts + 1}, &call->expert_starts));
-  JAX_MOE_TRY(GetResultData(rets, 3, "workspace active_experts", ffi::S32, {p.num_experts}, &call->active_experts));
+  JAX_MOE_TRY(GetData("workspace route_order", *results[1], ffi::S32, {routes}, &call->route_order));
+  JAX_MOE_TRY(GetData("workspace expert_starts", *results[2], ffi::S32, {p.num_experts + 1}, &call->expert_starts));
+  JAX_MOE_TRY(GetData("workspace active_experts", *results[3], ffi::S32, {p.num_experts}, &call->active_experts));
   JAX_MOE_TRY(
-      GetResultData(rets, 4, "workspace activations", ffi::F32, {activation_rows, p.hidden_size}, &call->activations));
+      GetData("workspace activations", *results[4], ffi::F32, {activation_rows, p.hidden_size}, &call->activations));
   JAX_MOE_TRY(
-      GetResultData(rets, 5, "workspace intermediate", ffi::F32, {routes, p.intermediate_size}, &call->intermediate));
-  JAX_MOE_TRY(GetResultData(rets, 6, "workspace sums", ffi::F32, {sum_rows, p.hidden_size}, &call->sums));
+      GetData("workspace intermediate", *results[5], ffi::F32, {routes, p.intermediate_size}, &call->intermediate));
+  JAX_MOE_TRY(GetData("workspace sums", *results[6], ffi::F32, {sum_rows, p.hidden_size}, &call->sums));
   if (!ordered && !p.out_is_bf16) call->sums = static_cast<float*>(p.out);
   return ffi::Error::Success();
 }
@@ -84,12 +79,19 @@ void SortRoutes(Call* call) {
 
 ffi::Error FusedMoe(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
                     ffi::Dictionary attributes) {
+  constexpr size_t kNumResults = 7;
+  Operands operands;
+  Results results;
+  Options options;
   Call call = {};
   int64_t intermediate_size = 0;
-  JAX_MOE_TRY(CanonicalIntermediateSize(args, &intermediate_size));
-  JAX_MOE_TRY(DecodeProblem(args, rets, attributes, intermediate_size, &call.problem));
-  JAX_MOE_TRY(DecodeCanonicalWeights(args, &call.problem));
-  JAX_MOE_TRY(DecodeWorkspaces(rets, &call));
+  JAX_MOE_TRY(GetOperands(args, &operands));
+  JAX_MOE_TRY(GetResults(rets, kNumResults, " (out and the workspaces of plan.cpu_workspaces)", &results));
+  JAX_MOE_TRY(DecodeOptions(attributes, &options));
+  JAX_MOE_TRY(CanonicalIntermediateSize(operands, &intermediate_size));
+  JAX_MOE_TRY(DecodeProblem(operands, results, options, intermediate_size, &call.problem));
+  JAX_MOE_TRY(DecodeCanonicalWeights(operands, &call.problem));
+  JAX_MOE_TRY(DecodeWorkspaces(results, &call));
   if (call.problem.num_tokens == 0) return ffi::Error::Success();
 
   SortRoutes(&call);

@@ -1,11 +1,11 @@
 // The CUDA handler: fused_moe as XLA calls it.
 //
-//   instantiate  once for each call site: decode the kernels from the attributes
+//   instantiate  once for each call site: decode the attributes and check all that does not depend on buffers
 //   initialize   before every run, never while capturing: load them into the current context, once
 //   execute      check the buffers, then enqueue by the launch rule (launch_sequence.h), eager or captured
 //
-// Nothing here allocates, synchronises, or owns a stream or an event; the only state that calls share is the loaded
-// kernels and three counters.
+// A call that succeeds allocates nothing, synchronises nothing, and owns no stream and no event; the only state that
+// calls share is the loaded kernels and three counters.
 
 #include <atomic>
 #include <cstdint>
@@ -141,9 +141,9 @@ class StreamApi {
 // The kernels of one call with its buffers, as launch_sequence.h asks for them.
 class CallKernels {
  public:
-  CallKernels(StreamApi& api, const Program& program, const Functions& functions, const ffi::RemainingArgs& args,
-              const ffi::RemainingRets& rets)
-      : api_(api), program_(program), functions_(functions), args_(args), rets_(rets) {}
+  CallKernels(StreamApi& api, const Program& program, const Functions& functions, const Operands& operands,
+              const Results& results)
+      : api_(api), program_(program), functions_(functions), operands_(operands), results_(results) {}
 
   Result Sort(Stream stream) { return Launch(stream, kSort); }
   Result Prepare(Stream stream) { return Launch(stream, kPrepare); }
@@ -163,13 +163,13 @@ class CallKernels {
     return api_.Launch(stream, functions_[step], kernel, parameters);
   }
 
-  // CheckArguments has seen that the buffers are there.
+  // Program::Decode has seen that the buffers are there.
   uint64_t Value(const Argument& argument) const {
     switch (argument.kind) {
       case Argument::Kind::kOperand:
-        return reinterpret_cast<uint64_t>(args_.get<ffi::AnyBuffer>(argument.value)->untyped_data());
+        return reinterpret_cast<uint64_t>(operands_[argument.value]->untyped_data());
       case Argument::Kind::kResult:
-        return reinterpret_cast<uint64_t>((*rets_.get<ffi::AnyBuffer>(argument.value))->untyped_data());
+        return reinterpret_cast<uint64_t>(results_[argument.value]->untyped_data());
       case Argument::Kind::kScalar:
         break;
     }
@@ -179,80 +179,66 @@ class CallKernels {
   StreamApi& api_;
   const Program& program_;
   const Functions& functions_;
-  const ffi::RemainingArgs& args_;
-  const ffi::RemainingRets& rets_;
+  const Operands& operands_;
+  const Results& results_;
 };
 
-ffi::Error CheckBytes(const std::string& name, const ffi::AnyBuffer& buffer, int64_t bytes) {
-  if (static_cast<int64_t>(buffer.size_bytes()) != bytes) {
-    return Refuse(name + ": got " + Describe(buffer) + ", " + std::to_string(buffer.size_bytes()) +
-                  " bytes; the call's kernels were planned for " + std::to_string(bytes));
-  }
-  return ffi::Error::Success();
+bool HasBytes(const ffi::AnyBuffer& buffer, int64_t bytes) {
+  return static_cast<int64_t>(buffer.size_bytes()) == bytes;
+}
+
+[[gnu::cold]] ffi::Error RefuseBytes(const std::string& name, const ffi::AnyBuffer& buffer, int64_t bytes) {
+  return Refuse(name + ": got " + Describe(buffer) + ", " + std::to_string(buffer.size_bytes()) +
+                " bytes; the call's kernels were planned for " + std::to_string(bytes));
 }
 
 // Kernels load 16 bytes at a time. XLA aligns what it allocates to 256 bytes, and today refuses imported (DLPack)
 // buffers that are not aligned to 16.
-ffi::Error CheckAlignment(const std::string& name, const ffi::AnyBuffer& buffer) {
+bool IsAligned(const ffi::AnyBuffer& buffer) {
   constexpr uintptr_t kAlignment = 16;
-  if (buffer.element_count() == 0 || reinterpret_cast<uintptr_t>(buffer.untyped_data()) % kAlignment == 0) {
-    return ffi::Error::Success();
-  }
+  return reinterpret_cast<uintptr_t>(buffer.untyped_data()) % kAlignment == 0 || buffer.element_count() == 0;
+}
+
+[[gnu::cold]] ffi::Error RefuseAlignment(const std::string& name) {
   return Refuse(name + ": its data starts at an address that is not a multiple of 16, which the GPU kernels need. " +
                 "If it was imported (DLPack), import an aligned copy");
 }
 
-// Everything the kernels index by: what DecodeProblem checks, that the kernels were planned for just these sizes, and
-// the sizes and alignment of the buffers that only the kernels' own plan knows.
-ffi::Error CheckCall(const Program& program, const ffi::RemainingArgs& args, const ffi::RemainingRets& rets,
-                     const ffi::Dictionary& attributes, Problem* problem) {
+[[gnu::cold]] ffi::Error RefuseShape(const std::array<int64_t, 7>& shape, const std::array<int64_t, 7>& planned_shape) {
+  std::string got, planned;
+  for (int64_t size : shape) got.append(" ").append(std::to_string(size));
+  for (int64_t size : planned_shape) planned.append(" ").append(std::to_string(size));
+  return Refuse("attribute kernels.shape (T, K, L, P, H, I, bytes of an output element): the buffers have" + got +
+                ", the kernels were planned for" + planned);
+}
+
+// All of a call that Program::Decode could not know: what DecodeProblem checks, that the kernels were planned for just
+// these sizes, and the sizes and alignment of the buffers that only the kernels' own plan knows.
+ffi::Error CheckBuffers(const Program& program, const Operands& operands, const Results& results, Problem* problem) {
   constexpr size_t kIntermediate = 5;
-  ffi::Error error = DecodeProblem(args, rets, attributes, program.shape()[kIntermediate], problem);
-  if (error.failure()) return error;
+  JAX_MOE_TRY(DecodeProblem(operands, results, program.options(), program.shape()[kIntermediate], problem));
   const Problem& p = *problem;
   const std::array<int64_t, 7> shape = {
       p.num_tokens, p.top_k, p.num_experts, p.num_parts, p.hidden_size, p.intermediate_size, p.out_is_bf16 ? 2 : 4};
-  if (shape != program.shape()) {
-    std::string got, planned;
-    for (int64_t size : shape) got += " " + std::to_string(size);
-    for (int64_t size : program.shape()) planned += " " + std::to_string(size);
-    return Refuse("attribute kernels.shape (T, K, L, P, H, I, bytes of an output element): the buffers have" + got +
-                  ", the kernels were planned for" + planned);
-  }
+  if (shape != program.shape()) return RefuseShape(shape, program.shape());
 
   constexpr Operand kWeights[4] = {kGateUpPayload, kGateUpBlockScale, kDownPayload, kDownBlockScale};
   for (size_t i = 0; i < 4; ++i) {
-    error = CheckBytes(std::string(kOperandNames[kWeights[i]]), *args.get<ffi::AnyBuffer>(kWeights[i]),
-                       program.weight_bytes()[i]);
-    if (error.failure()) return error;
+    const ffi::AnyBuffer& buffer = *operands[kWeights[i]];
+    const int64_t bytes = program.weight_bytes()[i];
+    if (!HasBytes(buffer, bytes)) return RefuseBytes(std::string(kOperandNames[kWeights[i]]), buffer, bytes);
   }
   const size_t num_workspaces = program.workspace_bytes().size();
-  if (rets.size() != 1 + num_workspaces) {
-    return Refuse("results: got " + std::to_string(rets.size()) + ", needs " + std::to_string(1 + num_workspaces));
-  }
   for (size_t i = 0; i < num_workspaces; ++i) {
-    error =
-        CheckBytes("workspace " + std::to_string(i), **rets.get<ffi::AnyBuffer>(i + 1), program.workspace_bytes()[i]);
-    if (error.failure()) return error;
+    const ffi::AnyBuffer& buffer = *results[i + 1];
+    const int64_t bytes = program.workspace_bytes()[i];
+    if (!HasBytes(buffer, bytes)) return RefuseBytes("workspace " + std::to_string(i), buffer, bytes);
   }
-  for (size_t i = 0; i < args.size(); ++i) {
-    error = CheckAlignment(std::string(kOperandNames[i]), *args.get<ffi::AnyBuffer>(i));
-    if (error.failure()) return error;
+  for (size_t i = 0; i < kNumOperands; ++i) {
+    if (!IsAligned(*operands[i])) return RefuseAlignment(std::string(kOperandNames[i]));
   }
-  for (size_t i = 0; i < rets.size(); ++i) {
-    error = CheckAlignment("result " + std::to_string(i), **rets.get<ffi::AnyBuffer>(i));
-    if (error.failure()) return error;
-  }
-
-  for (size_t step = 0; step < kNumSteps; ++step) {
-    const Kernel& kernel = program.kernel(static_cast<Step>(step));
-    const bool is_needed = p.num_tokens > 0 && (step == kCombine ? p.combine == Combine::kOrdered : step != kPrepare);
-    if (is_needed && !kernel.present) return Refuse(std::string("attribute kernels: has no ") + kStepNames[step]);
-    for (const Argument& argument : kernel.arguments) {
-      const bool is_there = argument.kind == Argument::Kind::kScalar ||
-                            argument.value < (argument.kind == Argument::Kind::kOperand ? args.size() : rets.size());
-      if (!is_there) return Refuse(std::string("attribute kernels.") + kStepNames[step] + ".arguments: no such buffer");
-    }
+  for (size_t i = 0; i <= num_workspaces; ++i) {
+    if (!IsAligned(*results[i])) return RefuseAlignment("result " + std::to_string(i));
   }
   return ffi::Error::Success();
 }
@@ -265,14 +251,18 @@ ffi::Error Initialize(Program* program) {
   return program->Load(**driver);
 }
 
-ffi::Error Execute(Stream stream, Program* program, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                   ffi::Dictionary attributes) {
+// No attributes: instantiate has taken from them all there is.
+ffi::Error Execute(Stream stream, Program* program, ffi::RemainingArgs args, ffi::RemainingRets rets) {
   ffi::ErrorOr<const Driver*> driver = RequireDriver();
   if (driver.has_error()) return driver.error();
+  Operands operands;
+  Results results;
   Problem problem;
-  if (ffi::Error error = CheckCall(*program, args, rets, attributes, &problem); error.failure()) return error;
   Functions functions;
-  if (ffi::Error error = program->Loaded(**driver, &functions); error.failure()) return error;
+  JAX_MOE_TRY(GetOperands(args, &operands));
+  JAX_MOE_TRY(GetResults(rets, 1 + program->workspace_bytes().size(), "", &results));
+  JAX_MOE_TRY(CheckBuffers(*program, operands, results, &problem));
+  JAX_MOE_TRY(program->Loaded(**driver, &functions));
 
   LaunchPlan plan;
   plan.atomic = problem.combine == Combine::kAtomic;
@@ -280,7 +270,7 @@ ffi::Error Execute(Stream stream, Program* program, ffi::RemainingArgs args, ffi
   plan.output_bytes =
       static_cast<size_t>(problem.num_tokens) * problem.hidden_size * (problem.out_is_bf16 ? 2 : sizeof(float));
   StreamApi api(**driver);
-  CallKernels kernels(api, *program, functions, args, rets);
+  CallKernels kernels(api, *program, functions, operands, results);
   const LaunchResult launched = EnqueueFusedMoe(api, stream, plan, problem.out, kernels);
   if (!launched.ok()) {
     std::string what = std::string("fused_moe: ") + LaunchStepName(launched.step) + ": " + api.failed_call() + ": " +
@@ -297,12 +287,7 @@ ffi::Error Execute(Stream stream, Program* program, ffi::RemainingArgs args, ffi
 }
 
 auto BindExecute() {
-  return ffi::Ffi::Bind()
-      .Ctx<ffi::PlatformStream<Stream>>()
-      .Ctx<ffi::State<Program>>()
-      .RemainingArgs()
-      .RemainingRets()
-      .Attrs();
+  return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<Stream>>().Ctx<ffi::State<Program>>().RemainingArgs().RemainingRets();
 }
 
 }  // namespace

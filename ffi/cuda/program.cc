@@ -174,12 +174,8 @@ class LoadedKernels {
 
 // Contexts are told apart by id and not by address, which a destroyed context passes on.
 ffi::Error CurrentContext(const Driver& driver, unsigned long long* id) {
-  Context context = nullptr;
-  if (Result result = driver.cuCtxGetCurrent(&context)) {
-    return ffi::Error::Internal("fused_moe: cuCtxGetCurrent: " + ErrorText(driver, result));
-  }
-  if (context == nullptr) return ffi::Error::Internal("fused_moe: no CUDA context is current");
-  if (Result result = driver.cuCtxGetId(context, id)) {
+  constexpr Context kCurrent = nullptr;
+  if (Result result = driver.cuCtxGetId(kCurrent, id)) {
     return ffi::Error::Internal("fused_moe: cuCtxGetId: " + ErrorText(driver, result));
   }
   return ffi::Error::Success();
@@ -196,27 +192,51 @@ std::string ErrorText(const Driver& driver, Result result) {
 }
 
 ffi::ErrorOr<std::unique_ptr<Program>> Program::Decode(const ffi::Dictionary& attributes) {
-  ffi::ErrorOr<ffi::Dictionary> kernels = attributes.get<ffi::Dictionary>("kernels");
-  if (kernels.has_error()) return ffi::Unexpected(Refuse("attribute kernels: " + kernels.error().message()));
-
   auto program = std::make_unique<Program>();
-  ffi::Error error = GetSizes(*kernels, "shape", &program->shape_);
-  if (error.success()) error = GetSizes(*kernels, "weight_bytes", &program->weight_bytes_);
+  ffi::Error error = DecodeOptions(attributes, &program->options_);
+  if (error.success()) error = program->DecodeKernels(attributes);
+  if (error.success()) error = program->CheckKernels();
   if (error.failure()) return ffi::Unexpected(error);
+  return program;
+}
+
+ffi::Error Program::DecodeKernels(const ffi::Dictionary& attributes) {
+  ffi::ErrorOr<ffi::Dictionary> kernels = attributes.get<ffi::Dictionary>("kernels");
+  if (kernels.has_error()) return Refuse("attribute kernels: " + kernels.error().message());
+  JAX_MOE_TRY(GetSizes(*kernels, "shape", &shape_));
+  JAX_MOE_TRY(GetSizes(*kernels, "weight_bytes", &weight_bytes_));
   ffi::ErrorOr<ffi::Span<const int64_t>> workspaces = kernels->get<ffi::Span<const int64_t>>("workspace_bytes");
-  if (workspaces.has_error()) {
-    return ffi::Unexpected(RefuseAttribute("workspace_bytes", "", workspaces.error().message()));
+  if (workspaces.has_error()) return RefuseAttribute("workspace_bytes", "", workspaces.error().message());
+  if (workspaces->size() >= kMostResults) {
+    return RefuseAttribute("workspace_bytes", "", "needs fewer than " + std::to_string(kMostResults) + " sizes");
   }
-  program->workspace_bytes_.assign(workspaces->begin(), workspaces->end());
+  workspace_bytes_.assign(workspaces->begin(), workspaces->end());
 
   for (size_t step = 0; step < kNumSteps; ++step) {
     const std::string_view name = kStepNames[step];
     if (!kernels->contains(name)) continue;
     ffi::ErrorOr<ffi::Dictionary> kernel = kernels->get<ffi::Dictionary>(name);
-    if (kernel.has_error()) return ffi::Unexpected(RefuseAttribute(name, "", kernel.error().message()));
-    if (error = DecodeKernel(*kernel, name, &program->kernels_[step]); error.failure()) return ffi::Unexpected(error);
+    if (kernel.has_error()) return RefuseAttribute(name, "", kernel.error().message());
+    JAX_MOE_TRY(DecodeKernel(*kernel, name, &kernels_[step]));
   }
-  return program;
+  return ffi::Error::Success();
+}
+
+ffi::Error Program::CheckKernels() const {
+  const bool has_tokens = shape_[0] > 0, ordered = options_.combine == Combine::kOrdered;
+  for (size_t step = 0; step < kNumSteps; ++step) {
+    const bool is_needed = has_tokens && (step == kCombine ? ordered : step != kPrepare);
+    if (is_needed && !kernels_[step].present) {
+      return Refuse(std::string("attribute kernels: has no ") + kStepNames[step]);
+    }
+    for (const Argument& argument : kernels_[step].arguments) {
+      const size_t num_results = 1 + workspace_bytes_.size();
+      const bool is_there = argument.kind == Argument::Kind::kScalar ||
+                            argument.value < (argument.kind == Argument::Kind::kOperand ? kNumOperands : num_results);
+      if (!is_there) return RefuseAttribute(kStepNames[step], "arguments", "no such buffer");
+    }
+  }
+  return ffi::Error::Success();
 }
 
 ffi::Error Program::Load(const Driver& driver) {

@@ -1,5 +1,5 @@
-// What one custom call site launches: kernels, their images and their arguments, decoded once from the call's
-// attributes, and loaded once on each device.
+// What one custom call site launches: options, kernels, their images and their arguments, decoded and checked once,
+// when XLA instantiates the call, and loaded once on each device.
 //
 // The attribute `kernels` is a dictionary that jax_moe/kernels/lowering.py writes:
 //   shape            i64[7]  T, K, L, P, H, I and the bytes of an output element, that the kernels were planned for
@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "cuda/driver.h"
+#include "problem.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_moe::cuda {
@@ -63,8 +64,11 @@ class Program {
  public:
   static ffi::TypeId id;
 
+  // Refuses attributes that no buffers can make a valid call, so that a call has only its buffers left to check: the
+  // kernels that the options need are there, and every argument is a buffer that such a call has.
   static ffi::ErrorOr<std::unique_ptr<Program>> Decode(const ffi::Dictionary& attributes);
 
+  const Options& options() const { return options_; }
   const Kernel& kernel(Step step) const { return kernels_[step]; }
   const std::array<int64_t, 7>& shape() const { return shape_; }
   const std::array<int64_t, 4>& weight_bytes() const { return weight_bytes_; }
@@ -77,6 +81,10 @@ class Program {
   ffi::Error Loaded(const Driver& driver, Functions* functions) const;
 
  private:
+  ffi::Error DecodeKernels(const ffi::Dictionary& attributes);
+  ffi::Error CheckKernels() const;
+
+  Options options_;
   std::array<Kernel, kNumSteps> kernels_;
   std::array<int64_t, 7> shape_;
   std::array<int64_t, 4> weight_bytes_;

@@ -75,7 +75,7 @@ inline Driver MakeDriver() {
     return Note("cuCtxGetCurrent", "");
   };
   driver.cuCtxGetId = [](Context context, unsigned long long* id) -> Result {
-    *id = 1000 + reinterpret_cast<uintptr_t>(context);
+    *id = 1000 + (context == nullptr ? current_context : reinterpret_cast<uintptr_t>(context));
     const Lock lock(recorder->mutex);
     return Note("cuCtxGetId", "");
   };

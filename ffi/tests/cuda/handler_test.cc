@@ -4,6 +4,7 @@
 // Prints a line for each expectation that does not hold; the exit code is their number.
 
 #include <cstdio>
+#include <cstdlib>
 #include <functional>
 #include <thread>
 
@@ -239,10 +240,11 @@ void TestDriverFailures() {
       {"cuLaunchKernelEx sort", "sorting the routes"},
       {"cuLaunchKernelEx gemm1", "GEMM1"},
       {"cuLaunchKernelEx gemm2", "GEMM2"},
-      {"cuCtxGetCurrent", "cuCtxGetCurrent"},
+      {"cuCtxGetId", "cuCtxGetId"},
   };
   const std::vector<std::pair<std::string, std::string>> captured = {
       {"cuStreamGetCaptureInfo", "zeroing the output"},
+      {"cuCtxGetCurrent", "zeroing the output"},
       {"cuGraphAddMemsetNode", "zeroing the output"},
       {"cuLaunchKernelEx gemm1", "GEMM1"},
       {"cuStreamUpdateCaptureDependencies", "joining the zeroing"},
@@ -332,6 +334,11 @@ void TestRefusals() {
        [](CallSite& site) { site.kernel_of["sort"]->Set("grid", int64_t{9}); }},
       {"no image", "sort.image", [](CallSite& site) { site.kernel_of["sort"]->Erase("image"); }},
       {"short shape", "shape", [](CallSite& site) { site.kernels->SetSizes("shape", {1, 2}); }},
+      {"no precision", "attribute precision", [](CallSite& site) { site.attributes.Erase("precision"); }},
+      {"odd activation", "attribute activation: got 'gelu', needs swiglu | geglu | relu2 | situ",
+       [](CallSite& site) { site.attributes.Set("activation", "gelu"); }},
+      {"many workspaces", "kernels.workspace_bytes: needs fewer than 16",
+       [](CallSite& site) { site.kernels->SetSizes("workspace_bytes", std::vector<int64_t>(16)); }},
       {"no kernels", "kernels", [](CallSite& site) { site.attributes.Erase("kernels"); }},
   };
   for (const Case& one : cases) {
@@ -351,6 +358,50 @@ void TestRefusals() {
     Expect(error.rfind("3: ", 0) == 0, std::string(one.what) + " is INVALID_ARGUMENT");
     ExpectEqual(Join(recorder->calls), "", std::string(one.what) + ": nothing is enqueued");
   }
+}
+
+std::string Refused(CallSite* site) {
+  std::string error = site->Instantiate();
+  return error.empty() ? "instantiated" : error;
+}
+
+void TestStaticRefusals() {
+  // What no buffers can make right is refused when the call is instantiated, before there are any.
+  CallSite ordered({T});
+  ordered.attributes.Set("combine", "ordered");
+  ExpectContains(Refused(&ordered), "has no combine", "instantiating without a kernel");
+  CallSite argument({T});
+  argument.kernel_of["gemm2"]->Set("arguments", "result:3");
+  argument.kernels->Set("gemm2", argument.kernel_of["gemm2"]);
+  ExpectContains(Refused(&argument), "kernels.gemm2.arguments: no such buffer", "instantiating with a wrong argument");
+  CallSite empty({0});
+  for (const auto& [step, kernel] : empty.kernel_of) empty.kernels->Erase(step);
+  ExpectEqual(empty.Run(), "", "without tokens no kernel is needed");
+}
+
+thread_local int64_t num_allocations = 0;
+int64_t allocations_of_a_call = -1;
+
+XLA_FFI_Error* CountAllocations(XLA_FFI_CallFrame* frame) {
+  const int64_t before = num_allocations;
+  XLA_FFI_Error* error = JaxMoeFusedMoeCuda(frame);
+  allocations_of_a_call = num_allocations - before;
+  return error;
+}
+
+void TestAllocations() {
+  // The checks of a call that passes them build no text: they are a part of every eager call's host time.
+  Driver quiet = MakeDriver();  // what it does for a call allocates nothing either
+  quiet.cuMemsetD8Async = [](DevicePointer, unsigned char, size_t, Stream) -> Result { return kSuccess; };
+  quiet.cuLaunchKernelEx = [](const LaunchConfig*, Function, void**, void**) -> Result { return kSuccess; };
+  const char* reason = nullptr;
+  const Driver* recording = GetDriver(&reason);
+  SetDriverForTesting(&quiet);
+  CallSite site({T, true, true});
+  ExpectEqual(site.Run(), "", "a quiet call");
+  ExpectEqual(site.Execute(CountAllocations), "", "a counted call");
+  Expect(allocations_of_a_call == 0, "a call allocates " + std::to_string(allocations_of_a_call) + " times");
+  SetDriverForTesting(recording);
 }
 
 void TestThreads() {
@@ -402,13 +453,22 @@ void TestNoDriver() {
 }  // namespace
 }  // namespace jax_moe::cuda::fake
 
+void* operator new(size_t bytes) {
+  ++jax_moe::cuda::fake::num_allocations;
+  if (void* memory = std::malloc(bytes)) return memory;
+  std::abort();
+}
+
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, size_t) noexcept { std::free(memory); }
+
 int main() {
   using namespace jax_moe::cuda::fake;
   static_cast<XLA_FFI_TypeId*>(JaxMoeCudaTypeId())->type_id = 1;  // as XLA sets it on registration
   const jax_moe::cuda::Driver driver = MakeDriver();
   jax_moe::cuda::SetDriverForTesting(&driver);
   for (void (*test)() : {TestEager, TestOptions, TestCaptured, TestCounters, TestNoTokens, TestDriverFailures,
-                         TestLoading, TestRefusals, TestThreads, TestTraits, TestNoDriver}) {
+                         TestLoading, TestRefusals, TestStaticRefusals, TestAllocations, TestThreads, TestTraits, TestNoDriver}) {
     WithRecorder(test);
   }
   std::printf("%d failures\n", num_failures);
