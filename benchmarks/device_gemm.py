@@ -16,7 +16,7 @@ import pathlib
 import sys
 
 from gemm_problem import Driver, make_layer, Op, quantise, random_prepared_layer
-from gemm_suites import ACTIVATIONS, CASES, MODES, resolve, shapes, suite_specs, tile, TIMED
+from gemm_suites import ACTIVATIONS, CASES, MODES, resolve, shapes, suite_specs, tile, timed
 
 
 def build(folder, suites):
@@ -234,7 +234,7 @@ def main():
             _, model, tokens, text = suite.split(":")
             bench(driver, model, {int(tokens): [text]}, profile=True)
         else:
-            results += bench(driver, suite, TIMED)
+            results += bench(driver, *timed(suite))
     if results:
         target = pathlib.Path(os.environ.get("OUT", folder)) / "results.json"
         target.write_text(json.dumps(results, indent=1))

@@ -65,8 +65,8 @@ def tile_map(torch, ids, weights, L, N, poison=True):
     order = torch.sort(key, stable=True).indices
     counts = torch.bincount(key, minlength=L + 1)[:L]
     tile_counts = (counts + N - 1) // N
-    starts = torch.zeros(L + 1, dtype=torch.long, device=ids.device)
-    starts[1:] = tile_counts.cumsum(0)
+    starts = torch.zeros(L + 3, dtype=torch.long, device=ids.device)  # the last two count the units that were taken
+    starts[1 : L + 1] = tile_counts.cumsum(0)
     first_row = torch.zeros(L + 1, dtype=torch.long, device=ids.device)
     first_row[1:] = counts.cumsum(0)
     sorted_expert = key[order]
@@ -74,7 +74,7 @@ def tile_map(torch, ids, weights, L, N, poison=True):
     order, sorted_expert = order[valid], sorted_expert[valid]
     position = torch.arange(len(order), device=ids.device) - first_row[sorted_expert]
     padded = starts[sorted_expert] * N + position
-    num = int(starts[-1])
+    num = int(starts[L])
     junk = 0x7FFFFFF0 if poison else 0
     row_route = torch.full((tiles * N,), junk, dtype=torch.int32, device=ids.device)
     row_route[: num * N] = -1
@@ -219,6 +219,7 @@ class Op:
         self.offset = torch.zeros(1, dtype=torch.int32, device="cuda")
 
     def run1(self):
+        self.map["expert_tiles"][self.layer.L + 1 :].zero_()  # the sort's work; about 1 us
         layer, tiles = self.layer, self.map
         g = layer.gate_up
         self.driver.launch(
@@ -242,6 +243,7 @@ class Op:
         )
 
     def run2(self):
+        self.map["expert_tiles"][self.layer.L + 1 :].zero_()
         layer, tiles = self.layer, self.map
         d = layer.down
         target, divisor = (self.out, self.K) if self.combine == "atomic" else (self.contributions, 1)

@@ -25,14 +25,25 @@ shapes = import_without_library("jax_moe.shapes")
 
 
 def tile(text):
-    """A tile by name: n8m1k2b4c1, or with a limit of stages n8m1k2b4c1s5."""
-    found = re.fullmatch(r"n(\d+)m(\d+)k(\d+)b(\d+)c(\d+)(?:s(\d+))?", text)
+    """A tile by name: n8m1k2b4c1, with a limit of stages n8m1k2b4c1s5, with narrower widths n48m3k1b2c1w32w40."""
+    found = re.fullmatch(r"n(\d+)m(\d+)k(\d+)b(\d+)c(\d+)(?:s(\d+))?((?:w\d+)*)", text)
     if found is None:
-        raise SystemExit(f"{text}: not a tile such as n8m1k2b4c1 or n8m1k2b4c1s5")
-    return plan.with_most_stages(*(int(number) for number in found.groups() if number))
+        raise SystemExit(f"{text}: not a tile such as n8m1k2b4c1, n8m1k2b4c1s5 or n48m3k1b2c1w32w40")
+    *numbers, limit, widths = found.groups()
+    token_tile, *others = map(int, numbers)
+    widths = (*map(int, widths.split("w")[1:]), token_tile)
+    return plan.with_most_stages(widths, *others, *([int(limit)] if limit else []))
 
 
-CHECK_TILES = ["n8m1k2b2c1", "n8m1k1b4c2", "n16m1k4b4c1", "n48m1k1b2c2", "n80m2k1b2c1", "n128m2k1b1c1", "n24m1k4b4c1"]
+CHECK_TILES = [
+    "n8m1k2b2c1",
+    "n8m1k1b4c2",
+    "n16m1k4b4c1",
+    "n48m1k1b2c2",
+    "n80m2k1b2c1",
+    "n128m2k1b1c1w32w64",
+    "n24m1k4b4c1",
+]
 ACTIVATIONS = [
     ("swiglu", 1.0, 0.0, INF),
     ("swiglu", 1.702, 1.0, 0.75),
@@ -66,8 +77,15 @@ def resolve(text, model, T):
     return plan.best_tile(T * shape.top_k, shape.num_experts)
 
 
+def timed(suite):
+    """Model, and tiles by T, of the suite MODEL (all that TIMED has) or MODEL:T:TILE,TILE..."""
+    model, *given = suite.split(":")
+    return model, {int(given[0]): given[1].split(",")} if given else TIMED
+
+
 def gemm1(t, precision, activation, bias):
-    return plan.Gemm1Spec(t, precision, *activation, bias)
+    kind, *parameters = activation
+    return plan.Gemm1Spec(t, precision, kind, kind != "relu2", *parameters, bias)
 
 
 def gemm2(t, precision, bias, combine, out):
@@ -80,9 +98,10 @@ def suite_specs(suite):
         for t, precision, activation, bias, combine, out in CASES:
             specs += [gemm1(tile(t), precision, activation, bias), gemm2(tile(t), precision, bias, combine, out)]
     else:
-        for T, variants in TIMED.items():
+        model, variants_of = timed(suite)
+        for T, variants in variants_of.items():
             for number, text in enumerate(variants):
-                t = resolve(text, suite, T)
+                t = resolve(text, model, T)
                 for precision, combine in MODES[: 1 if number else None]:
                     specs.append(gemm1(t, precision, ACTIVATIONS[0], False))
                     specs.append(gemm2(t, precision, False, combine, "bfloat16"))

@@ -1,6 +1,7 @@
 """Every kernel that the plan picks for the shapes of published models, compiled for sm_90a and read back."""
 
 import collections
+import dataclasses
 import importlib.util
 import itertools
 import math
@@ -51,18 +52,23 @@ def problem(model, tokens, precision="w4a16", combine="atomic", activation=SWIGL
 
 
 def planned_specs():
-    """Each tile that a shape picks, in every precision and combine; the other options for one shape."""
+    """Each tile in every precision and combine, and each tile that a shape picks; the other options for one shape."""
     specs = {}
-    for model in MODELS:
-        for tokens in TOKENS:
-            for precision, combine in itertools.product(("w4a16", "w4a4"), ("atomic", "ordered")):
-                for spec in sm90_plan.plan(problem(model, tokens, precision, combine), biases=(False, False)).specs():
-                    specs[spec.name] = spec
+    plans = [
+        sm90_plan.plan(problem(model, tokens, precision, combine), biases=(False, False))
+        for model in MODELS
+        for tokens in TOKENS
+        for precision, combine in itertools.product(("w4a16", "w4a4"), ("atomic", "ordered"))
+    ]
+    for tile, plan in itertools.product(sm90_plan.TILES, plans[:4]):
+        gemm1, gemm2 = (dataclasses.replace(gemm, tile=tile) for gemm in (plan.gemm1, plan.gemm2))
+        plans.append(dataclasses.replace(plan, token_tile=tile.token_tile, gemm1=gemm1, gemm2=gemm2))
     for activation in (GPT_OSS, activations.GeGLU(), activations.ReLU2(), activations.SiTU()):
         for tokens, precision in ((32, "w4a16"), (512, "w4a4"), (8192, "w4a4")):
             call = problem("gpt-oss-120b", tokens, precision, "atomic", activation, jnp.float32)
-            for spec in sm90_plan.plan(call, biases=(True, True)).specs():
-                specs[spec.name] = spec
+            plans.append(sm90_plan.plan(call, biases=(True, True)))
+    for plan in plans:
+        specs.update({spec.name: spec for spec in plan.specs()})
     return specs
 
 

@@ -130,7 +130,7 @@ class _Call:
         """Results 1, 2, ... of the call. The kernels write all that they read, so they may hold anything."""
         p, tile = self.problem, self.plan.token_tile
         sizes: dict[str, tuple[tuple[int, ...], object]] = {
-            "expert_tiles": ((p.num_experts + 1,), jnp.int32),
+            "expert_tiles": ((p.num_experts + 3,), jnp.int32),
             "tile_expert": ((self.max_tiles,), jnp.int32),
             "row_route": ((self.max_tiles * tile,), jnp.int32),
             "row_weight": ((self.max_tiles * tile,), jnp.float32),

@@ -24,6 +24,7 @@ from jax_moe.kernels.common.memory import array, pointer
 _WARP = 32
 _ALL_LANES = 0xFFFFFFFF
 _UNROLL = 4  # loads in flight; a step waits for memory alone
+_PADDING_LANES = 8  # that mark one expert's padding: few rows where tiles are small, and then there are few warps
 
 
 class Sort:
@@ -60,6 +61,7 @@ class Sort:
         expert_tiles: cute.Pointer, tile_expert: cute.Pointer, row_route: cute.Pointer, row_weight: cute.Pointer,
         block_counts: cute.Pointer, num_routes: Int32,
     ):  # fmt: skip
+        cute.arch.griddepcontrol_launch_dependents()  # GEMM1's blocks may start; they wait for this kernel's end
         tid, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
         warp, lane = cute.arch.make_warp_uniform(tid // _WARP), tid % _WARP
@@ -105,10 +107,12 @@ class Sort:
                 tile_map[tid] = first_tile
             if tid == 0:
                 tile_map[self.experts] = warp_tiles[self.warps]
+                for gemm in cutlass.range_constexpr(2):  # units that its blocks have taken (common/schedule.py)
+                    tile_map[self.experts + 1 + gemm] = Int32(0)
         cute.arch.sync_threads()
 
         self._write_tiles(first_tiles, array(tile_expert), block * self.threads + tid)
-        self._write_padding(first_tiles, totals, row_route, global_warp, lane)
+        self._write_padding(first_tiles, totals, row_route, block * self.threads + tid)
 
         for chunk in cutlass.range(0, steps, _UNROLL):
             experts = [self._expert(routes, first, chunk + i, steps, num_routes) for i in range(_UNROLL)]
@@ -222,10 +226,11 @@ class Sort:
             tile_expert[tile] = low
 
     @cute.jit
-    def _write_padding(self, first_tiles, totals, row_route, global_warp, lane):
+    def _write_padding(self, first_tiles, totals, row_route, thread):
         """Marks the rows behind each expert's last one."""
-        for expert in cutlass.range(global_warp, self.experts, self.warps * self.spec.cluster):
+        groups = self.threads * self.spec.cluster // _PADDING_LANES
+        for expert in cutlass.range(thread // _PADDING_LANES, self.experts, groups):
             first = first_tiles[expert] * self.spec.token_tile + totals[expert]
             end = first_tiles[expert + 1] * self.spec.token_tile
-            for row in cutlass.range(first + lane, end, _WARP):
+            for row in cutlass.range(first + thread % _PADDING_LANES, end, _PADDING_LANES):
                 row_route[row] = Int32(-1)

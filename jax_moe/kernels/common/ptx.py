@@ -142,6 +142,14 @@ def add_global_f32x4(address: Int64, values, *, loc=None, ip=None) -> None:
     _asm(None, operands, text, "l,f,f,f,f,~{memory}", False, loc, ip)
 
 
+@dsl_user_op
+def fetch_add_global(address: Int64, value: Int32, *, loc=None, ip=None) -> Int32:
+    """Adds to an int32 atomically; what was there before."""
+    operands = [Int64(address).ir_value(loc=loc, ip=ip), Int32(value).ir_value(loc=loc, ip=ip)]
+    text = "atom.relaxed.gpu.global.add.s32 $0, [$1], $2;"
+    return Int32(_asm(T.i32(), operands, text, "=r,l,r,~{memory}", False, loc, ip))
+
+
 def _unary(text, name):
     @dsl_user_op
     def operation(a: Float32, *, loc=None, ip=None) -> Float32:

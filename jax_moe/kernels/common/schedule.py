@@ -1,7 +1,14 @@
-"""Which expert, token tile and weight tile a unit of work is: shared by every target's grouped GEMM."""
+"""Which blocks do which units of work, and what a unit is: shared by every target's grouped GEMM.
 
-from cutlass import Int32
+A unit is a weight tile times a token tile. A block's first unit has the block's index; every further one is the next
+that nobody has, by a counter in global memory which the sort has set to 0. Units differ too much (experts' last tiles
+hold any number of tokens) for a fixed share of them.
+"""
+
+from cutlass import Int32, Int64
 import cutlass.cute as cute
+
+from jax_moe.kernels.common import ptx
 
 
 @cute.jit
@@ -17,3 +24,9 @@ def locate(work: Int32, m_tiles: Int32, tile_expert: cute.Tensor, expert_tiles: 
     local = work - first * m_tiles
     m_tile = local // tiles
     return expert, m_tile, first + local - m_tile * tiles
+
+
+def take(expert_tiles: cute.Tensor, local_experts: Int32, gemm: int, blocks: Int32) -> Int32:
+    """The next unit of GEMM1 (``gemm`` 0) or GEMM2 (1) beyond the ``blocks`` first ones."""
+    counter = Int64(expert_tiles.iterator.toint()) + Int64(local_experts + 1 + gemm) * 4
+    return blocks + ptx.fetch_add_global(counter, Int32(1))

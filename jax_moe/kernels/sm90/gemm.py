@@ -3,7 +3,12 @@
 One main loop serves both GEMMs and both precisions. A thread block has one producer warpgroup and several
 consumer warpgroups. Weights are the M side of ``wgmma``: a consumer turns its share of a prepared 128 x 64 block
 (``layout.py``) into bf16 A fragments and multiplies them with N tokens that lie K-major in shared memory. Blocks are
-persistent and walk over (expert, weight tile, token tile) as ``common/schedule.py`` orders them.
+persistent and take units (expert, weight tile, token tile) as ``common/schedule.py`` hands them out. The producer tells
+the consumers with a unit's first stage what the unit is; a stage of no unit ends their work.
+
+Both kernels are launched to overlap the one before (programmatic dependent launch). A block of GEMM1 waits for that
+kernel before it reads anything. A block of GEMM2 first asks for the weights of its first unit: it may start when every
+block of GEMM1 has seen the sort's end, so the tile map is there. Then it waits for GEMM1's end.
 
 For a block of 4608 bytes a consumer warp issues about 130 instructions, 70 of them on the integer pipe, which takes
 140 clocks where HBM takes 239: dequantisation hides behind memory for few tokens and behind the tensor cores for many.
@@ -30,7 +35,9 @@ _TOKEN_ROW_BYTES = _BLOCK_K * 2
 _CHUNK_BYTES = 16
 _CHUNKS = _TOKEN_ROW_BYTES // _CHUNK_BYTES
 _ROWS_PER_PASS = _WARPGROUP // _CHUNKS
-_REDUCTION_FULL, _REDUCTION_EMPTY, _EPILOGUE = 1, 2, 3  # named barriers; 0 is sync_threads
+# Named barriers; 0 is sync_threads, and each m warpgroup has an epilogue's.
+_REDUCTION_FULL, _REDUCTION_EMPTY, _NEXT_UNIT, _EPILOGUE = 1, 2, 3, 4
+_NO_UNIT = -1
 
 
 def _values(**values):
@@ -79,9 +86,8 @@ class _Gemm:
 
     # -- consumer -----------------------------------------------------------------------------------------------
 
-    def _dequantise(self, address, fragment, half, scales):
+    def _dequantise(self, words, fragment, half, scales):
         """Fills ``fragment`` (u32[4 registers, 4 steps]) with one 64-row half of a block."""
-        words = ptx.load_shared_v4(address + half * (layout.CODE_BYTES // 2))
         for step in range(4):
             word = words[step]
             lower, upper = scales[2 * half][step], scales[2 * half + 1][step]
@@ -92,10 +98,10 @@ class _Gemm:
             spread = (word & Uint32(layout.SPREAD_MASK)) * Uint32(layout.SPREAD_FACTOR)
             fragment[3, step] = ptx.multiply_bf16x2(spread & mask, upper)
 
-    def _load_scales(self, address: Int32):
+    def _unpack_scales(self, words):
         """bf16x2 block scales (both halves the same) of a thread's rows: 4 rows by 4 steps."""
         scales = []
-        for word in ptx.load_shared_v4(address):
+        for word in words:
             first = ptx.mask_and_set(word, layout.SCALE_MASK, layout.SCALE_EXPONENT)
             second = ptx.mask_and_set(ptx.rotate_right(word, 8), layout.SCALE_MASK, layout.SCALE_EXPONENT)
             scales.append([ptx.broadcast_half(first, False), ptx.broadcast_half(first, True),
@@ -110,12 +116,14 @@ class _Gemm:
         """
         place = (slot * self.tile.m_warpgroups + me.m_warpgroup) * self.weight_bytes + block * layout.BLOCK_BYTES
         address = Int32(shared.weights.toint()) + place
-        scales = self._load_scales(address + layout.CODE_BYTES + me.tid // 4 * 16)
-        for group in ((0,), (1,)) if self.group_per_half else ((0, 1),):
+        scales = self._unpack_scales(ptx.load_shared_v4(address + layout.CODE_BYTES + me.tid // 4 * 16))
+        codes = [ptx.load_shared_v4(address + half * (layout.CODE_BYTES // 2) + me.tid * 16) for half in range(2)]
+        groups = ((0,), (1,)) if self.group_per_half else ((0, 1),)
+        for group in groups:
             for half in group:
                 registers = cute.recast_tensor(fragments[half], Uint32)
                 registers = cute.make_tensor(registers.iterator, cute.make_layout((4, 4)))
-                self._dequantise(address + me.tid * 16, registers, half, scales)
+                self._dequantise(codes[half], registers, half, scales)
             warpgroup.fence()
             for step in range(4):
                 token_step = tokens[None, None, step, slot * self.blocks + block]
@@ -124,7 +132,7 @@ class _Gemm:
                     cute.gemm(mma, sums, fragments[half][None, None, step], token_step, sums)
             warpgroup.commit_group()
             warpgroup.wait_group(1)
-            if group[0] == 0:
+            if group is groups[0]:
                 first_group_done()
 
     @cute.jit
@@ -229,6 +237,12 @@ class _Gemm:
 
         The stage is ``count`` blocks, which are neighbours in memory, for each m warpgroup.
         """
+        if k_block == 0:
+            width = Int32(self.tile.widths[0])
+            for i in cutlass.range_constexpr(len(self.tile.widths) - 1):
+                if op.row_route[unit.token_tile * self.n + self.tile.widths[i]] >= 0:  # padding rows come last
+                    width = Int32(self.tile.widths[i + 1])
+            self._tell(shared, slot, (unit.expert, unit.m_tile, unit.token_tile, width))
         full = Int32((shared.barriers + slot).toint())
         block_bytes = self.tile.m_warpgroups * layout.BLOCK_BYTES + extra
         cute.arch.mbarrier_arrive_and_expect_tx(shared.barriers + slot, count * block_bytes)
@@ -240,6 +254,14 @@ class _Gemm:
             target = Int32(shared.weights.toint()) + (slot * self.tile.m_warpgroups + i) * self.weight_bytes
             source = op.payload.toint() + block * layout.BLOCK_BYTES
             ptx.bulk_copy(target, source, count * layout.BLOCK_BYTES, full)
+
+    def _tell(self, shared, slot, values):
+        """What the unit is that begins with a stage; before the arrival at the stage's barrier."""
+        for i, value in enumerate(values):
+            shared.units[slot * 4 + i] = Int32(value)
+
+    def _num_units(self, op):
+        return op.expert_tiles[op.local_experts] * op.m_tiles
 
     # -- the kernel ---------------------------------------------------------------------------------------------
 
@@ -257,6 +279,8 @@ class _Gemm:
             barriers=smem.allocate_array(Int64, 2 * self.stages),  # a stage is full, then a stage is empty
             scratch=self._array(smem, Float32, self.tile.reduction_bytes // 4),
             rows=self._allocate_rows(smem),
+            units=self._array(smem, Int32, 4 * self.stages),  # of a stage: expert, m tile, token tile, width
+            next_unit=self._array(smem, Int32, 2),
         )
         if warpgroup_index == 0 and tid == 0:
             for i in cutlass.range_constexpr(self.stages):
@@ -267,14 +291,13 @@ class _Gemm:
 
         m_tiles = (op.m_blocks + self.tile.m_warpgroups - 1) // self.tile.m_warpgroups
         op = _values(m_tiles=m_tiles, **op._asdict())
-        units = op.expert_tiles[op.local_experts] * m_tiles
         producer_registers, consumer_registers = self._registers()
         if warpgroup_index == 0:
             cute.arch.setmaxregister_decrease(producer_registers)
-            self._produce(op, shared, units, tid)
+            self._produce(op, shared, tid)
         else:
             cute.arch.setmaxregister_increase(consumer_registers)
-            self._consume(op, shared, units, tid, warpgroup_index - 1)
+            self._consume(op, shared, tid, warpgroup_index - 1)
 
     def _array(self, smem, dtype, size):
         return cute.make_tensor(smem.allocate_array(dtype, size), cute.make_layout(size)) if size else None
@@ -284,24 +307,25 @@ class _Gemm:
         return _values(expert=expert, m_tile=m_tile, token_tile=token_tile)
 
     @cute.jit
-    def _consume(self, op, shared, units, tid, consumer):
-        first, _, _ = cute.arch.block_idx()
-        ctas, _, _ = cute.arch.grid_dim()
+    def _receive(self, shared, slot, phase):
+        """Expert, m tile, token tile and width of the unit that begins with this stage."""
+        cute.arch.mbarrier_wait(shared.barriers + slot, phase)
+        return tuple(shared.units[slot * 4 + i] for i in range(4))
+
+    @cute.jit
+    def _consume(self, op, shared, tid, consumer):
         me = _values(tid=tid, m_warpgroup=consumer, k_warpgroup=Int32(0))
         if cutlass.const_expr(self.tile.k_warpgroups > 1):
             me = _values(tid=tid, m_warpgroup=Int32(0), k_warpgroup=consumer)
         slot, phase = Int32(0), Int32(0)
-        widths = self.tile.token_widths
-        for index in cutlass.range(first, units, ctas, unroll=1):
-            unit = self._unit(op, index)
+        expert, m_tile, token_tile, width = self._receive(shared, slot, phase)
+        while expert != _NO_UNIT:
+            unit = _values(expert=expert, m_tile=m_tile, token_tile=token_tile)
             prefetched = self._prefetch_epilogue(op, unit, tid)
-            needed = Int32(widths[0])
-            for i in cutlass.range_constexpr(len(widths) - 1):
-                if op.row_route[unit.token_tile * self.n + widths[i]] >= 0:  # padding rows come last
-                    needed = Int32(widths[i + 1])
-            for i in cutlass.range_constexpr(len(widths)):
-                if needed == widths[i]:
-                    slot, phase = self._compute(op, shared, me, unit, prefetched, slot, phase, widths[i])
+            for w in self.tile.widths:
+                if width == w:
+                    slot, phase = self._compute(op, shared, me, unit, prefetched, slot, phase, w)
+            expert, m_tile, token_tile, width = self._receive(shared, slot, phase)
 
     @cute.jit
     def _compute(self, op, shared, me, unit, prefetched, slot, phase, width: cutlass.Constexpr):
@@ -351,7 +375,7 @@ class Gemm1(_Gemm):
             row_divisor, local_experts, m_blocks, k_blocks,
         ).launch(
             grid=(ctas, 1, 1), block=(self.threads, 1, 1), stream=stream,
-            min_blocks_per_mp=self.tile.ctas_per_sm, preferred_smem_carveout=100,
+            min_blocks_per_mp=self.tile.ctas_per_sm, preferred_smem_carveout=100, use_pdl=self.spec.pdl,
         )  # fmt: skip
 
     @cute.kernel
@@ -379,9 +403,9 @@ class Gemm1(_Gemm):
         return None
 
     @cute.jit
-    def _produce(self, op, shared, units, tid):
+    def _produce(self, op, shared, tid):
         """Weights by bulk copies of one thread, token rows by cp.async of all: 8 threads a row, 16 bytes each."""
-        first, _, _ = cute.arch.block_idx()
+        index, _, _ = cute.arch.block_idx()
         ctas, _, _ = cute.arch.grid_dim()
         chunk = tid % _CHUNKS
         # All 16 rows of a pass are of one block, or, where a tile has 8 rows, of two.
@@ -397,9 +421,15 @@ class Gemm1(_Gemm):
         target = Int32(shared.tokens.iterator.toint()) + swizzled
         offsets = cute.make_rmem_tensor(passes, Int32)
         slot, phase = Int32(0), Int32(1)
-        announced, in_flight = Int32(0), Int32(0)
-        for index in cutlass.range(first, units, ctas, unroll=1):
+        announced, in_flight, parity = Int32(0), Int32(0), Int32(0)
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
+        units = self._num_units(op)
+        while index < units:
             unit = self._unit(op, index)
+            taken = Int32(0)
+            if tid == 0:  # long before it is needed
+                taken = schedule.take(op.expert_tiles, op.local_experts, 0, ctas)
             for i in cutlass.range_constexpr(passes):
                 row = first_row + i * _ROWS_PER_PASS
                 route = Int32(-1)
@@ -433,9 +463,19 @@ class Gemm1(_Gemm):
                     announced = self._announce(shared, announced, tid)
                     in_flight = in_flight - 1
                 slot, phase = self._next(slot, phase)
+            if tid == 0:
+                shared.next_unit[parity] = taken
+            cute.arch.barrier(barrier_id=_NEXT_UNIT, number_of_threads=_WARPGROUP)
+            index = shared.next_unit[parity]  # the other place is for the unit after it: one barrier will do
+            parity = parity ^ 1
         cute.arch.cp_async_wait_group(0)
         for _ in cutlass.range(in_flight, unroll=1):
             announced = self._announce(shared, announced, tid)
+        cute.arch.mbarrier_wait(shared.barriers + self.stages + slot, phase)
+        if tid == 0:
+            self._tell(shared, slot, (_NO_UNIT, 0, 0, 0))
+            cute.arch.mbarrier_arrive(shared.barriers + slot)
+        self._announce(shared, slot, tid)
 
     @cute.jit
     def _announce(self, shared, slot, tid):
@@ -544,7 +584,7 @@ class Gemm2(_Gemm):
             row_divisor, local_experts, m_blocks, k_blocks, h_blocks,
         ).launch(
             grid=(ctas, 1, 1), block=(self.threads, 1, 1), stream=stream,
-            min_blocks_per_mp=self.tile.ctas_per_sm, preferred_smem_carveout=100,
+            min_blocks_per_mp=self.tile.ctas_per_sm, preferred_smem_carveout=100, use_pdl=self.spec.pdl,
         )  # fmt: skip
 
     @cute.kernel
@@ -569,51 +609,73 @@ class Gemm2(_Gemm):
         size = self.tile.m_warpgroups * self.n
         return self._array(smem, Int32, size), self._array(smem, Float32, size)
 
-    @cute.jit
     def _prefetch_epilogue(self, op, unit, tid):
-        """Route and weight of token row ``tid``; used only after the main loop has hidden the loads."""
+        """Routes and weights of token rows ``tid``, ``tid + 128``; used after the main loop has hidden the loads."""
+        return tuple(self._load_row(op, unit, first + tid) for first in range(0, self.n, _WARPGROUP))
+
+    @cute.jit
+    def _load_row(self, op, unit, row):
         route, weight = Int32(-1), Float32(0.0)
-        if tid < self.n:
-            route = op.row_route[unit.token_tile * self.n + tid]
-            weight = op.row_weight[unit.token_tile * self.n + tid]
+        if row < self.n:
+            route = op.row_route[unit.token_tile * self.n + row]
+            weight = op.row_weight[unit.token_tile * self.n + row]
         return route, weight
 
     @cute.jit
-    def _produce(self, op, shared, units, tid):
+    def _share_row(self, op, shared, me, row, route, weight):
+        """Gives this warpgroup's threads the output row and weight of a token row."""
+        if row < self.n:
+            out_row = Int32(-1)
+            if route >= 0:
+                out_row = route // op.row_divisor
+            shared.rows[0][me.m_warpgroup * self.n + row] = out_row
+            shared.rows[1][me.m_warpgroup * self.n + row] = weight
+
+    @cute.jit
+    def _produce(self, op, shared, tid):
         """One thread: everything is a bulk copy, because GEMM1 stored its result as tiles in shared-memory order."""
-        first, _, _ = cute.arch.block_idx()
+        index, _, _ = cute.arch.block_idx()
         ctas, _, _ = cute.arch.grid_dim()
         if tid == 0:
             target = Int32(shared.tokens.iterator.toint())
             slot, phase = Int32(0), Int32(1)
-            for index in cutlass.range(first, units, ctas, unroll=1):
+            units = self._num_units(op)
+            early = Int32(0)  # blocks of the first unit whose weights are asked for before GEMM1 has ended
+            if index < units:
+                early = min(op.k_blocks, self.stages * self.blocks)
                 unit = self._unit(op, index)
+                for k_block in cutlass.range(0, early, self.blocks, unroll=1):
+                    count = min(op.k_blocks - k_block, self.blocks)
+                    self._copy_weights(op, shared, k_block // self.blocks, unit, k_block, count, self.token_bytes)
+            cute.arch.griddepcontrol_wait()
+            while index < units:
+                unit = self._unit(op, index)
+                taken = schedule.take(op.expert_tiles, op.local_experts, 1, ctas)
                 for k_block in cutlass.range(0, op.k_blocks, self.blocks, unroll=1):
                     cute.arch.mbarrier_wait(shared.barriers + self.stages + slot, phase)
                     count = min(op.k_blocks - k_block, self.blocks)
-                    self._copy_weights(op, shared, slot, unit, k_block, count, self.token_bytes)
+                    if k_block >= early:
+                        self._copy_weights(op, shared, slot, unit, k_block, count, self.token_bytes)
                     block = Int64(unit.token_tile) * op.h_blocks + k_block
                     source = Int64(op.h.toint()) + block * self.token_bytes
                     full = Int32((shared.barriers + slot).toint())
                     place = target + slot * (self.blocks * self.token_bytes)
                     ptx.bulk_copy(place, source, count * self.token_bytes, full)
                     slot, phase = self._next(slot, phase)
+                index, early = taken, Int32(0)
+            cute.arch.mbarrier_wait(shared.barriers + self.stages + slot, phase)
+            self._tell(shared, slot, (_NO_UNIT, 0, 0, 0))
+            cute.arch.mbarrier_arrive(shared.barriers + slot)
 
     @cute.jit
     def _epilogue(self, op, shared, me, unit, prefetched, accumulators, width: cutlass.Constexpr):
         warp, group, quad = me.tid // 32, me.tid % 32 // 4, me.tid % 4
         row_block = unit.m_tile * self.tile.m_warpgroups + me.m_warpgroup
-        out_rows, out_weights = shared.rows
-        route, weight = prefetched
         mine = me.m_warpgroup * self.n
         barrier = me.m_warpgroup + _EPILOGUE
         cute.arch.barrier(barrier_id=barrier, number_of_threads=_WARPGROUP)  # the unit before this one has been stored
-        if me.tid < self.n:
-            out_row = Int32(-1)
-            if route >= 0:
-                out_row = route // op.row_divisor
-            out_rows[mine + me.tid] = out_row
-            out_weights[mine + me.tid] = weight
+        for i in cutlass.range_constexpr(len(prefetched)):
+            self._share_row(op, shared, me, i * _WARPGROUP + me.tid, *prefetched[i])
         cute.arch.barrier(barrier_id=barrier, number_of_threads=_WARPGROUP)
         feature = row_block * layout.BLOCK_ROWS + 32 * warp + 4 * group
         if feature < op.H:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,6 @@ SHARED_MEMORY = 232_448
 """Bytes of shared memory one thread block may use on sm_90."""
 
 _RESERVED_PER_CTA = 1024  # what the driver keeps of an SM's shared memory for each resident block
-_GATED = ("swiglu", "geglu", "situ")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,9 @@ class Tile:
     """How a thread block is put together.
 
     Attributes:
-      token_tile: N of the matrix product, 8 to 128 by 8.
+      widths: rows that are multiplied, multiples of 8, ascending. The last is the token tile, N of the matrix product;
+        a tile with padding takes the least that holds its rows. Each has its own code; with too many or too wide ones
+        the compiler finds no registers and serialises ``wgmma`` (tests/test_kernels_compile.py looks).
       m_warpgroups: warpgroups that take different 128-row blocks of the weights (they share the tokens).
       k_warpgroups: warpgroups that take different 64-wide blocks of the contraction; their sums are added at the end.
       stage_blocks: 64-wide blocks of the contraction that are copied and announced together, a multiple of
@@ -31,7 +33,7 @@ class Tile:
       ctas_per_sm: resident thread blocks of one multiprocessor, all persistent.
     """
 
-    token_tile: int
+    widths: tuple[int, ...]
     m_warpgroups: int
     k_warpgroups: int
     stage_blocks: int
@@ -42,21 +44,16 @@ class Tile:
     def name(self) -> str:
         return (
             f"n{self.token_tile}m{self.m_warpgroups}k{self.k_warpgroups}b{self.stage_blocks}s{self.stages}"
-            f"c{self.ctas_per_sm}"
+            f"c{self.ctas_per_sm}" + "".join(f"w{width}" for width in self.widths[:-1])
         )
+
+    @property
+    def token_tile(self) -> int:
+        return self.widths[-1]
 
     @property
     def threads(self) -> int:
         return 128 * (1 + self.m_warpgroups * self.k_warpgroups)
-
-    @property
-    def token_widths(self) -> tuple[int, ...]:
-        """Rows that are multiplied: a tile with padding takes the least of these that holds its rows.
-
-        Each has its own code, which only the widest tile is worth; with more than three the compiler serialises
-        ``wgmma``.
-        """
-        return (32, 64, 128) if self.token_tile == 128 else (self.token_tile,)
 
     @property
     def stage_bytes(self) -> int:
@@ -69,17 +66,24 @@ class Tile:
     @property
     def shared_bytes(self) -> int:
         barriers = 16 * self.stages
+        units = 16 * self.stages + 16  # what a stage is the first of, and the producers' next unit
         rows = 8 * self.m_warpgroups * self.token_tile  # GEMM2: output row and weight, a copy for each warpgroup
-        return self.stages * self.stage_bytes + self.reduction_bytes + barriers + rows + 1024  # 1024: alignment
+        alignment = 1024
+        return self.stages * self.stage_bytes + self.reduction_bytes + barriers + units + rows + alignment
 
 
 def with_most_stages(
-    token_tile: int, m_warpgroups: int, k_warpgroups: int, stage_blocks: int, ctas_per_sm: int, limit: int = 64
+    widths: tuple[int, ...],
+    m_warpgroups: int,
+    k_warpgroups: int,
+    stage_blocks: int,
+    ctas_per_sm: int,
+    limit: int = 64,
 ) -> Tile:
     """A tile with as many stages as shared memory holds, at most ``limit``."""
-    tile = Tile(token_tile, m_warpgroups, k_warpgroups, stage_blocks, 0, ctas_per_sm)
+    tile = Tile(widths, m_warpgroups, k_warpgroups, stage_blocks, 0, ctas_per_sm)
     available = SHARED_MEMORY // ctas_per_sm - (_RESERVED_PER_CTA if ctas_per_sm > 1 else 0)
-    per_stage = tile.stage_bytes + 16
+    per_stage = tile.stage_bytes + 16 + 16
     return dataclasses.replace(tile, stages=min(limit, (available - tile.shared_bytes) // per_stage))
 
 
@@ -88,7 +92,7 @@ class _Launch:
 
     tile: Tile
     cluster = 1
-    pdl = False
+    pdl = True
 
     @property
     def threads(self) -> int:
@@ -102,14 +106,11 @@ class Gemm1Spec(_Launch):
     tile: Tile
     precision: str
     activation: str
+    gated: bool
     alpha: float
     beta: float
     limit: float
     has_bias: bool
-
-    @property
-    def gated(self) -> bool:
-        return self.activation in _GATED
 
     @property
     def name(self) -> str:
@@ -201,50 +202,64 @@ def plan(problem: "Problem", *, biases: tuple[bool, bool]) -> Plan:
     out_dtype = str(problem.out_dtype) if problem.combine == "atomic" else "float32"
     return Plan(
         tile.token_tile,
-        Gemm1Spec(tile, problem.precision, problem.activation.kind, alpha, beta, limit, biases[0]),
+        Gemm1Spec(
+            tile, problem.precision, problem.activation.kind, problem.activation.gated, alpha, beta, limit, biases[0]
+        ),
         Gemm2Spec(tile, problem.precision, problem.combine, out_dtype, biases[1]),
         CombineSpec(str(problem.out_dtype)) if problem.combine == "ordered" else None,
     )
 
 
-TOKEN_TILES = (8, 16, 24, 32, 48, 64, 72, 80, 96, 128)
+def _tile(*widths: int) -> Tile:
+    if widths[-1] <= 16:
+        return with_most_stages(widths, 1, 2, 4, 2)
+    if widths[-1] <= 48:
+        return with_most_stages(widths, 3, 1, 2, 1)
+    return with_most_stages(widths, 2, 1, 2, 1)
 
-# What one expert costs, in the tensor cores' time for one token (4 clocks a 128 x 64 block): reading its weights
-# once from memory (239 clocks a block and SM), for each tile turning them into bf16 (152 clocks), and a tile's ends.
-_READ, _DEQUANTISE, _TILE = 60, 38, 10
+
+TILES = (
+    _tile(8), _tile(16), _tile(16, 24, 32), _tile(32, 40), _tile(32, 48), _tile(48, 64), _tile(64, 80), _tile(80, 96),
+    _tile(96, 112), _tile(112, 128), _tile(32, 64, 128), _tile(128, 144),
+)  # fmt: skip
+"""What a plan chooses from. Experts with about as many rows want a second width below the widest, so that few of them
+need two tiles and few multiply padding; experts with many tiles want to multiply little in their last one."""
+
+# Nanoseconds in which a multiprocessor gets through a 128 x 64 block of weights, by m warpgroups and by the rows it is
+# multiplied with; measured (benchmarks/notes-h200.md). Memory alone would take 136.
+_NANOSECONDS = {
+    1: ((8, 153), (16, 154)),
+    3: ((16, 158), (24, 168), (32, 174), (40, 188), (48, 199)),
+    2: ((32, 216), (48, 223), (64, 246), (80, 280), (96, 300), (112, 339), (128, 365), (144, 400)),
+}
 
 
 @functools.lru_cache(maxsize=1024)
 def best_tile(num_routes: int, num_experts: int) -> Tile:
-    """The tile with the least expected time, if routes fall on experts at random.
-
-    With few routes a wider tile costs next to nothing while a second tile repeats the dequantisation; with many, the
-    padding of each expert's last tile is what differs.
-    """
-    tiles = [_with_token_tile(token_tile) for token_tile in TOKEN_TILES]
-    costs = [_expected_cost(num_routes / num_experts, tile) for tile in tiles]
-    return next(tile for tile, cost in zip(tiles, costs, strict=True) if cost <= 1.01 * min(costs))
-
-
-def _with_token_tile(token_tile: int) -> Tile:
-    if token_tile <= 16:
-        return with_most_stages(token_tile, 1, 2, 4, 2)
-    if token_tile <= 48:
-        return with_most_stages(token_tile, 3, 1, 2, 1)
-    return with_most_stages(token_tile, 2, 1, 2, 1)
+    """The tile with the least expected time, if routes fall on experts at random."""
+    return min(TILES, key=lambda tile: _expected_cost(num_routes / num_experts, tile))
 
 
 def _expected_cost(mean: float, tile: Tile) -> float:
     """Of an expert that some routes fall on; their number has a Poisson distribution with this mean."""
     spread = math.sqrt(mean)
-    cost_of = {width: max(_DEQUANTISE, width) + _TILE for width in tile.token_widths}
+    cost_of = {width: _cost(tile.m_warpgroups, width) for width in tile.widths}
     total = weight = 0.0
     for count in range(max(1, math.floor(mean - 4 * spread)), math.ceil(mean + 4 * spread) + 2, math.ceil(spread / 16)):
         probability = math.exp(count * math.log(mean) - mean - math.lgamma(count + 1))
         full, rest = divmod(count, tile.token_tile)
         cost = full * cost_of[tile.token_tile]
         if rest:
-            cost += next(cost_of[width] for width in tile.token_widths if width >= rest)
-        total += probability * max(_READ, cost)
+            cost += next(cost_of[width] for width in tile.widths if width >= rest)
+        total += probability * cost
         weight += probability
     return total / weight
+
+
+def _cost(m_warpgroups: int, width: int) -> float:
+    """Between measured widths, a straight line."""
+    points = _NANOSECONDS[m_warpgroups]
+    for (width0, cost0), (width1, cost1) in itertools.pairwise(points):
+        if width <= width1:
+            return cost0 + (cost1 - cost0) * (width - width0) / (width1 - width0)
+    return points[-1][1]
