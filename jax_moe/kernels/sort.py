@@ -24,7 +24,6 @@ from jax_moe.kernels.common.memory import array, pointer
 _WARP = 32
 _ALL_LANES = 0xFFFFFFFF
 _UNROLL = 4  # loads in flight; a step waits for memory alone
-_PADDING_LANES = 8  # that mark one expert's padding: few rows where tiles are small, and then there are few warps
 
 
 class Sort:
@@ -112,7 +111,7 @@ class Sort:
         cute.arch.sync_threads()
 
         self._write_tiles(first_tiles, array(tile_expert), block * self.threads + tid)
-        self._write_padding(first_tiles, totals, row_route, block * self.threads + tid)
+        self._write_padding(first_tiles, totals, row_route, global_warp, lane)
 
         for chunk in cutlass.range(0, steps, _UNROLL):
             experts = [self._expert(routes, first, chunk + i, steps, num_routes) for i in range(_UNROLL)]
@@ -226,11 +225,10 @@ class Sort:
             tile_expert[tile] = low
 
     @cute.jit
-    def _write_padding(self, first_tiles, totals, row_route, thread):
+    def _write_padding(self, first_tiles, totals, row_route, global_warp, lane):
         """Marks the rows behind each expert's last one."""
-        groups = self.threads * self.spec.cluster // _PADDING_LANES
-        for expert in cutlass.range(thread // _PADDING_LANES, self.experts, groups):
+        for expert in cutlass.range(global_warp, self.experts, self.warps * self.spec.cluster):
             first = first_tiles[expert] * self.spec.token_tile + totals[expert]
             end = first_tiles[expert + 1] * self.spec.token_tile
-            for row in cutlass.range(first + thread % _PADDING_LANES, end, _PADDING_LANES):
+            for row in cutlass.range(first + lane, end, _WARP):
                 row_route[row] = Int32(-1)
