@@ -43,6 +43,8 @@ CHECK_TILES = [
     "n80m2k1b2c1",
     "n128m2k1b1c1w32w64",
     "n24m1k4b4c1",
+    "n144m2k1b2c1w128",
+    "n32m3k1b2c1w16w24",
 ]
 ACTIVATIONS = [
     ("swiglu", 1.0, 0.0, INF),
@@ -74,7 +76,7 @@ def resolve(text, model, T):
     if text != "auto":
         return tile(text)
     shape = shapes.MODELS[model]
-    return plan.best_tile(T * shape.top_k, shape.num_experts)
+    return plan.best_tile(T, shape.top_k, shape.num_experts)
 
 
 def timed(suite):

@@ -12,7 +12,18 @@ from jax_moe.routing import Routing
 
 
 def check(
-    x, experts, routing, *, activation, precision, combine, weight_on, expert_offset, out_dtype, command_buffer
+    x,
+    experts,
+    routing,
+    *,
+    activation,
+    precision,
+    combine,
+    weight_on,
+    expert_offset,
+    num_experts,
+    out_dtype,
+    command_buffer,
 ) -> plan.Problem:
     """Checks the arguments of :func:`jax_moe.fused_moe` and returns what is static about them.
 
@@ -47,6 +58,8 @@ def check(
                     f"experts.{name}.input_scale: got None, precision='w4a4' needs it; "
                     "jax_moe.calibrate(experts, x, routing) fills the input scales"
                 )
+    if num_experts is not None and (not isinstance(num_experts, int) or num_experts < local_experts):
+        raise ValueError(f"num_experts: got {num_experts!r}, needs an int of at least L = {local_experts}")
     return plan.Problem(
         num_tokens=tokens,
         top_k=slots,
@@ -60,6 +73,7 @@ def check(
         out_dtype=out_dtype,
         layout=experts.layout,
         command_buffer=command_buffer,
+        total_experts=num_experts,
     )
 
 

@@ -48,8 +48,9 @@ def fused_moe(
       weight_on: ``"output"`` weights each expert's output; ``"input"`` multiplies x by the routing weight,
         rounded to bfloat16, instead (Llama-4).
       expert_offset: global id of the first local expert; an int or an int32 scalar, traced or not.
-      num_experts: E, the number of experts in all; only ``JAX_MOE_DEBUG`` uses it (without it, only a negative id
-        is known to be wrong).
+      num_experts: E, the number of experts that routes may name, at least L; None means L as far as speed goes. GPU
+        kernels are chosen for T*K/E tokens an expert, and ``JAX_MOE_DEBUG`` finds ids of E or more (without it, only
+        negative ones are known to be wrong). No result depends on it.
       out_dtype: bfloat16 or float32.
       command_buffer: whether XLA may record the call into a command buffer (a CUDA graph); no effect on a CPU.
 
@@ -62,7 +63,7 @@ def fused_moe(
     """
     problem = check.check(
         x, experts, routing, activation=activation, precision=precision, combine=combine, weight_on=weight_on,
-        expert_offset=expert_offset, out_dtype=out_dtype, command_buffer=command_buffer,
+        expert_offset=expert_offset, num_experts=num_experts, out_dtype=out_dtype, command_buffer=command_buffer,
     )  # fmt: skip
     if os.environ.get("JAX_MOE_DEBUG", "0") != "0":
         jax.debug.callback(functools.partial(_raise_on_bad_id, num_experts=num_experts), routing.expert_ids)

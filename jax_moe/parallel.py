@@ -58,7 +58,7 @@ def sharded_moe(
     """
     options: dict[str, Any] = dict(activation=activation, precision=precision, combine=combine)
     options |= dict(weight_on=weight_on, command_buffer=command_buffer)
-    problem = check.check(x, experts, routing, **options, expert_offset=0, out_dtype=out_dtype)
+    problem = check.check(x, experts, routing, **options, expert_offset=0, num_experts=None, out_dtype=out_dtype)
     specs = partition_specs(experts, mesh, expert_axis=expert_axis, tensor_axis=tensor_axis)
     expert_axes = _axes_in(mesh, "expert_axis", expert_axis)
     tensor_axes = _axes_in(mesh, "tensor_axis", tensor_axis)

@@ -18,8 +18,9 @@ WeightOn = Literal["output", "input"]
 class Problem:
     """The shapes and options of one ``fused_moe`` call; hashable, so that it can be a static argument.
 
-    ``num_experts`` counts the experts held locally (L), ``intermediate_size`` is the
-    local I, padding of a prepared layout included. ``command_buffer`` says whether XLA may capture the call.
+    ``num_experts`` counts the experts held locally (L), ``total_experts`` those that routes may name (E; None: the
+    local ones are all). ``intermediate_size`` is the local I, padding of a prepared layout included.
+    ``command_buffer`` says whether XLA may capture the call.
     """
 
     num_tokens: int
@@ -34,6 +35,7 @@ class Problem:
     out_dtype: jnp.dtype
     layout: str
     command_buffer: bool
+    total_experts: int | None = None
 
     @property
     def num_routes(self) -> int:

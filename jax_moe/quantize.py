@@ -117,7 +117,7 @@ def calibrate(
     """
     check.check(
         x, experts, routing, activation=activation, precision="w4a16", combine="ordered", weight_on=weight_on,
-        expert_offset=0, out_dtype=jnp.float32, command_buffer=True,
+        expert_offset=0, num_experts=None, out_dtype=jnp.float32, command_buffer=True,
     )  # fmt: skip
     if experts.layout != CANONICAL:
         raise ValueError(f"experts.layout: got {experts.layout!r}, calibration needs {CANONICAL!r}")

@@ -117,13 +117,30 @@ def test_machine_code(spec):
 def test_tiles_fit_and_grow_with_the_routes():
     for model in MODELS:
         experts, top_k, _, _ = MODELS[model]
-        tiles = [sm90_plan.best_tile(tokens * top_k, experts) for tokens in TOKENS]
-        assert [t.token_tile for t in tiles] == sorted(t.token_tile for t in tiles)
+        tiles = [sm90_plan.best_tile(tokens, top_k, experts) for tokens in TOKENS]
+        # With more rows an expert than the widest tile has, what its last tile pads decides.
+        one_tile = [t.token_tile for t, n in zip(tiles, TOKENS, strict=True) if n * top_k / experts <= 144]
+        assert one_tile == sorted(one_tile)
         for tile in tiles:
             assert tile.stages >= 2
             assert tile.stage_blocks % tile.k_warpgroups == 0
             resident = tile.shared_bytes + (1024 if tile.ctas_per_sm > 1 else 0)
             assert resident * tile.ctas_per_sm <= sm90_plan.SHARED_MEMORY + 1024 * (tile.ctas_per_sm > 1)
+
+
+def test_experts_elsewhere_have_their_share_of_the_routes():
+    """Under expert parallelism most routes are not local: the tile is that of the whole layer."""
+    whole = problem("qwen3-235b-a22b", 512)
+    local = dataclasses.replace(whole, num_experts=16, total_experts=128)
+    tiles = [sm90_plan.plan(call, biases=(False, False)).gemm1.tile for call in (whole, local)]
+    assert tiles[0] == tiles[1]
+    assert sm90_plan.plan(dataclasses.replace(local, total_experts=None), biases=(False, False)).gemm1.tile != tiles[0]
+
+
+@pytest.mark.parametrize("rows", range(1, 289))
+def test_one_expert_gets_the_cheapest_tile_for_just_its_rows(rows):
+    best = sm90_plan.best_tile(rows, 1, 1)
+    assert sm90_plan._cost(rows, best) == min(sm90_plan._cost(rows, tile) for tile in sm90_plan.TILES)
 
 
 def test_names_tell_specs_apart():

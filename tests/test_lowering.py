@@ -162,6 +162,7 @@ def test_a_kernel_that_takes_other_parameters_is_refused(monkeypatch):
     {"activation": activations.SiTU(beta=2.5, linear_beta=None), "num_experts": 3},
     {"activation": activations.GeGLU(), "hidden_size": 64, "intermediate_size": 128},
     {"activation": activations.ReLU2(), "top_k": 1},
+    {"num_tokens": 512, "total_experts": 128},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("biases", [(False, False), (True, True)])
 def test_the_command_in_the_error_makes_the_kernels(compiler, monkeypatch, changes, biases):

@@ -433,6 +433,12 @@ def test_the_good_arguments_are_good(good):
         assert jax_moe.fused_moe(**good, expert_offset=offset).shape == (T, H)
 
 
+@pytest.mark.parametrize("total", [E - 1, 64.0])
+def test_experts_in_all_are_a_number_and_no_fewer_than_here(good, total):
+    with pytest.raises(ValueError, match=f"num_experts: got {total}, needs an int of at least L = {E}"):
+        jax_moe.fused_moe(**good, num_experts=total)
+
+
 def test_there_is_no_positional_option(good):
     with pytest.raises(TypeError):
         jax_moe.fused_moe(good["x"], good["experts"], good["routing"], jax_moe.SwiGLU())

@@ -24,6 +24,7 @@ def compile(
     layer: Annotated[
         list[str] | None, typer.Option(help="L,K,H,I: local experts, top-k, hidden, intermediate.")
     ] = None,
+    num_experts: Annotated[int | None, typer.Option(help="E: experts that routes may name; default L.")] = None,
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, as 1,32 or 1-8192.")] = "1-8192",
     precision: Annotated[str, typer.Option(help="w4a16, w4a4, or both separated by a comma.")] = "w4a16",
     combine: Annotated[str, typer.Option(help="atomic, ordered, or both.")] = "atomic",
@@ -48,7 +49,7 @@ def compile(
         for one in layers:
             for options in _product(precision, combine, weight_on, out_dtype):
                 for count in counts:
-                    problem = _problem(one, count, target, function, *options)
+                    problem = _problem(one, count, num_experts, target, function, *options)
                     for launch in lowering.launches(problem, biases=(gate_up_bias, down_bias)):
                         specs[launch.spec] = None
     except KeyError as error:
@@ -106,7 +107,9 @@ def _product(*lists: str):
     return [(value, *rest) for value in lists[0].split(",") for rest in _product(*lists[1:])]
 
 
-def _problem(layer: shapes.LayerShape, tokens, target, activation, precision, combine, weight_on, out_dtype):
+def _problem(
+    layer: shapes.LayerShape, tokens, num_experts, target, activation, precision, combine, weight_on, out_dtype
+):
     block = layout.BLOCK_K  # jax_moe.prepare pads to whole ones
     return plan.Problem(
         num_tokens=tokens,
@@ -121,6 +124,7 @@ def _problem(layer: shapes.LayerShape, tokens, target, activation, precision, co
         out_dtype=jnp.dtype(out_dtype),
         layout=target,
         command_buffer=True,
+        total_experts=num_experts,
     )
 
 

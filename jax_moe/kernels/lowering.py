@@ -81,6 +81,8 @@ def command_arguments(problem: Problem, biases: tuple[bool, bool]) -> list[str]:
         f"--out-dtype {jnp.dtype(problem.out_dtype).name}",
         f"--activation {type(problem.activation).__name__},{alpha!r},{beta!r},{limit!r}",
     ]
+    if problem.total_experts is not None:
+        arguments.append(f"--num-experts {problem.total_experts}")
     if biases[0]:
         arguments.append("--gate-up-bias")
     if biases[1]:
@@ -130,7 +132,7 @@ class _Call:
         """Results 1, 2, ... of the call. The kernels write all that they read, so they may hold anything."""
         p, tile = self.problem, self.plan.token_tile
         sizes: dict[str, tuple[tuple[int, ...], object]] = {
-            "expert_tiles": ((p.num_experts + 3,), jnp.int32),
+            "expert_tiles": ((p.num_experts + 1 + specs.WORK_COUNTERS,), jnp.int32),
             "tile_expert": ((self.max_tiles,), jnp.int32),
             "row_route": ((self.max_tiles * tile,), jnp.int32),
             "row_weight": ((self.max_tiles * tile,), jnp.float32),

@@ -5,7 +5,7 @@ One counting sort. Each warp of each thread block has a contiguous part of the r
 1. every warp counts its routes of each expert, 32 at a time (``match.any``), in its own row of shared memory;
 2. the rows are summed up along the warps and then, through global memory, along the blocks of the cluster, which
    gives every (expert, warp) its first row; the experts' tile counts are summed up along the experts;
-3. the tile map and the padding rows are written;
+3. the tile map and the padding rows are written, and the GEMMs' work counters set to 0;
 4. every warp walks over its routes again and puts each where its count says. Nothing is placed by an atomic, so
    the order within an expert is that of the routes.
 
@@ -60,7 +60,10 @@ class Sort:
         expert_tiles: cute.Pointer, tile_expert: cute.Pointer, row_route: cute.Pointer, row_weight: cute.Pointer,
         block_counts: cute.Pointer, num_routes: Int32,
     ):  # fmt: skip
-        cute.arch.griddepcontrol_launch_dependents()  # GEMM1's blocks may start; they wait for this kernel's end
+        if cutlass.const_expr(self.spec.cluster == 1):
+            # GEMM1's blocks may start and wait for this kernel's end. Not with many routes, where it gains nothing and
+            # they could fill the GPU before a captured call's zeroing has started beside this kernel.
+            cute.arch.griddepcontrol_launch_dependents()
         tid, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
         warp, lane = cute.arch.make_warp_uniform(tid // _WARP), tid % _WARP
@@ -106,8 +109,8 @@ class Sort:
                 tile_map[tid] = first_tile
             if tid == 0:
                 tile_map[self.experts] = warp_tiles[self.warps]
-                for gemm in cutlass.range_constexpr(2):  # units that its blocks have taken (common/schedule.py)
-                    tile_map[self.experts + 1 + gemm] = Int32(0)
+                for counter in cutlass.range_constexpr(specs.WORK_COUNTERS):
+                    tile_map[self.experts + 1 + counter] = Int32(0)
         cute.arch.sync_threads()
 
         self._write_tiles(first_tiles, array(tile_expert), block * self.threads + tid)

@@ -5,6 +5,9 @@ import dataclasses
 MAX_EXPERTS = 512
 """Local experts that the sort has room for: a counter for each in each warp's part of shared memory."""
 
+WORK_COUNTERS = 2
+"""Words behind ``expert_tiles[L]``, one for each GEMM (``common/schedule.py``)."""
+
 _SMALL = 2048  # routes that one thread block sorts in less time than a cluster takes to meet
 _CLUSTER = 8  # blocks; the most that any GPU with clusters takes
 

@@ -12,6 +12,7 @@ import pytest
 import statement
 
 import jax_moe
+from jax_moe.kernels.sm90 import plan
 
 _CAPTURE = {"xla_gpu_graph_min_graph_size": 1}
 _EAGER = {"xla_gpu_enable_command_buffer": ""}
@@ -121,6 +122,42 @@ def test_every_size_of_batch(poison, tokens):
     case = helpers.make_case(6, tokens=tokens, hidden=256, intermediate=192, num_experts=16, top_k=4, combine="ordered")
     poison(1)
     _check(_run(case), case)
+
+
+@pytest.mark.parametrize("precision", ["w4a16", "w4a4"])
+@pytest.mark.parametrize("tile", plan.TILES, ids=lambda tile: tile.name)
+def test_every_tile(poison, monkeypatch, tile, precision):
+    """Whatever the plan would pick; experts have several tiles or few rows, stages a rest, blocks several units."""
+    monkeypatch.setattr(plan, "best_tile", lambda *_: tile)
+    for seed, tokens in ((20, 11), (21, 300)):
+        case = helpers.make_case(seed, tokens=tokens, hidden=1104, intermediate=336, num_experts=24, top_k=4,
+                                 precision=precision)  # fmt: skip
+        poison(1)
+        _check(_run(case), case)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 200])
+def test_calls_in_a_row_share_workspaces_and_no_routing(poison, tokens):
+    """One program, one graph: what a call's kernels wrote for its routing is not what the next call's read."""
+    cases = [
+        helpers.make_case(seed, tokens=tokens, hidden=256, intermediate=128, num_experts=32, top_k=2)
+        for seed in range(30, 42)
+    ]
+    first = _prepared(cases[0])
+
+    def program(x, experts, routings):
+        outs = []
+        for routing in routings:  # each waits for the one before it
+            offset = jnp.isnan(outs[-1][0, 0]).astype(jnp.int32) if outs else jnp.int32(0)
+            outs.append(jax_moe.fused_moe(x, experts, routing, expert_offset=offset))
+        return outs
+
+    op = calls.jit(program, _CAPTURE)
+    for _ in range(6):
+        poison(0.5)
+        outs = op(first.x, first.experts, [case.routing for case in cases])
+    for out, case in zip(outs, cases, strict=True):
+        _check(np.asarray(out), helpers.dataclasses.replace(cases[0], routing=case.routing))
 
 
 def test_many_addresses_eager_and_captured(poison):

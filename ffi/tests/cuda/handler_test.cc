@@ -467,8 +467,9 @@ int main() {
   static_cast<XLA_FFI_TypeId*>(JaxMoeCudaTypeId())->type_id = 1;  // as XLA sets it on registration
   const jax_moe::cuda::Driver driver = MakeDriver();
   jax_moe::cuda::SetDriverForTesting(&driver);
-  for (void (*test)() : {TestEager, TestOptions, TestCaptured, TestCounters, TestNoTokens, TestDriverFailures,
-                         TestLoading, TestRefusals, TestStaticRefusals, TestAllocations, TestThreads, TestTraits, TestNoDriver}) {
+  for (void (*test)() :
+       {TestEager, TestOptions, TestCaptured, TestCounters, TestNoTokens, TestDriverFailures, TestLoading, TestRefusals,
+        TestStaticRefusals, TestAllocations, TestThreads, TestTraits, TestNoDriver}) {
     WithRecorder(test);
   }
   std::printf("%d failures\n", num_failures);

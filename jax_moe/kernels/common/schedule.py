@@ -1,8 +1,10 @@
 """Which blocks do which units of work, and what a unit is: shared by every target's grouped GEMM.
 
-A unit is a weight tile times a token tile. A block's first unit has the block's index; every further one is the next
-that nobody has, by a counter in global memory which the sort has set to 0. Units differ too much (experts' last tiles
-hold any number of tokens) for a fixed share of them.
+A dynamic persistent tile scheduler. A unit (work tile) is a weight tile times a token tile. A block's first unit has
+the block's index; every further one is the next that nobody has, by an atomic counter in global memory which the sort
+has set to 0. Units differ too much (experts' last tiles hold any number of tokens) for a fixed share of them. The grid
+is as large as what is resident at once: on a GPU with fewer multiprocessors than planned for, the last blocks' first
+units would come after everybody else's last.
 """
 
 from cutlass import Int32, Int64

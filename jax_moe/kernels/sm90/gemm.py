@@ -3,18 +3,19 @@
 One main loop serves both GEMMs and both precisions. A thread block has one producer warpgroup and several
 consumer warpgroups. Weights are the M side of ``wgmma``: a consumer turns its share of a prepared 128 x 64 block
 (``layout.py``) into bf16 A fragments and multiplies them with N tokens that lie K-major in shared memory. Blocks are
-persistent and take units (expert, weight tile, token tile) as ``common/schedule.py`` hands them out. The producer tells
-the consumers with a unit's first stage what the unit is; a stage of no unit ends their work.
+persistent and take units (expert, weight tile, token tile) as ``common/schedule.py`` hands them out. The producer
+tells the consumers with a unit's first stage what the unit is; a stage of no unit, the sentinel, ends their work.
 
 Both kernels are launched to overlap the one before (programmatic dependent launch). A block of GEMM1 waits for that
-kernel before it reads anything. A block of GEMM2 first asks for the weights of its first unit: it may start when every
-block of GEMM1 has seen the sort's end, so the tile map is there. Then it waits for GEMM1's end.
+kernel before it reads anything. A block of GEMM2 prefetches the weights of its first unit before it waits: it starts
+only once every block of GEMM1 has seen the sort's end and said so (launch_dependents), so the tile map is there. That
+is an order by transitivity; PTX promises visibility only for the kernel that one waits for.
 
 For a block of 4608 bytes a consumer warp issues about 130 instructions, 70 of them on the integer pipe, which takes
 140 clocks where HBM takes 239: dequantisation hides behind memory for few tokens and behind the tensor cores for many.
 
 Names: ``op`` holds the kernel's operands, ``shared`` what lies in shared memory, ``me`` this thread's place, ``unit``
-one piece of work; ``slot`` and ``phase`` are the next stage of the pipeline and the parity of its barriers.
+one piece of work (work tile); ``slot`` and ``phase`` are the next stage's index and the parity of its barriers.
 """
 
 import collections
@@ -260,6 +261,14 @@ class _Gemm:
         for i, value in enumerate(values):
             shared.units[slot * 4 + i] = Int32(value)
 
+    @cute.jit
+    def _finish(self, shared, slot, phase, tid):
+        """Announces the sentinel, a stage of no unit."""
+        cute.arch.mbarrier_wait(shared.barriers + self.stages + slot, phase)
+        if tid == 0:
+            self._tell(shared, slot, (_NO_UNIT, 0, 0, 0))
+            cute.arch.mbarrier_arrive(shared.barriers + slot)
+
     def _num_units(self, op):
         return op.expert_tiles[op.local_experts] * op.m_tiles
 
@@ -471,10 +480,7 @@ class Gemm1(_Gemm):
         cute.arch.cp_async_wait_group(0)
         for _ in cutlass.range(in_flight, unroll=1):
             announced = self._announce(shared, announced, tid)
-        cute.arch.mbarrier_wait(shared.barriers + self.stages + slot, phase)
-        if tid == 0:
-            self._tell(shared, slot, (_NO_UNIT, 0, 0, 0))
-            cute.arch.mbarrier_arrive(shared.barriers + slot)
+        self._finish(shared, slot, phase, tid)
         self._announce(shared, slot, tid)
 
     @cute.jit
@@ -663,9 +669,7 @@ class Gemm2(_Gemm):
                     ptx.bulk_copy(place, source, count * self.token_bytes, full)
                     slot, phase = self._next(slot, phase)
                 index, early = taken, Int32(0)
-            cute.arch.mbarrier_wait(shared.barriers + self.stages + slot, phase)
-            self._tell(shared, slot, (_NO_UNIT, 0, 0, 0))
-            cute.arch.mbarrier_arrive(shared.barriers + slot)
+            self._finish(shared, slot, phase, tid)
 
     @cute.jit
     def _epilogue(self, op, shared, me, unit, prefetched, accumulators, width: cutlass.Constexpr):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import math
 from typing import TYPE_CHECKING
 
@@ -66,7 +65,7 @@ class Tile:
     @property
     def shared_bytes(self) -> int:
         barriers = 16 * self.stages
-        units = 16 * self.stages + 16  # what a stage is the first of, and the producers' next unit
+        units = 16 * self.stages + 16  # the unit that begins with a stage; the producers' next one, double-buffered
         rows = 8 * self.m_warpgroups * self.token_tile  # GEMM2: output row and weight, a copy for each warpgroup
         alignment = 1024
         return self.stages * self.stage_bytes + self.reduction_bytes + barriers + units + rows + alignment
@@ -83,7 +82,7 @@ def with_most_stages(
     """A tile with as many stages as shared memory holds, at most ``limit``."""
     tile = Tile(widths, m_warpgroups, k_warpgroups, stage_blocks, 0, ctas_per_sm)
     available = SHARED_MEMORY // ctas_per_sm - (_RESERVED_PER_CTA if ctas_per_sm > 1 else 0)
-    per_stage = tile.stage_bytes + 16 + 16
+    per_stage = dataclasses.replace(tile, stages=1).shared_bytes - tile.shared_bytes
     return dataclasses.replace(tile, stages=min(limit, (available - tile.shared_bytes) // per_stage))
 
 
@@ -197,7 +196,7 @@ def plan(problem: "Problem", *, biases: tuple[bool, bool]) -> Plan:
     """
     from jax_moe import activations
 
-    tile = best_tile(problem.num_routes, problem.num_experts)
+    tile = best_tile(problem.num_tokens, problem.top_k, problem.total_experts or problem.num_experts)
     alpha, beta, limit = activations.parameters(problem.activation)
     out_dtype = str(problem.out_dtype) if problem.combine == "atomic" else "float32"
     return Plan(
@@ -225,41 +224,44 @@ TILES = (
 """What a plan chooses from. Experts with about as many rows want a second width below the widest, so that few of them
 need two tiles and few multiply padding; experts with many tiles want to multiply little in their last one."""
 
-# Nanoseconds in which a multiprocessor gets through a 128 x 64 block of weights, by m warpgroups and by the rows it is
-# multiplied with; measured (benchmarks/notes-h200.md). Memory alone would take 136.
+# Nanoseconds in which a multiprocessor gets through a 128 x 64 block of GEMM1's weights, by m warpgroups and by the
+# rows that it is multiplied with; measured (benchmarks/notes-h200.md). Memory alone would take 136.
 _NANOSECONDS = {
-    1: ((8, 153), (16, 154)),
-    3: ((16, 158), (24, 168), (32, 174), (40, 188), (48, 199)),
-    2: ((32, 216), (48, 223), (64, 246), (80, 280), (96, 300), (112, 339), (128, 365), (144, 400)),
+    1: {8: 153, 16: 154},
+    3: {16: 158, 24: 168, 32: 174, 40: 188, 48: 199},
+    2: {32: 216, 48: 223, 64: 246, 80: 280, 96: 300, 112: 339, 128: 365, 144: 400},
 }
 
 
 @functools.lru_cache(maxsize=1024)
-def best_tile(num_routes: int, num_experts: int) -> Tile:
-    """The tile with the least expected time, if routes fall on experts at random."""
-    return min(TILES, key=lambda tile: _expected_cost(num_routes / num_experts, tile))
+def best_tile(num_tokens: int, top_k: int, num_experts: int) -> Tile:
+    """The tile with the least expected time, if tokens choose ``top_k`` of ``num_experts`` experts at random."""
+    probability = min(1.0, top_k / num_experts)
+    return min(TILES, key=lambda tile: _expected_cost(num_tokens, probability, tile))
 
 
-def _expected_cost(mean: float, tile: Tile) -> float:
-    """Of an expert that some routes fall on; their number has a Poisson distribution with this mean."""
-    spread = math.sqrt(mean)
-    cost_of = {width: _cost(tile.m_warpgroups, width) for width in tile.widths}
+def _expected_cost(num_tokens: int, probability: float, tile: Tile) -> float:
+    """Of an expert that some tokens choose; their number has a binomial distribution."""
+    if probability == 1.0:
+        return _cost(num_tokens, tile)
+    mean = num_tokens * probability
+    spread = math.sqrt(mean * (1 - probability))
+    step = math.ceil(spread / 16)
     total = weight = 0.0
-    for count in range(max(1, math.floor(mean - 4 * spread)), math.ceil(mean + 4 * spread) + 2, math.ceil(spread / 16)):
-        probability = math.exp(count * math.log(mean) - mean - math.lgamma(count + 1))
-        full, rest = divmod(count, tile.token_tile)
-        cost = full * cost_of[tile.token_tile]
-        if rest:
-            cost += next(cost_of[width] for width in tile.widths if width >= rest)
-        total += probability * cost
-        weight += probability
+    for count in range(
+        max(1, math.floor(mean - 4 * spread)), min(num_tokens, math.ceil(mean + 4 * spread) + 1) + 1, step
+    ):
+        rest = num_tokens - count
+        ways = math.lgamma(num_tokens + 1) - math.lgamma(count + 1) - math.lgamma(rest + 1)
+        likelihood = math.exp(ways + count * math.log(probability) + rest * math.log1p(-probability))
+        total += likelihood * _cost(count, tile)
+        weight += likelihood
     return total / weight
 
 
-def _cost(m_warpgroups: int, width: int) -> float:
-    """Between measured widths, a straight line."""
-    points = _NANOSECONDS[m_warpgroups]
-    for (width0, cost0), (width1, cost1) in itertools.pairwise(points):
-        if width <= width1:
-            return cost0 + (cost1 - cost0) * (width - width0) / (width1 - width0)
-    return points[-1][1]
+def _cost(rows: int, tile: Tile) -> float:
+    """Of a block of an expert with so many rows."""
+    nanoseconds = _NANOSECONDS[tile.m_warpgroups]
+    full, rest = divmod(rows, tile.token_tile)
+    cost = full * nanoseconds[tile.token_tile]
+    return cost + nanoseconds[next(width for width in tile.widths if width >= rest)] if rest else cost
