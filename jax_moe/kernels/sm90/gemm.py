@@ -274,6 +274,12 @@ class _Gemm:
 
     # -- the kernel ---------------------------------------------------------------------------------------------
 
+    def _launch_options(self, ctas, stream):
+        return {
+            "grid": (ctas, 1, 1), "block": (self.threads, 1, 1), "stream": stream, "use_pdl": self.spec.pdl,
+            "min_blocks_per_mp": self.tile.ctas_per_sm, "preferred_smem_carveout": 100,
+        }  # fmt: skip
+
     @cute.jit
     def _run(self, op):
         tid, _, _ = cute.arch.thread_idx()
@@ -382,10 +388,7 @@ class Gemm1(_Gemm):
         self.kernel(
             x, row_route, tile_expert, expert_tiles, payload, global_scale, input_scale, bias, down_input_scale, h, H,
             row_divisor, local_experts, m_blocks, k_blocks,
-        ).launch(
-            grid=(ctas, 1, 1), block=(self.threads, 1, 1), stream=stream,
-            min_blocks_per_mp=self.tile.ctas_per_sm, preferred_smem_carveout=100, use_pdl=self.spec.pdl,
-        )  # fmt: skip
+        ).launch(**self._launch_options(ctas, stream))  # fmt: skip
 
     @cute.kernel
     def kernel(
@@ -588,10 +591,7 @@ class Gemm2(_Gemm):
         self.kernel(
             h, row_route, row_weight, tile_expert, expert_tiles, payload, global_scale, input_scale, bias, out, H,
             row_divisor, local_experts, m_blocks, k_blocks, h_blocks,
-        ).launch(
-            grid=(ctas, 1, 1), block=(self.threads, 1, 1), stream=stream,
-            min_blocks_per_mp=self.tile.ctas_per_sm, preferred_smem_carveout=100, use_pdl=self.spec.pdl,
-        )  # fmt: skip
+        ).launch(**self._launch_options(ctas, stream))  # fmt: skip
 
     @cute.kernel
     def kernel(
