@@ -449,55 +449,7 @@ def test_w4a16_needs_no_input_scales(good):
     helpers.assert_bit_equal(jax_moe.fused_moe(**good), jax_moe.fused_moe(**without))
 
 
-# --- quantize_experts and calibrate -------------------------------------------------------------------------------
-
-DENSE = {
-    "gate": np.zeros((E, I, H), np.float32),
-    "up": np.zeros((E, I, H), np.float32),
-    "down": np.zeros((E, H, I), np.float32),
-}
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"up": None}, TypeError, "up: got NoneType, needs an array"),
-        ({"up": [[[0.0]]]}, TypeError, "up: got list, needs an array"),
-        ({"up": np.zeros((I, H), np.float32)}, ValueError, r"up: got shape \(32, 48\), needs \[E, I, H\]"),
-        ({"up": np.zeros((E, I, H), np.int32)}, TypeError, "up: got dtype int32, needs floats"),
-        ({"gate": np.zeros((E, H, I), np.float32)}, ValueError, r"gate: got shape \(4, 48, 32\), needs \[4, 32, 48\]"),
-        ({"gate": np.zeros((E, I, H), np.int8)}, TypeError, "gate: got dtype int8, needs floats"),
-        ({"down": np.zeros((E, I, H), np.float32)}, ValueError, r"down: got shape \(4, 32, 48\), needs \[4, 48, 32\]"),
-        ({"down": None}, TypeError, "down: got NoneType, needs an array"),
-        ({"down": np.zeros((E, H, I), bool)}, TypeError, "down: got dtype bool, needs floats"),
-        ({"gate_bias": np.zeros((E, I))}, ValueError, "gate_bias, up_bias: got only one"),
-        ({"up_bias": np.zeros((E, I))}, ValueError, "gate_bias, up_bias: got only one"),
-        ({"gate": None, "gate_bias": np.zeros((E, I))}, ValueError, "gate_bias: got an array, but there is no gate"),
-        ({"up_bias": np.zeros((E, H))}, ValueError, r"up_bias: got shape \(4, 48\), needs \[4, 32\]"),
-        ({"down_bias": np.zeros((E, I))}, ValueError, r"down_bias: got shape \(4, 32\), needs \[4, 48\]"),
-    ],
-    ids=str,
-)
-def test_quantize_experts_refuses(change, error, message):
-    with pytest.raises(error, match=message):
-        jax_moe.quantize_experts(**DENSE | change)
-
-
-@pytest.mark.parametrize(
-    ("num_experts", "intermediate", "hidden", "message"),
-    [
-        (0, 32, 48, "E = 0"),
-        (4, 24, 48, "I = 24.*16"),
-        (4, 32, 40, "H = 40.*16"),
-        (4, 0, 48, "I = 0"),
-        (4, 32, 0, "H = 0"),
-    ],
-)
-def test_quantize_experts_refuses_sizes(num_experts, intermediate, hidden, message):
-    up, down = np.zeros((num_experts, intermediate, hidden)), np.zeros((num_experts, hidden, intermediate))
-    with pytest.raises(ValueError, match=message):
-        jax_moe.quantize_experts(None, up, down)
-
+# --- calibrate ----------------------------------------------------------------------------------------------------
 
 NOT_CALIBRATES = ("offset", "out_dtype", "combine", "precision", "w4a4", "command_buffer")
 
