@@ -16,35 +16,19 @@ import pathlib
 import sys
 
 from gemm_problem import Driver, make_layer, Op, quantise, random_prepared_layer
-from gemm_suites import ACTIVATIONS, CASES, MODES, resolve, shapes, suite_specs, tile, timed
+from gemm_suites import ACTIVATIONS, CASES, compile, MODES, resolve, shapes, suite_specs, tile, timed
+from gpu_op import floor_seconds
 
 
 def build(folder, suites):
-    os.environ["CUTE_DSL_ARCH"] = "sm_90a"
-    dump = folder / "dump"
-    dump.mkdir(parents=True, exist_ok=True)
-    os.environ["CUTE_DSL_KEEP"], os.environ["CUTE_DSL_DUMP_DIR"] = "cubin", str(dump)
-    import cutlass.cute as cute
-
-    manifest_path = folder / "manifest.json"
+    """The suites' kernels as files, compiled (or taken from the cache) as for a call of the op."""
     manifest = {}
-    for suite in suites:
-        for spec in suite_specs(suite):
-            if spec.name in manifest:
-                continue
-            function, arguments = spec.entry()
-            cute.compile(function, *arguments)
-            (cubin,) = dump.glob("*.cubin")
-            target = folder / f"{len(manifest)}.cubin"
-            cubin.replace(target)
-            tile = getattr(spec, "tile", None)
-            manifest[spec.name] = {
-                "file": target.name,
-                "threads": spec.threads,
-                "smem": tile.shared_bytes if tile else 0,
-            }
-    manifest_path.write_text(json.dumps(manifest))
-    dump.rmdir()
+    for spec in dict.fromkeys(spec for suite in suites for spec in suite_specs(suite)):
+        kernel = compile.compiled(spec, "sm_90a")
+        file = folder / f"{len(manifest)}.cubin"
+        file.write_bytes(kernel.image)
+        manifest[spec.name] = {"file": file.name, "threads": kernel.threads, "smem": kernel.shared_bytes}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     print(len(manifest), "kernels", sum(f.stat().st_size for f in folder.iterdir()) / 1e6, "MB")
 
 
@@ -110,7 +94,7 @@ def check(driver):
         weights = torch.rand(T, K, generator=g, device="cuda")
         if exact:
             weights = torch.round(weights * 4) / 4
-        op = Op(driver, layer, x, ids, weights, tile(t), tile(t), precision, activation, bias, combine, out)
+        op = Op(driver, layer, x, ids, weights, tile(t), precision, activation, bias, combine, out)
         worst = []
         for _ in range(3):
             op.out.fill_(float("nan"))
@@ -159,15 +143,15 @@ def time_graph(torch, calls, replays=5):
 
 def bench(driver, model, variants_of, profile=False):
     torch = driver.torch
-    E, K, H, inner = dataclasses.astuple(shapes.MODELS[model])
+    shape = shapes.MODELS[model]
+    E, K, H, inner = dataclasses.astuple(shape)
     layer = random_prepared_layer(torch, E, 2, H, inner, 5)
-    expert_bytes = 3 * H * inner * 9 / 16
     results = []
     for T, variants in variants_of.items():
         calls = 1 if profile else 8 if T <= 512 else 2
         g = torch.Generator("cuda").manual_seed(T)
-        touched = E * (1 - (1 - K / E) ** T)
-        floor = max(touched * expert_bytes / 4.46e6, 6 * T * K * H * inner / 791e6)
+        touched = shape.touched_experts(T)
+        floor = floor_seconds(shape, T, touched) * 1e6
         inputs = []
         for _ in range(calls):
             ids = torch.rand(T, E, generator=g, device="cuda").topk(K, dim=1).indices.int()
@@ -182,7 +166,7 @@ def bench(driver, model, variants_of, profile=False):
             t = resolve(text, model, T)
             for precision, combine in MODES[: 1 if number else None]:
                 ops = [
-                    Op(driver, layer, x, ids, w, t, t, precision, ACTIVATIONS[0], False, combine, "bfloat16")
+                    Op(driver, layer, x, ids, w, t, precision, ACTIVATIONS[0], False, combine, "bfloat16")
                     for x, ids, w in inputs
                 ]
                 if profile:
@@ -192,7 +176,7 @@ def bench(driver, model, variants_of, profile=False):
                 one = time_graph(torch, [op.run1 for op in ops])
                 two = time_graph(torch, [op.run2 for op in ops])
                 both = time_graph(torch, [op.run for op in ops])
-                work = touched * expert_bytes / both / 1e6 if T <= 256 else 6 * T * K * H * inner / both / 1e6
+                work = (touched * shape.weight_bytes_per_expert if T <= 256 else shape.flops(T)) / both / 1e6
                 results.append(
                     dict(
                         model=model,

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import types
 
-from gemm_suites import gemm1, gemm2, import_without_library, plan
+from gemm_suites import gemm1, gemm2, import_without_library, plan, specs
 
 
 class Driver:
@@ -54,7 +54,7 @@ class Driver:
         self.call("cuLaunchKernel", function, grid, 1, 1, entry["threads"], 1, 1, entry["smem"], stream, pointers, None)
 
 
-def tile_map(torch, ids, weights, L, N, poison=True):
+def tile_map(torch, ids, weights, L, N):
     """What sort writes, by torch; ids [T, K] int32, local ones in [0, L)."""
     T, K = ids.shape
     R = T * K
@@ -65,7 +65,7 @@ def tile_map(torch, ids, weights, L, N, poison=True):
     order = torch.sort(key, stable=True).indices
     counts = torch.bincount(key, minlength=L + 1)[:L]
     tile_counts = (counts + N - 1) // N
-    starts = torch.zeros(L + 3, dtype=torch.long, device=ids.device)  # the last two count the units that were taken
+    starts = torch.zeros(L + 1 + specs.WORK_COUNTERS, dtype=torch.long, device=ids.device)
     starts[1 : L + 1] = tile_counts.cumsum(0)
     first_row = torch.zeros(L + 1, dtype=torch.long, device=ids.device)
     first_row[1:] = counts.cumsum(0)
@@ -75,7 +75,7 @@ def tile_map(torch, ids, weights, L, N, poison=True):
     position = torch.arange(len(order), device=ids.device) - first_row[sorted_expert]
     padded = starts[sorted_expert] * N + position
     num = int(starts[L])
-    junk = 0x7FFFFFF0 if poison else 0
+    junk = 0x7FFFFFF0
     row_route = torch.full((tiles * N,), junk, dtype=torch.int32, device=ids.device)
     row_route[: num * N] = -1
     row_route[padded] = order.int()
@@ -194,13 +194,11 @@ def quantise(values, scale):
 class Op:
     """GEMM1, GEMM2 (and combine) of one problem: operands, workspaces and launches."""
 
-    def __init__(
-        self, driver, layer, x, ids, weights, t1, t2, precision, activation, bias, combine, out, limit_experts=None
-    ):
+    def __init__(self, driver, layer, x, ids, weights, tile, precision, activation, bias, combine, out):
         torch = driver.torch
         self.driver, self.layer, self.x, self.ids, self.combine = driver, layer, x, ids, combine
         self.T, self.K = ids.shape
-        self.N = t1.token_tile
+        self.N = tile.token_tile
         self.map = tile_map(torch, ids, weights, layer.L, self.N)
         gated = layer.P == 2
         self.I_blocks = layer.gate_up.payload.shape[1] * (1 if gated else 2)
@@ -212,19 +210,21 @@ class Op:
         self.contributions = None
         if combine == "ordered":
             self.contributions = torch.full((self.T * self.K, layer.H), float("nan"), device="cuda")
-        self.s1, self.s2 = gemm1(t1, precision, activation, bias), gemm2(t2, precision, bias, combine, out)
+        self.s1, self.s2 = gemm1(tile, precision, activation, bias), gemm2(tile, precision, bias, combine, out)
         self.s3 = plan.CombineSpec(out)
         self.w4a4, self.bias = precision == "w4a4", bias
         self.x_rows = quantise(x, layer.gate_up.input_scale) if self.w4a4 and layer.dense else x
         self.offset = torch.zeros(1, dtype=torch.int32, device="cuda")
 
+    def _launch_gemm(self, spec, *arguments):
+        self.map["expert_tiles"][self.layer.L + 1 :].zero_()  # the work counters; the sort's work, about 1 us
+        self.driver.launch(spec.name, self.driver.sms * spec.tile.ctas_per_sm, *arguments)
+
     def run1(self):
-        self.map["expert_tiles"][self.layer.L + 1 :].zero_()  # the sort's work; about 1 us
         layer, tiles = self.layer, self.map
         g = layer.gate_up
-        self.driver.launch(
-            self.s1.name,
-            self.driver.sms * self.s1.tile.ctas_per_sm,
+        self._launch_gemm(
+            self.s1,
             self.x_rows,
             tiles["row_route"],
             tiles["tile_expert"],
@@ -243,13 +243,11 @@ class Op:
         )
 
     def run2(self):
-        self.map["expert_tiles"][self.layer.L + 1 :].zero_()
         layer, tiles = self.layer, self.map
         d = layer.down
         target, divisor = (self.out, self.K) if self.combine == "atomic" else (self.contributions, 1)
-        self.driver.launch(
-            self.s2.name,
-            self.driver.sms * self.s2.tile.ctas_per_sm,
+        self._launch_gemm(
+            self.s2,
             self.h,
             tiles["row_route"],
             tiles["row_weight"],

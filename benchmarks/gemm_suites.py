@@ -20,7 +20,9 @@ def import_without_library(name):
     return importlib.import_module(name)
 
 
+compile = import_without_library("jax_moe.kernels.compile")
 plan = import_without_library("jax_moe.kernels.sm90.plan")
+specs = import_without_library("jax_moe.kernels.specs")
 shapes = import_without_library("jax_moe.shapes")
 
 

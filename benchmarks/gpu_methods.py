@@ -105,6 +105,26 @@ def op_chain(op, *, chained: bool):
     return chain
 
 
+def chain_arguments(shape: shapes.LayerShape, weights, count: int, length: int):
+    """Arguments of :func:`op_chain`'s function, and the mean number of experts that a call touches."""
+    import jax.numpy as jnp
+
+    ids, routing_weights, touched = routings(shape, count, length)
+    return (
+        random_x(shape, count),
+        weights,
+        list(map(jnp.asarray, ids)),
+        list(map(jnp.asarray, routing_weights)),
+    ), touched
+
+
+def captured(chain):
+    """``chain`` under ``jax.jit``, recorded into a command buffer however short it is."""
+    import jax
+
+    return jax.jit(chain, compiler_options={"xla_gpu_graph_min_graph_size": 1})
+
+
 def run_jax(function, arguments, programs: int) -> None:
     for _ in range(programs):
         out = function(*arguments)
@@ -120,7 +140,6 @@ def ours(model: str, precision: Any, combine: Any):
     is in x, and that kernel would be a twentieth of a call: there the calls are chained.
     """
     import jax
-    import jax.numpy as jnp
 
     import jax_moe
 
@@ -129,13 +148,9 @@ def ours(model: str, precision: Any, combine: Any):
     op = functools.partial(jax_moe.fused_moe, precision=precision, combine=combine, activation=activation)
 
     def make(count, length):
-        ids, routing_weights, touched = routings(shape, count, length)
+        arguments, touched = chain_arguments(shape, weights, count, length)
         chain = op_chain(op, chained=count <= _CHAINED_TOKENS)
-        compiled = jax.jit(chain, compiler_options={"xla_gpu_graph_min_graph_size": 1})
-        eager = jax.jit(chain, compiler_options={"xla_gpu_enable_command_buffer": ""})
-        arguments = (
-            random_x(shape, count), weights, [jnp.asarray(i) for i in ids], [jnp.asarray(w) for w in routing_weights],
-        )  # fmt: skip
+        compiled, eager = captured(chain), jax.jit(chain, compiler_options={"xla_gpu_enable_command_buffer": ""})
 
         def start_eagerly(programs) -> float:
             start = time.perf_counter()

@@ -147,7 +147,7 @@ def _row(make, model: str, method: str, count: int, repeats: int) -> dict:
     runs = max(3, min(repeats, round(_SECONDS / (one * programs))))
     seconds = statistics.median(timed(chain.run, programs) for _ in range(runs)) / (programs * length)
     weights, flop = chain.touched * shape.weight_bytes_per_expert, shape.flops(count)
-    floor = max(weights / READ_BYTES_PER_SECOND, flop / FLOP_PER_SECOND)
+    floor = floor_seconds(shape, count, chain.touched)
     row = {
         "tokens": count, "seconds": seconds, "touched_experts": chain.touched, "floor_seconds": floor,
         "ratio": seconds / floor, "weight_bytes_per_second": weights / seconds, "flop_per_second": flop / seconds,
@@ -157,6 +157,11 @@ def _row(make, model: str, method: str, count: int, repeats: int) -> dict:
         host = statistics.median(chain.start_eagerly(2) for _ in range(repeats))
         row["eager_host_seconds"] = host / (2 * length)
     return row
+
+
+def floor_seconds(shape, count: int, touched: float) -> float:
+    """What the hardware takes at least for so many tokens that touch so many experts; see the module's text."""
+    return max(touched * shape.weight_bytes_per_expert / READ_BYTES_PER_SECOND, shape.flops(count) / FLOP_PER_SECOND)
 
 
 def timed(run, programs: int) -> float:

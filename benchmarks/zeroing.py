@@ -31,8 +31,6 @@ sys.path[:0] = [str(pathlib.Path(__file__).parents[1] / folder) for folder in ("
 import calls  # noqa: E402
 import gpu_methods  # noqa: E402
 import gpu_op  # noqa: E402
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
 
 import jax_moe  # noqa: E402
 from jax_moe import ffi, shapes  # noqa: E402
@@ -64,13 +62,9 @@ def main(
 
 def _program(model, target, weights, activation, count):
     """``run(programs)`` of a chain whose calls go to ``target``; compiled and captured."""
-    shape = shapes.MODELS[model]
-    ids, routing_weights, _ = gpu_methods.routings(shape, count, _CHAIN)
-    op = functools.partial(jax_moe.fused_moe, activation=activation)
-    chain = gpu_methods.op_chain(op, chained=False)
-    compiled = jax.jit(chain, compiler_options={"xla_gpu_graph_min_graph_size": 1})
-    routing = [jnp.asarray(i) for i in ids], [jnp.asarray(w) for w in routing_weights]
-    run = functools.partial(gpu_methods.run_jax, compiled, (gpu_methods.random_x(shape, count), weights, *routing))
+    arguments, _ = gpu_methods.chain_arguments(shapes.MODELS[model], weights, count, _CHAIN)
+    chain = gpu_methods.op_chain(functools.partial(jax_moe.fused_moe, activation=activation), chained=False)
+    run = functools.partial(gpu_methods.run_jax, gpu_methods.captured(chain), arguments)
     with _target(target):
         run(4)
     return run

@@ -10,22 +10,13 @@ import struct
 import jax.numpy as jnp
 import pytest
 
-from jax_moe import activations
+from jax_moe import activations, shapes
 from jax_moe.kernels import compile
 from jax_moe.kernels.sm90 import plan as sm90_plan
 from jax_moe.plan import Problem
 
 HAS_DSL = importlib.util.find_spec("cutlass") is not None
 needs_dsl = pytest.mark.skipif(not HAS_DSL, reason="nvidia-cutlass-dsl is not installed")
-
-MODELS = {  # E, K, H, I
-    "qwen3-30b-a3b": (128, 8, 2048, 768),
-    "qwen3-235b-a22b": (128, 8, 4096, 1536),
-    "deepseek-r1-ep8": (32, 8, 7168, 2048),
-    "mixtral-8x7b": (8, 2, 4096, 14336),
-    "gpt-oss-120b": (128, 4, 2880, 2880),
-}
-TOKENS = (1, 8, 32, 128, 512, 2048, 8192)
 
 # The low 12 bits of an sm_90 instruction, as nvdisasm -hex shows them.
 HGMMA, WARPGROUP, LOCAL_LOAD, LOCAL_STORE = 0xDF0, 0x9C5, 0x983, 0x387
@@ -34,13 +25,10 @@ GPT_OSS = activations.SwiGLU(alpha=1.702, beta=1.0, limit=7.0)
 
 
 def problem(model, tokens, precision="w4a16", combine="atomic", activation=SWIGLU, out_dtype=jnp.bfloat16):
-    experts, top_k, hidden, intermediate = MODELS[model]
+    layer = shapes.MODELS[model]
     return Problem(
         num_tokens=tokens,
-        top_k=top_k,
-        num_experts=experts,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
+        **dataclasses.asdict(layer),
         activation=activation,
         precision=precision,
         combine=combine,
@@ -56,13 +44,13 @@ def planned_specs():
     specs = {}
     plans = [
         sm90_plan.plan(problem(model, tokens, precision, combine), biases=(False, False))
-        for model in MODELS
-        for tokens in TOKENS
+        for model in shapes.MODELS
+        for tokens in shapes.TOKENS
         for precision, combine in itertools.product(("w4a16", "w4a4"), ("atomic", "ordered"))
     ]
     for tile, plan in itertools.product(sm90_plan.TILES, plans[:4]):
         gemm1, gemm2 = (dataclasses.replace(gemm, tile=tile) for gemm in (plan.gemm1, plan.gemm2))
-        plans.append(dataclasses.replace(plan, token_tile=tile.token_tile, gemm1=gemm1, gemm2=gemm2))
+        plans.append(dataclasses.replace(plan, gemm1=gemm1, gemm2=gemm2))
     for activation in (GPT_OSS, activations.GeGLU(), activations.ReLU2(), activations.SiTU()):
         for tokens, precision in ((32, "w4a16"), (512, "w4a4"), (8192, "w4a4")):
             call = problem("gpt-oss-120b", tokens, precision, "atomic", activation, jnp.float32)
@@ -115,11 +103,14 @@ def test_machine_code(spec):
 
 
 def test_tiles_fit_and_grow_with_the_routes():
-    for model in MODELS:
-        experts, top_k, _, _ = MODELS[model]
-        tiles = [sm90_plan.best_tile(tokens, top_k, experts) for tokens in TOKENS]
+    for layer in shapes.MODELS.values():
+        tiles = [sm90_plan.best_tile(tokens, layer.top_k, layer.num_experts) for tokens in shapes.TOKENS]
         # With more rows an expert than the widest tile has, what its last tile pads decides.
-        one_tile = [t.token_tile for t, n in zip(tiles, TOKENS, strict=True) if n * top_k / experts <= 144]
+        one_tile = [
+            t.token_tile
+            for t, n in zip(tiles, shapes.TOKENS, strict=True)
+            if n * layer.top_k / layer.num_experts <= 144
+        ]
         assert one_tile == sorted(one_tile)
         for tile in tiles:
             assert tile.stages >= 2

@@ -8,12 +8,11 @@ import cutlass
 from cutlass import BFloat16, Float32, Int32, Int64
 import cutlass.cute as cute
 
-from jax_moe import nvfp4
 from jax_moe.kernels import specs
 from jax_moe.kernels.common import epilogue
 from jax_moe.kernels.common.memory import array, pointer
 
-_BLOCK = nvfp4.BLOCK_SIZE
+_BLOCK = 16  # as nvfp4.BLOCK_SIZE; not imported, because the kernel cache is keyed by the sources of this package alone
 
 
 class Rows:

@@ -236,7 +236,8 @@ class _Gemm:
     def _copy_weights(self, op, shared, slot, unit, k_block, count, extra):
         """One thread: announces a stage's bytes, ``extra`` of each block somebody else's, and copies its weights.
 
-        The stage is ``count`` blocks, which are neighbours in memory, for each m warpgroup.
+        The stage is ``count`` blocks, which are neighbours in memory, for each m warpgroup. With the first one go the
+        unit and its width.
         """
         if k_block == 0:
             width = Int32(self.tile.widths[0])

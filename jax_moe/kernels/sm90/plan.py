@@ -170,12 +170,15 @@ class CombineSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The kernels of one call."""
+    """The kernels of one call; both GEMMs have the same tile."""
 
-    token_tile: int
     gemm1: Gemm1Spec
     gemm2: Gemm2Spec
     combine: CombineSpec | None
+
+    @property
+    def token_tile(self) -> int:
+        return self.gemm1.tile.token_tile
 
     def specs(self) -> tuple[Gemm1Spec | Gemm2Spec | CombineSpec, ...]:
         specs = (self.gemm1, self.gemm2)
@@ -200,7 +203,6 @@ def plan(problem: "Problem", *, biases: tuple[bool, bool]) -> Plan:
     alpha, beta, limit = activations.parameters(problem.activation)
     out_dtype = str(problem.out_dtype) if problem.combine == "atomic" else "float32"
     return Plan(
-        tile.token_tile,
         Gemm1Spec(
             tile, problem.precision, problem.activation.kind, problem.activation.gated, alpha, beta, limit, biases[0]
         ),
