@@ -128,6 +128,14 @@ def test_experts_elsewhere_have_their_share_of_the_routes():
     assert sm90_plan.plan(dataclasses.replace(local, total_experts=None), biases=(False, False)).gemm1.tile != tiles[0]
 
 
+def test_the_cost_of_an_expert_is_that_of_all_its_tiles():
+    tile = next(tile for tile in sm90_plan.TILES if tile.widths == (128, 144))
+    whole, part = (sm90_plan._NANOSECONDS[tile.m_warpgroups][width] for width in (144, 128))
+    assert [sm90_plan._cost(rows, tile) for rows in (1, 128, 129, 144, 145, 288, 289)] == [
+        part, part, whole, whole, whole + part, 2 * whole, 2 * whole + part,
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("rows", range(1, 289))
 def test_one_expert_gets_the_cheapest_tile_for_just_its_rows(rows):
     best = sm90_plan.best_tile(rows, 1, 1)
