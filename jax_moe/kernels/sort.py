@@ -24,6 +24,7 @@ from jax_moe.kernels.common.memory import array, pointer
 _WARP = 32
 _ALL_LANES = 0xFFFFFFFF
 _UNROLL = 4  # loads in flight; a step waits for memory alone
+_PADDING_LANES = 8  # that mark one expert's padding: few rows where tiles are small, and then there are few warps
 
 
 class Sort:
@@ -82,10 +83,9 @@ class Sort:
         cute.arch.sync_threads()
 
         # Whole steps of 32 routes for each warp.
-        global_warp = block * self.warps + warp
         all_warps = self.warps * self.spec.cluster
         steps = (num_routes + all_warps * _WARP - 1) // (all_warps * _WARP)
-        first = global_warp * steps * _WARP + lane
+        first = (block * self.warps + warp) * steps * _WARP + lane
 
         mine = warp * self.experts
         for chunk in cutlass.range(0, steps, _UNROLL):
@@ -113,8 +113,9 @@ class Sort:
                     tile_map[self.experts + 1 + counter] = Int32(0)
         cute.arch.sync_threads()
 
-        self._write_tiles(first_tiles, array(tile_expert), block * self.threads + tid)
-        self._write_padding(first_tiles, totals, row_route, global_warp, lane)
+        thread = block * self.threads + tid
+        self._write_tiles(first_tiles, array(tile_expert), thread)
+        self._write_padding(first_tiles, totals, row_route, thread)
 
         for chunk in cutlass.range(0, steps, _UNROLL):
             experts = [self._expert(routes, first, chunk + i, steps, num_routes) for i in range(_UNROLL)]
@@ -228,10 +229,11 @@ class Sort:
             tile_expert[tile] = low
 
     @cute.jit
-    def _write_padding(self, first_tiles, totals, row_route, global_warp, lane):
+    def _write_padding(self, first_tiles, totals, row_route, thread):
         """Marks the rows behind each expert's last one."""
-        for expert in cutlass.range(global_warp, self.experts, self.warps * self.spec.cluster):
+        groups = self.threads * self.spec.cluster // _PADDING_LANES
+        for expert in cutlass.range(thread // _PADDING_LANES, self.experts, groups):
             first = first_tiles[expert] * self.spec.token_tile + totals[expert]
             end = first_tiles[expert + 1] * self.spec.token_tile
-            for row in cutlass.range(first + lane, end, _WARP):
+            for row in cutlass.range(first + thread % _PADDING_LANES, end, _PADDING_LANES):
                 row_route[row] = Int32(-1)

@@ -55,8 +55,8 @@ def sort_spec(num_routes: int, num_experts: int, token_tile: int, weighted: bool
         raise ValueError(f"experts: got {num_experts} local experts, the GPU kernels take at most {MAX_EXPERTS}")
     if num_routes > _SMALL:
         return SortSpec(token_tile, num_experts, warps=32, cluster=_CLUSTER, weighted=weighted)
-    # A warp for each 64 routes, and a thread for each expert.
-    warps = max(4, -(-num_routes // 64), -(-num_experts // 32))
+    # A warp for each 64 routes, a thread for each expert, and enough to mark many experts' padding side by side.
+    warps = max(8, -(-num_routes // 64), -(-num_experts // 32))
     return SortSpec(token_tile, num_experts, warps=1 << (warps - 1).bit_length(), cluster=1, weighted=weighted)
 
 
