@@ -11,8 +11,9 @@ kernel before it reads anything. A block of GEMM2 prefetches the weights of its 
 only once every block of GEMM1 has seen the sort's end and said so (launch_dependents), so the tile map is there. That
 is an order by transitivity; PTX promises visibility only for the kernel that one waits for.
 
-For a block of 4608 bytes a consumer warp issues about 130 instructions, 70 of them on the integer pipe, which takes
-140 clocks where HBM takes 239: dequantisation hides behind memory for few tokens and behind the tensor cores for many.
+For a block of 4608 bytes a consumer warp issues about 147 instructions, 70 of them on the integer pipe, which takes
+140 clocks where HBM takes 239: dequantisation hides behind memory, but behind the tensor cores only in part
+(benchmarks/notes-h200.md has what was measured and tried).
 
 Names: ``op`` holds the kernel's operands, ``shared`` what lies in shared memory, ``me`` this thread's place, ``unit``
 one piece of work (work tile); ``slot`` and ``phase`` are the next stage's index and the parity of its barriers.
