@@ -22,12 +22,12 @@ _CHAINED_TOKENS = 128
 class Chain:
     """``run(programs)`` runs the chain so often and waits for it; ``touched``: experts with a token, mean of the calls.
 
-    ``start_eagerly(programs)`` returns the seconds that the host takes to start the chain without a command buffer.
+    ``start_eagerly()`` returns the seconds that the host takes to start the chain without a command buffer.
     """
 
     run: Callable[[int], None]
     touched: float
-    start_eagerly: Callable[[int], float] | None = None
+    start_eagerly: Callable[[], float] | None = None
 
 
 def routings(shape: shapes.LayerShape, count: int, length: int):
@@ -152,11 +152,11 @@ def ours(model: str, precision: Any, combine: Any):
         chain = op_chain(op, chained=count <= _CHAINED_TOKENS)
         compiled, eager = captured(chain), jax.jit(chain, compiler_options={"xla_gpu_enable_command_buffer": ""})
 
-        def start_eagerly(programs) -> float:
+        def start_eagerly() -> float:
             start = time.perf_counter()
-            outs = [eager(*arguments) for _ in range(programs)]
+            out = eager(*arguments)
             elapsed = time.perf_counter() - start
-            jax.block_until_ready(outs)
+            out.block_until_ready()
             return elapsed
 
         return Chain(functools.partial(run_jax, compiled, arguments), touched, start_eagerly)
