@@ -1,8 +1,8 @@
 """humming-kernels as a peer for benchmarks/gpu_op.py: its two NVFP4 GEMMs alone, without sort, activation or combine.
 
-Written against the sources of vllm-project/humming (the HummingLayer and HummingMethod that 0.1.19 is of too), and not
-yet run: the package was nowhere to be had. `indexed` is its GEMM that gathers rows itself, as ours does: GEMM1 from
-tokens to routes, GEMM2 from routes to routes. Its tables of sorted routes are made beforehand and are not in the time.
+Run against the Python of humming-kernels 0.1.19 with CUDA faked, and not yet on a GPU. `indexed` is its GEMM that
+gathers rows itself, as ours does: GEMM1 from tokens to routes, GEMM2 from routes to routes. Its tables of sorted routes
+are made beforehand and are not in the time.
 """
 
 import json

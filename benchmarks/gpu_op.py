@@ -236,11 +236,15 @@ def _plot(document, picture: pathlib.Path) -> None:
         for method in dict.fromkeys(row["method"] for row in rows if row["model"] == model):
             mine = [row for row in rows if row["model"] == model and row["method"] == method]
             axis.plot([row["tokens"] for row in mine], [row["ratio"] for row in mine], marker="o", label=method)
+        counts = sorted({row["tokens"] for row in rows if row["model"] == model})
         axis.set(title=model, xlabel="tokens", xscale="log", yscale="log")
+        axis.set_xticks(counts, map(str, counts))
+        axis.set_xticks([], minor=True)
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.axhline(1, color="black", linewidth=0.8)
         axis.grid(which="both", alpha=0.3)
         axis.legend()
-    axes[0][0].set_ylabel("time / floor")
+    axes[0][0].set_ylabel("time, in multiples of the physical floor")
     figure.suptitle(f"{document['environment']['gpu']}, {document['environment']['time'][:10]}")
     figure.tight_layout()
     figure.savefig(picture, dpi=120)
