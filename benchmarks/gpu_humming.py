@@ -10,6 +10,7 @@ import json
 import gpu_methods
 
 from jax_moe import shapes
+from jax_moe.cli import timing
 
 _COMPUTE = {"use_f16_accum": False, "gemm_type": "indexed"}
 
@@ -31,7 +32,7 @@ def gemms(model: str):
     down = _layer(shape, shape.hidden_size, shape.intermediate_size)
 
     def make(count, length):
-        ids, _, touched = gpu_methods.routings(shape, count, length)
+        ids, _, touched = timing.routings(shape, count, length, seed=count)
         routes = count * shape.top_k
         x = torch.randn(count, shape.hidden_size, dtype=torch.bfloat16, device="cuda")
         h = torch.randn(routes, shape.intermediate_size, dtype=torch.bfloat16, device="cuda")

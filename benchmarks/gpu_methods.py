@@ -8,14 +8,11 @@ from collections.abc import Callable
 import dataclasses
 import functools
 import os
-import statistics
 import time
 from typing import Any
 
 from jax_moe import shapes
-
-_CHAINED_TOKENS = 128
-"""Up to so many tokens a call of ours gets the output of the one before; see ``ours``."""
+from jax_moe.cli import timing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,31 +25,6 @@ class Chain:
     run: Callable[[int], None]
     touched: float
     start_eagerly: Callable[[], float] | None = None
-
-
-def routings(shape: shapes.LayerShape, count: int, length: int):
-    """Random distinct experts per token, as NumPy, and the mean number of experts that have a token."""
-    import numpy as np
-
-    rng = np.random.default_rng(count)
-    ids = np.argpartition(rng.random((length, count, shape.num_experts)), shape.top_k, axis=-1)[..., : shape.top_k]
-    touched = statistics.mean(len(np.unique(call)) for call in ids)
-    return ids.astype(np.int32), np.full(ids.shape, 1 / shape.top_k, np.float32), touched
-
-
-def random_x(shape: shapes.LayerShape, count: int):
-    import jax
-    import jax.numpy as jnp
-
-    return jax.random.normal(jax.random.key(count), (count, shape.hidden_size), jnp.bfloat16)
-
-
-def after(y):
-    """A zero that is there only once ``y`` is: what makes one call wait for another without changing its input."""
-    import jax.numpy as jnp
-
-    first = y[0, 0]
-    return (jnp.isnan(first) & (first == 0)).astype(jnp.int32)  # never true, which XLA does not find out
 
 
 def random_experts(model: str):
@@ -86,59 +58,8 @@ def random_experts(model: str):
     return jax_moe.prepare(canonical, "sm_90a", progress=False), activation
 
 
-def op_chain(op, *, chained: bool):
-    """Calls of ``op(x, weights, routing, expert_offset=...)`` one after the other, as a function for ``jax.jit``.
-
-    ``chained``: each call's input is the last one's output. Otherwise all have the same x and wait for one another.
-    """
-    import jax.numpy as jnp
-
-    import jax_moe
-
-    def chain(x, weights, ids, routing_weights):
-        offset, y = jnp.int32(0), x
-        for call_ids, call_weights in zip(ids, routing_weights, strict=True):
-            y = op(y if chained else x, weights, jax_moe.Routing(call_ids, call_weights), expert_offset=offset)
-            offset = offset if chained else after(y)
-        return y
-
-    return chain
-
-
-def chain_arguments(shape: shapes.LayerShape, weights, count: int, length: int):
-    """Arguments of :func:`op_chain`'s function, and the mean number of experts that a call touches."""
-    import jax.numpy as jnp
-
-    ids, routing_weights, touched = routings(shape, count, length)
-    return (
-        random_x(shape, count),
-        weights,
-        list(map(jnp.asarray, ids)),
-        list(map(jnp.asarray, routing_weights)),
-    ), touched
-
-
-def captured(chain):
-    """``chain`` under ``jax.jit``, recorded into a command buffer however short it is."""
-    import jax
-
-    return jax.jit(chain, compiler_options={"xla_gpu_graph_min_graph_size": 1})
-
-
-def run_jax(function, arguments, programs: int) -> None:
-    for _ in range(programs):
-        out = function(*arguments)
-    out.block_until_ready()
-
-
 def ours(model: str, precision: Any, combine: Any):
-    """The op of this project.
-
-    From a few hundred tokens on the card is at its power limit, and what is multiplied matters: an output that is the
-    next input shrinks call by call to zeros, which take less power and so less time. There all calls get the same x,
-    and a small kernel makes each wait for the one before. With fewer tokens the bytes of the weights decide, whatever
-    is in x, and that kernel would be a twentieth of a call: there the calls are chained.
-    """
+    """The op of this project."""
     import jax
 
     import jax_moe
@@ -148,9 +69,10 @@ def ours(model: str, precision: Any, combine: Any):
     op = functools.partial(jax_moe.fused_moe, precision=precision, combine=combine, activation=activation)
 
     def make(count, length):
-        arguments, touched = chain_arguments(shape, weights, count, length)
-        chain = op_chain(op, chained=count <= _CHAINED_TOKENS)
-        compiled, eager = captured(chain), jax.jit(chain, compiler_options={"xla_gpu_enable_command_buffer": ""})
+        arguments, touched = timing.chain_arguments(shape, weights, count, length, seed=count)
+        chain = timing.op_chain(op, chained=count <= timing.CHAINED_TOKENS)
+        compiled = timing.captured(chain)
+        eager = jax.jit(chain, compiler_options={"xla_gpu_enable_command_buffer": ""})
 
         def start_eagerly() -> float:
             start = time.perf_counter()
@@ -159,7 +81,7 @@ def ours(model: str, precision: Any, combine: Any):
             out.block_until_ready()
             return elapsed
 
-        return Chain(functools.partial(run_jax, compiled, arguments), touched, start_eagerly)
+        return Chain(functools.partial(timing.run, compiled, arguments), touched, start_eagerly)
 
     return make
 
@@ -195,17 +117,23 @@ def ragged_dot(model: str):
         wait = jnp.int32(0)
         for i in range(ids.shape[0]):
             y = ragged_dot_op(x, gate_up, down, ids[i] + wait, weights[i])
-            wait = after(y)
+            wait = timing.after(y)
         return y
 
     def make(count, length):
-        ids, routing_weights, touched = routings(shape, count, length)
-        arguments = random_x(shape, count), gate_up, down, jnp.asarray(ids), jnp.asarray(routing_weights)
+        ids, routing_weights, touched = timing.routings(shape, count, length, seed=count)
+        arguments = (
+            timing.random_x(shape, count, seed=count),
+            gate_up,
+            down,
+            jnp.asarray(ids),
+            jnp.asarray(routing_weights),
+        )
         compiled = jax.jit(chain).lower(*arguments).compile()
         needed, limit = compiled.memory_analysis(), (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
         if needed and limit and needed.temp_size_in_bytes + needed.argument_size_in_bytes > 0.95 * limit:
             raise MemoryError(f"{needed.temp_size_in_bytes / 1e9:.0f} GB of temporaries, {limit / 1e9:.0f} GB there")
-        return Chain(functools.partial(run_jax, compiled, arguments), touched)
+        return Chain(functools.partial(timing.run, compiled, arguments), touched)
 
     return make
 
@@ -237,7 +165,7 @@ def torch_grouped_mm(model: str):
     down = torch.randn(experts, hidden, intermediate, dtype=torch.bfloat16, device="cuda") * intermediate**-0.5
 
     def make(count, length):
-        ids, routing_weights, touched = routings(shape, count, length)
+        ids, routing_weights, touched = timing.routings(shape, count, length, seed=count)
         ids, weights = torch.tensor(ids, dtype=torch.int64, device="cuda"), torch.tensor(routing_weights, device="cuda")
         x = torch.randn(count, hidden, dtype=torch.bfloat16, device="cuda")
 

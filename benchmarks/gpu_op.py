@@ -3,11 +3,9 @@
     python benchmarks/gpu_op.py --model qwen3-235b-a22b --peer ragged_dot --peer torch --output results.json
     python benchmarks/gpu_op.py --plot results.json results.png
 
-Method. A chain of calls in one jitted program, each waiting for the one before and each with a random routing of its
-own, recorded into a command buffer; the time of one call is the median time of the program over its length. A chain,
-because independent calls might overlap; routings of their own, because one routing's weights might stay in the L2
-cache. torch and humming run the same chain as a CUDA graph. Weights, tokens and routings are random; gpu_methods.py
-says when calls get each other's outputs and when the same random tokens.
+Method. A chain of calls in one jitted program, recorded into a command buffer (jax_moe/cli/timing.py says how and why);
+the time of one call is the median time of the program over its length. torch and humming run the same chain as a CUDA
+graph. Weights, tokens and routings are random.
 
 The floor is max(bytes of the touched experts' NVFP4 weights / 4.46 TB/s, FLOP / 791 TFLOP/s): what an H200 of this
 project was measured to read and to multiply. A bf16 peer reads 3.56 times the bytes; its ratio is to the same floor.
@@ -26,7 +24,6 @@ import pathlib
 import statistics
 import subprocess
 import sys
-import time
 from typing import Annotated
 
 import typer
@@ -136,16 +133,11 @@ def _method(model: str, method: str):
 
 def _row(make, model: str, method: str, count: int, repeats: int) -> dict:
     from jax_moe import shapes
+    from jax_moe.cli import timing
 
     shape, length = shapes.MODELS[model], CHAIN.get(method, _DEFAULT_CHAIN)
     chain = make(count, length)
-    chain.run(4)  # compiled, run eagerly, captured, replayed
-    # As many programs in a row as hide what starting and awaiting one costs the host.
-    one = timed(chain.run, 1)
-    programs = max(1, min(50, round(0.05 / one)))
-    chain.run(programs)
-    runs = max(3, min(repeats, round(_SECONDS / (one * programs))))
-    seconds = statistics.median(timed(chain.run, programs) for _ in range(runs)) / (programs * length)
+    seconds = timing.seconds_per_call(chain.run, length, repeats, limit=_SECONDS)
     weights, flop = chain.touched * shape.weight_bytes_per_expert, shape.flops(count)
     floor = floor_seconds(shape, count, chain.touched)
     row = {
@@ -171,13 +163,6 @@ def _eager_host_seconds(chain, longer, repeats: int) -> float:
 def floor_seconds(shape, count: int, touched: float) -> float:
     """What the hardware takes at least for so many tokens that touch so many experts; see the module's text."""
     return max(touched * shape.weight_bytes_per_expert / READ_BYTES_PER_SECOND, shape.flops(count) / FLOP_PER_SECOND)
-
-
-def timed(run, programs: int) -> float:
-    """Seconds that ``run(programs)`` takes, waiting included."""
-    start = time.perf_counter()
-    run(programs)
-    return time.perf_counter() - start
 
 
 def environment() -> dict:

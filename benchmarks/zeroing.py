@@ -34,6 +34,7 @@ import gpu_op  # noqa: E402
 
 import jax_moe  # noqa: E402
 from jax_moe import ffi, shapes  # noqa: E402
+from jax_moe.cli import timing  # noqa: E402
 
 _IN_LINE = {"launch_sequence.h": ("if (plan.atomic && result.captured) {", "if (false) {")}
 _WITHOUT = _IN_LINE | {"cuda/handler.cc": ("driver_.cuMemsetD8Async(Address(destination), 0, bytes, stream)", "0")}
@@ -62,9 +63,9 @@ def main(
 
 def _program(model, target, weights, activation, count):
     """``run(programs)`` of a chain whose calls go to ``target``; compiled and captured."""
-    arguments, _ = gpu_methods.chain_arguments(shapes.MODELS[model], weights, count, _CHAIN)
-    chain = gpu_methods.op_chain(functools.partial(jax_moe.fused_moe, activation=activation), chained=False)
-    run = functools.partial(gpu_methods.run_jax, gpu_methods.captured(chain), arguments)
+    arguments, _ = timing.chain_arguments(shapes.MODELS[model], weights, count, _CHAIN, seed=count)
+    chain = timing.op_chain(functools.partial(jax_moe.fused_moe, activation=activation), chained=False)
+    run = functools.partial(timing.run, timing.captured(chain), arguments)
     with _target(target):
         run(4)
     return run
@@ -82,11 +83,11 @@ def _target(target: str):
 
 def measure(runs, rounds: int) -> dict:
     """Median seconds of a call by variant, and each variant's ratio to ``without``: median and 95% interval."""
-    programs = max(1, min(50, round(0.05 / gpu_op.timed(runs["without"], 1))))
+    programs = max(1, min(50, round(0.05 / timing.timed(runs["without"], 1))))
     order, times = random.Random(0), {name: [] for name in runs}
     for number in range(-max(2, rounds // 10), rounds):  # the first ones let clock and temperature settle
         for name in order.sample(list(runs), len(runs)):
-            seconds = gpu_op.timed(runs[name], programs) / (programs * _CHAIN)
+            seconds = timing.timed(runs[name], programs) / (programs * _CHAIN)
             if number >= 0:
                 times[name].append(seconds)
     result: dict = {"seconds": {name: statistics.median(seconds) for name, seconds in times.items()}}

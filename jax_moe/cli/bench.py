@@ -1,9 +1,8 @@
 """``python -m jax_moe bench``: time the op on this machine's default device."""
 
+import functools
 import json
 import platform
-import statistics
-import time
 from typing import Annotated, Any
 
 import jax
@@ -14,6 +13,10 @@ import typer
 
 import jax_moe
 from jax_moe import arguments, plan, progress, shapes
+from jax_moe.cli import timing
+
+_CHAIN = 16
+"""Calls in a program on a GPU; on a CPU one call is long enough to be timed alone."""
 
 
 def bench(
@@ -21,11 +24,11 @@ def bench(
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = "1,32,256",
     precision: Annotated[str, typer.Option(help="w4a16, w4a4, or both separated by a comma.")] = "w4a16,w4a4",
     combine: Annotated[str, typer.Option(help="atomic or ordered.")] = "atomic",
-    repeats: Annotated[int, typer.Option(min=1, help="Timed calls; the median is shown.")] = 20,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs; the median is shown.")] = 20,
     seed: Annotated[int, typer.Option(help="Seed of weights, tokens and routing.")] = 0,
     output: Annotated[str | None, typer.Option("--json", help="Write the results to this file as well.")] = None,
 ) -> None:
-    """Time fused_moe under jit: random weights, random routing, host clock around a blocked call."""
+    """Time fused_moe under jit, on a GPU in a command buffer; random weights, tokens and routing."""
     try:
         shape = shapes.MODELS[model] if model in shapes.MODELS else shapes.LayerShape(*map(int, model.split(",")))
         counts, kinds = [int(count) for count in tokens.split(",")], precision.split(",")
@@ -79,19 +82,11 @@ def time_op(
     repeats: int,
     seed: int,
 ) -> float:
-    """Median seconds of one jitted call on fresh random tokens and routing."""
-    x_key, logits_key = jax.random.split(jax.random.key(seed + tokens))
-    x = jax.random.normal(x_key, (tokens, shape.hidden_size), jnp.bfloat16)
-    routing = jax_moe.route(jax.random.normal(logits_key, (tokens, shape.num_experts)), shape.top_k)
-
-    @jax.jit
-    def run(x, experts, routing):
-        return jax_moe.fused_moe(x, experts, routing, precision=precision, combine=combine)
-
-    jax.block_until_ready(run(x, experts, routing))
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(run(x, experts, routing))
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+    """Median seconds of one call, on random tokens and routing."""
+    on_gpu = jax.default_backend() == "gpu"
+    length = _CHAIN if on_gpu else 1
+    op = functools.partial(jax_moe.fused_moe, precision=precision, combine=combine)
+    chain = timing.op_chain(op, chained=on_gpu and tokens <= timing.CHAINED_TOKENS)
+    arguments, _ = timing.chain_arguments(shape, experts, tokens, length, seed + tokens)
+    run = functools.partial(timing.run, timing.captured(chain), arguments)
+    return timing.seconds_per_call(run, length, repeats)

@@ -1,0 +1,125 @@
+"""How long one call of the op takes: what ``python -m jax_moe bench`` and the scripts in ``benchmarks/`` share.
+
+A call on a GPU is shorter than what starting a program and waiting for it costs the host. So a program is a chain of
+calls, each waiting for the one before, because independent calls might overlap, and each with a random routing of its
+own, because one routing's weights might stay in the cache. Several programs are started before the host waits.
+"""
+
+from collections.abc import Callable
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jax_moe
+from jax_moe import shapes
+
+CHAINED_TOKENS = 128
+"""On a GPU, calls of up to so many tokens may get each other's outputs; see :func:`op_chain`."""
+
+Arguments = tuple[jax.Array, Any, list[jax.Array], list[jax.Array]]
+"""Of a chain: x bf16 [T, H], weights, and for each call expert ids int32 [T, K] and routing weights f32 [T, K]."""
+
+
+def routings(shape: shapes.LayerShape, tokens: int, length: int, seed: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """Random distinct experts of each token of each call, their weights, and the mean number of experts with a token.
+
+    Ids are int32 and weights float32 ``[length, T, K]``.
+    """
+    rng = np.random.default_rng(seed)
+    ids = np.argpartition(rng.random((length, tokens, shape.num_experts)), shape.top_k - 1, axis=-1)
+    ids = ids[..., : shape.top_k].astype(np.int32)
+    touched = statistics.mean(len(np.unique(call)) for call in ids)
+    return ids, np.full(ids.shape, 1 / shape.top_k, np.float32), touched
+
+
+def random_x(shape: shapes.LayerShape, tokens: int, seed: int) -> jax.Array:
+    """Normal bf16 ``[T, H]``."""
+    return jax.random.normal(jax.random.key(seed), (tokens, shape.hidden_size), jnp.bfloat16)
+
+
+def after(y: jax.Array) -> jax.Array:
+    """An int32 zero that is there only once ``y`` is: makes one call wait for another without changing its input."""
+    first = y[0, 0]
+    return (jnp.isnan(first) & (first == 0)).astype(jnp.int32)  # never true, which XLA does not find out
+
+
+def op_chain(op: Callable[..., jax.Array], *, chained: bool) -> Callable[..., jax.Array]:
+    """Calls of ``op(x, weights, routing, expert_offset=...)`` one after the other, as a function of :data:`Arguments`.
+
+    Args:
+      op: one call.
+      chained: each call's input is the last one's output. Otherwise all have the same x, and a small kernel makes each
+        wait for the one before. From a few hundred tokens on a GPU is at its power limit, and what is multiplied
+        matters: outputs that become inputs shrink call by call to zeros, which take less power and so less time. With
+        fewer tokens the bytes of the weights decide, whatever is in x, and that kernel would be a twentieth of a call.
+    """
+
+    def chain(x, weights, ids, routing_weights):
+        offset, y = jnp.int32(0), x
+        for call_ids, call_weights in zip(ids, routing_weights, strict=True):
+            y = op(y if chained else x, weights, jax_moe.Routing(call_ids, call_weights), expert_offset=offset)
+            offset = offset if chained else after(y)
+        return y
+
+    return chain
+
+
+def chain_arguments(
+    shape: shapes.LayerShape, weights: Any, tokens: int, length: int, seed: int
+) -> tuple[Arguments, float]:
+    """Random arguments of :func:`op_chain`'s function, and the mean number of experts that a call touches."""
+    ids, routing_weights, touched = routings(shape, tokens, length, seed)
+    return (
+        random_x(shape, tokens, seed),
+        weights,
+        list(map(jnp.asarray, ids)),
+        list(map(jnp.asarray, routing_weights)),
+    ), touched
+
+
+def captured(chain: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """``chain`` under ``jax.jit``; on a GPU recorded into a command buffer however short it is."""
+    return jax.jit(chain, compiler_options={"xla_gpu_graph_min_graph_size": 1})
+
+
+def run(function: Callable[..., jax.Array], arguments: tuple, programs: int) -> None:
+    """Starts a jitted function so many times and waits: on a GPU for the last result, on a CPU for each.
+
+    A GPU's stream has one program after the other; a CPU might run several at once.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    for _ in range(programs):
+        out = function(*arguments)
+        if on_cpu:
+            out.block_until_ready()
+    out.block_until_ready()
+
+
+def timed(run: Callable[[int], None], programs: int) -> float:
+    """Seconds that ``run(programs)`` takes, waiting included."""
+    start = time.perf_counter()
+    run(programs)
+    return time.perf_counter() - start
+
+
+def seconds_per_call(run: Callable[[int], None], length: int, repeats: int, limit: float | None = None) -> float:
+    """Median seconds of one of the ``length`` calls in a program.
+
+    Args:
+      run: starts so many programs and waits for them.
+      length: calls in a program.
+      repeats: timed runs.
+      limit: seconds that they may take, about; there are three at least.
+    """
+    run(4)  # compiled, run eagerly, captured, replayed
+    # As many programs in a row as hide what starting and awaiting one costs the host.
+    one = timed(run, 1)
+    programs = max(1, min(50, round(0.05 / one)))
+    run(programs)
+    if limit is not None:
+        repeats = max(3, min(repeats, round(limit / (one * programs))))
+    return statistics.median(timed(run, programs) for _ in range(repeats)) / (programs * length)

@@ -1,0 +1,131 @@
+"""What the benchmarks measure is the op, call after call; their JAX parts run here on a CPU with a tiny model."""
+
+import collections
+import functools
+import importlib.util
+import pathlib
+import sys
+import time
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_moe
+from jax_moe import nvfp4, shapes
+from jax_moe.cli import timing
+
+FOLDER = pathlib.Path(__file__).parents[1] / "benchmarks"
+TINY = shapes.LayerShape(num_experts=4, top_k=2, hidden_size=64, intermediate_size=32)
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Imports a file of benchmarks/; the models are a tiny one, and weights are prepared for this machine."""
+    monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
+    monkeypatch.setattr(shapes, "MODELS", {"tiny": TINY})
+    monkeypatch.setattr(jax_moe, "prepare", lambda experts, *_, **__: experts)
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.mark.parametrize("chained", [False, True])
+def test_a_chain_is_its_calls_one_after_the_other(chained):
+    case = helpers.make_case(hidden=64, intermediate=32, num_experts=4, top_k=2, combine="ordered")
+    (x, weights, ids, routing_weights), _ = timing.chain_arguments(TINY, case.experts, 5, 3, seed=1)
+    op = functools.partial(jax_moe.fused_moe, combine="ordered")
+    got = timing.captured(timing.op_chain(op, chained=chained))(x, weights, ids, routing_weights)
+    expected = [x]
+    for call in zip(ids, routing_weights, strict=True):
+        expected.append(op(expected[-1] if chained else x, weights, jax_moe.Routing(*call)))
+    np.testing.assert_array_equal(got, expected[-1])
+
+
+def test_calls_of_a_chain_wait_for_one_another():
+    """XLA must not find out that ``after`` is always 0: without the dependency calls could overlap."""
+    text = jax.jit(lambda y, x: x + timing.after(y)).lower(jnp.ones((2, 2)), jnp.int32(1)).compile().as_text()
+    assert "compare" in text
+    for value in (1.0, 0.0, jnp.nan, jnp.inf):
+        assert timing.after(jnp.full((1, 1), value)) == 0
+
+
+def test_routings_are_distinct_experts_and_say_how_many_are_touched():
+    for shape in (TINY, shapes.LayerShape(3, 3, 16, 16)):
+        ids, weights, touched = timing.routings(shape, tokens=6, length=5, seed=0)
+        assert ids.shape == weights.shape == (5, 6, shape.top_k)
+        assert all(len(set(token)) == shape.top_k for call in ids for token in call)
+        assert set(ids.reshape(-1)) == set(range(shape.num_experts))
+        assert touched == np.mean([len(set(call.reshape(-1))) for call in ids])
+        np.testing.assert_allclose(weights.sum(-1), 1)
+
+
+def test_the_time_of_a_call_is_the_median_over_programs_and_calls(monkeypatch):
+    clock, asked = [0.0], []
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def run(programs):
+        asked.append(programs)
+        clock[0] += 0.02 * programs * (3 if len(asked) == 5 else 1)  # one disturbed run
+
+    assert timing.seconds_per_call(run, length=4, repeats=5) == pytest.approx(0.005)
+    assert asked == [4, 1, 2, 2, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("method", ["jax_moe w4a16/atomic", "jax_moe w4a4/ordered", "ragged_dot"])
+def test_a_row_of_the_gpu_benchmark(script, monkeypatch, method):
+    script("gpu_methods")
+    gpu_op = script("gpu_op")
+    monkeypatch.setattr(gpu_op, "_DEFAULT_CHAIN", 2)
+    row = gpu_op._row(gpu_op._method("tiny", method), "tiny", method, 3, repeats=3)
+    assert row["tokens"] == 3
+    assert 0 < row["seconds"] == pytest.approx(row["ratio"] * row["floor_seconds"])
+    assert row["weight_bytes_per_second"] * row["seconds"] == row["touched_experts"] * 3 * 64 * 32 * 4.5 / 8
+    assert row["flop_per_second"] * row["seconds"] == pytest.approx(6 * 3 * 2 * 64 * 32)
+    assert ("eager_host_seconds" in row) == method.startswith("jax_moe")
+
+
+def test_the_peer_computes_the_op(script):
+    gpu_methods = script("gpu_methods")
+    case = helpers.make_case(hidden=64, intermediate=32, num_experts=4, top_k=2, tokens=40)
+    gate_up, down = (
+        nvfp4.dequantize(p.payload, p.block_scale) * p.global_scale[..., None, None]
+        for p in (case.experts.gate_up, case.experts.down)
+    )
+    both, down = jnp.concatenate([gate_up[:, 0], gate_up[:, 1]], 1).swapaxes(1, 2), down.swapaxes(1, 2)
+    weights = (w.astype(jnp.bfloat16) for w in (both, down))
+    got = gpu_methods.ragged_dot_op(case.x, *weights, case.routing.expert_ids, case.routing.weights)
+    expected = case.run(out_dtype=jnp.float32)
+    # Weights, both factors of the activation, the intermediate and the output are rounded to bf16.
+    assert np.linalg.norm(got - expected) < 4 * 2**-8 * np.linalg.norm(expected)
+
+
+def test_the_routes_that_humming_is_given(script):
+    """Each expert's routes in order, padded to whole blocks with the number of routes."""
+    script("gpu_methods")
+    ids = np.array([[1, 3], [3, 0], [3, 1]])
+    sorted_ids, expert_ids = script("gpu_humming").sort(ids, block=2)
+    assert sorted_ids.tolist() == [3, 6, 0, 5, 1, 2, 4, 6]
+    assert expert_ids.tolist() == [0, 1, 3, 3]
+
+
+def test_an_interval_of_the_median_holds_the_median(script, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(pathlib.Path(__file__).parent / "gpu"), *sys.path])
+    for name in ("gpu_methods", "gpu_op"):
+        script(name)
+    zeroing = script("zeroing")
+    values = list(np.random.default_rng(0).normal(1, 0.01, 60))
+    low, high = zeroing.interval(values)
+    assert 0.99 < low < np.median(values) < high < 1.01
+    turns = collections.Counter()
+    runs = {name: functools.partial(lambda name, _: turns.update([name]), name) for name in ("branch", "without")}
+    assert zeroing.measure(runs, 4)["ratio_branch"].keys() == {"median", "interval"}
+    assert turns["branch"] == turns["without"] - 1  # one run to see how long it takes
