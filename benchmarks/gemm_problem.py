@@ -5,7 +5,7 @@ import dataclasses
 import json
 import types
 
-from gemm_suites import gemm1, gemm2, import_without_library, plan, specs
+from gemm_suites import common_plan, gemm1, gemm2, import_without_library, specs
 
 
 class Driver:
@@ -58,7 +58,7 @@ def tile_map(torch, ids, weights, L, N):
     """What sort writes, by torch; ids [T, K] int32, local ones in [0, L)."""
     T, K = ids.shape
     R = T * K
-    tiles = plan.max_tiles(R, L, N)
+    tiles = common_plan.max_tiles(R, L, N)
     flat = ids.flatten().long()
     local = (flat >= 0) & (flat < L)
     key = torch.where(local, flat, torch.full_like(flat, L))
@@ -211,7 +211,7 @@ class Op:
         if combine == "ordered":
             self.contributions = torch.full((self.T * self.K, layer.H), float("nan"), device="cuda")
         self.s1, self.s2 = gemm1(tile, precision, activation, bias), gemm2(tile, precision, bias, combine, out)
-        self.s3 = plan.CombineSpec(out)
+        self.s3 = specs.CombineSpec(out)
         self.w4a4, self.bias = precision == "w4a4", bias
         self.x_rows = quantise(x, layer.gate_up.input_scale) if self.w4a4 and layer.dense else x
         self.offset = torch.zeros(1, dtype=torch.int32, device="cuda")

@@ -21,6 +21,7 @@ def import_without_library(name):
 
 
 compile = import_without_library("jax_moe.kernels.compile")
+common_plan = import_without_library("jax_moe.kernels.common.plan")
 plan = import_without_library("jax_moe.kernels.sm90.plan")
 specs = import_without_library("jax_moe.kernels.specs")
 shapes = import_without_library("jax_moe.shapes")
@@ -89,25 +90,25 @@ def timed(suite):
 
 def gemm1(t, precision, activation, bias):
     kind, *parameters = activation
-    return plan.Gemm1Spec(t, precision, kind, kind != "relu2", *parameters, bias)
+    return common_plan.Gemm1Spec(t, precision, kind, kind != "relu2", *parameters, bias)
 
 
 def gemm2(t, precision, bias, combine, out):
-    return plan.Gemm2Spec(t, precision, combine, out if combine == "atomic" else "float32", bias)
+    return common_plan.Gemm2Spec(t, precision, combine, out if combine == "atomic" else "float32", bias)
 
 
 def suite_specs(suite):
-    specs = []
+    wanted = []
     if suite == "check":
         for t, precision, activation, bias, combine, out in CASES:
-            specs += [gemm1(tile(t), precision, activation, bias), gemm2(tile(t), precision, bias, combine, out)]
+            wanted += [gemm1(tile(t), precision, activation, bias), gemm2(tile(t), precision, bias, combine, out)]
     else:
         model, variants_of = timed(suite)
         for T, variants in variants_of.items():
             for number, text in enumerate(variants):
                 t = resolve(text, model, T)
                 for precision, combine in MODES[: 1 if number else None]:
-                    specs.append(gemm1(t, precision, ACTIVATIONS[0], False))
-                    specs.append(gemm2(t, precision, False, combine, "bfloat16"))
-    specs += [plan.CombineSpec("bfloat16"), plan.CombineSpec("float32")]
-    return list(dict.fromkeys(specs))
+                    wanted.append(gemm1(t, precision, ACTIVATIONS[0], False))
+                    wanted.append(gemm2(t, precision, False, combine, "bfloat16"))
+    wanted += [specs.CombineSpec("bfloat16"), specs.CombineSpec("float32")]
+    return list(dict.fromkeys(wanted))

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import pytest
 
 from jax_moe import activations, shapes
-from jax_moe.kernels import compile
+from jax_moe.kernels import compile, lowering
+from jax_moe.kernels.common import plan as common_plan
 from jax_moe.kernels.sm90 import plan as sm90_plan
 from jax_moe.plan import Problem
 
@@ -20,6 +21,8 @@ needs_dsl = pytest.mark.skipif(not HAS_DSL, reason="nvidia-cutlass-dsl is not in
 
 # The low 12 bits of an sm_90 instruction, as nvdisasm -hex shows them.
 HGMMA, WARPGROUP, LOCAL_LOAD, LOCAL_STORE = 0xDF0, 0x9C5, 0x983, 0x387
+GEMMS = (common_plan.Gemm1Spec, common_plan.Gemm2Spec)
+MODES = tuple(itertools.product(("w4a16", "w4a4"), ("atomic", "ordered")))
 SWIGLU = activations.SwiGLU()
 GPT_OSS = activations.SwiGLU(alpha=1.702, beta=1.0, limit=7.0)
 
@@ -40,24 +43,24 @@ def problem(model, tokens, precision="w4a16", combine="atomic", activation=SWIGL
 
 
 def planned_specs():
-    """Each tile in every precision and combine, and each tile that a shape picks; the other options for one shape."""
-    specs = {}
-    plans = [
-        sm90_plan.plan(problem(model, tokens, precision, combine), biases=(False, False))
+    """All that the shapes launch in every precision and combine, each tile in these, other options for some shapes."""
+    calls = [
+        (problem(model, tokens, precision, combine), (False, False))
         for model in shapes.MODELS
         for tokens in shapes.TOKENS
-        for precision, combine in itertools.product(("w4a16", "w4a4"), ("atomic", "ordered"))
+        for precision, combine in MODES
     ]
-    for tile, plan in itertools.product(sm90_plan.TILES, plans[:4]):
-        gemm1, gemm2 = (dataclasses.replace(gemm, tile=tile) for gemm in (plan.gemm1, plan.gemm2))
-        plans.append(dataclasses.replace(plan, gemm1=gemm1, gemm2=gemm2))
     for activation in (GPT_OSS, activations.GeGLU(), activations.ReLU2(), activations.SiTU()):
         for tokens, precision in ((32, "w4a16"), (512, "w4a4"), (8192, "w4a4")):
-            call = problem("gpt-oss-120b", tokens, precision, "atomic", activation, jnp.float32)
-            plans.append(sm90_plan.plan(call, biases=(True, True)))
-    for plan in plans:
-        specs.update({spec.name: spec for spec in plan.specs()})
-    return specs
+            calls.append((problem("gpt-oss-120b", tokens, precision, "atomic", activation, jnp.float32), (True, True)))
+    for precision in ("w4a16", "w4a4"):
+        call = problem("mixtral-8x7b", 8, precision)
+        calls.append((dataclasses.replace(call, weight_on="input"), (False, False)))
+    specs = {launch.spec for call, biases in calls for launch in lowering.launches(call, biases=biases)}
+    for tile, (call, biases) in itertools.product(sm90_plan.TILES, calls[: len(MODES)]):
+        plan = common_plan.with_tile(call, tile, biases)
+        specs |= {plan.gemm1, plan.gemm2}
+    return sorted(specs, key=lambda spec: spec.name)
 
 
 def opcodes(cubin):
@@ -74,16 +77,17 @@ def opcodes(cubin):
 
 
 @needs_dsl
-@pytest.mark.parametrize("spec", planned_specs().values(), ids=lambda spec: spec.name.removeprefix("jax_moe_"))
+@pytest.mark.parametrize("spec", planned_specs(), ids=lambda spec: spec.name.removeprefix("jax_moe_"))
 def test_machine_code(spec):
     kernel = compile.compiled(spec, "sm_90a")
     counts = opcodes(kernel.image)
     assert sum(counts.values()) > 50
-    if isinstance(spec, sm90_plan.CombineSpec):
+    assert kernel.threads == spec.threads
+    if not isinstance(spec, GEMMS):
         assert kernel.stack_bytes == 0
+        assert counts[HGMMA] == kernel.tensor_core_instructions == 0
         return
     tile = spec.tile
-    assert kernel.threads == tile.threads
     # The DSL adds up what the kernel allocates; the plan's sum leaves room for alignment.
     assert tile.shared_bytes - 4096 <= kernel.shared_bytes <= tile.shared_bytes
     assert counts[HGMMA] > 0
@@ -95,7 +99,7 @@ def test_machine_code(spec):
     assert counts[LOCAL_LOAD] + counts[LOCAL_STORE] <= 16
     assert kernel.registers * tile.threads * tile.ctas_per_sm <= 65536
     gemm = pytest.importorskip("jax_moe.kernels.sm90.gemm")
-    implementation = (gemm.Gemm1 if isinstance(spec, sm90_plan.Gemm1Spec) else gemm.Gemm2)(spec)
+    implementation = (gemm.Gemm1 if isinstance(spec, common_plan.Gemm1Spec) else gemm.Gemm2)(spec)
     producer, consumer = implementation._registers()
     consumers = tile.m_warpgroups * tile.k_warpgroups
     # More than was there at launch would never be granted, and the kernel would hang.
@@ -144,7 +148,7 @@ def test_one_expert_gets_the_cheapest_tile_for_just_its_rows(rows):
 
 def test_names_tell_specs_apart():
     specs = planned_specs()
-    assert len(set(specs.values())) == len(specs)
+    assert len({spec.name for spec in specs}) == len(specs)
     infinite = sm90_plan.plan(problem("mixtral-8x7b", 8), biases=(False, False)).gemm1
     assert math.isinf(infinite.limit)
     clamped = sm90_plan.plan(problem("mixtral-8x7b", 8, activation=GPT_OSS), biases=(False, False)).gemm1
@@ -158,4 +162,4 @@ def test_max_tiles_is_the_worst_routing(num_routes, num_experts):
     # Worst: as many experts as there are routes for, or experts, have a last tile with a single row.
     busy = min(num_routes, num_experts)
     worst = busy + (num_routes - busy) // token_tile if busy else 0
-    assert sm90_plan.max_tiles(num_routes, num_experts, token_tile) >= worst
+    assert common_plan.max_tiles(num_routes, num_experts, token_tile) >= worst

@@ -14,7 +14,7 @@ import typer.testing
 from jax_moe import activations, plan
 from jax_moe.cli import compile as command
 from jax_moe.kernels import compile as kernels, lowering
-from jax_moe.kernels.sm90 import plan as sm90_plan
+from jax_moe.kernels.common import plan as common_plan
 
 _BYTES = {"sort": (8,) * 8 + (4,), "prepare": (8,) * 4 + (4,) * 3, "gemm1": (8,) * 10 + (4,) * 5,
           "gemm2": (8,) * 10 + (4,) * 6, "combine": (8,) * 4 + (4,) * 4}  # fmt: skip
@@ -198,7 +198,7 @@ def test_the_sort_has_room_for_what_it_is_asked_for():
 def test_workspaces_hold_the_worst_routing():
     """A tile map for every routing: one row on each of many experts, or all on one."""
     for tokens, top_k, experts, tile in ((1, 8, 128, 8), (64, 8, 128, 16), (300, 4, 8, 64)):
-        routes, limit = tokens * top_k, sm90_plan.max_tiles(tokens * top_k, experts, tile)
+        routes, limit = tokens * top_k, common_plan.max_tiles(tokens * top_k, experts, tile)
         spread = np.bincount(np.arange(routes) % experts, minlength=experts)
         uneven = np.minimum(np.ones(experts, int), routes)
         uneven[0] += max(0, routes - uneven.sum())

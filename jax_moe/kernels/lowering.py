@@ -11,6 +11,7 @@ import numpy as np
 
 from jax_moe import activations
 from jax_moe.kernels import compile, specs
+from jax_moe.kernels.common import plan as common_plan
 from jax_moe.kernels.sm90 import layout, plan as sm90_plan
 from jax_moe.plan import Problem
 
@@ -113,7 +114,7 @@ class _Call:
         if problem.precision == "w4a4" or problem.weight_on == "input":
             self.rows = specs.RowsSpec(quantise=problem.precision == "w4a4", per_route=problem.weight_on == "input")
         self.num_rows = problem.num_routes if problem.weight_on == "input" else problem.num_tokens
-        self.max_tiles = sm90_plan.max_tiles(problem.num_routes, problem.num_experts, self.plan.token_tile)
+        self.max_tiles = common_plan.max_tiles(problem.num_routes, problem.num_experts, self.plan.token_tile)
         self.workspaces = self._workspaces()
 
     def shape(self) -> list[int]:
@@ -202,7 +203,7 @@ class _Call:
         )  # fmt: skip
         return Launch("gemm2", self.plan.gemm2, self._persistent(self.plan.gemm2.tile), arguments)
 
-    def _combine(self, spec: sm90_plan.CombineSpec) -> Launch:
+    def _combine(self, spec: specs.CombineSpec) -> Launch:
         p = self.problem
         arguments = (
             self._result("contributions"), "operand:1", "operand:3", "result:0",
@@ -210,7 +211,7 @@ class _Call:
         )  # fmt: skip
         return Launch("combine", spec, spec.grid(p.num_tokens, p.hidden_size), arguments)
 
-    def _persistent(self, tile: sm90_plan.Tile) -> int:
+    def _persistent(self, tile: common_plan.Tile) -> int:
         return MULTIPROCESSORS[self.problem.layout] * tile.ctas_per_sm
 
 

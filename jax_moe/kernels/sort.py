@@ -34,7 +34,7 @@ class Sort:
         self.spec = spec
         self.experts = spec.num_experts
         self.warps = spec.warps
-        self.threads = spec.warps * _WARP
+        self.threads = spec.threads
 
     def entry(self):
         arguments = (

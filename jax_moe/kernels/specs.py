@@ -36,6 +36,10 @@ class SortSpec:
         return f"jax_moe_sort_n{self.token_tile}e{self.num_experts}w{self.warps}c{self.cluster}_{weight}"
 
     @property
+    def threads(self) -> int:
+        return 32 * self.warps
+
+    @property
     def grid(self) -> int:
         return self.cluster
 
@@ -86,3 +90,25 @@ class RowsSpec:
         from jax_moe.kernels import rows
 
         return rows.Rows(self).entry()
+
+
+@dataclasses.dataclass(frozen=True)
+class CombineSpec:
+    """Contributions -> out, in slot order (``combine="ordered"``)."""
+
+    out_dtype: str
+
+    threads = 128
+
+    @property
+    def name(self) -> str:
+        return f"jax_moe_combine_{self.out_dtype}"
+
+    def grid(self, num_tokens: int, hidden_size: int) -> int:
+        """Thread blocks to launch: a thread takes four values."""
+        return -(-num_tokens * (hidden_size // 4) // self.threads)
+
+    def entry(self):
+        from jax_moe.kernels.common import combine
+
+        return combine.entry(self)

@@ -10,7 +10,7 @@ import pytest
 
 from jax_moe import nvfp4
 from jax_moe.kernels import compile as kernels, specs
-from jax_moe.kernels.sm90 import plan
+from jax_moe.kernels.common import plan
 
 TARGET = "sm_90a"
 

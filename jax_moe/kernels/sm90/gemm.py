@@ -27,7 +27,7 @@ from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32
 import cutlass.cute as cute
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
-from jax_moe.kernels.common import epilogue, ptx, schedule
+from jax_moe.kernels.common import epilogue, plan as common_plan, ptx, schedule
 from jax_moe.kernels.common.memory import array, pointer
 from jax_moe.kernels.sm90 import layout, plan
 
@@ -366,7 +366,7 @@ class _Gemm:
 class Gemm1(_Gemm):
     """Gathers x by route, multiplies with gate and up, and stores the activated (w4a4: NVFP4-rounded) intermediate."""
 
-    def __init__(self, spec: plan.Gemm1Spec):
+    def __init__(self, spec: common_plan.Gemm1Spec):
         super().__init__(spec.tile)
         self.spec = spec
         self.copies_in_flight = self.stages // 2  # the other half is for consumers to draw on
@@ -566,7 +566,7 @@ class Gemm1(_Gemm):
 class Gemm2(_Gemm):
     """Multiplies the intermediate with down and adds (atomic) or stores (ordered) the weighted rows."""
 
-    def __init__(self, spec: plan.Gemm2Spec):
+    def __init__(self, spec: common_plan.Gemm2Spec):
         super().__init__(spec.tile)
         self.spec = spec
 

@@ -1,10 +1,10 @@
-"""Which kernel variants a call launches, as frozen values; importable without the DSL."""
+"""The tiles of sm_90a, what they cost, and which of them a call takes; importable without the DSL."""
 
 import dataclasses
 import functools
-import math
 from typing import TYPE_CHECKING
 
+from jax_moe.kernels.common import plan as common
 from jax_moe.kernels.sm90 import layout
 
 if TYPE_CHECKING:
@@ -70,6 +70,11 @@ class Tile:
         alignment = 1024
         return self.stages * self.stage_bytes + self.reduction_bytes + barriers + units + rows + alignment
 
+    def kernels(self):
+        from jax_moe.kernels.sm90 import gemm
+
+        return gemm
+
 
 def with_most_stages(
     widths: tuple[int, ...],
@@ -84,131 +89,6 @@ def with_most_stages(
     available = SHARED_MEMORY // ctas_per_sm - (_RESERVED_PER_CTA if ctas_per_sm > 1 else 0)
     per_stage = dataclasses.replace(tile, stages=1).shared_bytes - tile.shared_bytes
     return dataclasses.replace(tile, stages=min(limit, (available - tile.shared_bytes) // per_stage))
-
-
-class _Launch:
-    """What the handler needs to know to launch a GEMM kernel."""
-
-    tile: Tile
-    cluster = 1
-    pdl = True
-
-    @property
-    def threads(self) -> int:
-        return self.tile.threads
-
-
-@dataclasses.dataclass(frozen=True)
-class Gemm1Spec(_Launch):
-    """x rows, gathered by route -> intermediate."""
-
-    tile: Tile
-    precision: str
-    activation: str
-    gated: bool
-    alpha: float
-    beta: float
-    limit: float
-    has_bias: bool
-
-    @property
-    def name(self) -> str:
-        numbers = "_".join(float(v).hex().replace(".", "p").replace("-", "m").replace("+", "")
-                           for v in (self.alpha, self.beta, self.limit))  # fmt: skip
-        bias = "_bias" if self.has_bias else ""
-        return f"jax_moe_gemm1_{self.tile.name}_{self.precision}_{self.activation}_{numbers}{bias}"
-
-    def entry(self):
-        from jax_moe.kernels.sm90 import gemm
-
-        return gemm.Gemm1(self).entry()
-
-
-@dataclasses.dataclass(frozen=True)
-class Gemm2Spec(_Launch):
-    """Intermediate -> out (atomic) or contributions (ordered)."""
-
-    tile: Tile
-    precision: str
-    combine: str
-    out_dtype: str
-    has_bias: bool
-
-    @property
-    def name(self) -> str:
-        bias = "_bias" if self.has_bias else ""
-        return f"jax_moe_gemm2_{self.tile.name}_{self.precision}_{self.combine}_{self.out_dtype}{bias}"
-
-    def entry(self):
-        from jax_moe.kernels.sm90 import gemm
-
-        return gemm.Gemm2(self).entry()
-
-
-@dataclasses.dataclass(frozen=True)
-class CombineSpec:
-    """Contributions -> out, in slot order."""
-
-    out_dtype: str
-    cluster = 1
-    pdl = False
-    threads = 128
-
-    @property
-    def name(self) -> str:
-        return f"jax_moe_combine_{self.out_dtype}"
-
-    def grid(self, num_tokens: int, hidden_size: int) -> int:
-        """Thread blocks to launch: a thread takes four values."""
-        return -(-num_tokens * (hidden_size // 4) // self.threads)
-
-    def entry(self):
-        from jax_moe.kernels.common import combine
-
-        return combine.entry(self)
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """The kernels of one call; both GEMMs have the same tile."""
-
-    gemm1: Gemm1Spec
-    gemm2: Gemm2Spec
-    combine: CombineSpec | None
-
-    @property
-    def token_tile(self) -> int:
-        return self.gemm1.tile.token_tile
-
-    def specs(self) -> tuple[Gemm1Spec | Gemm2Spec | CombineSpec, ...]:
-        specs = (self.gemm1, self.gemm2)
-        return specs if self.combine is None else (*specs, self.combine)
-
-
-def max_tiles(num_routes: int, num_experts: int, token_tile: int) -> int:
-    """Upper bound of the number of tiles, whatever the routing: each expert's last tile may hold one row."""
-    return min(num_routes, (num_routes + num_experts * (token_tile - 1)) // token_tile)
-
-
-def plan(problem: "Problem", *, biases: tuple[bool, bool]) -> Plan:
-    """The kernels of ``problem``, chosen from its shapes alone.
-
-    Args:
-      problem: of the call.
-      biases: whether gate_up and down have one.
-    """
-    from jax_moe import activations
-
-    tile = best_tile(problem.num_tokens, problem.top_k, problem.total_experts or problem.num_experts)
-    alpha, beta, limit = activations.parameters(problem.activation)
-    out_dtype = str(problem.out_dtype) if problem.combine == "atomic" else "float32"
-    return Plan(
-        Gemm1Spec(
-            tile, problem.precision, problem.activation.kind, problem.activation.gated, alpha, beta, limit, biases[0]
-        ),
-        Gemm2Spec(tile, problem.precision, problem.combine, out_dtype, biases[1]),
-        CombineSpec(str(problem.out_dtype)) if problem.combine == "ordered" else None,
-    )
 
 
 def _tile(*widths: int) -> Tile:
@@ -237,28 +117,8 @@ _NANOSECONDS = {
 
 @functools.lru_cache(maxsize=1024)
 def best_tile(num_tokens: int, top_k: int, num_experts: int) -> Tile:
-    """The tile with the least expected time, if tokens choose ``top_k`` of ``num_experts`` experts at random."""
-    probability = min(1.0, top_k / num_experts)
-    return min(TILES, key=lambda tile: _expected_cost(num_tokens, probability, tile))
-
-
-def _expected_cost(num_tokens: int, probability: float, tile: Tile) -> float:
-    """Of an expert that some tokens choose; their number has a binomial distribution."""
-    if probability == 1.0:
-        return _cost(num_tokens, tile)
-    mean = num_tokens * probability
-    spread = math.sqrt(mean * (1 - probability))
-    step = math.ceil(spread / 16)
-    total = weight = 0.0
-    for count in range(
-        max(1, math.floor(mean - 4 * spread)), min(num_tokens, math.ceil(mean + 4 * spread) + 1) + 1, step
-    ):
-        rest = num_tokens - count
-        ways = math.lgamma(num_tokens + 1) - math.lgamma(count + 1) - math.lgamma(rest + 1)
-        likelihood = math.exp(ways + count * math.log(probability) + rest * math.log1p(-probability))
-        total += likelihood * _cost(count, tile)
-        weight += likelihood
-    return total / weight
+    """The tile with the least expected time (``common/plan.py``)."""
+    return common.cheapest(TILES, _cost, num_tokens, top_k, num_experts)
 
 
 def _cost(rows: int, tile: Tile) -> float:
@@ -267,3 +127,14 @@ def _cost(rows: int, tile: Tile) -> float:
     full, rest = divmod(rows, tile.token_tile)
     cost = full * nanoseconds[tile.token_tile]
     return cost + nanoseconds[next(width for width in tile.widths if width >= rest)] if rest else cost
+
+
+def plan(problem: "Problem", *, biases: tuple[bool, bool]) -> common.Plan:
+    """The kernels of ``problem``, chosen from its shapes alone.
+
+    Args:
+      problem: of the call.
+      biases: whether gate_up and down have one.
+    """
+    tile = best_tile(problem.num_tokens, problem.top_k, problem.total_experts or problem.num_experts)
+    return common.with_tile(problem, tile, biases)
