@@ -5,9 +5,8 @@ import dataclasses
 import jax.numpy as jnp
 
 from jax_moe import activations, arguments, nvfp4, plan
-from jax_moe.experts import CANONICAL, Experts, Projection
+from jax_moe.experts import CANONICAL, Experts, Projection, SM_90A
 from jax_moe.kernels.sm90 import layout
-from jax_moe.prepare import SM_90A
 from jax_moe.routing import Routing
 
 

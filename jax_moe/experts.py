@@ -6,6 +6,8 @@ from typing import Any
 from jax_moe import pytree
 
 CANONICAL = "canonical"
+SM_90A = "sm_90a"
+"""Layouts of :class:`Experts`: that of checkpoints, which CPUs compute with, and the one prepared for Hopper GPUs."""
 
 Leaf = Any
 """A ``jax.Array``; in a tree of the same structure, what stands for one: a PartitionSpec, a ShapeDtypeStruct."""

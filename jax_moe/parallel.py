@@ -93,7 +93,7 @@ def sharded_moe(
         return y.astype(out_dtype)
 
     run = jax.shard_map(local_moe, mesh=mesh, in_specs=(tokens, specs, tokens), out_specs=tokens)
-    _check_in_place(experts, specs, mesh)
+    check_in_place(experts, specs, mesh)
     if AxisType.Explicit in mesh.axis_types:
         everything = (x, experts, routing), (tokens, specs, jax.tree.map(lambda _: tokens, routing))
         x, experts, routing = jax.tree.map(lambda a, spec: jax.reshard(a, NamedSharding(mesh, spec)), *everything)
@@ -113,7 +113,7 @@ def expert_shardings(
 
 
 def partition_specs(
-    experts: Experts, mesh: Mesh, *, expert_axis: Axis = "expert", tensor_axis: Axis = "tensor"
+    experts: Experts, mesh: Mesh | AbstractMesh, *, expert_axis: Axis = "expert", tensor_axis: Axis = "tensor"
 ) -> Experts:
     """The ``PartitionSpec`` of every leaf of ``experts``: E over ``expert_axis``, I over ``tensor_axis``.
 
@@ -157,7 +157,7 @@ def partition_specs(
     return Experts(_where_present(gate_up, experts.gate_up), _where_present(down, experts.down), experts.layout)
 
 
-def _check_in_place(experts: Experts, specs: Experts, mesh: Mesh) -> None:
+def check_in_place(experts: Experts, specs: Experts, mesh: Mesh | AbstractMesh) -> None:
     """Raises where weights would have to move, as far as their placement is known; slicing a replicated array is free.
 
     It is not known of what ``jax.jit`` traces over automatic mesh axes.
@@ -192,11 +192,11 @@ def _bias_on_first(experts: Experts, is_first: jax.Array) -> Experts:
     return dataclasses.replace(experts, down=dataclasses.replace(experts.down, bias=bias))
 
 
-def _axes_in(mesh: Mesh, argument: str, axis: Axis) -> tuple[str, ...]:
+def _axes_in(mesh: Mesh | AbstractMesh, argument: str, axis: Axis) -> tuple[str, ...]:
     """The mesh axes that ``argument`` names; none where it has its default and the mesh has no such axis."""
     if not isinstance(axis, str | tuple | None):
         raise TypeError(f"{argument}: got {axis!r}, needs a mesh axis, a tuple of them, or None")
-    axes = () if axis is None else (axis,) if isinstance(axis, str) else axis
+    axes = axis_names(axis)
     if argument == f"{axis}_axis" and axis not in mesh.axis_names:
         return ()
     for name in axes:
@@ -205,7 +205,14 @@ def _axes_in(mesh: Mesh, argument: str, axis: Axis) -> tuple[str, ...]:
     return axes
 
 
-def _check_divides(mesh: Mesh, argument: str, axes: tuple[str, ...], name: str, size: int, multiple: int = 1) -> None:
+def axis_names(axis: Axis) -> tuple[str, ...]:
+    """The mesh axes that ``axis`` is made of."""
+    return () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
+
+
+def _check_divides(
+    mesh: Mesh | AbstractMesh, argument: str, axes: tuple[str, ...], name: str, size: int, multiple: int = 1
+) -> None:
     parts = math.prod(mesh.shape[axis] for axis in axes)
     if size % (parts * multiple):
         slices = f"slices that are multiples of {multiple}" if multiple > 1 else "equal slices"

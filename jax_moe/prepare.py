@@ -1,18 +1,21 @@
 """Repacking canonical weights into a GPU's kernel layout, once, at load."""
 
+from collections.abc import Iterable
 import dataclasses
 import functools
+import math
 
 import jax
+import jax.core
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 import numpy as np
 
-from jax_moe import arguments, nvfp4, stacking
-from jax_moe.experts import CANONICAL, Experts, Projection
+from jax_moe import arguments, nvfp4, parallel, stacking
+from jax_moe.experts import CANONICAL, Experts, Projection, SM_90A
 from jax_moe.kernels.sm90 import layout
 from jax_moe.progress import track
 
-SM_90A = "sm_90a"
 _E4M3_NAN = 0x7F
 _SIGN_BIT = 8
 _ZERO = 0  # e5m3 code of a zero scale
@@ -22,15 +25,16 @@ _E5M3_FIRST = 13  # e5m3 exponent of 2**-9, the smallest e4m3: see layout.SCALE_
 def prepare(experts: Experts, target: str | None = None, *, progress: bool = True) -> Experts:
     """Repacks one layer's experts for the kernels of ``target``; done once, when the weights are loaded.
 
-    Works where the weights are (host or device), one expert at a time: beside the input and the result, memory
-    holds a few copies of one expert. Every size is padded to whole 128 x 64 blocks here, so that the kernels need
-    not branch on it.
+    Works where the weights are, one expert at a time: beside the input and the result, memory holds a few copies of
+    one expert. On a mesh, weights that are placed as :func:`jax_moe.expert_shardings` says stay so, and each device
+    repacks its own; inside ``jax.jit`` placements are not seen. Every size is padded to whole 128 x 64 blocks here, so
+    that the kernels need not branch on it.
 
     Args:
-      experts: canonical layout.
-      target: "sm_90a" (H100, H200); "canonical" for CPUs returns the experts as they are. None is what JAX's default
-        device needs, so that a program may call this wherever it runs.
-      progress: show a progress bar on a terminal, if it takes longer than a second.
+      experts: canonical layout, or that of the target already: then they are returned as they are.
+      target: "sm_90a" (H100, H200) or "canonical" (CPUs). None is what JAX's default device needs, so that a program
+        may call this wherever it runs.
+      progress: show a progress bar on a terminal, if it takes longer than a second and is not on a mesh.
 
     Returns:
       Experts with ``layout=target``: ``payload`` is uint8 ``[E, row_blocks, k_blocks, 4608]`` with the codes *and*
@@ -43,31 +47,79 @@ def prepare(experts: Experts, target: str | None = None, *, progress: bool = Tru
 
     Raises:
       TypeError: not Experts.
-      ValueError: unknown target, no kernels for the default device, or the experts are not canonical.
+      ValueError: unknown target, no kernels for the default device, or the experts are prepared for another target,
+        placed on a mesh in another way, or with slices of I that are not whole tiles.
     """
     arguments.instance("experts", experts, Experts)
     if target is None:
         target = _default_target()
-    if target == CANONICAL == experts.layout:
-        return experts
-    if target != SM_90A:
+    if target not in (CANONICAL, SM_90A):
         raise ValueError(f"target: got {target!r}, needs {SM_90A!r} or {CANONICAL!r}")
+    if target == experts.layout:
+        return experts
     if experts.layout != CANONICAL:
-        raise ValueError(f"experts: got layout {experts.layout!r}, needs {CANONICAL!r}")
+        raise ValueError(
+            f"experts.layout: got {experts.layout!r}, needs {CANONICAL!r}: jax_moe.prepare.unprepare(experts, ...)"
+        )
+    mesh = _mesh(experts)
+    return _prepare(experts, progress) if mesh is None else _prepare_on(mesh, experts)
+
+
+def _prepare(experts: Experts, progress: bool, tensor_axes: tuple[str, ...] = ()) -> Experts:
+    """``tensor_axes``: inside ``shard_map``, the mesh axes that share out I."""
     gate_up, down = experts.gate_up, experts.down
     num_experts, projections, intermediate, _ = gate_up.payload.shape
     gated = projections == 2
     prepared_gate_up = _prepare_projection(
-        gate_up, gated, track(range(num_experts), "prepare gate_up", enabled=progress)
+        gate_up, gated, track(range(num_experts), "prepare gate_up", enabled=progress), tensor_axes
     )
     lifted = dataclasses.replace(down, payload=down.payload[:, None], block_scale=down.block_scale[:, None])
-    prepared_down = _prepare_projection(lifted, False, track(range(num_experts), "prepare down", enabled=progress))
+    prepared_down = _prepare_projection(
+        lifted, False, track(range(num_experts), "prepare down", enabled=progress), tensor_axes
+    )
     if gate_up.bias is not None:
         row_blocks = prepared_gate_up.payload.shape[1]
         padding = row_blocks * layout.BLOCK_ROWS // projections - intermediate
         bias = jnp.pad(gate_up.bias, ((0, 0), (0, 0), (0, padding)))
         prepared_gate_up = dataclasses.replace(prepared_gate_up, bias=bias)
-    return Experts(gate_up=prepared_gate_up, down=prepared_down, layout=target)
+    return Experts(gate_up=prepared_gate_up, down=prepared_down, layout=SM_90A)
+
+
+def _mesh(experts: Experts) -> Mesh | AbstractMesh | None:
+    """The mesh over which the experts are spread, if they are and it can be known."""
+    payload = experts.gate_up.payload
+    if isinstance(payload, jax.core.Tracer) or not isinstance(payload, jax.Array):
+        return None
+    sharding = payload.sharding
+    if sharding.is_fully_replicated:
+        return None
+    if not isinstance(sharding, NamedSharding):
+        raise ValueError(f"experts.gate_up.payload: got sharding {sharding}, needs a NamedSharding")
+    return sharding.mesh
+
+
+def _prepare_on(mesh: Mesh | AbstractMesh, experts: Experts) -> Experts:
+    """Each device repacks what it has, and the result is placed like it."""
+    _, projections, intermediate, _ = experts.gate_up.payload.shape
+    expert_axis, _, tensor_axis, _ = (*experts.gate_up.payload.sharding.spec, None, None, None, None)[:4]
+    axes = {"expert_axis": expert_axis, "tensor_axis": tensor_axis}
+    specs = parallel.partition_specs(experts, mesh, **axes)
+    parallel.check_in_place(experts, specs, mesh)
+    tensor_axes = parallel.axis_names(tensor_axis)
+    slices = math.prod(mesh.shape[axis] for axis in tensor_axes)
+    tile = layout.BLOCK_ROWS // projections
+    if slices > 1 and intermediate % (slices * tile):
+        raise ValueError(
+            f"experts.gate_up.payload: got I = {intermediate} in {slices} slices, needs whole tiles of {tile} each; "
+            "or prepare the experts before placing them"
+        )
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), experts)
+    prepared = jax.eval_shape(functools.partial(_prepare, progress=False), shapes)
+    prepared_specs = parallel.partition_specs(prepared, mesh, **axes)
+    local = functools.partial(_prepare, progress=False, tensor_axes=tensor_axes)
+    run = jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=prepared_specs)
+    # Without out_shardings XLA puts the empty block scales anywhere.
+    return jax.jit(run, out_shardings=jax.tree.map(lambda spec: NamedSharding(mesh, spec), prepared_specs))(experts)
 
 
 def _default_target() -> str:
@@ -112,18 +164,18 @@ def unprepare(experts: Experts, hidden_size: int, intermediate_size: int) -> Exp
     return Experts(gate_up=canonical_gate_up, down=canonical_down, layout=CANONICAL)
 
 
-def _prepare_projection(projection: Projection, gated: bool, expert_indices) -> Projection:
+def _prepare_projection(projection: Projection, gated: bool, indices: Iterable[int], tensor_axes) -> Projection:
     """``projection`` with leaves ``[E, P, N, C/2]`` and ``[E, P, N, C/16]``."""
-    num_experts = projection.payload.shape[0]
-    codes = nvfp4.payload_bytes(projection.payload)
-    packed = (_pack_expert(codes[e], projection.block_scale[e], gated=gated) for e in expert_indices)
-    payload, nan = stacking.stack_in_place(packed, num_experts)
+    operands = nvfp4.payload_bytes(projection.payload), projection.block_scale
+    payload, nan = stacking.map_in_turn(lambda expert: _pack_expert(*expert, gated=gated), operands, indices)
+    if tensor_axes:  # the other slices' scales count too
+        nan = jax.lax.pmax(nan.astype(jnp.int32), tensor_axes) > 0
     if projection.global_scale.ndim == 1:
         nan = nan[:, 0]
     return dataclasses.replace(
         projection,
         payload=payload,
-        block_scale=jnp.zeros((num_experts, 0), jnp.float8_e4m3fn),
+        block_scale=jnp.zeros((len(payload), 0), jnp.float8_e4m3fn),
         global_scale=jnp.where(nan, jnp.nan, projection.global_scale),
     )
 

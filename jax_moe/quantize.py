@@ -68,12 +68,12 @@ def quantize_experts(
     parts = (up,) if gate is None else (gate, up)
     biases = (up_bias,) if gate is None else (gate_bias, up_bias)
 
-    def quantize_expert(expert: int):
-        pair = [_quantize_matrix(part[expert]) for part in parts]
-        return jax.tree.map(lambda *p: jnp.stack(p), *pair), _quantize_matrix(down[expert])
+    def quantize_expert(expert):
+        pair = [_quantize_matrix(part) for part in expert[0]]
+        return jax.tree.map(lambda *p: jnp.stack(p), *pair), _quantize_matrix(expert[1])
 
-    quantized = map(quantize_expert, track(range(num_experts), "quantize experts", enabled=progress))
-    gate_up_leaves, down_leaves = stacking.stack_in_place(quantized, num_experts)
+    indices = track(range(num_experts), "quantize experts", enabled=progress)
+    gate_up_leaves, down_leaves = stacking.map_in_turn(quantize_expert, (parts, down), indices)
     gate_up_bias = None if up_bias is None else jnp.stack([jnp.asarray(b, jnp.float32) for b in biases], axis=1)
     return Experts(
         gate_up=Projection(*gate_up_leaves, bias=gate_up_bias),

@@ -2,11 +2,15 @@
 
 import dataclasses
 
+import helpers
+import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import ml_dtypes
 import numpy as np
 import pytest
 
+import jax_moe
 from jax_moe import nvfp4
 from jax_moe.experts import Experts, Projection
 from jax_moe.kernels.sm90 import layout
@@ -185,8 +189,10 @@ def test_errors():
     with pytest.raises(ValueError, match="target: got 'sm_80'"):
         prepare(experts, "sm_80")
     prepared = prepare(experts, "sm_90a", progress=False)
-    with pytest.raises(ValueError, match="experts: got layout 'sm_90a'"):
-        prepare(prepared, "sm_90a")
+    with pytest.raises(ValueError, match=r"experts.layout: got 'sm_90a', needs 'canonical'"):
+        prepare(prepared, "canonical")
+    with pytest.raises(ValueError, match=r"experts.layout: got 'sm_90a', needs 'canonical'"):
+        prepare(prepared)  # the default device is a CPU
     with pytest.raises(ValueError, match="experts: got layout 'canonical'"):
         unprepare(experts, 16, 16)
 
@@ -210,5 +216,63 @@ def test_the_default_target_is_what_this_device_needs():
     experts = random_experts(np.random.default_rng(0), 1, *UNGATED)
     assert prepare(experts) is experts  # the tests' default device is a CPU
     assert prepare(experts, "canonical") is experts
-    with pytest.raises(ValueError, match="experts: got layout 'sm_90a'"):
-        prepare(prepare(experts, "sm_90a", progress=False), "sm_90a")
+    prepared = prepare(experts, "sm_90a", progress=False)
+    assert prepare(prepared, "sm_90a") is prepared
+
+
+def assert_same(got, expected):
+    assert got.layout == expected.layout
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        helpers.assert_bit_equal(a, b)
+
+
+@pytest.mark.parametrize("shape", [GATED, UNGATED])
+def test_traced_experts_become_the_same(shape):
+    experts = random_experts(np.random.default_rng(5), 3, *shape, bias=True)
+    expected = prepare(experts, "sm_90a", progress=False)
+    assert_same(jax.jit(lambda e: prepare(e, "sm_90a"))(experts), expected)
+
+
+def test_a_traced_program_does_not_grow_with_the_experts():
+    def lines(num_experts):
+        experts = random_experts(np.random.default_rng(0), num_experts, *GATED)
+        return jax.jit(lambda e: prepare(e, "sm_90a")).lower(experts).as_text().count("\n")
+
+    assert lines(16) == lines(2)
+
+
+def on_mesh(experts, expert, tensor, axis_type=AxisType.Auto):
+    mesh = jax.make_mesh((expert, tensor), ("expert", "tensor"), axis_types=(axis_type,) * 2)
+    return mesh, jax.device_put(experts, jax_moe.expert_shardings(experts, mesh))
+
+
+@pytest.mark.parametrize(("expert", "tensor"), [(4, 1), (1, 2), (2, 2), (2, 4)])
+@pytest.mark.parametrize(("projections", "axis_type"), [(1, AxisType.Auto), (2, AxisType.Auto), (2, AxisType.Explicit)])
+def test_experts_on_a_mesh_stay_where_they_are(expert, tensor, projections, axis_type):
+    rng = np.random.default_rng(6)
+    experts = random_experts(rng, 4, projections, 512, 80, bias=True)
+    scales = np.array(experts.down.block_scale)
+    scales[2, 3, 30] = np.nan  # in the last slice of I: every slice's device must hear of it
+    experts = dataclasses.replace(experts, down=dataclasses.replace(experts.down, block_scale=jnp.asarray(scales)))
+    expected = prepare(experts, "sm_90a", progress=False)
+    assert np.isnan(expected.down.global_scale).tolist() == [False, False, True, False]
+    mesh, placed = on_mesh(experts, expert, tensor, axis_type)
+    prepared = prepare(placed, "sm_90a")
+    assert_same(prepared, expected)
+    for leaf, sharding in zip(
+        jax.tree.leaves(prepared), jax.tree.leaves(jax_moe.expert_shardings(expected, mesh)), strict=True
+    ):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+
+
+def test_experts_that_do_not_fit_the_mesh_are_refused():
+    experts = random_experts(np.random.default_rng(7), 2, 2, 160, 64)  # 80 of I on each of two devices: no whole tiles
+    mesh, placed = on_mesh(experts, 1, 2)
+    with pytest.raises(ValueError, match=r"experts.gate_up.payload: got I = 160 in 2 slices, needs whole tiles of 64"):
+        prepare(placed, "sm_90a")
+    elsewhere = NamedSharding(mesh, PartitionSpec(None, None, None, "tensor"))
+    payload = jax.device_put(experts.gate_up.payload, elsewhere)
+    moved = dataclasses.replace(experts, gate_up=dataclasses.replace(experts.gate_up, payload=payload))
+    with pytest.raises(ValueError, match=r"experts.gate_up.payload: got sharding"):
+        prepare(moved, "sm_90a")

@@ -46,6 +46,17 @@ def test_quantize_experts_as_defined(convert):
     assert experts.gate_up.input_scale is experts.down.input_scale is experts.gate_up.bias is experts.down.bias is None
 
 
+def test_quantize_experts_traced():
+    """Under ``jit`` the same bits, by a program that does not grow with the experts."""
+    dense = list(map(jnp.asarray, _dense()))
+    run = jax.jit(jax_moe.quantize_experts)
+    got, expected = run(*dense), jax_moe.quantize_experts(*dense)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        helpers.assert_bit_equal(a, b)
+    more = [jnp.concatenate([matrix] * 5) for matrix in dense]
+    assert run.lower(*more).as_text().count("\n") == run.lower(*dense).as_text().count("\n")
+
+
 def test_quantize_experts_without_a_gate_and_with_biases():
     gate, up, down = _dense()
     rng = np.random.default_rng(1)
