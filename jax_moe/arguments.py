@@ -1,5 +1,7 @@
 """Checks of single arguments: the errors name the argument, what it got and what it needs."""
 
+import jax
+import jax.core
 import jax.numpy as jnp
 
 
@@ -37,6 +39,12 @@ def floats(name: str, value, shape) -> tuple[int, ...]:
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise TypeError(f"{name}: got dtype {value.dtype}, needs floats")
     return array(name, value, None, shape)
+
+
+def in_one_place(name: str, value) -> None:
+    """Checks that an array's values are not spread over devices, as far as that is known."""
+    if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer) and not value.is_fully_replicated:
+        raise ValueError(f"{name}: got an array spread over {len(value.devices())} devices, needs it in one place")
 
 
 def dtype(name: str, value, allowed) -> jnp.dtype:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -43,7 +44,8 @@ def quantize_experts(
       Experts in the canonical layout, without input scales.
 
     Raises:
-      TypeError, ValueError: shapes do not fit one another, or H or I is not a multiple of 16.
+      TypeError, ValueError: shapes do not fit one another, H or I is not a multiple of 16, or an array is spread over
+        devices: quantise what each of them has inside ``jax.shard_map`` over E, or before it is placed.
     """
     num_experts, intermediate, hidden = arguments.floats("up", up, ("E", "I", "H"))
     arguments.floats("down", down, (num_experts, hidden, intermediate))
@@ -64,6 +66,9 @@ def quantize_experts(
         raise ValueError("gate_bias: got an array, but there is no gate")
     if gate is not None and (gate_bias is None) != (up_bias is None):
         raise ValueError("gate_bias, up_bias: got only one of them, needs both or neither")
+
+    for name, array in (("gate", gate), ("up", up), ("down", down)):
+        arguments.in_one_place(name, array)
 
     parts = (up,) if gate is None else (gate, up)
     biases = (up_bias,) if gate is None else (gate_bias, up_bias)
@@ -113,7 +118,8 @@ def calibrate(
       The experts with ``gate_up.input_scale`` (``[]``) and ``down.input_scale`` (``[E]``) set.
 
     Raises:
-      TypeError, ValueError: as ``fused_moe``, or T is 0.
+      TypeError, ValueError: as ``fused_moe``, or the tokens have nothing to measure: there are none, their values or
+        intermediates are not finite, or all zeros where there is no scale yet. Under ``jax.jit`` values are not seen.
     """
     check.check(
         x, experts, routing, activation=activation, precision="w4a16", combine="ordered", weight_on=weight_on,
@@ -124,6 +130,8 @@ def calibrate(
     if x.shape[0] == 0:
         raise ValueError("x: got no tokens, calibration needs at least one")
     x_amax, h_amax = _amaxes(experts, x, routing, activation, weight_on)
+    if not isinstance(h_amax, jax.core.Tracer):
+        _check_amaxes(experts, x_amax, h_amax)
     if experts.down.input_scale is None:
         h_amax = jnp.where(h_amax == 0, jnp.max(h_amax), h_amax)
 
@@ -134,6 +142,19 @@ def calibrate(
         return dataclasses.replace(projection, input_scale=scale)
 
     return dataclasses.replace(experts, gate_up=raise_to(experts.gate_up, x_amax), down=raise_to(experts.down, h_amax))
+
+
+def _check_amaxes(experts: Experts, x_amax: jax.Array, h_amax: jax.Array) -> None:
+    """Raises where a batch would make scales that no later batch could mend: they are only ever raised."""
+    if not jnp.isfinite(x_amax):
+        raise ValueError("x: got NaN or infinity, calibration needs finite values")
+    if not jnp.isfinite(h_amax).all():
+        expert = jnp.argmin(jnp.isfinite(h_amax))
+        raise ValueError(f"x: expert {expert} makes NaN or infinity of these tokens, calibration needs finite values")
+    if experts.gate_up.input_scale is None and x_amax == 0:
+        raise ValueError("x: got only zeros, calibration needs real activations")
+    if experts.down.input_scale is None and jnp.max(h_amax) == 0:
+        raise ValueError("routing: no token reaches an expert and leaves it with anything but zeros")
 
 
 @functools.partial(jax.jit, static_argnames=("activation", "weight_on"))

@@ -196,15 +196,12 @@ def test_an_expert_that_no_token_reached_does_not_spoil_calibration():
     assert again.down.input_scale[0] == scales[0]
 
 
-def test_calibrate_on_zeros_gives_usable_scales():
+def test_calibrate_on_zeros_under_jit_gives_usable_scales():
+    """Where values are not seen, and nothing can be refused."""
     case = make_case(21)
     zeros = dataclasses.replace(case, x=jnp.zeros_like(case.x))
-    experts = jax_moe.calibrate(helpers.without_input_scales(case.experts), zeros.x, case.routing)
+    experts = jax.jit(jax_moe.calibrate)(helpers.without_input_scales(case.experts), zeros.x, case.routing)
     assert not dataclasses.replace(zeros, experts=experts).run(precision="w4a4").any()
-    # A batch of nothing but padding says nothing: scales that are there stay.
-    again = jax_moe.calibrate(case.experts, zeros.x, case.routing)
-    helpers.assert_bit_equal(again.gate_up.input_scale, case.experts.gate_up.input_scale)
-    helpers.assert_bit_equal(again.down.input_scale, case.experts.down.input_scale)
 
 
 # --- What is refused ----------------------------------------------------------------------------------------------
@@ -255,3 +252,49 @@ def test_quantize_experts_refuses_sizes(num_experts, intermediate, hidden, messa
     up, down = np.zeros((num_experts, intermediate, hidden)), np.zeros((num_experts, hidden, intermediate))
     with pytest.raises(ValueError, match=message):
         jax_moe.quantize_experts(None, up, down)
+
+
+def _calibrate(case, **changes):
+    case = dataclasses.replace(case, **changes)
+    return jax_moe.calibrate(case.experts, case.x, case.routing)
+
+
+def test_calibrate_refuses_batches_that_would_spoil_the_scales():
+    case = make_case()
+    case = dataclasses.replace(case, experts=helpers.without_input_scales(case.experts))
+    nan = case.x.at[0, 0].set(jnp.nan)
+    with pytest.raises(ValueError, match="x: got NaN or infinity"):
+        _calibrate(case, x=nan)
+    with pytest.raises(ValueError, match="x: got only zeros"):
+        _calibrate(case, x=jnp.zeros_like(case.x))
+    elsewhere = dataclasses.replace(case.routing, expert_ids=case.routing.expert_ids + 4)
+    with pytest.raises(ValueError, match="routing: no token reaches an expert"):
+        _calibrate(case, routing=elsewhere)
+    huge = dataclasses.replace(case.experts.gate_up, global_scale=case.experts.gate_up.global_scale.at[1].set(3e38))
+    with pytest.raises(ValueError, match="x: expert 1 makes NaN or infinity"):
+        _calibrate(case, experts=dataclasses.replace(case.experts, gate_up=huge))
+
+
+def test_a_batch_that_says_nothing_changes_no_scale():
+    case = make_case()
+    case = dataclasses.replace(case, experts=_calibrate(case))
+    elsewhere = dataclasses.replace(case.routing, expert_ids=case.routing.expert_ids + 4)
+    for changes in ({"x": jnp.zeros_like(case.x)}, {"routing": elsewhere}):
+        got = _calibrate(case, **changes)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(case.experts), strict=True):
+            helpers.assert_bit_equal(a, b)
+    with pytest.raises(ValueError, match="x: got NaN or infinity"):
+        _calibrate(case, x=case.x.at[0, 0].set(jnp.nan))
+
+
+def test_dense_weights_spread_over_devices_are_refused():
+    mesh = jax.make_mesh((2,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
+    gate, up, down = _dense(num_experts=2)
+    spread = jax.device_put(down, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("expert")))
+    with pytest.raises(ValueError, match="down: got an array spread over 2 devices, needs it in one place"):
+        jax_moe.quantize_experts(gate, up, spread)
+    specs = jax.sharding.PartitionSpec("expert")
+    run = jax.shard_map(jax_moe.quantize_experts, mesh=mesh, in_specs=specs, out_specs=specs)
+    expected = jax_moe.quantize_experts(gate, up, down)
+    for a, b in zip(jax.tree.leaves(run(gate, up, down)), jax.tree.leaves(expected), strict=True):
+        helpers.assert_bit_equal(a, b)
