@@ -35,7 +35,9 @@ _MUTANTS = {
     "join forgotten": ("launch_sequence.h", "= api.AddDependency(stream, zeroed);", "= 0;"),
     "join replaces": ("cuda/handler.cc", "&node, 1, kAddCaptureDependencies", "&node, 1, kSetCaptureDependencies"),
     "zeroing depends on nothing": ("cuda/handler.cc", "capture.num_dependencies, &params", "0, &params"),
-    "half zeroed": ("cuda/handler.cc", "bytes / element_bytes, 1}", "bytes / element_bytes / 2, 1}"),
+    "another buffer zeroed": ("cuda/handler.cc", "{Address(destination), 0, 0", "{Address(destination) + 16, 0, 0"),
+    "another stream zeroed": ("cuda/handler.cc", "0, bytes, stream)", "0, bytes, nullptr)"),
+    "half zeroed": ("cuda/handler.cc", "bytes / kWord, 1}", "bytes / kWord / 2, 1}"),
     "capture taken for eager": (
         "cuda/handler.cc",
         "*capturing = status == kCaptureActive;",
@@ -44,30 +46,52 @@ _MUTANTS = {
     "alignment unchecked": ("cuda/handler.cc", "% kAlignment == 0", "% 1 == 0"),
     "shape unchecked": ("cuda/handler.cc", "if (shape != program.shape())", "if (false)"),
     "kernels not kept by context": ("cuda/program.cc", "driver.cuCtxGetId(kCurrent, id)", "(*id = 1, kSuccess)"),
-    "needed kernels unchecked": ("cuda/program.cc", "if (is_needed && !kernels_[step].present)", "if (false)"),
+    "needed kernels unchecked": ("cuda/program.cc", "if (is_needed[step] && !kernels_[step].present)", "if (false)"),
     "arguments unchecked": ("cuda/program.cc", "if (!is_there)", "if (false)"),
     "checks in words": (
         "cuda/handler.cc",
         "if (!IsAligned(*results[i]))",
         "if (!std::string(99, ' ').empty() && !IsAligned(*results[i]))",
     ),
+    "pass over x unchecked": ("cuda/program.cc", "is_needed[kPrepare] &=", "is_needed[kPrepare] = false &&"),
+    "kernels not told apart by image": ("cuda/program.cc", "shared_bytes, kernel.image)", 'shared_bytes, "")'),
+    "kernels not told apart by name": ("cuda/program.cc", "key(context_id, kernel.name,", 'key(context_id, "",'),
+    "last failure told": ("cuda/handler.cc", "result != kSuccess && *failed_call_ == '\\0'", "result != kSuccess"),
+    "too many arguments": ("cuda/program.cc", "arguments->size() == kMostArguments ||", ""),
     "runs unloaded": ("cuda/program.cc", "(found == functions_.end()) return", "(false) return"),
 }  # fmt: skip
 
 
-def _compile(folder: pathlib.Path, source: str, include: pathlib.Path = _FFI) -> pathlib.Path:
+_SOURCES = ("tests/cuda/handler_test.cc", "cuda/driver.cc", "cuda/program.cc", "cuda/handler.cc")
+_TSAN = ("-fsanitize=thread", "-g", "-O1")
+
+# Mutants that only the thread sanitizer sees.
+_RACES = {
+    "loading unlocked": (
+        "const std::lock_guard<std::mutex> lock(mutex_);\n    const Key",
+        "const Key",
+    ),
+    "loaded functions unlocked": (
+        "const std::lock_guard<std::mutex> lock(mutex_);\n  if (functions_",
+        "if (functions_",
+    ),
+}
+
+
+def _compile(folder: pathlib.Path, source: str, include: pathlib.Path = _FFI, sanitizer: tuple = ()) -> pathlib.Path:
     path = include / source if (include / source).exists() else _FFI / source
     target = folder / (path.stem + ".o")
-    flags = ["-std=c++20", "-O0", "-c", "-pthread"]
+    flags = ["-std=c++20", "-O0", "-c", "-pthread", *sanitizer]
     includes = [f"-I{include}", f"-I{_FFI}", f"-I{_FFI / 'tests/cuda'}", f"-isystem{jax.ffi.include_dir()}"]
     built = subprocess.run([_COMPILER, *flags, *includes, path, "-o", target], capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     return target
 
 
-def _run(folder: pathlib.Path, objects) -> subprocess.CompletedProcess:
+def _run(folder: pathlib.Path, objects, sanitizer: tuple = ()) -> subprocess.CompletedProcess:
     program = folder / "handler_test"
-    linked = subprocess.run([_COMPILER, *objects, "-ldl", "-pthread", "-o", program], capture_output=True, text=True)
+    command = [_COMPILER, *sanitizer, *objects, "-ldl", "-pthread", "-o", program]
+    linked = subprocess.run(command, capture_output=True, text=True)
     assert linked.returncode == 0, linked.stderr
     return subprocess.run([program], capture_output=True, text=True, timeout=60)
 
@@ -77,9 +101,8 @@ def objects(tmp_path_factory):
     """The objects of the unchanged handler and of its test, by source."""
     helpers.need_shipped_headers()
     folder = tmp_path_factory.mktemp("handler")
-    sources = ["tests/cuda/handler_test.cc", "cuda/driver.cc", "cuda/program.cc", "cuda/handler.cc"]
     built = {}
-    for source in sources:
+    for source in _SOURCES:
         (folder / source).parent.mkdir(parents=True, exist_ok=True)
         built[source] = _compile((folder / source).parent, source)
     return built
@@ -106,6 +129,30 @@ def test_a_mutant_of_the_handler_fails(name, objects, tmp_path):
     assert ran.returncode != 0, "the mutant survived"
 
 
+@pytest.fixture(scope="module")
+def sanitized_objects(tmp_path_factory):
+    """All but program.cc, for the thread sanitizer."""
+    helpers.need_shipped_headers()
+    folder = tmp_path_factory.mktemp("sanitized")
+    return [_compile(folder, source, sanitizer=_TSAN) for source in _SOURCES if source != "cuda/program.cc"]
+
+
+@pytest.mark.parametrize("name", [None, *_RACES])
+def test_threads_under_the_thread_sanitizer(name, sanitized_objects, tmp_path):
+    """The handler has no data race, and a lock less would be one."""
+    text = (_FFI / "cuda/program.cc").read_text()
+    if name:
+        original, replacement = _RACES[name]
+        assert text.count(original) == 1, "the mutant no longer applies"
+        text = text.replace(original, replacement)
+    (tmp_path / "cuda").mkdir()
+    (tmp_path / "cuda/program.cc").write_text(text)
+    program = _compile(tmp_path, "cuda/program.cc", include=tmp_path, sanitizer=_TSAN)
+    ran = _run(tmp_path, [*sanitized_objects, program], _TSAN)
+    assert ("WARNING: ThreadSanitizer: data race" in ran.stderr) == (name is not None), ran.stdout + ran.stderr
+    assert name or ran.returncode == 0
+
+
 def test_the_drivers_interface_is_nvidias(tmp_path):
     """driver.h repeats structs and constants; compare them with cuda.h where that is installed."""
     roots = [os.environ.get("CUDA_HOME", "/usr/local/cuda"), "/usr"]
@@ -128,7 +175,7 @@ def _echo(target: str, image: bytes, **changes):
     """A function that returns ``image`` and some numbers, after they went through the attributes of a custom call."""
     kernel = {
         "image": image, "name": "kernel", "grid": np.int64(264), "block": np.int64(384), "cluster": np.int64(2),
-        "shared": np.int64(232448), "overlap": np.int64(1), "arguments": "operand:3 null result:1 f32:inf i32:-5",
+        "shared": np.int64(232448), "overlap": np.int64(1), "arguments": "operand:3 null result:1 i32:7 i32:-5",
     }  # fmt: skip
     sizes = np.zeros(4, np.int64)
     kernels = {"gemm1": kernel | changes, "shape": _SHAPE, "weight_bytes": sizes, "workspace_bytes": sizes[:1]}

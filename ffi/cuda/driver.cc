@@ -29,21 +29,23 @@ Opened Open() {
     }
   };
   Driver& driver = opened.driver;
-  resolve(&driver.cuGetErrorName, "cuGetErrorName");
-  resolve(&driver.cuGetErrorString, "cuGetErrorString");
-  resolve(&driver.cuCtxGetCurrent, "cuCtxGetCurrent");
-  resolve(&driver.cuCtxGetId, "cuCtxGetId");
-  resolve(&driver.cuModuleLoadData, "cuModuleLoadData");
-  resolve(&driver.cuModuleGetFunction, "cuModuleGetFunction");
-  resolve(&driver.cuFuncSetAttribute, "cuFuncSetAttribute");
-  resolve(&driver.cuLaunchKernelEx, "cuLaunchKernelEx");
-  resolve(&driver.cuMemsetD8Async, "cuMemsetD8Async");
-  resolve(&driver.cuStreamIsCapturing, "cuStreamIsCapturing");
+#define JAX_MOE_RESOLVE(name) resolve(&driver.name, #name)
+  JAX_MOE_RESOLVE(cuGetErrorName);
+  JAX_MOE_RESOLVE(cuGetErrorString);
+  JAX_MOE_RESOLVE(cuCtxGetCurrent);
+  JAX_MOE_RESOLVE(cuCtxGetId);
+  JAX_MOE_RESOLVE(cuModuleLoadData);
+  JAX_MOE_RESOLVE(cuModuleGetFunction);
+  JAX_MOE_RESOLVE(cuFuncSetAttribute);
+  JAX_MOE_RESOLVE(cuLaunchKernelEx);
+  JAX_MOE_RESOLVE(cuMemsetD8Async);
+  JAX_MOE_RESOLVE(cuStreamIsCapturing);
   resolve(&driver.cuStreamGetCaptureInfo, "cuStreamGetCaptureInfo_v2");
-  resolve(&driver.cuStreamUpdateCaptureDependencies, "cuStreamUpdateCaptureDependencies");
-  resolve(&driver.cuGraphAddMemsetNode, "cuGraphAddMemsetNode");
-  resolve(&driver.cuGraphAddEmptyNode, "cuGraphAddEmptyNode");
-  resolve(&driver.cuGraphDebugDotPrint, "cuGraphDebugDotPrint");
+  JAX_MOE_RESOLVE(cuStreamUpdateCaptureDependencies);
+  JAX_MOE_RESOLVE(cuGraphAddMemsetNode);
+  JAX_MOE_RESOLVE(cuGraphAddEmptyNode);
+  JAX_MOE_RESOLVE(cuGraphDebugDotPrint);
+#undef JAX_MOE_RESOLVE
   return opened;
 }
 

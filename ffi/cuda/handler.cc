@@ -33,7 +33,7 @@ ffi::ErrorOr<const Driver*> RequireDriver() {
   return ffi::Unexpected(ffi::Error(ffi::ErrorCode::kFailedPrecondition, std::string("fused_moe: ") + reason));
 }
 
-// The stream API that launch_sequence.h asks for, and a note of the driver call that failed.
+// The stream API that launch_sequence.h asks for, and a note of the driver call that failed first.
 class StreamApi {
  public:
   using Stream = cuda::Stream;
@@ -60,9 +60,10 @@ class StreamApi {
     if (Result result = GetCapture(stream, &capture)) return result;
     Context context = nullptr;
     if (Result result = Check("cuCtxGetCurrent", driver_.cuCtxGetCurrent(&context))) return result;
-    // One row, the only shape of memset that can be updated in an instantiated graph. Words where the size allows it.
-    const unsigned element_bytes = bytes % 4 == 0 ? 4 : 1;
-    const MemsetNodeParams params = {Address(destination), 0, 0, element_bytes, bytes / element_bytes, 1};
+    // One row, the only shape of memset that can be updated in an instantiated graph; of words, as H is a multiple
+    // of 16.
+    constexpr unsigned kWord = 4;
+    const MemsetNodeParams params = {Address(destination), 0, 0, kWord, bytes / kWord, 1};
     return Check("cuGraphAddMemsetNode", driver_.cuGraphAddMemsetNode(node, capture.graph, capture.dependencies,
                                                                       capture.num_dependencies, &params, context));
   }
@@ -122,7 +123,7 @@ class StreamApi {
   static DevicePointer Address(void* pointer) { return reinterpret_cast<DevicePointer>(pointer); }
 
   Result Check(const char* call, Result result) {
-    if (result != kSuccess) failed_call_ = call;
+    if (result != kSuccess && *failed_call_ == '\0') failed_call_ = call;
     return result;
   }
 

@@ -1,7 +1,6 @@
 #include "cuda/program.h"
 
 #include <charconv>
-#include <cstring>
 #include <string_view>
 #include <tuple>
 #include <utility>
@@ -45,7 +44,7 @@ bool ParseNumber(std::string_view text, T* value) {
   return error == std::errc() && end == text.data() + text.size();
 }
 
-// "operand:1", "result:0", "i32:128", "f32:1.702" or "null".
+// "operand:1", "result:0", "i32:128" or "null".
 bool ParseArgument(std::string_view text, Argument* argument) {
   if (text == "null") {
     *argument = {Argument::Kind::kScalar, 0};
@@ -61,10 +60,6 @@ bool ParseArgument(std::string_view text, Argument* argument) {
   argument->kind = Argument::Kind::kScalar;
   if (int32_t number; kind == "i32" && ParseNumber(value, &number)) {
     argument->value = static_cast<uint32_t>(number);
-    return true;
-  }
-  if (float number; kind == "f32" && ParseNumber(value, &number)) {
-    std::memcpy(&argument->value, &number, sizeof(number));
     return true;
   }
   return false;
@@ -86,12 +81,12 @@ ffi::Error ParseArguments(std::string_view step, std::string_view text, std::vec
 ffi::Error DecodeKernel(const ffi::Dictionary& attributes, std::string_view step, Kernel* kernel) {
   std::string_view image, name, arguments;
   uint32_t overlap = 0;
-  // A grid has at most 2^31 - 1 blocks along x, a Hopper block 1024 threads and 227 KiB, a cluster 16 blocks.
+  // A grid has at most 2^31 - 1 blocks along x, a Hopper block 1024 threads and 227 KiB, a portable cluster 8 blocks.
   ffi::Error error = GetString(attributes, step, "image", &image);
   if (error.success()) error = GetString(attributes, step, "name", &name);
   if (error.success()) error = GetUnsigned(attributes, step, "grid", 1, 0x7fffffff, &kernel->grid);
   if (error.success()) error = GetUnsigned(attributes, step, "block", 1, 1024, &kernel->block);
-  if (error.success()) error = GetUnsigned(attributes, step, "cluster", 1, 16, &kernel->cluster);
+  if (error.success()) error = GetUnsigned(attributes, step, "cluster", 1, 8, &kernel->cluster);
   if (error.success()) error = GetUnsigned(attributes, step, "shared", 0, 227 * 1024, &kernel->shared_bytes);
   if (error.success()) error = GetUnsigned(attributes, step, "overlap", 0, 1, &overlap);
   if (error.success()) error = GetString(attributes, step, "arguments", &arguments);
@@ -223,10 +218,12 @@ ffi::Error Program::DecodeKernels(const ffi::Dictionary& attributes) {
 }
 
 ffi::Error Program::CheckKernels() const {
-  const bool has_tokens = shape_[0] > 0, ordered = options_.combine == Combine::kOrdered;
+  std::array<bool, kNumSteps> is_needed;
+  is_needed.fill(shape_[0] > 0);
+  is_needed[kPrepare] &= options_.precision == Precision::kW4A4 || options_.weight_on == WeightOn::kInput;
+  is_needed[kCombine] &= options_.combine == Combine::kOrdered;
   for (size_t step = 0; step < kNumSteps; ++step) {
-    const bool is_needed = has_tokens && (step == kCombine ? ordered : step != kPrepare);
-    if (is_needed && !kernels_[step].present) {
+    if (is_needed[step] && !kernels_[step].present) {
       return Refuse(std::string("attribute kernels: has no ") + kStepNames[step]);
     }
     for (const Argument& argument : kernels_[step].arguments) {

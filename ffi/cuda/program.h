@@ -10,7 +10,7 @@
 //     grid       blocks                     block      threads in a block
 //     cluster    blocks in a cluster        shared     bytes of dynamic shared memory
 //     overlap    1: may start before the kernel in front of it on the stream has finished (it then waits itself)
-//     arguments  "operand:1 result:0 null i32:128 f32:1.702", the kernel's parameters in order; null is a pointer
+//     arguments  "operand:1 result:0 null i32:128", the kernel's parameters in order; null is a pointer
 // Bytes and not a handle: a serialised executable carries them along and runs where no compiler is installed.
 
 #ifndef JAX_MOE_CUDA_PROGRAM_H_

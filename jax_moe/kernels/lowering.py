@@ -219,7 +219,7 @@ def _blocks(size: int, block: int) -> int:
     return -(-size // block)
 
 
-_BYTES = {"operand": 8, "result": 8, "null": 8, "i32": 4, "f32": 4}
+_BYTES = {"operand": 8, "result": 8, "null": 8, "i32": 4}
 
 
 def _kernel_attributes(launch: Launch, target: str, hint: str) -> dict[str, object]:

@@ -40,7 +40,12 @@ struct Recorder {
   int capture_status = kCaptureNone;
   std::vector<GraphNode> capture_dependencies;
   uintptr_t last_node = 100;
-  std::string failing_call;  // an entry point that returns failing_code
+  std::string failing_call, also_failing;  // entry points that return failing_code
+  std::set<Stream> streams;                // that an entry point was given
+  std::set<DevicePointer> zeroed;          // by a memset, on the stream or as a node
+  std::set<Context> memset_contexts;
+  std::set<std::pair<std::string, std::string>> images;  // that a function was taken from: (name, image)
+  std::map<int, int> function_attributes;
   Result failing_code = 1;
 };
 
@@ -49,7 +54,7 @@ inline thread_local uintptr_t current_context = 1;
 
 // Returns the failure that the test asked for, else success after noting `what` (unless it is empty).
 inline Result Note(const char* entry_point, const std::string& what) {
-  if (recorder->failing_call == entry_point) return recorder->failing_code;
+  if (recorder->failing_call == entry_point || recorder->also_failing == entry_point) return recorder->failing_code;
   if (!what.empty()) recorder->calls.push_back(what);
   return kSuccess;
 }
@@ -85,13 +90,15 @@ inline Driver MakeDriver() {
     ++recorder->num_loads;
     return Note("cuModuleLoadData", "");
   };
-  driver.cuModuleGetFunction = [](Function* function, Module, const char* name) -> Result {
+  driver.cuModuleGetFunction = [](Function* function, Module module, const char* name) -> Result {
     const Lock lock(recorder->mutex);
+    recorder->images.insert({name, reinterpret_cast<const char*>(module)});
     *function = reinterpret_cast<Function>(const_cast<char*>(recorder->loaded.insert(name).first->c_str()));
     return Note("cuModuleGetFunction", "");
   };
-  driver.cuFuncSetAttribute = [](Function, int, int) -> Result {
+  driver.cuFuncSetAttribute = [](Function, int attribute, int value) -> Result {
     const Lock lock(recorder->mutex);
+    recorder->function_attributes[attribute] = value;
     return Note("cuFuncSetAttribute", "");
   };
   driver.cuLaunchKernelEx = [](const LaunchConfig* config, Function function, void** parameters, void**) -> Result {
@@ -106,34 +113,40 @@ inline Driver MakeDriver() {
     if (recorder->capture_status == kCaptureActive) recorder->capture_dependencies = {NewNode()};
     return Note("cuLaunchKernelEx", "launch " + name);
   };
-  driver.cuMemsetD8Async = [](DevicePointer, unsigned char value, size_t bytes, Stream) -> Result {
+  driver.cuMemsetD8Async = [](DevicePointer to, unsigned char value, size_t bytes, Stream stream) -> Result {
     const Lock lock(recorder->mutex);
+    recorder->streams.insert(stream), recorder->zeroed.insert(to);
     return Note("cuMemsetD8Async", "memset " + std::to_string(bytes) + " to " + std::to_string(value));
   };
-  driver.cuStreamIsCapturing = [](Stream, int* status) -> Result {
+  driver.cuStreamIsCapturing = [](Stream stream, int* status) -> Result {
     const Lock lock(recorder->mutex);
+    recorder->streams.insert(stream);
     *status = recorder->capture_status;
     return Note("cuStreamIsCapturing", "");
   };
-  driver.cuStreamGetCaptureInfo = [](Stream, int* status, uint64_t*, Graph* graph, const GraphNode** dependencies,
-                                     size_t* count) -> Result {
+  driver.cuStreamGetCaptureInfo = [](Stream stream, int* status, uint64_t*, Graph* graph,
+                                     const GraphNode** dependencies, size_t* count) -> Result {
     const Lock lock(recorder->mutex);
+    recorder->streams.insert(stream);
     *status = recorder->capture_status;
     *graph = reinterpret_cast<Graph>(77);
     *dependencies = recorder->capture_dependencies.data();
     *count = recorder->capture_dependencies.size();
     return Note("cuStreamGetCaptureInfo", "");
   };
-  driver.cuStreamUpdateCaptureDependencies = [](Stream, GraphNode* nodes, size_t count, unsigned flags) -> Result {
+  driver.cuStreamUpdateCaptureDependencies = [](Stream stream, GraphNode* nodes, size_t count,
+                                                unsigned flags) -> Result {
     const Lock lock(recorder->mutex);
+    recorder->streams.insert(stream);
     if (flags == kSetCaptureDependencies) recorder->capture_dependencies.clear();
     recorder->capture_dependencies.insert(recorder->capture_dependencies.end(), nodes, nodes + count);
     return Note("cuStreamUpdateCaptureDependencies",
                 (flags == kSetCaptureDependencies ? "set " : "add ") + Names(nodes, count));
   };
   driver.cuGraphAddMemsetNode = [](GraphNode* node, Graph, const GraphNode* dependencies, size_t count,
-                                   const MemsetNodeParams* params, Context) -> Result {
+                                   const MemsetNodeParams* params, Context context) -> Result {
     const Lock lock(recorder->mutex);
+    recorder->zeroed.insert(params->destination), recorder->memset_contexts.insert(context);
     *node = NewNode();
     return Note("cuGraphAddMemsetNode", "node " + Name(*node) + ": memset " +
                                             std::to_string(params->width * params->element_bytes) + " to " +

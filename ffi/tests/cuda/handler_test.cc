@@ -3,6 +3,7 @@
 //
 // Prints a line for each expectation that does not hold; the exit code is their number.
 
+#include <barrier>
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
@@ -69,7 +70,7 @@ struct CallSite {
                 {XLA_FFI_DataType_F32, {L, P}, 0x7000},
                 {XLA_FFI_DataType_F32, {0}, 0},
                 {XLA_FFI_DataType_F32, {0}, 0},
-                {XLA_FFI_DataType_U8, {L, 1, 4608}, 0xa000},
+                {XLA_FFI_DataType_U8, {L, 2, 4608}, 0xa000},
                 {XLA_FFI_DataType_F8E4M3FN, {L, 0}, 0xb000},
                 {XLA_FFI_DataType_F32, {L}, 0xc000},
                 {XLA_FFI_DataType_F32, {0}, 0},
@@ -78,7 +79,7 @@ struct CallSite {
                {XLA_FFI_DataType_S32, {L + 1}, 0x200000},
                {XLA_FFI_DataType_BF16, {t * K, I}, 0x300000}};
     kernels->SetSizes("shape", {t, K, L, P, H, I, options.bf16 ? 2 : 4})
-        .SetSizes("weight_bytes", {L * 4608, 0, L * 4608, 0})
+        .SetSizes("weight_bytes", {L * 4608, 0, L * 2 * 4608, 0})
         .SetSizes("workspace_bytes", {(L + 1) * 4, t * K * I * 2});
     std::vector<std::string> steps = {"sort", "gemm1", "gemm2"};
     if (options.prepare) steps.push_back("prepare");
@@ -92,7 +93,7 @@ struct CallSite {
           .Set("cluster", int64_t{step == "sort" ? 8 : 1})
           .Set("shared", int64_t{100000})
           .Set("overlap", int64_t{step == "gemm1"})
-          .Set("arguments", "operand:0 result:1 null i32:-7 f32:0.5");
+          .Set("arguments", "operand:0 result:1 null i32:-7");
       kernels->Set(step, kernel);
       kernel_of[step] = kernel;
     }
@@ -140,7 +141,7 @@ struct CallSite {
 void WithRecorder(const std::function<void()>& test) {
   static uintptr_t fresh_context = 0;
   Recorder fresh;
-  for (const char* name : kStepNames) fresh.parameters_of[name] = 5;
+  for (const char* name : kStepNames) fresh.parameters_of[name] = 4;
   recorder = &fresh;
   current_context = fresh_context += 10;
   test();
@@ -173,11 +174,44 @@ void TestEager() {
   Expect(recorder->launches.at(2).attributes.empty(), "gemm2 has no attribute");
 
   const std::vector<uint64_t>& parameters = sort.parameters;
-  float half = 0;
-  std::memcpy(&half, &parameters[4], 4);
   Expect(parameters[0] == 0x1000 && parameters[1] == 0x200000, "operand:0 and result:1");
   Expect(parameters[2] == 0, "null");
-  Expect(static_cast<int32_t>(parameters[3]) == -7 && half == 0.5f, "i32:-7 and f32:0.5");
+  Expect(static_cast<int32_t>(parameters[3]) == -7, "i32:-7");
+}
+
+void TestWhere() {
+  // What the driver is asked for, eager and captured: on XLA's stream, in its context, for the output.
+  CallSite site({});
+  ExpectEqual(site.Run(), "", "an eager call");
+  CaptureAfterNode(7);
+  ExpectEqual(site.Execute(), "", "a captured call");
+  CallSite empty({0});
+  ExpectEqual(empty.Run(), "", "a captured call without tokens");
+  Expect(recorder->streams == std::set{reinterpret_cast<Stream>(0x5eed)}, "every stream is XLA's");
+  Expect(recorder->zeroed == std::set<DevicePointer>{0x100000}, "the output is what is zeroed");
+  Expect(recorder->memset_contexts == std::set{reinterpret_cast<Context>(current_context)}, "in the current context");
+  Expect(recorder->function_attributes ==
+             std::map<int, int>{{kFunctionMaxDynamicSharedBytes, 100000}, {kFunctionPreferredSharedCarveout, 100}},
+         "more than 48 KiB of shared memory is asked for");
+  Expect(recorder->images.count({"gemm1", "image of gemm1"}) == 1, "a function is of its own image");
+}
+
+void TestWhatTellsKernelsApart() {
+  // Every GEMM of a model has the same name: the image tells them apart.
+  CallSite site({});
+  ExpectEqual(site.Run(), "", "a call");
+  int loads = recorder->num_loads;
+  for (const char* what : {"image", "name", "shared"}) {
+    CallSite other({});
+    if (std::string(what) == "shared") {
+      other.kernel_of["sort"]->Set(what, int64_t{2000});
+    } else {
+      other.kernel_of["sort"]->Set(what, "another");
+    }
+    other.kernels->Set("sort", other.kernel_of["sort"]);
+    ExpectEqual(other.Run(), "", what);
+    Expect(recorder->num_loads == ++loads, std::string("loaded for another ") + what);
+  }
 }
 
 void TestOptions() {
@@ -269,6 +303,9 @@ void TestDriverFailures() {
   recorder->failing_call = "cuLaunchKernelEx gemm1";
   site.Execute();
   ExpectContains(recorder->calls.back(), "add ", "an error after the fork joins it");
+  recorder->also_failing = "cuStreamUpdateCaptureDependencies";
+  ExpectContains(site.Execute(), "GEMM1: cuLaunchKernelEx", "the first failure is told");
+  ExpectContains(site.Execute(), "joining the zeroing then failed", "and that of the clean-up");
 }
 
 void TestLoading() {
@@ -316,6 +353,26 @@ void TestRefusals() {
       {"f32 output, bf16 kernels", "planned for", [](CallSite& site) { site.results[0].dtype = XLA_FFI_DataType_F32; }},
       {"short weights", "3: jax_moe: gate_up.payload", [](CallSite& site) { site.operands[4].dims[2] -= 1; }},
       {"short workspace", "3: jax_moe: workspace 1", [](CallSite& site) { site.results[2].dims[0] -= 1; }},
+      {"short down weights", "3: jax_moe: down.payload", [](CallSite& site) { site.operands[9].dims[2] -= 1; }},
+      {"long weights", "3: jax_moe: gate_up.payload", [](CallSite& site) { site.operands[4].dims[2] += 1; }},
+      {"short first workspace", "3: jax_moe: workspace 0", [](CallSite& site) { site.results[1].dims[0] -= 1; }},
+      {"unaligned output", "3: jax_moe: result 0", [](CallSite& site) { site.results[0].address += 8; }},
+      {"unaligned last operand", "3: jax_moe: down.bias: its data starts",
+       [](CallSite& site) { site.operands[13] = {XLA_FFI_DataType_F32, {L, H}, 0xe004}; }},
+      {"many arguments", "cannot read 'null'",
+       [](CallSite& site) {
+         std::string many;
+         for (size_t i = 0; i <= kMostArguments; ++i) many += i ? " null" : "null";
+         site.kernel_of["sort"]->Set("arguments", many);
+       }},
+      {"huge cluster", "sort.cluster: got 16",
+       [](CallSite& site) { site.kernel_of["sort"]->Set("cluster", int64_t{16}); }},
+      {"no cluster", "sort.cluster: got 0", [](CallSite& site) { site.kernel_of["sort"]->Set("cluster", int64_t{0}); }},
+      {"much shared", "sort.shared",
+       [](CallSite& site) { site.kernel_of["sort"]->Set("shared", int64_t{227 * 1024 + 1}); }},
+      {"odd overlap", "sort.overlap", [](CallSite& site) { site.kernel_of["sort"]->Set("overlap", int64_t{2}); }},
+      {"huge grid", "sort.grid", [](CallSite& site) { site.kernel_of["sort"]->Set("grid", int64_t{1} << 31); }},
+      {"no name", "sort.name: is empty", [](CallSite& site) { site.kernel_of["sort"]->Set("name", ""); }},
       {"no workspace", "3: jax_moe: results: got 2", [](CallSite& site) { site.results.pop_back(); }},
       {"missing operand", "3: jax_moe: operands: got 13", [](CallSite& site) { site.operands.pop_back(); }},
       {"no gemm2", "has no gemm2", [](CallSite& site) { site.kernels->Erase("gemm2"); }},
@@ -370,6 +427,11 @@ void TestStaticRefusals() {
   CallSite ordered({T});
   ordered.attributes.Set("combine", "ordered");
   ExpectContains(Refused(&ordered), "has no combine", "instantiating without a kernel");
+  for (const auto& [option, value] : {std::pair{"precision", "w4a4"}, {"weight_on", "input"}}) {
+    CallSite site({T});
+    site.attributes.Set(option, value);
+    ExpectContains(Refused(&site), "has no prepare", option);
+  }
   CallSite argument({T});
   argument.kernel_of["gemm2"]->Set("arguments", "result:3");
   argument.kernels->Set("gemm2", argument.kernel_of["gemm2"]);
@@ -409,9 +471,17 @@ void TestThreads() {
   CallSite first({}), second({T, true});
   Expect(first.Instantiate().empty() && second.Instantiate().empty(), "instantiating");
   const uintptr_t context = current_context;
+  // The recorder's mutex would order what the handler must order itself: these calls do without it.
+  Driver quiet = MakeDriver();
+  quiet.cuCtxGetId = [](Context, unsigned long long* id) -> Result { return *id = 1000 + current_context, kSuccess; };
+  const char* reason = nullptr;
+  const Driver* recording = GetDriver(&reason);
+  SetDriverForTesting(&quiet);
   std::vector<std::thread> threads;
+  std::barrier start(8);
   for (int i = 0; i < 8; ++i) {
     threads.emplace_back([&, i] {
+      start.arrive_and_wait();
       current_context = context + i % 2;
       CallSite& site = i % 4 < 2 ? first : second;
       for (int run = 0; run < 20; ++run) {
@@ -429,6 +499,7 @@ void TestThreads() {
     });
   }
   for (std::thread& thread : threads) thread.join();
+  SetDriverForTesting(recording);
   Expect(recorder->num_loads == 8, "each kernel loaded once on each device");  // sort, gemm1, gemm2 shared; combine
 }
 
@@ -467,9 +538,9 @@ int main() {
   static_cast<XLA_FFI_TypeId*>(JaxMoeCudaTypeId())->type_id = 1;  // as XLA sets it on registration
   const jax_moe::cuda::Driver driver = MakeDriver();
   jax_moe::cuda::SetDriverForTesting(&driver);
-  for (void (*test)() :
-       {TestEager, TestOptions, TestCaptured, TestCounters, TestNoTokens, TestDriverFailures, TestLoading, TestRefusals,
-        TestStaticRefusals, TestAllocations, TestThreads, TestTraits, TestNoDriver}) {
+  for (void (*test)() : {TestEager, TestWhere, TestWhatTellsKernelsApart, TestOptions, TestCaptured, TestCounters,
+                         TestNoTokens, TestDriverFailures, TestLoading, TestRefusals, TestStaticRefusals,
+                         TestAllocations, TestThreads, TestTraits, TestNoDriver}) {
     WithRecorder(test);
   }
   std::printf("%d failures\n", num_failures);
