@@ -80,11 +80,14 @@ Activation = SwiGLU | GeGLU | ReLU2 | SiTU
 
 
 def parameters(activation: Activation) -> tuple[float, float, float]:
-    """The three numbers that travel to the handler: (alpha, beta, limit); infinity means "no limit"."""
+    """The three numbers that travel to the handler: (alpha, beta, limit); infinity means "no limit".
+
+    Python floats, whatever the activation was made with: kernels are looked up by their ``repr``.
+    """
+    alpha, beta, limit = 0.0, 0.0, None
     match activation:
-        case SwiGLU(alpha, beta, limit):
-            return alpha, beta, float("inf") if limit is None else limit
-        case SiTU(beta, linear_beta):
-            return 0.0, beta, float("inf") if linear_beta is None else linear_beta
-        case _:
-            return 0.0, 0.0, float("inf")
+        case SwiGLU():
+            alpha, beta, limit = activation.alpha, activation.beta, activation.limit
+        case SiTU():
+            beta, limit = activation.beta, activation.linear_beta
+    return float(alpha), float(beta), float("inf") if limit is None else float(limit)

@@ -3,6 +3,7 @@
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 
 
 def array(name: str, value, dtype, shape) -> tuple[int, ...]:
@@ -23,7 +24,15 @@ def instance(name: str, value, expected) -> None:
     """Checks the type of ``value``: a class or a union of classes."""
     if not isinstance(value, expected):
         names = " or ".join(cls.__name__ for cls in getattr(expected, "__args__", (expected,)))
-        raise TypeError(f"{name}: got {type(value).__name__}, needs {names}")
+        got = f"the class {value.__name__} itself" if isinstance(value, type) else type(value).__name__
+        raise TypeError(f"{name}: got {got}, needs {names}")
+
+
+def integer(name: str, value) -> int:
+    """Checks that ``value`` is an integer, Python's or NumPy's, and returns it as an int."""
+    if not isinstance(value, int | np.integer):
+        raise TypeError(f"{name}: got {value!r}, needs an int")
+    return int(value)
 
 
 def choice(name: str, value, choices) -> None:

@@ -1,8 +1,10 @@
 """Argument checks of the public calls: every mistake is an error while tracing, and names its argument."""
 
 import dataclasses
+import numbers
 
 import jax.numpy as jnp
+import numpy as np
 
 from jax_moe import activations, arguments, nvfp4, plan
 from jax_moe.experts import CANONICAL, Experts, Projection, SM_90A
@@ -44,12 +46,12 @@ def check(
     arguments.array("routing.weights", routing.weights, jnp.float32, (tokens, slots))
     if slots == 0:
         raise ValueError("routing.expert_ids: got K = 0, needs at least one slot per token")
-    if not isinstance(expert_offset, int):
+    if not isinstance(expert_offset, int | float | np.number):
         arguments.array("expert_offset", expert_offset, jnp.int32, ())
-    elif not 0 <= expert_offset < 2**31:
+    elif not 0 <= arguments.integer("expert_offset", expert_offset) < 2**31:
         raise ValueError(f"expert_offset: got {expert_offset}, needs 0 <= expert_offset < 2**31")
 
-    local_experts, intermediate = _check_experts(experts, hidden, parts=2 if activation.gated else 1)
+    local_experts, intermediate = _check_experts(experts, hidden, activation)
     if precision == "w4a4":
         for name, projection in (("gate_up", experts.gate_up), ("down", experts.down)):
             if projection.input_scale is None:
@@ -57,8 +59,10 @@ def check(
                     f"experts.{name}.input_scale: got None, precision='w4a4' needs it; "
                     "jax_moe.calibrate(experts, x, routing) fills the input scales"
                 )
-    if num_experts is not None and (not isinstance(num_experts, int) or num_experts < local_experts):
-        raise ValueError(f"num_experts: got {num_experts!r}, needs an int of at least L = {local_experts}")
+    if num_experts is not None:
+        num_experts = arguments.integer("num_experts", num_experts)
+        if num_experts < local_experts:
+            raise ValueError(f"num_experts: got {num_experts}, needs at least L = {local_experts}")
     return plan.Problem(
         num_tokens=tokens,
         top_k=slots,
@@ -83,22 +87,27 @@ def _check_activation(activation: activations.Activation) -> None:
         is_limit = "limit" in field.name or isinstance(activation, activations.SiTU)
         if value is None and field.name in ("limit", "linear_beta"):
             continue
-        if not isinstance(value, int | float):
+        if not isinstance(value, numbers.Real):
             raise TypeError(f"{name}: got {type(value).__name__}, needs a Python number")
-        float32 = jnp.finfo(jnp.float32)
-        if not float(float32.min) <= value <= float(float32.max) or (is_limit and value < float(float32.tiny)):
+        float32, number = jnp.finfo(jnp.float32), float(value)
+        if not float(float32.min) <= number <= float(float32.max) or (is_limit and number < float(float32.tiny)):
             raise ValueError(f"{name}: got {value}, needs a finite number{' above 0' if is_limit else ''} in float32")
 
 
-def _check_experts(experts: Experts, hidden: int, parts: int) -> tuple[int, int]:
+def _check_experts(experts: Experts, hidden: int, activation: activations.Activation) -> tuple[int, int]:
     """Checks the weights against the hidden size; returns (L, I), where I has the layout's padding."""
     for name, projection in (("experts.gate_up", experts.gate_up), ("experts.down", experts.down)):
         arguments.instance(name, projection, Projection)
     if hidden == 0 or hidden % nvfp4.BLOCK_SIZE:
         raise ValueError(f"x: got H = {hidden}, needs a positive multiple of {nvfp4.BLOCK_SIZE}")
-    local_experts, _ = arguments.array(
-        "experts.gate_up.global_scale", experts.gate_up.global_scale, jnp.float32, ("L", parts)
+    local_experts, parts = arguments.array(
+        "experts.gate_up.global_scale", experts.gate_up.global_scale, jnp.float32, ("L", "P")
     )
+    if parts != (2 if activation.gated else 1):
+        raise ValueError(
+            f"activation: got {type(activation).__name__}, which has {'a' if activation.gated else 'no'} gate; "
+            f"experts.gate_up has P = {parts} ({'gate and up' if parts == 2 else 'up alone' if parts == 1 else '?'})"
+        )
     if local_experts == 0:
         raise ValueError("experts: got no expert, needs at least one")
     if experts.layout == CANONICAL:
@@ -111,9 +120,12 @@ def _check_experts(experts: Experts, hidden: int, parts: int) -> tuple[int, int]
 
 
 def _check_canonical(experts: Experts, hidden: int, lead: tuple[int, int]) -> int:
-    _, _, intermediate, _ = arguments.array(
+    _, _, intermediate, packed = arguments.array(
         "experts.gate_up.payload", experts.gate_up.payload, None, (*lead, "I", "H/2")
     )
+    stored = packed if experts.gate_up.payload.dtype == jnp.float4_e2m1fn else 2 * packed
+    if stored != hidden and getattr(experts.down.payload, "shape", ())[-2:-1] == (stored,):
+        raise ValueError(f"x: got H = {hidden}, the experts have H = {stored}")
     if intermediate == 0 or intermediate % nvfp4.BLOCK_SIZE:
         raise ValueError(f"experts: got I = {intermediate}, needs a positive multiple of {nvfp4.BLOCK_SIZE}")
     for name, projection, rows, contraction in (

@@ -1,8 +1,8 @@
 """The FFI library: its targets, their registration, and the primitive that lowers to the one custom call.
 
 The primitive exists for what a bare ``jax.ffi.ffi_call`` cannot do: choose attributes and workspaces by
-platform when the program is *lowered* (so that one trace exports to several platforms), and refuse, with a
-message, to be batched, differentiated, or partitioned by XLA.
+platform when the program is *lowered*, and refuse, with a message, to be batched, differentiated, or partitioned by
+XLA.
 """
 
 import ctypes
@@ -127,7 +127,10 @@ def _result_type(x, *_, problem: plan.Problem):
 
 def _lower_cpu(ctx, *operands, problem: plan.Problem):
     if problem.layout != CANONICAL:
-        raise ValueError(f"experts.layout: got {problem.layout!r}, but on a CPU fused_moe needs {CANONICAL!r} weights")
+        raise ValueError(
+            f"experts.layout: got {problem.layout!r}, but on a CPU fused_moe needs {CANONICAL!r} weights: those that "
+            "jax_moe.prepare was given, or jax_moe.unprepare(experts, hidden_size, intermediate_size)"
+        )
     return _custom_call(ctx, TARGET, operands, problem.attributes(), plan.cpu_workspaces(problem))
 
 
@@ -179,8 +182,8 @@ def _refuse_vmap(*_, **__):
 
 def _refuse_grad(*_, **__):
     raise NotImplementedError(
-        "fused_moe has no derivative: NVFP4 weights are for inference. Train on the dense weights, or wrap the "
-        "call in jax.lax.stop_gradient(...) arguments and jax.custom_vjp with a rule of your own."
+        "fused_moe has no derivative: NVFP4 weights are for inference. Train on the dense weights, stop the gradient "
+        "of its arguments (jax.lax.stop_gradient), or give a function that calls it a jax.custom_vjp of your own."
     )
 
 

@@ -35,7 +35,7 @@ def fused_moe(
     Args:
       x: bfloat16 ``[T, H]`` tokens. T = 0 is fine.
       experts: the L local experts, ``[L, P, I, H]`` and ``[L, H, I]``; H and I multiples of 16. On a GPU they must
-        have gone through :func:`jax_moe.prepare`.
+        have gone through :func:`jax_moe.prepare`, and L is at most 512.
       routing: int32 ``[T, K]`` expert ids and float32 ``[T, K]`` weights. Ids are global: a route whose id is not
         in ``[expert_offset, expert_offset + L)`` adds nothing, which is how expert parallelism divides the work.
         A negative or too large id is skipped too, but is a caller's bug: with ``JAX_MOE_DEBUG=1`` in the

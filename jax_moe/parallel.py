@@ -33,7 +33,7 @@ def sharded_moe(
     out_dtype=jnp.bfloat16,
     command_buffer: bool = True,
 ) -> jax.Array:
-    """:func:`jax_moe.fused_moe` over a device mesh; the weights never move.
+    """:func:`jax_moe.fused_moe` over a device mesh, on weights that stay where :func:`expert_shardings` puts them.
 
     Every device runs its own experts (``expert_axis``), its own slice of I (``tensor_axis``), or both, on the tokens
     of its slice of ``data_axis``. The partial outputs are summed in float32 over the two model axes and rounded

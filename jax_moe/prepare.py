@@ -59,7 +59,7 @@ def prepare(experts: Experts, target: str | None = None, *, progress: bool = Tru
         return experts
     if experts.layout != CANONICAL:
         raise ValueError(
-            f"experts.layout: got {experts.layout!r}, needs {CANONICAL!r}: jax_moe.prepare.unprepare(experts, ...)"
+            f"experts.layout: got {experts.layout!r}, needs {CANONICAL!r}: jax_moe.unprepare(experts, ...)"
         )
     mesh = _mesh(experts)
     return _prepare(experts, progress) if mesh is None else _prepare_on(mesh, experts)
@@ -123,7 +123,9 @@ def _prepare_on(mesh: Mesh | AbstractMesh, experts: Experts) -> Experts:
 
 
 def _default_target() -> str:
-    device = jax.devices()[0]
+    device = jax.config.jax_default_device or jax.devices()[0]  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(device, str):
+        device = jax.devices(device)[0]
     if device.platform != "gpu":
         return CANONICAL
     capability = device.compute_capability

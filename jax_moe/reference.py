@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_moe import activations, nvfp4
-from jax_moe.experts import Experts, Projection
+from jax_moe.experts import CANONICAL, Experts, Projection
 from jax_moe.routing import Routing
 
 
@@ -67,11 +67,18 @@ def fused_moe(
     expert_offset: jax.Array | int = 0,
     out_dtype=jnp.bfloat16,
 ) -> jax.Array:
-    """What :func:`jax_moe.fused_moe` computes, up to the order of float32 sums; same arguments.
+    """What :func:`jax_moe.fused_moe` computes, up to the order of float32 sums; same arguments and result.
 
     ``combine`` only chooses an order of summation, so it has no effect here.
+
+    Raises:
+      ValueError: the experts are prepared for a GPU; :func:`jax_moe.unprepare` undoes that.
     """
     del combine
+    if experts.layout != CANONICAL:
+        raise ValueError(
+            f"experts.layout: got {experts.layout!r}, the reference needs {CANONICAL!r}; see jax_moe.unprepare"
+        )
     num_experts = experts.down.global_scale.shape[0]
     num_slots = routing.expert_ids.shape[1]
 

@@ -82,8 +82,7 @@ def route(logits: jax.Array, k: int, method: Method = Softmax(), *, bias: jax.Ar
     if not isinstance(method, Method):
         raise TypeError(f"method: got {method!r}, needs Softmax, Sigmoid, DeepSeekV3 or Llama4")
     _, num_experts = arguments.floats("logits", logits, ("T", "E"))
-    if not isinstance(k, int):
-        raise TypeError(f"k: got {k!r}, needs an int")
+    k = arguments.integer("k", k)
     if not 1 <= k <= num_experts:
         raise ValueError(f"k: got {k}, needs 1 <= k <= E = {num_experts}")
     if bias is not None and not isinstance(method, DeepSeekV3):

@@ -147,6 +147,9 @@ def test_sizes_that_the_kernels_cannot_count_are_refused():
         lowering.cuda_call(_problem(num_experts=513), biases=(False, False))
     with pytest.raises(ValueError, match="int32"):
         lowering.cuda_call(_problem(num_tokens=2**29, top_k=16), biases=(False, False))
+    for combine in ("atomic", "ordered"):  # combine.py counts the output's vectors of four
+        with pytest.raises(ValueError, match="int32"):
+            lowering.cuda_call(_problem(num_tokens=2**20, hidden_size=2**13, combine=combine), biases=(False, False))
 
 
 def test_a_kernel_that_takes_other_parameters_is_refused(monkeypatch):

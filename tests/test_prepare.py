@@ -1,6 +1,8 @@
 """The prepared layout, checked by doing to it what the kernel's instructions do, thread by thread."""
 
 import dataclasses
+import importlib
+import types
 
 import helpers
 import jax
@@ -218,6 +220,59 @@ def test_the_default_target_is_what_this_device_needs():
     assert prepare(experts, "canonical") is experts
     prepared = prepare(experts, "sm_90a", progress=False)
     assert prepare(prepared, "sm_90a") is prepared
+
+
+@pytest.mark.parametrize("default", [None, "gpu", "cpu"])
+def test_the_default_device_may_be_chosen(monkeypatch, default):
+    """``jax.config.jax_default_device`` is a device or a platform's name."""
+    cpu = types.SimpleNamespace(platform="cpu")
+    gpu = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
+    found = types.SimpleNamespace(
+        devices=lambda platform=None: [cpu if platform == "cpu" else gpu],
+        config=types.SimpleNamespace(jax_default_device=default),
+    )
+    module = importlib.import_module("jax_moe.prepare")
+    monkeypatch.setattr(module, "jax", found)
+    assert module._default_target() == ("canonical" if default == "cpu" else "sm_90a")
+    found.config.jax_default_device = cpu
+    assert module._default_target() == "canonical"
+    gpu.compute_capability = "10.0"
+    found.config.jax_default_device = gpu
+    with pytest.raises(ValueError, match=r"compute capability 10\.0, kernels exist for 9\.0 alone"):
+        module._default_target()
+
+
+@pytest.mark.parametrize("nan", [0x7F, 0xFF])
+def test_nan_of_either_sign_in_either_projection(nan):
+    experts = random_experts(np.random.default_rng(2), 2, 2, 64, 64)
+    for name, place, want in (("gate_up", (1, 1, 3, 3), [[0, 0], [0, 1]]), ("down", (1, 3, 3), [0, 1])):
+        projection = getattr(experts, name)
+        scales = np.asarray(projection.block_scale).view(np.uint8).copy()
+        scales[place] = nan
+        changed = dataclasses.replace(projection, block_scale=jnp.asarray(scales.view(ml_dtypes.float8_e4m3fn)))
+        prepared = prepare(dataclasses.replace(experts, **{name: changed}), "sm_90a", progress=False)
+        np.testing.assert_array_equal(np.isnan(getattr(prepared, name).global_scale), want)
+
+
+def test_what_is_not_repacked_is_kept():
+    experts = random_experts(np.random.default_rng(2), 2, *UNGATED, bias=True)
+    gate_up = dataclasses.replace(experts.gate_up, input_scale=jnp.float32(3))
+    down = dataclasses.replace(experts.down, input_scale=jnp.asarray([5.0, 6.0]))
+    prepared = prepare(dataclasses.replace(experts, gate_up=gate_up, down=down), "sm_90a", progress=False)
+    assert prepared.gate_up.input_scale == 3
+    np.testing.assert_array_equal(prepared.down.input_scale, [5, 6])
+    np.testing.assert_array_equal(prepared.down.bias, down.bias)
+    np.testing.assert_array_equal(prepared.gate_up.bias[:, :, :144], gate_up.bias)
+    assert not prepared.gate_up.bias[:, :, 144:].any()
+
+
+def test_the_reference_says_what_it_needs():
+    case = helpers.make_case()
+    prepared = dataclasses.replace(case, experts=prepare(case.experts, "sm_90a", progress=False))
+    with pytest.raises(ValueError, match=r"experts\.layout: got 'sm_90a', the reference needs 'canonical'"):
+        prepared.run(jax_moe.reference.fused_moe)
+    with pytest.raises(ValueError, match=r"experts\.layout: got 'sm_90a', but on a CPU fused_moe needs 'canonical'"):
+        prepared.run()
 
 
 def assert_same(got, expected):

@@ -1,6 +1,7 @@
 """Every bad argument is an error while tracing that says which argument, what it got and what it needs."""
 
 import dataclasses
+import functools
 
 import helpers
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import jax_moe
-from jax_moe import ffi
+from jax_moe import activations, ffi
 
 T, H, I, E, K = 5, 48, 32, 4, 2  # noqa: E741
 
@@ -58,7 +59,7 @@ BAD = {
     "H is not the experts'": (
         arguments_with(x=jnp.zeros((T, 64), jnp.bfloat16)),
         ValueError,
-        r"experts.gate_up.payload: got shape \(4, 2, 32, 24\), needs \[4, 2, 32, 32\]",
+        "x: got H = 64, the experts have H = 48",
     ),
     "x has no tokens": (
         arguments_with(x=jnp.zeros((0, H), jnp.bfloat16)),
@@ -84,7 +85,7 @@ BAD = {
     "a layer axis is left": (
         lambda arguments: {"experts": jax.tree.map(lambda a: a[None], arguments["experts"])},
         ValueError,
-        r"experts.gate_up.global_scale: got shape \(1, 4, 2\), needs \[L, 2\]",
+        r"experts.gate_up.global_scale: got shape \(1, 4, 2\), needs \[L, P\]",
     ),
     "I is no multiple": (
         experts_with("gate_up", payload=lambda p: p[:, :, :24], block_scale=lambda s: s[:, :, :24]),
@@ -139,7 +140,7 @@ BAD = {
     "one global scale for gate and up": (
         experts_with("gate_up", global_scale=lambda s: s[:, 0]),
         ValueError,
-        r"experts.gate_up.global_scale: got shape \(4,\), needs \[L, 2\]",
+        r"experts.gate_up.global_scale: got shape \(4,\), needs \[L, P\]",
     ),
     "gate_up global scales are float16": (
         experts_with("gate_up", global_scale=lambda s: s.astype(jnp.float16)),
@@ -250,7 +251,7 @@ BAD = {
     "activation is a class": (
         arguments_with(activation=jax_moe.GeGLU),
         TypeError,
-        "activation: got type, needs SwiGLU or",
+        "activation: got the class GeGLU itself, needs SwiGLU or",
     ),
     "alpha is an array": (
         arguments_with(activation=jax_moe.SwiGLU(alpha=jnp.float32(1.7))),
@@ -310,7 +311,7 @@ BAD = {
     "activation without a gate": (
         arguments_with(activation=jax_moe.ReLU2()),
         ValueError,
-        r"experts.gate_up.global_scale: got shape \(4, 2\), needs \[L, 1\]",
+        r"activation: got ReLU2, which has no gate; experts.gate_up has P = 2 \(gate and up\)",
     ),
     "an unknown precision": (
         arguments_with(precision="fp8"),
@@ -346,7 +347,7 @@ BAD = {
         ValueError,
         "expert_offset: got 2147483648, needs 0 <=",
     ),
-    "offset is a float": (arguments_with(expert_offset=1.0), TypeError, "expert_offset: got float, needs"),
+    "offset is a float": (arguments_with(expert_offset=1.0), TypeError, "expert_offset: got 1.0, needs an int"),
     "offset is a float array": (
         arguments_with(expert_offset=jnp.float32(1)),
         TypeError,
@@ -433,10 +434,21 @@ def test_the_good_arguments_are_good(good):
         assert jax_moe.fused_moe(**good, expert_offset=offset).shape == (T, H)
 
 
-@pytest.mark.parametrize("total", [E - 1, 64.0])
-def test_experts_in_all_are_a_number_and_no_fewer_than_here(good, total):
-    with pytest.raises(ValueError, match=f"num_experts: got {total}, needs an int of at least L = {E}"):
-        jax_moe.fused_moe(**good, num_experts=total)
+def test_experts_in_all_are_a_number_and_no_fewer_than_here(good):
+    with pytest.raises(ValueError, match=f"num_experts: got {E - 1}, needs at least L = {E}"):
+        jax_moe.fused_moe(**good, num_experts=E - 1)
+    with pytest.raises(TypeError, match=r"num_experts: got 64.0, needs an int"):
+        jax_moe.fused_moe(**good, num_experts=64.0)  # pyright: ignore[reportArgumentType]
+
+
+def test_numbers_may_be_numpys(good):
+    """As read from a configuration; kernels are looked up by ``repr``, so they become Python's."""
+    call = functools.partial(jax.jit(jax_moe.fused_moe, static_argnames=("activation", "num_experts")), **good)
+    call(num_experts=np.int64(64), activation=jax_moe.SwiGLU(np.float32(1.5), np.float64(1), np.int64(7)))
+    jax_moe.fused_moe(**good, expert_offset=np.int64(1))
+    assert jax_moe.route(jnp.zeros((T, E)), np.int64(2)).weights.shape == (T, 2)
+    for activation in (jax_moe.SwiGLU(1, np.float64(1), 7), jax_moe.SiTU(np.float32(4), 25)):
+        assert all(type(number) is float for number in activations.parameters(activation))
 
 
 def test_there_is_no_positional_option(good):

@@ -144,7 +144,8 @@ class _Call:
             sizes["x_rows"] = ((self.num_rows, p.hidden_size), jnp.bfloat16)
         if p.combine == "ordered":
             sizes["contributions"] = ((p.num_routes, p.hidden_size), jnp.float32)
-        if max(self.max_tiles * tile, self.num_rows * p.hidden_size // 8) > _INT32_MAX:
+        vectors = max(self.num_rows * p.hidden_size // 8, p.num_tokens * p.hidden_size // 4)  # of x and of the output
+        if max(self.max_tiles * tile, vectors) > _INT32_MAX:
             raise ValueError(
                 f"x: got T*K = {p.num_routes} routes of H = {p.hidden_size}, the GPU kernels count in int32; "
                 "call fused_moe on parts of the tokens"
