@@ -1,11 +1,17 @@
-"""``python -m jax_moe``: doctor and bench; tests/checkpoints/test_commands.py has inspect and convert."""
+"""``python -m jax_moe``: doctor, bench and compile; tests/checkpoints/test_commands.py has inspect and convert."""
 
-import json
 import os
+import pathlib
 import subprocess
 import sys
 
+from typer.testing import CliRunner
+
 import jax_moe
+from jax_moe.__main__ import app
+from jax_moe.cli import show
+
+CHECKPOINT = pathlib.Path(__file__).parent / "checkpoints" / "data" / "modelopt-qwen3_moe"
 
 
 def run(*arguments, **environment):
@@ -13,8 +19,30 @@ def run(*arguments, **environment):
         [sys.executable, "-m", "jax_moe", *arguments],
         capture_output=True,
         text=True,
-        env=os.environ | {"COLUMNS": "200", "JAX_PLATFORMS": "cpu"} | environment,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
     )
+
+
+def run_here(*arguments):
+    """In this process; the columns are for typer's boxes around errors, which are as wide as a terminal."""
+    return CliRunner(env={"COLUMNS": "300"}).invoke(app, [str(argument) for argument in arguments])
+
+
+def run_on_a_terminal(*arguments, **environment) -> str:
+    """What a terminal of 80 columns gets."""
+    terminal, end = os.openpty()
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TERM": "dumb"} | environment
+    process = subprocess.Popen([sys.executable, "-m", "jax_moe", *arguments], stdout=end, env=environment)
+    os.close(end)
+    shown = b""
+    try:
+        while data := os.read(terminal, 4096):
+            shown += data
+    except OSError:  # how Linux says that nobody writes any more
+        pass
+    os.close(terminal)
+    assert process.wait() == 0
+    return shown.decode().replace("\r\n", "\n")
 
 
 def row(output, name):
@@ -36,27 +64,20 @@ def test_doctor_examines_an_installation_that_does_not_start():
     assert "JAX does not start" in row(done.stdout, "JAX devices")
 
 
-def test_bench_writes_what_it_shows(tmp_path):
-    path = tmp_path / "results.json"
-    done = run("bench", "--model", "3,2,48,32", "--tokens", "1,5", "--repeats", "2", "--json", str(path))
-    assert done.returncode == 0, done.stderr
-    results = json.loads(path.read_text())["results"]
-    assert [(r["precision"], r["tokens"]) for r in results] == [("w4a16", 1), ("w4a16", 5), ("w4a4", 1), ("w4a4", 5)]
-    assert all(r["seconds"] > 0 for r in results)
-    assert done.stdout.count("w4a4") == 2
+def test_a_table_is_complete_on_a_narrow_terminal():
+    piped = run("inspect", str(CHECKPOINT)).stdout
+    cells = [cell.strip() for cell in piped.splitlines()[4].split("│")[1:-1]]
+    assert len(cells) == 10
+    shown = run_on_a_terminal("inspect", str(CHECKPOINT))
+    _, *lines = shown.splitlines()
+    assert max(map(len, lines)) <= 80
+    paragraph = " ".join(" ".join(lines).split())
+    assert [part.partition(": ")[2] for part in paragraph.split("; ")] == cells
 
 
-def test_bench_refuses_without_a_traceback():
-    for options, message in {
-        ("--model", "nonsense"): "nonsense",
-        ("--model", "4,2,100,64"): "up: got H = 100",
-        ("--model", "2,3,48,32"): "k: got 3",
-        ("--tokens", "0"): "tokens: got 0",
-        ("--repeats", "0"): "repeats",
-        ("--precision", "fp8"): "precision: got 'fp8'",
-        ("--combine", "sum"): "combine: got 'sum'",
-    }.items():
-        done = run("bench", *options)
-        assert done.returncode == 2, done.stderr
-        assert message in done.stderr
-        assert "Traceback" not in done.stderr
+def test_text_is_printed_as_it_is(capsys):
+    show.table("[red]title", ("heading",), [(":smile: [bold]",)])
+    assert "[red]title" in (shown := capsys.readouterr().out)
+    assert ":smile: [bold]" in shown
+    show.error("found no [file]")
+    assert capsys.readouterr().err == "error: found no [file]\n"
