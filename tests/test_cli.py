@@ -1,11 +1,22 @@
-"""``python -m jax_moe``: doctor and bench; tests/checkpoints/test_commands.py has inspect and convert."""
+"""``python -m jax_moe``: doctor, bench and compile; tests/checkpoints/test_commands.py has inspect and convert."""
 
 import json
 import os
+import pathlib
+import shlex
 import subprocess
 import sys
 
+import pytest
+from typer.testing import CliRunner
+
 import jax_moe
+from jax_moe import activations
+from jax_moe.__main__ import app
+from jax_moe.cli import bench, doctor, options, show
+from jax_moe.kernels import compile as kernels, specs
+
+CHECKPOINT = pathlib.Path(__file__).parent / "checkpoints" / "data" / "modelopt-qwen3_moe"
 
 
 def run(*arguments, **environment):
@@ -13,12 +24,53 @@ def run(*arguments, **environment):
         [sys.executable, "-m", "jax_moe", *arguments],
         capture_output=True,
         text=True,
-        env=os.environ | {"COLUMNS": "200", "JAX_PLATFORMS": "cpu"} | environment,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
     )
+
+
+def run_here(*arguments):
+    """In this process; the columns are for typer's boxes around errors, which are as wide as a terminal."""
+    return CliRunner(env={"COLUMNS": "300"}).invoke(app, [str(argument) for argument in arguments])
+
+
+def run_on_a_terminal(*arguments, **environment) -> str:
+    """What a terminal of 80 columns gets."""
+    terminal, end = os.openpty()
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TERM": "dumb"} | environment
+    process = subprocess.Popen([sys.executable, "-m", "jax_moe", *arguments], stdout=end, env=environment)
+    os.close(end)
+    shown = b""
+    try:
+        while data := os.read(terminal, 4096):
+            shown += data
+    except OSError:  # how Linux says that nobody writes any more
+        pass
+    os.close(terminal)
+    assert process.wait() == 0
+    return shown.decode().replace("\r\n", "\n")
 
 
 def row(output, name):
     return next(line for line in output.splitlines() if name in line)
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """Stands in for the compiler; returns the names of the kernels that it was asked for."""
+    asked = []
+
+    def compiled(spec, target, hint=""):
+        asked.append(spec.name)
+        return kernels.CompiledKernel(b"x" * 98765, spec.name, 384, 232448, (8,), 168, 0, 16)
+
+    monkeypatch.setattr(kernels, "compiled", compiled)
+    return asked
+
+
+@pytest.fixture
+def no_compiler(monkeypatch, tmp_path):
+    monkeypatch.setattr(kernels, "_compiler", lambda: None)
+    monkeypatch.setenv("JAX_MOE_CACHE_DIR", str(tmp_path))
 
 
 def test_doctor_says_what_runs_and_why_not_the_rest():
@@ -36,8 +88,42 @@ def test_doctor_examines_an_installation_that_does_not_start():
     assert "JAX does not start" in row(done.stdout, "JAX devices")
 
 
+def test_doctor_shows_the_kernel_cache_and_what_the_environment_sets(tmp_path, monkeypatch):
+    for name in doctor.ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "kernels").mkdir()
+    for name in ("a.json", "b.json", ".unfinished.tmp"):
+        (tmp_path / "kernels" / name).touch()
+    done = run("doctor", JAX_MOE_CACHE_DIR=str(tmp_path), JAX_MOE_DEBUG="1")
+    assert "2 kernels" in row(done.stdout, str(tmp_path / "kernels"))
+    assert str(tmp_path) in row(done.stdout, "JAX_MOE_CACHE_DIR")
+    assert " 1 " in row(done.stdout, "JAX_MOE_DEBUG")
+    assert "JAX_MOE_FFI_LIBRARY" not in done.stdout
+    done = run("doctor", JAX_MOE_CACHE_DIR=str(tmp_path / "absent"))
+    assert "0 kernels" in row(done.stdout, str(tmp_path / "absent" / "kernels"))
+
+
+def test_doctor_advises_what_works_for_a_package_that_is_on_no_index(monkeypatch):
+    monkeypatch.setattr(doctor.ctypes, "CDLL", lambda name: None)
+    monkeypatch.setattr(doctor, "_version", lambda package: "not installed")
+    monkeypatch.setattr(doctor, "_devices", lambda: ([], None))
+    assert "pip install '.[cuda13]'" in row(run_here("doctor").output, "Hopper")
+
+
+def test_doctor_shows_a_long_path_whole(tmp_path):
+    library = tmp_path / ("long" * 20) / "library.so"
+    library.parent.mkdir()
+    library.symlink_to(jax_moe.ffi.library_path())
+    assert str(library) in row(run("doctor", JAX_MOE_FFI_LIBRARY=str(library)).stdout, " library ")
+    shown = run_on_a_terminal("doctor", JAX_MOE_FFI_LIBRARY=str(library))
+    assert max(map(len, shown.splitlines())) <= 80
+    cells = [line.split("│")[2].strip() for line in shown.splitlines() if line.count("│") == 3]
+    assert str(library) in "".join(cells)
+
+
 def test_bench_writes_what_it_shows(tmp_path):
     path = tmp_path / "results.json"
+    path.write_text("an older and longer file " * 100)
     done = run("bench", "--model", "3,2,48,32", "--tokens", "1,5", "--repeats", "2", "--json", str(path))
     assert done.returncode == 0, done.stderr
     results = json.loads(path.read_text())["results"]
@@ -46,17 +132,137 @@ def test_bench_writes_what_it_shows(tmp_path):
     assert done.stdout.count("w4a4") == 2
 
 
-def test_bench_refuses_without_a_traceback():
-    for options, message in {
-        ("--model", "nonsense"): "nonsense",
-        ("--model", "4,2,100,64"): "up: got H = 100",
-        ("--model", "2,3,48,32"): "k: got 3",
-        ("--tokens", "0"): "tokens: got 0",
-        ("--repeats", "0"): "repeats",
-        ("--precision", "fp8"): "precision: got 'fp8'",
-        ("--combine", "sum"): "combine: got 'sum'",
-    }.items():
-        done = run("bench", *options)
-        assert done.returncode == 2, done.stderr
-        assert message in done.stderr
-        assert "Traceback" not in done.stderr
+FOUR = "four positive integers"
+COUNTS = "needs positive numbers, as 1,32, or ranges, as 1-8192"
+ACTIVATION = "SwiGLU, GeGLU, ReLU2, SiTU, alone or with alpha,beta,limit"
+
+
+@pytest.mark.parametrize(("command", "message"), [
+    ("bench --model nonsense", f"--model: got 'nonsense', needs one of qwen3-30b-a3b, qwen3-235b-a22b, "
+     f"deepseek-r1-ep8, mixtral-8x7b, gpt-oss-120b, or E,K,H,I: {FOUR}"),
+    ("bench --model 4,2,64", "--model: got '4,2,64', needs one of"),
+    ("bench --model 4,2,100,64", "--model: got H = 100, needs a multiple of 16"),
+    ("bench --model 2,3,48,32", "--model: got K = 3, needs at most E = 2"),
+    ("bench --tokens 0", f"--tokens: got '0', {COUNTS}"),
+    ("bench --repeats 0", "--repeats"),
+    ("bench --precision fp8", "--precision: got 'fp8', needs one of 'w4a16', 'w4a4'"),
+    ("bench --combine sum", "--combine: got 'sum', needs one of 'atomic', 'ordered'"),
+    ("bench --json /nope/x.json", "--json: got '/nope/x.json', needs a file that can be written"),
+    ("compile", "nothing to compile: give --shape or --layer"),
+    ("compile --shape qwen", "--shape: got 'qwen', needs one of qwen3-30b-a3b, qwen3-235b-a22b"),
+    ("compile --layer 8,2,64,64 --target hopper", "--target: got 'hopper', needs one of sm_90a"),
+    ("compile --layer 1,2,3", f"--layer: got '1,2,3', needs L,K,H,I: {FOUR}"),
+    ("compile --layer a,b,c,d", f"--layer: got 'a,b,c,d', needs L,K,H,I: {FOUR}"),
+    ("compile --layer 8,-2,128,64", f"--layer: got '8,-2,128,64', needs L,K,H,I: {FOUR}"),
+    ("compile --layer 0,2,128,64", f"--layer: got '0,2,128,64', needs L,K,H,I: {FOUR}"),
+    ("compile --layer 8,2,128,72", "--layer: got I = 72, needs a multiple of 16"),
+    ("compile --layer 8,2,64,64 --num-experts 4", "--num-experts: got 4, needs at least L = 8 and K = 2"),
+    ("compile --layer 2,8,64,64 --num-experts 4", "--num-experts: got 4, needs at least L = 2 and K = 8"),
+    ("compile --layer 8,2,64,64 --tokens x", f"--tokens: got 'x', {COUNTS}"),
+    ("compile --layer 8,2,64,64 --tokens 1,,2", f"--tokens: got '', {COUNTS}"),
+    ("compile --layer 8,2,64,64 --tokens 8,32-1", f"--tokens: got '32-1', {COUNTS}"),
+    ("compile --layer 8,2,64,64 --tokens 1-", f"--tokens: got '1-', {COUNTS}"),
+    ("compile --layer 8,2,64,64 --tokens 0-4", f"--tokens: got '0-4', {COUNTS}"),
+    ("compile --layer 8,2,64,64 --tokens -5", f"--tokens: got '-5', {COUNTS}"),
+    ("compile --layer 8,2,64,64 --precision w4a16,fp8", "--precision: got 'fp8', needs one of 'w4a16', 'w4a4'"),
+    ("compile --layer 8,2,64,64 --combine both", "--combine: got 'both', needs one of 'atomic', 'ordered'"),
+    ("compile --layer 8,2,64,64 --weight-on both", "--weight-on: got 'both', needs one of 'output', 'input'"),
+    ("compile --layer 8,2,64,64 --out-dtype float16", "--out-dtype: got float16, needs bfloat16 or float32"),
+    ("compile --layer 8,2,64,64 --activation swiglu", f"--activation: got 'swiglu', needs one of {ACTIVATION}"),
+    ("compile --layer 8,2,64,64 --activation SwiGLU,1", f"--activation: got 'SwiGLU,1', needs one of {ACTIVATION}"),
+    ("compile --layer 8,2,64,64 --activation SwiGLU,1,2,x", "--activation: got 'SwiGLU,1,2,x', needs one of"),
+    ("compile --layer 8,2,64,64 --activation GeGLU,1,0,inf", "--activation: got 'GeGLU,1,0,inf', needs one of"),
+    ("compile --layer 8,2,64,64 --jobs 0", "--jobs"),
+], ids=lambda value: value if value.startswith(("bench", "compile")) else "")  # fmt: skip
+def test_a_mistake_names_its_option_and_what_that_needs(compiler, monkeypatch, command, message):
+    monkeypatch.setattr(bench, "time_op", lambda *_: pytest.fail("measured before the options were checked"))
+    ran = run_here(*shlex.split(command))
+    assert message in ran.output
+    assert ran.exit_code == 2
+    assert not compiler
+
+
+def test_activations_that_an_error_prints_are_read_back():
+    for activation in (
+        activations.SwiGLU(1.702, 1.0, 7.0), activations.SwiGLU(), activations.GeGLU(), activations.ReLU2(),
+        activations.SiTU(2.5, None), activations.SiTU(),
+    ):  # fmt: skip
+        numbers = ",".join(map(repr, activations.parameters(activation)))
+        assert options.activation("--activation", f"{type(activation).__name__},{numbers}") == activation
+        assert options.activation("--activation", type(activation).__name__) == type(activation)()
+
+
+def test_token_counts_are_numbers_and_ranges():
+    assert options.token_counts("--tokens", "1-3,32,5-5") == [1, 2, 3, 32, 5]
+
+
+@pytest.mark.parametrize(("option", "values"), [
+    ("--precision", "w4a16,w4a4"), ("--combine", "atomic,ordered"), ("--weight-on", "output,input"),
+    ("--out-dtype", "bfloat16,float32"),
+])  # fmt: skip
+def test_compile_makes_the_kernels_of_every_value_in_a_list(compiler, option, values):
+    def made(text):
+        compiler.clear()
+        assert run_here("compile", "--layer", "8,2,64,64", "--tokens", "1,64", option, text).exit_code == 0
+        return set(compiler)
+
+    first, second = map(made, values.split(","))
+    assert first != second
+    assert made(values) == first | second
+
+
+def test_compile_shows_every_column_in_a_pipe(compiler):
+    ran = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["compile", "--layer", "8,2,64,64", "--activation", "SiTU"])
+    assert ran.exit_code == 0
+    for heading in ("kernel", "threads", "registers", "stack bytes", "shared bytes", "wgmma", "cubin bytes"):
+        assert heading in row(ran.output, "kernel ")
+    for name in compiler:
+        assert row(ran.output, f" {name} ").split("│")[2:-1] == [
+            f"{value:>{width}} "
+            for value, width in zip((384, 168, 0, 232448, 16, 98765), (8, 10, 12, 13, 6, 12), strict=True)
+        ]
+
+
+def test_compile_without_the_compiler_is_one_plain_line(no_compiler):
+    ran = run_here("compile", "--layer", "8,2,64,64", "--tokens", "1")
+    assert ran.exit_code == 1
+    (line,) = ran.output.splitlines()
+    assert "needs nvidia-cutlass-dsl" in line
+    assert "pip install nvidia-cutlass-dsl" in line
+
+
+def test_bench_without_a_kernel_prints_the_error_alone(no_compiler, monkeypatch):
+    def time_op(*_):
+        kernels.compiled(specs.CombineSpec("float32"), "sm_90a", " --layer 8,2,64,64")
+
+    monkeypatch.setattr(bench, "time_op", time_op)
+    ran = run_here("bench", "--model", "3,2,48,32")
+    assert ran.exit_code == 1
+    (line,) = ran.output.splitlines()
+    assert "`python -m jax_moe compile --target sm_90a --layer 8,2,64,64`" in line
+
+
+def test_a_missing_kernel_asks_for_what_can_be_installed(no_compiler):
+    with pytest.raises(kernels.MissingKernelError) as error:
+        kernels.compiled(specs.CombineSpec("float32"), "sm_90a", " --layer 8,2,64,64")
+    assert "`pip install nvidia-cutlass-dsl`" in str(error.value)
+    assert "jax_moe[" not in str(error.value)
+
+
+def test_a_table_is_complete_on_a_narrow_terminal():
+    piped = run("inspect", str(CHECKPOINT)).stdout
+    cells = [cell.strip() for cell in piped.splitlines()[4].split("│")[1:-1]]
+    assert len(cells) == 10
+    shown = run_on_a_terminal("inspect", str(CHECKPOINT))
+    _, *lines = shown.splitlines()
+    assert max(map(len, lines)) <= 80
+    paragraph = " ".join(" ".join(lines).split())
+    assert [part.partition(": ")[2] for part in paragraph.split("; ")] == cells
+
+
+def test_text_is_printed_as_it_is(capsys):
+    show.table("[red]title", ("heading",), [(":smile: [bold]",)])
+    assert "[red]title" in (shown := capsys.readouterr().out)
+    assert ":smile: [bold]" in shown
+    show.error("found no [file]")
+    assert capsys.readouterr().err == "error: found no [file]\n"

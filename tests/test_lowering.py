@@ -180,14 +180,6 @@ def test_the_command_in_the_error_makes_the_kernels(compiler, monkeypatch, chang
     assert set(compiler) == wanted
 
 
-def test_the_command_refuses_what_it_does_not_know():
-    app = typer.Typer()
-    app.command()(command.compile)
-    for arguments in (["--shape", "gpt-2"], ["--layer", "1,2"], [], ["--layer", "8,2,64,64", "--activation", "tanh"]):
-        ran = typer.testing.CliRunner().invoke(app, arguments)
-        assert ran.exit_code == 2, (arguments, ran.output)
-
-
 def test_the_sort_has_room_for_what_it_is_asked_for():
     for routes in (1, 8, 100, 2048, 2049, 131072):
         for experts in (1, 7, 128, 512):

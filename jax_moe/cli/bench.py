@@ -7,21 +7,22 @@ from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
-from rich.table import Table
 import typer
 
 import jax_moe
 from jax_moe import arguments, plan, progress, shapes
-from jax_moe.cli import timing
+from jax_moe.cli import options, show, timing
+from jax_moe.kernels import compile as kernels
 
 _CHAIN = 16
 """Calls in a program on a GPU; on a CPU one call is long enough to be timed alone."""
 
+_MODEL = f"one of {', '.join(shapes.MODELS)}, or E,K,H,I"
+
 
 def bench(
-    model: Annotated[str, typer.Option(help=f"One of {', '.join(shapes.MODELS)}; or E,K,H,I.")] = "16,4,1024,512",
-    tokens: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = "1,32,256",
+    model: Annotated[str, typer.Option(help=f"The layer: {_MODEL}.")] = "16,4,1024,512",
+    tokens: Annotated[str, typer.Option(help="Numbers of tokens, as 1,32 or 1-8.")] = "1,32,256",
     precision: Annotated[str, typer.Option(help="w4a16, w4a4, or both separated by a comma.")] = "w4a16,w4a4",
     combine: Annotated[str, typer.Option(help="atomic or ordered.")] = "atomic",
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs; the median is shown.")] = 20,
@@ -30,32 +31,44 @@ def bench(
 ) -> None:
     """Time fused_moe under jit, on a GPU in a command buffer; random weights, tokens and routing."""
     try:
-        shape = shapes.MODELS[model] if model in shapes.MODELS else shapes.LayerShape(*map(int, model.split(",")))
-        counts, kinds = [int(count) for count in tokens.split(",")], precision.split(",")
-        if min(counts) < 1:
-            raise ValueError(f"tokens: got {min(counts)}, needs at least 1")
-        for kind in kinds:
-            arguments.choice("precision", kind, plan.Precision)
-        arguments.choice("combine", combine, plan.Combine)
+        shape = shapes.MODELS.get(model) or options.layer("--model", model, _MODEL)
+        if shape.top_k > shape.num_experts:
+            raise ValueError(f"--model: got K = {shape.top_k}, needs at most E = {shape.num_experts}")
+        counts = options.token_counts("--tokens", tokens)
+        kinds = options.choices("--precision", precision, plan.Precision)
+        arguments.choice("--combine", combine, plan.Combine)
+        if output is not None:
+            open(output, "a").close()  # whether it can be written is known before anything is measured
         experts = random_experts(shape, seed)
+    except OSError as error:
+        raise typer.BadParameter(
+            f"--json: got {output!r}, needs a file that can be written: {error.strerror}"
+        ) from error
     except (TypeError, ValueError) as error:
-        raise typer.BadParameter(f"{error}; see --help") from error
+        raise typer.BadParameter(str(error)) from error
 
     device = jax.devices()[0]
-    table = Table(title=f"fused_moe on {device.device_kind}: {model}, combine={combine}")
-    for heading in ("precision", "T", "median ms", "GFLOP/s", "GB/s of weights"):
-        table.add_column(heading, justify="right")
-    rows = []
-    for kind, count in progress.track([(kind, count) for kind in kinds for count in counts], "bench"):
-        seconds = time_op(experts, shape, count, kind, combine, repeats, seed)
-        gflops = shape.flops(count) / seconds / 1e9
-        gigabytes = shape.touched_experts(count) * shape.weight_bytes_per_expert / seconds / 1e9
-        rows.append({"precision": kind, "tokens": count, "seconds": seconds, "gflops": gflops, "weight_gbs": gigabytes})
-        table.add_row(kind, str(count), f"{seconds * 1e3:.3f}", f"{gflops:.1f}", f"{gigabytes:.2f}")
-    Console().print(table)
-    if output:
+    results = []
+    try:
+        for kind, count in progress.track([(kind, count) for kind in kinds for count in counts], "bench"):
+            seconds = time_op(experts, shape, count, kind, combine, repeats, seed)
+            gflops = shape.flops(count) / seconds / 1e9
+            gigabytes = shape.touched_experts(count) * shape.weight_bytes_per_expert / seconds / 1e9
+            results.append(
+                {"precision": kind, "tokens": count, "seconds": seconds, "gflops": gflops, "weight_gbs": gigabytes}
+            )
+    except kernels.MissingKernelError as error:
+        show.error(str(error))
+        raise typer.Exit(1) from None
+    title = f"fused_moe on {device.device_kind}: {model}, combine={combine}"
+    rows = [
+        (r["precision"], str(r["tokens"]), f"{r['seconds'] * 1e3:.3f}", f"{r['gflops']:.1f}", f"{r['weight_gbs']:.2f}")
+        for r in results
+    ]
+    show.table(title, ("precision", "T", "median ms", "GFLOP/s", "GB/s of weights"), rows)
+    if output is not None:
         facts = {"jax": jax.__version__, "jax_moe": jax_moe.__version__, "python": platform.python_version()}
-        document = {**facts, "device": device.device_kind, "model": model, "combine": combine, "results": rows}
+        document = {**facts, "device": device.device_kind, "model": model, "combine": combine, "results": results}
         with open(output, "w") as file:
             json.dump(document, file, indent=2)
 

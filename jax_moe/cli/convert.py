@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Annotated
 
-from rich.console import Console
-from rich.markup import escape
 import typer
 
 from jax_moe import checkpoints
+from jax_moe.cli import show
 from jax_moe.experts import CANONICAL
 
 
@@ -21,8 +20,7 @@ def convert(
         written = checkpoints.convert(directory, output, layout=layout)
         total = len(checkpoints.list_layers(output))
     except ValueError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
+        show.error(str(error))
         raise typer.Exit(1) from None
-    Console().print(
-        f"{output}: {total} layers, {len(written)} written by this run, {total - len(written)} were complete"
-    )
+    complete = total - len(written)
+    typer.echo(f"{output}: {total} layers, {len(written)} written by this run, {complete} were complete")

@@ -7,15 +7,20 @@ import platform
 from typing import Any
 
 import jax
-from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 import jax_moe
+from jax_moe.cli import show
+from jax_moe.kernels import compile as kernels
+
+ENVIRONMENT = ("JAX_MOE_CACHE_DIR", "JAX_MOE_DEBUG", "JAX_MOE_FFI_LIBRARY")
+"""Variables that change what the library does; shown where they are set."""
 
 
 def doctor() -> None:
     """Show versions, devices, the FFI library, what can run here and why the rest cannot."""
-    console = Console()
+    console = show.console()
     versions = Table("package", "version", title="Versions")
     versions.add_row("python", platform.python_version())
     versions.add_row("jax_moe", jax_moe.__version__)
@@ -23,18 +28,23 @@ def doctor() -> None:
         versions.add_row(package, _version(package))
     console.print(versions)
 
-    facts = Table("what", "value", title="XLA FFI", show_header=False)
+    facts = Table("what", Column(overflow="fold"), title="This installation", show_header=False)
     facts.add_row("library", str(jax_moe.ffi.library_path()))
     facts.add_row("custom call target", jax_moe.ffi.TARGET)
     devices, failure = _devices()
     facts.add_row("JAX devices", failure or ", ".join(map(str, devices)))
     facts.add_row("XLA_FLAGS", os.environ.get("XLA_FLAGS", "(not set)"))
     facts.add_row("command buffers", _command_buffers())
+    cache = kernels.cache_folder()
+    facts.add_row("kernel cache", f"{cache}: {len(list(cache.glob('*.json')))} kernels, of this and other versions")
+    for name in ENVIRONMENT:
+        if name in os.environ:
+            facts.add_row(name, os.environ[name])
     console.print(facts)
 
     targets = Table("target", "runs here", "why", title="What this machine can run")
     for target, (runs, why) in _targets(devices).items():
-        targets.add_row(target, "[green]yes" if runs else "[red]no", why)
+        targets.add_row(target, Text("yes", "green") if runs else Text("no", "red"), why)
     console.print(targets)
 
 
@@ -70,7 +80,7 @@ def _targets(devices: list[Any]) -> dict[str, tuple[bool, str]]:
     capabilities = [device.compute_capability for device in devices if device.platform == "gpu"]
     hopper_devices = capabilities.count("9.0")
     if hopper_devices and _version("nvidia-cutlass-dsl") == "not installed":
-        hopper = (True, f"{hopper_devices} device(s), but only kernels compiled before: no nvidia-cutlass-dsl")
+        hopper = (True, f"{hopper_devices} device(s), but only kernels compiled before: pip install nvidia-cutlass-dsl")
     elif hopper_devices:
         hopper = (True, f"{hopper_devices} device(s) of compute capability 9.0")
     elif capabilities:
@@ -86,6 +96,6 @@ def _why_no_gpu(devices: list[Any]) -> str:
     except OSError:
         return "no NVIDIA driver on this machine (libcuda.so.1 does not load)"
     if _version("jax-cuda13-plugin") == _version("jax-cuda12-plugin") == "not installed":
-        return "a driver is here, but JAX has no CUDA plugin: pip install 'jax_moe[cuda13]'"
+        return "a driver is here, but JAX has no CUDA plugin: pip install '.[cuda13]' in a checkout of jax_moe"
     running = f"runs on {devices[0].platform}" if devices else "does not start"
     return f"a driver and a plugin are here, but JAX {running}: see JAX_PLATFORMS"

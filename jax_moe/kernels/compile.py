@@ -102,8 +102,9 @@ def _compiled(spec: Spec, target: str, folder: pathlib.Path, hint: str) -> Compi
     if compiler is None:
         raise MissingKernelError(
             f"jax_moe: kernel {spec.name} for {target} is not in {folder}, and {_COMPILER} is not installed to compile "
-            f"it. On any machine that has it (no GPU needed), run `python -m jax_moe compile --target {target}{hint}` "
-            "and copy that folder here (JAX_MOE_CACHE_DIR names another place), or install jax_moe[kernels]."
+            f"it. Either `pip install {_COMPILER}`, or run `python -m jax_moe compile --target {target}{hint}` on a "
+            "machine that has it (no GPU needed) and copy its folder of kernels here (JAX_MOE_CACHE_DIR names another "
+            "place)."
         )
     kernel = _compile(spec, target)
     _write(folder / _file_name(spec, target, compiler), kernel)

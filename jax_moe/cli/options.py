@@ -1,0 +1,79 @@
+"""Options that are more than a word or a number, read in one place: every mistake names its option.
+
+The functions take the option's name and its text, and raise TypeError or ValueError.
+"""
+
+from collections.abc import Iterable
+import contextlib
+import re
+from typing import Any
+
+import jax.numpy as jnp
+
+from jax_moe import activations, arguments, nvfp4, shapes
+
+ACTIVATIONS = {
+    cls.__name__: cls for cls in (activations.SwiGLU, activations.GeGLU, activations.ReLU2, activations.SiTU)
+}
+
+
+def one_of(option: str, text: str, names: Iterable[str]) -> str:
+    """One of ``names``."""
+    if text not in names:
+        raise ValueError(f"{option}: got {text!r}, needs one of {', '.join(names)}")
+    return text
+
+
+def choices(option: str, text: str, allowed) -> list[Any]:
+    """Values of a ``Literal``, separated by commas."""
+    values = text.split(",")
+    for value in values:
+        arguments.choice(option, value, allowed)
+    return values
+
+
+def dtypes(option: str, text: str, allowed) -> list[jnp.dtype]:
+    """Some of the ``allowed`` dtypes, separated by commas."""
+    return [arguments.dtype(option, value, allowed) for value in text.split(",")]
+
+
+def token_counts(option: str, text: str) -> list[int]:
+    """Numbers and ranges that include both ends: ``1,32`` or ``1-8192``."""
+    counts = []
+    for part in text.split(","):
+        match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= first <= last:
+            raise ValueError(f"{option}: got {part!r}, needs positive numbers, as 1,32, or ranges, as 1-8192")
+        counts += range(first, last + 1)
+    return counts
+
+
+def layer(option: str, text: str, needs: str) -> shapes.LayerShape:
+    """Experts, top-k, hidden and intermediate size, as ``128,8,2048,768``; an error calls them what ``needs`` says."""
+    sizes = text.split(",")
+    if len(sizes) != 4 or not all(re.fullmatch(r"0*[1-9][0-9]*", size) for size in sizes):
+        raise ValueError(f"{option}: got {text!r}, needs {needs}: four positive integers")
+    shape = shapes.LayerShape(*map(int, sizes))
+    for letter, size in (("H", shape.hidden_size), ("I", shape.intermediate_size)):
+        if size % nvfp4.BLOCK_SIZE:
+            raise ValueError(f"{option}: got {letter} = {size}, needs a multiple of {nvfp4.BLOCK_SIZE}")
+    return shape
+
+
+def activation(option: str, text: str) -> activations.Activation:
+    """``SwiGLU`` or ``SwiGLU,1.702,1,7``: the name, then alpha, beta and limit (:func:`activations.parameters`)."""
+    word, *numbers = text.split(",")
+    with contextlib.suppress(KeyError, ValueError):
+        if not numbers:
+            return ACTIVATIONS[word]()
+        alpha, beta, limit = map(float, numbers)
+        bound = None if limit == float("inf") else limit
+        values = {"SwiGLU": (alpha, beta, bound), "SiTU": (beta, bound)}.get(word, ())
+        function = ACTIVATIONS[word](*values)
+        if activations.parameters(function) == (alpha, beta, limit):  # else it takes no such number
+            return function
+    raise ValueError(
+        f"{option}: got {text!r}, needs one of {', '.join(ACTIVATIONS)}, alone or with alpha,beta,limit behind it: "
+        "three numbers, 0,0,inf where it takes none"
+    )
