@@ -85,9 +85,10 @@ def open_router(model: Model, layer: int) -> Router:
 
 def open_shared_expert(model: Model, layer: int) -> SharedExpert | None:
     """See :func:`jax_moe.checkpoints.load_shared_expert`."""
+    block = model.block(layer)
     if model.family.shared_expert is None:
         return None
-    prefix = f"{model.block(layer)}.{model.family.shared_expert}."
+    prefix = f"{block}.{model.family.shared_expert}."
     if not any(name.startswith(prefix) for name in model.files.names()):
         return None
     hidden = size(model.config, model.config_file, "hidden_size")
