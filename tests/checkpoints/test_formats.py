@@ -372,5 +372,5 @@ def test_a_shared_expert_is_checked_when_it_is_called():
         shared(x, jax_moe.ReLU2())
     with pytest.raises(ValueError, match=r"^SharedExpert.down: got shape \(16, 32\), needs \[32, 16\]"):
         checkpoints.SharedExpert(shared.gate_up, shared.down.T)(x, activation)
-    with pytest.raises(TypeError, match="^activation: got str"):
+    with pytest.raises(TypeError, match=r"^activation: got str"):
         shared(x, "silu")
