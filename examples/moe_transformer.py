@@ -1,5 +1,7 @@
 """A small mixture-of-experts transformer in pure JAX: the model that the other examples train, quantise and shard.
 
+It is a module, which ``language_model.py`` and ``sharded_inference.py`` import; run by itself it does nothing.
+
 Read it for one thing: the MoE layer is an *argument* of :func:`forward`. Training passes :func:`dense_moe`, which is
 differentiable and works on plain arrays; inference passes :func:`quantized_moe` (``jax_moe.fused_moe`` on NVFP4
 weights) or, in ``sharded_inference.py``, ``jax_moe.sharded_moe``. The rest of the model does not know which.

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
+import typer
 
 import jax_moe
 
@@ -57,6 +58,7 @@ def seconds_per_call(f, *args, calls: int = 20) -> float:
 
 
 def main() -> None:
+    """Quantise a layer's experts, run it under jit, and print how exact and how fast it is."""
     # A layer's dense weights, [out, in] as checkpoints store them; tokens; the router's logits.
     keys = jax.random.split(jax.random.key(0), 5)
     gate, up = (jax.random.normal(k, (EXPERTS, INTERMEDIATE, HIDDEN)) / HIDDEN**0.5 for k in keys[:2])
@@ -98,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

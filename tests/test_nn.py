@@ -94,6 +94,122 @@ def test_state_round_trip():
     np.testing.assert_array_equal(np.asarray(module(tokens(3)), np.float32), np.asarray(again(tokens(3)), np.float32))
 
 
+def a_router(experts: int = 4, hidden: int = 64, k: int = 2) -> checkpoints.Router:
+    return checkpoints.Router(tokens(experts, hidden, jnp.float32), k=k)
+
+
+def a_shared_expert(parts: int = 2, hidden: int = 64) -> checkpoints.SharedExpert:
+    return checkpoints.SharedExpert(jnp.ones((parts, 16, hidden)), jnp.ones((hidden, 16)))
+
+
+@pytest.fixture(scope="module")
+def experts() -> jax_moe.Experts:
+    """E = 4, I = 32, H = 64."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = (4, 32, 64), (4, 32, 64), (4, 64, 32)
+    return jax_moe.quantize_experts(*(jax.random.normal(key, s) for key, s in zip(keys, shapes, strict=True)))
+
+
+def test_a_layer_without_a_checkpoint(experts):
+    router, x = a_router(), tokens(5)
+    want = jax_moe.fused_moe(x, experts, jax_moe.route(router.logits(x), 2), combine="ordered")
+    np.testing.assert_array_equal(MoE(experts, router, combine="ordered")(x), want)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"experts": None}, TypeError, "experts: got NoneType, needs Experts"),
+        ({"router": None}, TypeError, "router: got NoneType, needs Router"),
+        ({"router": lambda x: x}, TypeError, "router: got function, needs Router"),
+        ({"router": a_router(hidden=32)}, ValueError, r"router.weight: got shape \(4, 32\), needs \[4, 64\]"),
+        ({"router": a_router(experts=5)}, ValueError, r"router.weight: got shape \(5, 64\), needs \[4, 64\]"),
+        ({"router": a_router(k=5)}, ValueError, "k: got 5, needs 1 <= k <= E = 4"),
+        ({"shared_expert": a_router()}, TypeError, "shared_expert: got Router, needs SharedExpert"),
+        ({"shared_expert": a_shared_expert(parts=1)}, ValueError,
+         r"SharedExpert.gate_up: got shape \(1, 16, 64\), needs \[2, I, H\]"),
+        ({"shared_expert": a_shared_expert(hidden=32)}, ValueError,
+         r"shared_expert.gate_up: got shape \(2, 16, 32\), needs \[P, I, 64\]"),
+        ({"activation": "silu"}, TypeError, "activation: got str, needs SwiGLU or"),
+        ({"activation": jax_moe.ReLU2()}, ValueError, r"experts.gate_up.global_scale: got shape \(4, 2\)"),
+        ({"precision": "w4a4"}, ValueError, "experts.gate_up.input_scale: got None"),
+        ({"combine": "sum"}, ValueError, "combine: got 'sum'"),
+        ({"weight_on": "x"}, ValueError, "weight_on: got 'x'"),
+        ({"mesh": 4}, TypeError, "mesh: got int, needs Mesh"),
+        ({"expert_axis": 4}, TypeError, "expert_axis: got int, needs str"),
+        ({"expert_axis": "tensor"}, ValueError, "expert_axis, tensor_axis: both got"),
+    ],
+)  # fmt: skip
+def test_the_constructor_names_what_does_not_fit(experts, arguments, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        MoE(**{"experts": experts, "router": a_router()} | arguments)
+
+
+def test_a_prepared_layer_is_checked_up_to_its_padding(experts):
+    prepared = jax_moe.prepare(experts, "sm_90a")
+    MoE(prepared, a_router(), a_shared_expert())
+    with pytest.raises(ValueError, match=r"^router.weight: got shape \(5, 64\), needs \[4, H\]"):
+        MoE(prepared, a_router(experts=5))
+    with pytest.raises(ValueError, match=r"^experts.gate_up.payload: got shape"):
+        MoE(prepared, a_router(hidden=144))
+
+
+def test_a_call_names_what_does_not_fit(experts):
+    module = MoE(experts, a_router())
+    with pytest.raises(ValueError, match=r"^x: got shape \(2, 3, 32\), needs \[2, 3, 64\]"):
+        module(jnp.ones((2, 3, 32)))
+    with pytest.raises(ValueError, match=r"^x: got shape \(\), needs \[64\]"):
+        module(jnp.float32(1))
+    with pytest.raises(TypeError, match=r"^x: got dtype int32, needs floats"):
+        module(jnp.ones((2, 64), jnp.int32))
+    with pytest.raises(TypeError, match=r"^x: got list, needs an array"):
+        module([1.0] * 64)
+    assert module(jnp.ones(64)).shape == (64,)
+
+
+@pytest.mark.parametrize("target", [None, "canonical", "sm_90a"])
+def test_a_checkpoint_is_prepared_for_the_target(target, monkeypatch):
+    case = DATA / "modelopt-deepseek_v3"
+    asked = []
+    monkeypatch.setattr("jax_moe.nn.moe.prepare", lambda *args, **_: asked.append(args[1]) or jax_moe.prepare(*args))
+    module = MoE.from_checkpoint(case, 1, target=target)
+    assert asked == [target]
+    want = jax_moe.prepare(checkpoints.load_experts(case, 1), target)
+    assert module.experts.layout == want.layout
+    np.testing.assert_array_equal(module.experts.down.payload[...], want.down.payload)
+
+
+def test_on_a_mesh_experts_are_prepared_where_they_are():
+    mesh = Mesh(np.array(jax.devices()[:2]), ("expert",))
+    module = MoE.from_checkpoint(DATA / "modelopt-deepseek_v3", 1, mesh=mesh, target="sm_90a")
+    payload = module.experts.gate_up.payload
+    assert (
+        payload[...].sharding.spec
+        == payload.get_metadata("out_sharding")
+        == PartitionSpec(("expert",), None, None, None)
+    )
+
+
+@pytest.mark.parametrize("layout", ["canonical", "sm_90a"])
+def test_a_converted_checkpoint_is_prepared_once(tmp_path, layout):
+    checkpoints.convert(DATA / "modelopt-deepseek_v3", tmp_path / "out", layout=layout)
+    for target in (None, "sm_90a"):
+        wanted = layout if target is None else target
+        assert MoE.from_checkpoint(tmp_path / "out", 1, target=target).experts.layout == wanted
+    if layout == "sm_90a":
+        with pytest.raises(ValueError, match=r"^experts.layout: got 'sm_90a', needs 'canonical'"):
+            MoE.from_checkpoint(tmp_path / "out", 1, target="canonical")
+
+
+def test_what_the_family_says_can_be_replaced():
+    case = DATA / "modelopt-qwen3_moe"
+    x = tokens(5)
+    options = {"activation": jax_moe.GeGLU(), "weight_on": "input", "combine": "ordered"}
+    module = MoE.from_checkpoint(case, 0, **options)
+    want = jax_moe.fused_moe(x, checkpoints.load_experts(case, 0), checkpoints.load_router(case, 0)(x), **options)
+    np.testing.assert_array_equal(module(x), want)
+
+
 def test_the_core_does_not_import_flax():
     helpers.run_python("import sys, jax_moe, jax_moe.checkpoints; assert not [m for m in sys.modules if 'flax' in m]")
 

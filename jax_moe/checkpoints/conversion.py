@@ -54,7 +54,7 @@ def convert(
     it was at, and the next run starts there. Two runs into one directory at once are refused.
 
     Args:
-      directory: the checkpoint, as for :func:`jax_moe.load_experts`.
+      directory: the checkpoint, as for :func:`jax_moe.load_experts`; a converted one if its layout is canonical.
       output: the directory to write, made if needed.
       layout: ``"canonical"``, or a target of :func:`jax_moe.prepare`.
       progress_bar: show a progress bar on a terminal.
@@ -63,8 +63,9 @@ def convert(
       The layers that this call wrote; layers that were complete already are not in it.
 
     Raises:
-      CheckpointError: the checkpoint is malformed, or ``output`` holds a conversion of something else.
-      ValueError: unknown layout.
+      CheckpointError: the checkpoint is malformed, or ``output`` holds a conversion of something else. What the
+        headers say of every layer is checked before anything is written.
+      ValueError: unknown layout, or the checkpoint was itself converted to another target's.
     """
     if layout not in (CANONICAL, SM_90A):
         raise ValueError(f"layout: got {layout!r}, needs {CANONICAL!r} or {SM_90A!r}")
@@ -72,6 +73,13 @@ def convert(
     model = published.open_model(source)
     if not model.blocks:
         raise CheckpointError(f"{source}: found no layer with experts, expected a mixture-of-experts checkpoint")
+    for number in model.blocks:  # before anything is written
+        found = open_experts(model, number).layout
+        if found not in (CANONICAL, layout):
+            raise ValueError(
+                f"layout: got {layout!r}, but {source} holds experts in layout {found!r}; "
+                "convert the checkpoint that they came from"
+            )
     target.mkdir(parents=True, exist_ok=True)
     if not (target / MANIFEST).exists() and any(target.glob("*.safetensors*")):
         raise CheckpointError(f"{target}: found a checkpoint, expected a new directory or the conversion to continue")
@@ -171,7 +179,11 @@ class ConvertedLayer:
 
     @property
     def format(self) -> str:
-        return f"jax_moe, {self.expected.layout}"
+        return f"jax_moe, {self.layout}"
+
+    @property
+    def layout(self) -> str:
+        return self.expected.layout
 
     def leaves(self, experts: range) -> Experts:
         """As :meth:`jax_moe.checkpoints.layer.ExpertLayer.leaves`."""

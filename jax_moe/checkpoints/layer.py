@@ -16,7 +16,7 @@ from jax_moe.checkpoints.families import Config, Family, family_of, NUM_EXPERTS,
 from jax_moe.checkpoints.files import CheckpointError, Files, read_json
 from jax_moe.checkpoints.leaves import Leaf
 from jax_moe.checkpoints.stored import Stored
-from jax_moe.experts import Experts, Projection
+from jax_moe.experts import CANONICAL, Experts, Projection
 
 _FLOAT32 = np.dtype(np.float32)
 _E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -48,8 +48,11 @@ class Model:
         """The MoE module of a layer.
 
         Raises:
+          TypeError: ``layer`` is not an int.
           CheckpointError: the layer has no experts.
         """
+        if not isinstance(layer, int | np.integer):
+            raise TypeError(f"layer: got {type(layer).__name__}, needs an int")
         if layer not in self.blocks:
             layers = ", ".join(map(str, self.blocks)) or "none"
             raise CheckpointError(
@@ -116,6 +119,10 @@ class ExpertLayer:
     @property
     def format(self) -> str:
         return self.gate_up.format.name
+
+    @property
+    def layout(self) -> str:
+        return CANONICAL
 
     def leaves(self, experts: range) -> Experts:
         """The arrays of ``experts``, as an ``Experts`` of :class:`~jax_moe.checkpoints.leaves.Leaf`."""

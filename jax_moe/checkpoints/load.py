@@ -51,6 +51,7 @@ def load_experts(
     Raises:
       CheckpointError: (a ValueError) the checkpoint is malformed, incomplete, or not in a known format; the message
         names the file, the tensor, what was found and what was expected.
+      TypeError: ``layer`` is not an int, or ``experts`` neither slice nor range.
       ValueError: ``experts`` is not a contiguous part of the layer's experts, or the mesh does not divide E or I.
     """
     source = conversion.open_experts(open_model(Path(directory)), layer)
@@ -62,7 +63,7 @@ def load_router(directory: Directory, layer: int) -> Router:
     """Loads the router of one MoE layer, with its rule: ``router(x)`` is the Routing of ``x``.
 
     Raises:
-      CheckpointError: as :func:`load_experts`.
+      CheckpointError, TypeError: as :func:`load_experts`.
     """
     return router.open_router(open_model(Path(directory)), layer)
 
@@ -71,7 +72,7 @@ def load_shared_expert(directory: Directory, layer: int) -> SharedExpert | None:
     """Loads the expert that every token visits, dequantised to bfloat16; None if the layer has none.
 
     Raises:
-      CheckpointError: as :func:`load_experts`.
+      CheckpointError, TypeError: as :func:`load_experts`.
     """
     return router.open_shared_expert(open_model(Path(directory)), layer)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from jax_moe import activations, nvfp4, routing
+from jax_moe import activations, arguments, nvfp4, routing
 from jax_moe.checkpoints import stored
 from jax_moe.checkpoints.families import NUM_EXPERTS, size, TOP_K
 from jax_moe.checkpoints.files import CheckpointError, Files, read_rows
@@ -19,24 +19,33 @@ _FLOATS = ("F32", "BF16", "F16")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Router:
-    """A layer's router: ``router(x)`` is the Routing of ``x``.
+    """A layer's router: ``router(x)`` is the Routing of ``x`` ``[T, H]`` of any float dtype.
+
+    :func:`load_router` makes one from a checkpoint; without one it is, for example, ``Router(weight, k=8)``.
 
     Attributes:
       weight: float32 ``[E, H]``.
       bias: float32 ``[E]`` added to the logits (gpt-oss), or None.
       selection_bias: float32 ``[E]`` added to the scores for selection only (DeepSeek-V3, Nemotron-H), or None.
       k: experts per token.
-      method: the rule.
+      method: the rule, as for :func:`jax_moe.route`.
+
+    Raises:
+      TypeError, ValueError: when it is called: ``x``, an attribute or two of them do not fit.
     """
 
     weight: jax.Array
-    bias: jax.Array | None
-    selection_bias: jax.Array | None
-    k: int = dataclasses.field(metadata={"static": True})
-    method: routing.Method = dataclasses.field(metadata={"static": True})
+    bias: jax.Array | None = None
+    selection_bias: jax.Array | None = None
+    k: int = dataclasses.field(kw_only=True, metadata={"static": True})
+    method: routing.Method = dataclasses.field(default=routing.Softmax(), kw_only=True, metadata={"static": True})
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """float32 ``[T, E]`` for ``x`` ``[T, H]`` of any float dtype, computed in float32."""
+        """float32 ``[T, E]`` for ``x`` ``[T, H]`` of any float dtype, computed in float32; errors as the class."""
+        num_experts, hidden = arguments.floats("Router.weight", self.weight, ("E", "H"))
+        if self.bias is not None:
+            arguments.floats("Router.bias", self.bias, (num_experts,))
+        arguments.floats("x", x, ("T", hidden))
         logits = jnp.dot(x.astype(jnp.float32), self.weight.T, precision=jax.lax.Precision.HIGHEST)
         return logits if self.bias is None else logits + self.bias
 
@@ -58,7 +67,16 @@ class SharedExpert:
     down: jax.Array
 
     def __call__(self, x: jax.Array, activation: activations.Activation) -> jax.Array:
-        """``x`` ``[T, H]`` of any float dtype to float32 ``[T, H]``; sums and activation in float32."""
+        """``x`` ``[T, H]`` of any float dtype to float32 ``[T, H]``; sums and activation in float32.
+
+        Raises:
+          TypeError, ValueError: ``x``, an attribute or the activation does not fit.
+        """
+        arguments.instance("activation", activation, activations.Activation)
+        num_parts = 2 if activation.gated else 1
+        _, intermediate, hidden = arguments.floats("SharedExpert.gate_up", self.gate_up, (num_parts, "I", "H"))
+        arguments.floats("SharedExpert.down", self.down, (hidden, intermediate))
+        arguments.floats("x", x, ("T", hidden))
         parts = jnp.einsum(
             "th,pih->pti", x.astype(self.gate_up.dtype), self.gate_up, preferred_element_type=jnp.float32
         )
@@ -85,9 +103,10 @@ def open_router(model: Model, layer: int) -> Router:
 
 def open_shared_expert(model: Model, layer: int) -> SharedExpert | None:
     """See :func:`jax_moe.checkpoints.load_shared_expert`."""
+    block = model.block(layer)
     if model.family.shared_expert is None:
         return None
-    prefix = f"{model.block(layer)}.{model.family.shared_expert}."
+    prefix = f"{block}.{model.family.shared_expert}."
     if not any(name.startswith(prefix) for name in model.files.names()):
         return None
     hidden = size(model.config, model.config_file, "hidden_size")

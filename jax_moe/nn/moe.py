@@ -1,5 +1,6 @@
 """``MoE``: router, NVFP4 experts and an optional shared expert as one flax.nnx module."""
 
+import functools
 import os
 from typing import Any
 
@@ -8,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from jax_moe import activations, checkpoints, moe, parallel, plan
+from jax_moe import activations, arguments, checkpoints, moe, parallel, plan
 from jax_moe.checkpoints import CheckpointError, Router, SharedExpert
 from jax_moe.experts import CANONICAL, Experts
+from jax_moe.prepare import prepare
 
 
 class Quantized(nnx.Variable):
@@ -23,6 +25,13 @@ class MoE(nnx.Module):
     ``module(x)`` routes ``x``, runs the chosen experts in one custom call and adds the shared expert. On a mesh the
     experts stay where they are (:func:`jax_moe.sharded_moe`). Every variable carries its ``PartitionSpec``, so
     ``nnx.get_partition_spec(nnx.state(module))`` gives the specs of the whole module.
+
+    :meth:`from_checkpoint` makes one in one call. From weights of one's own it is, with ``gate`` and ``up``
+    ``[E, I, H]``, ``down`` ``[E, H, I]`` and the router's ``weight`` ``[E, H]``::
+
+        experts = jax_moe.prepare(jax_moe.quantize_experts(gate, up, down))
+        router = jax_moe.checkpoints.Router(weight, k=8, method=jax_moe.Softmax())
+        module = MoE(experts, router)
 
     Attributes:
       experts: the :class:`jax_moe.Experts`, each leaf in a :class:`Quantized` variable.
@@ -48,14 +57,22 @@ class MoE(nnx.Module):
         """Wraps arrays that are where they should be: see :meth:`from_checkpoint`, or ``jax_moe.expert_shardings``.
 
         Args:
-          experts, router, shared_expert: the weights.
+          experts: all E experts of the layer, ``[E, P, I, H]`` and ``[E, H, I]``; on a GPU they must have gone through
+            :func:`jax_moe.prepare`.
+          router: a :class:`jax_moe.checkpoints.Router` with float32 weights ``[E, H]``.
+          shared_expert: a :class:`jax_moe.checkpoints.SharedExpert` with weights ``[P, I', H]`` and ``[H, I']``, I' its
+            own; or None.
           activation, precision, combine, weight_on: as for :func:`jax_moe.fused_moe`.
           mesh: run over this mesh; None for one device.
           expert_axis, tensor_axis, data_axis: as for :func:`jax_moe.sharded_moe`.
 
         Raises:
-          ValueError: the mesh does not divide the experts.
+          TypeError, ValueError: an argument has the wrong type, dtype, shape or value, or two do not fit each other; or
+            the mesh does not divide the experts.
         """
+        arguments.instance("experts", experts, Experts)
+        arguments.instance("router", router, Router)
+        arguments.instance("shared_expert", shared_expert, SharedExpert | None)
         self.options: dict[str, Any] = {
             "activation": activation,
             "precision": precision,
@@ -65,6 +82,7 @@ class MoE(nnx.Module):
         self.mesh = mesh
         self.axes: dict[str, Any] = {"expert_axis": expert_axis, "tensor_axis": tensor_axis, "data_axis": data_axis}
         specs = _expert_specs(experts, mesh, expert_axis, tensor_axis)
+        _check(experts, router, shared_expert, self.options)
         self.experts = nnx.data(_variables(Quantized, experts, specs))
         self.router = nnx.data(_variables(nnx.Param, router, jax.tree.map(lambda _: PartitionSpec(), router)))
         shared_specs = None if shared_expert is None else _shared_specs(mesh, tensor_axis)
@@ -76,6 +94,7 @@ class MoE(nnx.Module):
         directory: str | os.PathLike[str],
         layer: int,
         *,
+        target: str | None = None,
         mesh: Mesh | None = None,
         expert_axis: parallel.Axis = "expert",
         tensor_axis: parallel.Axis = "tensor",
@@ -86,12 +105,15 @@ class MoE(nnx.Module):
 
         Args:
           directory, layer: as for :func:`jax_moe.load_experts`.
+          target: what to prepare the experts for, as for :func:`jax_moe.prepare`: None is JAX's default device.
+            Experts that :func:`jax_moe.checkpoints.convert` prepared stay as they are, whatever that device is.
           mesh, expert_axis, tensor_axis: where the weights go; each process reads only its own part of the experts.
           progress: show a progress bar on a terminal.
-          options: ``precision``, ``combine`` and ``data_axis`` of the constructor.
+          options: the constructor's other options; ``activation`` and ``weight_on`` take the place of the family's.
 
         Raises:
           CheckpointError: as :func:`jax_moe.load_experts`, or the experts work on another size than the layer.
+          TypeError, ValueError: as :func:`jax_moe.load_experts`, :func:`jax_moe.prepare` and the constructor.
         """
         axes: dict[str, Any] = {"expert_axis": expert_axis, "tensor_axis": tensor_axis}
         router = checkpoints.load_router(directory, layer)
@@ -102,6 +124,8 @@ class MoE(nnx.Module):
                 f"{directory}: layer {layer}: found experts of H = {experts.down.payload.shape[1]} behind a "
                 f"projection from {router.weight.shape[1]}; MoE has no such projection, load_experts loads them alone"
             )
+        if experts.layout == CANONICAL or target is not None:
+            experts = prepare(experts, target, progress=progress)
         if mesh is not None:
             router = jax.device_put(router, NamedSharding(mesh, PartitionSpec()))
         if mesh is not None and shared_expert is not None:
@@ -109,26 +133,47 @@ class MoE(nnx.Module):
             shared_expert = jax.tree.map(
                 lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec)), shared_expert, specs
             )
-        family = checkpoints.moe_options(directory)
-        return cls(experts, router, shared_expert, mesh=mesh, **axes, **family, **options)
+        options = checkpoints.moe_options(directory) | options
+        return cls(experts, router, shared_expert, mesh=mesh, **axes, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """``x`` ``[..., H]`` of any float dtype to the same shape and dtype; the experts see it in bfloat16."""
-        tokens = x.reshape(-1, x.shape[-1])
-        routing = _arrays(self.router)(tokens)
+        """``x`` ``[..., H]`` of any float dtype to the same shape and dtype; the experts see it in bfloat16.
+
+        Raises:
+          TypeError: ``x`` is not an array of floats.
+          ValueError: its last axis is not H, or the mesh's data axis does not divide its tokens.
+        """
+        experts, router, shared_expert = map(_arrays, (self.experts, self.router, self.shared_expert))
+        hidden = router.weight.shape[1]
+        arguments.floats("x", x, (*getattr(x, "shape", ())[:-1], hidden))
         run = moe.fused_moe if self.mesh is None else parallel.sharded_moe
         placement = {} if self.mesh is None else {"mesh": self.mesh, **self.axes}
-        y = run(
-            tokens.astype(jnp.bfloat16),
-            _arrays(self.experts),
-            routing,
-            out_dtype=jnp.float32,
-            **self.options,
-            **placement,
-        )
-        if self.shared_expert is not None:
-            y = y + _arrays(self.shared_expert)(tokens, self.options["activation"])
-        return y.astype(x.dtype).reshape(x.shape)
+        run = functools.partial(run, **self.options, **placement)
+        return _layer(run, x.reshape(-1, hidden), experts, router, shared_expert).reshape(x.shape)
+
+
+def _layer(
+    run: functools.partial, x: jax.Array, experts: Experts, router: Router, shared_expert: SharedExpert | None
+) -> jax.Array:
+    """``x`` ``[T, H]`` to the same shape and dtype; ``run`` is ``fused_moe`` or ``sharded_moe`` with its options."""
+    y = run(x.astype(jnp.bfloat16), experts, router(x), out_dtype=jnp.float32)
+    if shared_expert is not None:
+        y = y + shared_expert(x, run.keywords["activation"])
+    return y.astype(x.dtype)
+
+
+def _check(experts: Experts, router: Router, shared_expert: SharedExpert | None, options: dict[str, Any]) -> None:
+    """Raises what a call would raise about anything but its ``x``."""
+    num_experts, hidden = experts.down.payload.shape[:2]
+    if experts.layout != CANONICAL:
+        hidden = "H"  # prepared experts know it only up to their padding
+    _, hidden = arguments.floats("router.weight", router.weight, (num_experts, hidden))
+    if shared_expert is not None:
+        arguments.floats("shared_expert.gate_up", shared_expert.gate_up, ("P", "I", hidden))
+    # Without shardings: the placement of weights is for the mesh to judge, and that of x is not known yet.
+    x = jax.ShapeDtypeStruct((0, hidden), jnp.bfloat16)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (experts, router, shared_expert))
+    jax.eval_shape(functools.partial(_layer, functools.partial(moe.fused_moe, **options)), x, *shapes)
 
 
 def _variables(kind: type[nnx.Variable], tree: Any, specs: Any) -> Any:
@@ -144,7 +189,7 @@ def _arrays(tree: Any) -> Any:
 def _expert_specs(
     experts: Experts, mesh: Mesh | None, expert_axis: parallel.Axis, tensor_axis: parallel.Axis
 ) -> Experts:
-    names = _names(expert_axis) + _names(tensor_axis)
+    names = tuple(dict.fromkeys(_names("expert_axis", expert_axis) + _names("tensor_axis", tensor_axis)))
     # Without a mesh the specs still name the axes, for one that comes later.
     target: Any = mesh or AbstractMesh((1,) * len(names), names)
     return parallel.partition_specs(experts, target, expert_axis=expert_axis, tensor_axis=tensor_axis)
@@ -152,10 +197,13 @@ def _expert_specs(
 
 def _shared_specs(mesh: Mesh | None, tensor_axis: parallel.Axis) -> Any:
     """A ``SharedExpert`` of specs: I over the tensor axis."""
-    names = tuple(name for name in _names(tensor_axis) if mesh is None or name in mesh.axis_names) or None
+    names = (
+        tuple(name for name in _names("tensor_axis", tensor_axis) if mesh is None or name in mesh.axis_names) or None
+    )
     specs: Any = PartitionSpec(None, names, None), PartitionSpec(None, names)
     return SharedExpert(*specs)
 
 
-def _names(axis: parallel.Axis) -> tuple[str, ...]:
+def _names(argument: str, axis: parallel.Axis) -> tuple[str, ...]:
+    arguments.instance(argument, axis, str | tuple | None)
     return () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)

@@ -103,6 +103,19 @@ def test_another_conversion_is_not_continued(tmp_path):
         checkpoints.convert(tmp_path / "a", tmp_path / "b")
 
 
+def test_what_cannot_be_converted_leaves_no_output(tmp_path):
+    writer.checkpoint(tmp_path / "in", layers=(0, 1), shards=1)
+    checkpoints.convert(tmp_path / "in", tmp_path / "canonical")
+    checkpoints.convert(tmp_path / "canonical", tmp_path / "sm_90a", layout="sm_90a")
+    with pytest.raises(ValueError, match=r"layout: got 'canonical', but .*sm_90a holds experts in layout 'sm_90a'"):
+        checkpoints.convert(tmp_path / "sm_90a", tmp_path / "out")
+    file = tmp_path / "in" / "model.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'1.mlp.experts.2.up_proj.weight"', b'1.mlp.experts.2.up_proj.weighs"'))
+    with pytest.raises(checkpoints.CheckpointError, match=r"layers\.1\.mlp\.experts\.2\.up_proj"):
+        checkpoints.convert(tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 # A disk that takes its time, so that the kill finds a layer half-way on any machine.
 CONVERT = """
 import os, sys, time

@@ -1,10 +1,12 @@
 """Every format, family, sharding and scale convention, on checkpoints whose content the test chose."""
 
+import dataclasses
 import json
 import os
 
 import checkpoint_writer as writer
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 import ml_dtypes
 import numpy as np
@@ -340,3 +342,35 @@ def test_mxfp4_blocks_of_zeros_have_no_say(tmp_path):
 def test_mxfp4_nan_scale_is_an_error(tmp_path):
     with pytest.raises(checkpoints.CheckpointError, match="NaN"):
         mxfp4(tmp_path, np.full((32, 2), 128))
+
+
+def test_a_router_made_by_hand_is_checked_when_it_is_called():
+    router = checkpoints.Router(jnp.ones((4, 32)), k=2)
+    assert router(jnp.ones((3, 32), jnp.bfloat16)).expert_ids.shape == (3, 2)
+    for x, error, message in (
+        (jnp.ones((3, 16)), ValueError, r"x: got shape \(3, 16\), needs \[T, 32\]"),
+        (jnp.ones((3, 32), jnp.int32), TypeError, "x: got dtype int32, needs floats"),
+        ([1.0], TypeError, "x: got list, needs an array"),
+    ):
+        with pytest.raises(error, match=f"^{message}"):
+            router(x)
+    for change, message in (
+        ({"weight": jnp.ones(32)}, r"Router.weight: got shape \(32,\), needs \[E, H\]"),
+        ({"bias": jnp.ones(1)}, r"Router.bias: got shape \(1,\), needs \[4\]"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            dataclasses.replace(router, **change)(jnp.ones((3, 32)))
+
+
+def test_a_shared_expert_is_checked_when_it_is_called():
+    shared = checkpoints.SharedExpert(jnp.ones((2, 16, 32)), jnp.ones((32, 16)))
+    x, activation = jnp.ones((3, 32)), jax_moe.SwiGLU()
+    assert shared(x, activation).shape == x.shape
+    with pytest.raises(ValueError, match=r"^x: got shape \(3, 16\), needs \[T, 32\]"):
+        shared(x[:, :16], activation)
+    with pytest.raises(ValueError, match=r"^SharedExpert.gate_up: got shape \(2, 16, 32\), needs \[1, I, H\]"):
+        shared(x, jax_moe.ReLU2())
+    with pytest.raises(ValueError, match=r"^SharedExpert.down: got shape \(16, 32\), needs \[32, 16\]"):
+        checkpoints.SharedExpert(shared.gate_up, shared.down.T)(x, activation)
+    with pytest.raises(TypeError, match=r"^activation: got str"):
+        shared(x, "silu")

@@ -312,6 +312,18 @@ def test_no_directory_no_config_no_experts_no_layer(tmp_path):
         checkpoints.load_experts(tmp_path, 1)
 
 
+@pytest.mark.parametrize("load", [checkpoints.load_experts, checkpoints.load_router, checkpoints.load_shared_expert])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3"])  # without and with a shared expert
+def test_a_layer_is_a_number_of_a_moe_layer(tmp_path, load, model_type):
+    writer.checkpoint(tmp_path, model_type, layers=(1,))
+    for layer in ("1", 1.0, None):
+        with pytest.raises(TypeError, match=f"^layer: got {type(layer).__name__}, needs an int$"):
+            load(tmp_path, layer)
+    with pytest.raises(checkpoints.CheckpointError, match=r"no experts in layer 0, .*\(1\)"):
+        load(tmp_path, 0)
+    load(tmp_path, np.int64(1))
+
+
 def test_five_thousand_mutated_files(tmp_path):
     """In a process of its own, so that a crash is seen as one, with its peak memory measured."""
     path = os.pathsep.join([str(Path(__file__).parent), str(helpers.PACKAGE_FOLDER)])
