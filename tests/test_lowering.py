@@ -1,9 +1,9 @@
 """What a call lowers to on CUDA, without a GPU or the DSL: launches, workspaces, attributes, errors, the CLI."""
 
-import dataclasses
 import functools
 import shlex
 
+import cuda_call
 import helpers
 import jax
 import jax.numpy as jnp
@@ -11,48 +11,12 @@ import numpy as np
 import pytest
 import typer.testing
 
-from jax_moe import activations, plan
+from jax_moe import activations
 from jax_moe.cli import compile as command
 from jax_moe.kernels import compile as kernels, lowering
 from jax_moe.kernels.common import plan as common_plan
 
-_BYTES = {"sort": (8,) * 8 + (4,), "prepare": (8,) * 4 + (4,) * 3, "gemm1": (8,) * 10 + (4,) * 5,
-          "gemm2": (8,) * 10 + (4,) * 6, "combine": (8,) * 4 + (4,) * 4}  # fmt: skip
-_STEPS = {
-    "SortSpec": "sort",
-    "RowsSpec": "prepare",
-    "Gemm1Spec": "gemm1",
-    "Gemm2Spec": "gemm2",
-    "CombineSpec": "combine",
-}
-
-
-@pytest.fixture(autouse=True)
-def compiler(monkeypatch):
-    """Stands in for the compiler; returns the specs that it was asked for."""
-    asked = []
-
-    def compiled(spec, target, hint=""):
-        asked.append(spec)
-        step = _STEPS[type(spec).__name__]
-        return kernels.CompiledKernel(spec.name.encode() + b"\xff\0", spec.name, 128, 1024, _BYTES[step], 64, 0, 1)
-
-    monkeypatch.setattr(kernels, "compiled", compiled)
-    return asked
-
-
-def _problem(**changes) -> plan.Problem:
-    problem = plan.Problem(
-        num_tokens=40, top_k=4, num_experts=16, hidden_size=2880, intermediate_size=2880,
-        activation=activations.SwiGLU(), precision="w4a16", combine="atomic", weight_on="output",
-        out_dtype=jnp.dtype(jnp.bfloat16), layout="sm_90a", command_buffer=True,
-    )  # fmt: skip
-    return dataclasses.replace(problem, **changes)
-
-
-def _kernels(problem, biases=(False, False)):
-    call = lowering.cuda_call(problem, biases=biases)
-    return call.attributes["kernels"], call.workspaces
+compiler = pytest.fixture(autouse=True)(cuda_call.stand_in_compiler)
 
 
 _STEPS_OF_MODES = [
@@ -67,8 +31,8 @@ _STEPS_OF_MODES = [
 
 @pytest.mark.parametrize(("changes", "steps"), _STEPS_OF_MODES, ids=str)
 def test_each_mode_launches_its_kernels(changes, steps):
-    attributes, workspaces = _kernels(_problem(**changes))
-    assert [step for step in _BYTES if step in attributes] == steps
+    attributes, workspaces = cuda_call.kernels_of(cuda_call.problem(**changes))
+    assert [step for step in cuda_call.PARAMETER_BYTES if step in attributes] == steps
     assert len(attributes["workspace_bytes"]) == len(workspaces)
     for workspace, size in zip(workspaces, attributes["workspace_bytes"], strict=True):
         assert workspace.size * workspace.dtype.itemsize == size
@@ -76,8 +40,8 @@ def test_each_mode_launches_its_kernels(changes, steps):
 
 def test_arguments_name_buffers_that_are_there():
     for changes, _ in _STEPS_OF_MODES:
-        attributes, workspaces = _kernels(_problem(**changes), biases=(True, True))
-        for step in _BYTES:
+        attributes, workspaces = cuda_call.kernels_of(cuda_call.problem(**changes), biases=(True, True))
+        for step in cuda_call.PARAMETER_BYTES:
             for argument in attributes.get(step, {"arguments": ""})["arguments"].split():
                 kind, _, value = argument.partition(":")
                 limit = {"operand": 14, "result": 1 + len(workspaces), "i32": 2**31, "null": 1}[kind]
@@ -85,28 +49,28 @@ def test_arguments_name_buffers_that_are_there():
 
 
 def _arguments(problem, step, biases=(False, False)):
-    return _kernels(problem, biases)[0][step]["arguments"].split()
+    return cuda_call.kernels_of(problem, biases)[0][step]["arguments"].split()
 
 
 def test_what_is_absent_is_null_and_what_is_there_is_not():
-    assert _arguments(_problem(), "gemm1")[6:9] == ["null"] * 3
-    quantised = _arguments(_problem(precision="w4a4"), "gemm1", biases=(True, False))
+    assert _arguments(cuda_call.problem(), "gemm1")[6:9] == ["null"] * 3
+    quantised = _arguments(cuda_call.problem(precision="w4a4"), "gemm1", biases=(True, False))
     assert quantised[6:9] == ["operand:7", "operand:8", "operand:12"]
-    assert _arguments(_problem(), "gemm2", biases=(False, True))[7:9] == ["null", "operand:13"]
+    assert _arguments(cuda_call.problem(), "gemm2", biases=(False, True))[7:9] == ["null", "operand:13"]
 
 
 def test_gemm1_reads_x_or_what_the_pass_over_x_made():
-    assert _arguments(_problem(), "gemm1")[0] == "operand:0"
+    assert _arguments(cuda_call.problem(), "gemm1")[0] == "operand:0"
     for changes, divisor in (({"precision": "w4a4"}, "i32:4"), ({"weight_on": "input"}, "i32:1")):
-        problem = _problem(**changes)
+        problem = cuda_call.problem(**changes)
         x_rows = _arguments(problem, "prepare")[3]
         gemm1 = _arguments(problem, "gemm1")
         assert (gemm1[0], gemm1[11]) == (x_rows, divisor)
 
 
 def test_gemm2_adds_into_the_output_or_stores_contributions():
-    assert _arguments(_problem(), "gemm2")[9:12:2] == ["result:0", "i32:4"]
-    ordered = _problem(combine="ordered")
+    assert _arguments(cuda_call.problem(), "gemm2")[9:12:2] == ["result:0", "i32:4"]
+    ordered = cuda_call.problem(combine="ordered")
     contributions, divisor = _arguments(ordered, "gemm2")[9:12:2]
     assert contributions == _arguments(ordered, "combine")[0] != "result:0"
     assert divisor == "i32:1"
@@ -139,23 +103,24 @@ def test_lowering_is_deterministic():
 
 def test_weights_that_are_not_prepared_are_refused():
     with pytest.raises(ValueError, match=r"experts.layout: got 'canonical', .* jax_moe.prepare\(experts, 'sm_90a'\)"):
-        lowering.cuda_call(_problem(layout="canonical"), biases=(False, False))
+        lowering.cuda_call(cuda_call.problem(layout="canonical"), biases=(False, False))
 
 
 def test_sizes_that_the_kernels_cannot_count_are_refused():
     with pytest.raises(ValueError, match="local experts, the GPU kernels take at most 512"):
-        lowering.cuda_call(_problem(num_experts=513), biases=(False, False))
+        lowering.cuda_call(cuda_call.problem(num_experts=513), biases=(False, False))
     with pytest.raises(ValueError, match="int32"):
-        lowering.cuda_call(_problem(num_tokens=2**29, top_k=16), biases=(False, False))
+        lowering.cuda_call(cuda_call.problem(num_tokens=2**29, top_k=16), biases=(False, False))
     for combine in ("atomic", "ordered"):  # combine.py counts the output's vectors of four
+        problem = cuda_call.problem(num_tokens=2**20, hidden_size=2**13, combine=combine)
         with pytest.raises(ValueError, match="int32"):
-            lowering.cuda_call(_problem(num_tokens=2**20, hidden_size=2**13, combine=combine), biases=(False, False))
+            lowering.cuda_call(problem, biases=(False, False))
 
 
 def test_a_kernel_that_takes_other_parameters_is_refused(monkeypatch):
-    monkeypatch.setitem(_BYTES, "gemm1", (8,) * 10 + (4,) * 4)
+    monkeypatch.setitem(cuda_call.PARAMETER_BYTES, "gemm1", (8,) * 10 + (4,) * 4)
     with pytest.raises(RuntimeError, match="takes parameters of"):
-        lowering.cuda_call(_problem(), biases=(False, False))
+        lowering.cuda_call(cuda_call.problem(), biases=(False, False))
 
 
 @pytest.mark.parametrize("changes", [
@@ -166,18 +131,36 @@ def test_a_kernel_that_takes_other_parameters_is_refused(monkeypatch):
     {"activation": activations.GeGLU(), "hidden_size": 64, "intermediate_size": 128},
     {"activation": activations.ReLU2(), "top_k": 1},
     {"num_tokens": 512, "total_experts": 128},
+    {"activation": activations.SwiGLU(1.702, 1, 7), "total_experts": 17, "top_k": 20},
 ], ids=str)  # fmt: skip
-@pytest.mark.parametrize("biases", [(False, False), (True, True)])
+@pytest.mark.parametrize("biases", [(False, False), (True, True), (True, False), (False, True)])
 def test_the_command_in_the_error_makes_the_kernels(compiler, monkeypatch, changes, biases):
     """Round trip: problem -> the error's command line -> the kernels that the problem needs."""
-    problem = _problem(**changes)
+    problem = cuda_call.problem(**changes)
     wanted = {launch.spec for launch in lowering.launches(problem, biases=biases)}
     app = typer.Typer()
     app.command()(command.compile)
     arguments = ["--target", "sm_90a", *shlex.split(" ".join(lowering.command_arguments(problem, biases)))]
     ran = typer.testing.CliRunner().invoke(app, arguments)
     assert ran.exit_code == 0, ran.output
-    assert set(compiler) == wanted
+    # By repr, which names the file that the other machine looks for: 1 and 1.0 are equal.
+    assert set(map(repr, compiler)) == set(map(repr, wanted))
+
+
+def test_a_missing_kernel_says_which_command_makes_it(monkeypatch, tmp_path):
+    def compiled(spec, target):
+        raise kernels.MissingKernelError("kernel so-and-so is not there.")
+
+    monkeypatch.setattr(kernels, "compiled", compiled)
+    problem = cuda_call.problem(total_experts=64)
+    with pytest.raises(kernels.MissingKernelError) as error:
+        lowering.cuda_call(problem, biases=(True, False))
+    command_line = "python -m jax_moe compile --target sm_90a " + " ".join(
+        lowering.command_arguments(problem, (True, False))
+    )
+    assert "kernel so-and-so is not there." in str(error.value)
+    assert f"`{command_line}`" in str(error.value)
+    assert "`pip install nvidia-cutlass-dsl`" in str(error.value)
 
 
 def test_the_sort_has_room_for_what_it_is_asked_for():

@@ -87,9 +87,8 @@ def compile(
 def _problem(
     layer: shapes.LayerShape, tokens, num_experts, target, activation, precision, combine, weight_on, out_dtype
 ):
-    if num_experts is not None and num_experts < max(layer.num_experts, layer.top_k):
-        least = f"L = {layer.num_experts} and K = {layer.top_k}"
-        raise ValueError(f"--num-experts: got {num_experts}, needs at least {least}")
+    if num_experts is not None and num_experts < layer.num_experts:
+        raise ValueError(f"--num-experts: got {num_experts}, needs at least L = {layer.num_experts}")
     block = layout.BLOCK_K  # jax_moe.prepare pads to whole ones
     return plan.Problem(
         num_tokens=tokens,

@@ -22,14 +22,17 @@ import struct
 import tempfile
 import threading
 from typing import Any, Protocol
+import warnings
 
 import platformdirs
 
 TARGETS = ("sm_90a",)
 """GPU targets that kernels exist for."""
 
-_COMPILER = "nvidia-cutlass-dsl"
-_compiler_lock = threading.Lock()  # the DSL keeps its state in globals
+COMPILER = "nvidia-cutlass-dsl"
+"""The package that compiles kernels: CuTe DSL."""
+
+_lock = threading.Lock()  # the DSL keeps its state in globals; and whoever waited finds the kernel on disk
 
 
 class Spec(Protocol):
@@ -71,18 +74,17 @@ class CompiledKernel:
 
 
 def cache_folder() -> pathlib.Path:
-    """Where kernels are kept: ``$JAX_MOE_CACHE_DIR``, or the user's cache folder."""
+    """Where kernels are kept: ``$JAX_MOE_CACHE_DIR/kernels``, or in the user's cache folder."""
     root = os.environ.get("JAX_MOE_CACHE_DIR") or platformdirs.user_cache_dir("jax_moe")
     return pathlib.Path(root) / "kernels"
 
 
-def compiled(spec: Spec, target: str, hint: str = "") -> CompiledKernel:
+def compiled(spec: Spec, target: str) -> CompiledKernel:
     """The kernel of ``spec`` for ``target``: from memory, from disk, or compiled now.
 
     Args:
       spec: the kernel.
       target: one of :data:`TARGETS`.
-      hint: arguments of ``python -m jax_moe compile`` that make this kernel, for the error.
 
     Raises:
       ValueError: no such target.
@@ -90,31 +92,33 @@ def compiled(spec: Spec, target: str, hint: str = "") -> CompiledKernel:
     """
     if target not in TARGETS:
         raise ValueError(f"target: got {target!r}, needs one of {', '.join(TARGETS)}")
-    return _compiled(spec, target, cache_folder(), hint)
+    return _compiled(spec, target, cache_folder())
 
 
 @functools.cache
-def _compiled(spec: Spec, target: str, folder: pathlib.Path, hint: str) -> CompiledKernel:
+def _compiled(spec: Spec, target: str, folder: pathlib.Path) -> CompiledKernel:
     compiler = _compiler()
-    for path in _candidates(spec, target, folder, compiler):
-        if (found := _read(path)) is not None:
-            return found
-    if compiler is None:
-        raise MissingKernelError(
-            f"jax_moe: kernel {spec.name} for {target} is not in {folder}, and {_COMPILER} is not installed to compile "
-            f"it. Either `pip install {_COMPILER}`, or run `python -m jax_moe compile --target {target}{hint}` on a "
-            "machine that has it (no GPU needed) and copy its folder of kernels here (JAX_MOE_CACHE_DIR names another "
-            "place)."
-        )
-    kernel = _compile(spec, target)
-    _write(folder / _file_name(spec, target, compiler), kernel)
+    with _lock:
+        for path in _candidates(spec, target, folder, compiler):
+            if (found := _read(path)) is not None:
+                return found
+        if compiler is None:
+            raise MissingKernelError(
+                f"jax_moe: kernel {spec.name} for {target} is not in {folder}, and {COMPILER} is not installed to "
+                "compile it."
+            )
+        kernel = _compile(spec, target)
+        try:
+            _write(folder / _file_name(spec, target, compiler), kernel)
+        except OSError as error:
+            warnings.warn(f"jax_moe: kernel {spec.name} was compiled, but not kept: {error}", stacklevel=2)
     return kernel
 
 
 def _compiler() -> str | None:
-    """The installed DSL, as part of a file name: its version, and a digest of settings that change its output."""
+    """The installed DSL, as part of a file name: its version, and a digest of its settings: some change its output."""
     try:
-        version = importlib.metadata.version(_COMPILER)
+        version = importlib.metadata.version(COMPILER)
     except importlib.metadata.PackageNotFoundError:
         return None
     settings = sorted(item for item in os.environ.items() if item[0].startswith("CUTE_DSL_"))
@@ -140,36 +144,46 @@ def _file_name(spec: Spec, target: str, compiler: str) -> str:
 
 
 def _prefix(spec: Spec, target: str) -> str:
-    key = "\n".join([target, _source_digest(), type(spec).__qualname__, repr(spec)])
+    key = "\n".join([target, _source_digest(), repr(spec)])
     return f"{target}.{_digest(key.encode())[:32]}"
 
 
 def _candidates(spec: Spec, target: str, folder: pathlib.Path, compiler: str | None) -> list[pathlib.Path]:
-    """Files that may hold the kernel. Without a compiler of our own, any version's will do; the newest first."""
+    """Files that may hold the kernel. Without a compiler of our own, any version's will do.
+
+    Released versions without settings come first, and among them the newest.
+    """
     if compiler is not None:
         return [folder / _file_name(spec, target, compiler)]
-    paths = folder.glob(f"{_prefix(spec, target)}.*.json")
-    return sorted(
-        paths, key=lambda path: [int(n) for n in re.findall(r"\d+", path.name.split(".", 2)[2])], reverse=True
-    )
+    prefix, suffix = _prefix(spec, target) + ".", ".json"
+
+    def rank(path: pathlib.Path) -> tuple[bool, list[int]]:
+        version = path.name[len(prefix) : -len(suffix)]
+        return re.fullmatch(r"[0-9.]+", version) is not None, [int(n) for n in re.findall(r"\d+", version)]
+
+    return sorted(folder.glob(f"{prefix}*{suffix}"), key=rank, reverse=True)
 
 
 def _read(path: pathlib.Path) -> CompiledKernel | None:
     """The kernel in a file; None if there is none, or a damaged one, which is then compiled anew."""
     try:
         fields = json.loads(path.read_text())
-        image = base64.b64decode(fields.pop("image"), validate=True)
-        if _digest(image) != fields.pop("sha256"):
+        if fields.pop("sha256") != _digest_of(fields):
             return None
+        image = base64.b64decode(fields.pop("image"), validate=True)
         return CompiledKernel(image=image, **{**fields, "parameter_bytes": tuple(fields["parameter_bytes"])})
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _digest_of(fields: dict[str, Any]) -> str:
+    return _digest(json.dumps(fields, sort_keys=True).encode())
 
 
 def _write(path: pathlib.Path, kernel: CompiledKernel) -> None:
     fields = dataclasses.asdict(kernel)
     fields["image"] = base64.b64encode(kernel.image).decode()
-    fields["sha256"] = _digest(kernel.image)
+    fields["sha256"] = _digest_of(fields)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Under a name of its own first: whoever reads meanwhile sees the whole file or none.
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".", suffix=".tmp", delete=False) as file:
@@ -186,7 +200,7 @@ def _write(path: pathlib.Path, kernel: CompiledKernel) -> None:
 def _compile(spec: Spec, target: str) -> CompiledKernel:
     import cutlass.cute as cute
 
-    with _compiler_lock, tempfile.TemporaryDirectory() as dump:
+    with tempfile.TemporaryDirectory() as dump:
         function, arguments = spec.entry()
         options = f"--gpu-arch {target} --keep-cubin --keep-ptx --dump-dir {dump}"
         result = cute.compile(function, *arguments, options=options)
@@ -210,19 +224,21 @@ def _dynamic_shared_bytes(host_code: str, name: str) -> int:
     """
     config = re.escape("!llvm.struct<(array<3 x i32>, array<3 x i32>, i64, ptr, ptr, i32)>")
     field = re.search(rf"(%\d+) = llvm\.getelementptr %\d+\[0, 2\] : \(!llvm\.ptr\) -> !llvm\.ptr, {config}", host_code)
-    store = field and re.search(rf"llvm\.store (%\d+), {field[1]} : i64", host_code[field.end() :])
-    constant = store and re.search(rf"{store[1]} = llvm\.mlir\.constant\((\d+) : i64\)", host_code)
-    if not constant:
+    store = field and re.compile(rf"llvm\.store (%\d+), {field[1]} : i64").search(host_code, field.end())
+    # Names are those of a function: of the constants of that name the last one before the store is meant.
+    constant = rf"{store[1]} = llvm\.mlir\.constant\((\d+) : i64\)" if store else None
+    constants = re.findall(constant, host_code[: store.start()]) if store and constant else []
+    if not constants:
         raise RuntimeError(
-            f"jax_moe: cannot tell how much shared memory {name} is launched with; this {_COMPILER} is new"
+            f"jax_moe: cannot tell how much shared memory {name} is launched with; this {COMPILER} is new"
         )
-    return int(constant[1])
+    return int(constants[-1])
 
 
 # The cubin is an ELF file; what the compiler notes of a kernel is in a section of tagged values (EIATTR), of which
 # these are read. An entry is format u8, tag u8, then a u16 value or, for format 4, a u16 size and as many bytes.
 _SIZED = 4
-_REGISTERS, _THREADS, _PARAMETER, _STACK = 0x2F, 0x10, 0x17, 0x23
+_REGISTERS, _THREADS, _PARAMETER, _STACK = 0x2F, 0x10, 0x17, 0x12
 
 
 def _read_cubin(image: bytes, symbol: str) -> dict[str, Any]:

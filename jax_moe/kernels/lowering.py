@@ -57,8 +57,14 @@ def cuda_call(problem: Problem, *, biases: tuple[bool, bool]) -> CudaCall:
         )
     call = _Call(problem, biases)
     launches = call.launches() if problem.num_tokens else []
-    hint = " " + " ".join(command_arguments(problem, biases))
-    kernels: dict[str, object] = {launch.step: _kernel_attributes(launch, problem.layout, hint) for launch in launches}
+    try:
+        kernels: dict[str, object] = {launch.step: _kernel_attributes(launch, problem.layout) for launch in launches}
+    except compile.MissingKernelError as error:
+        command = " ".join(["python -m jax_moe compile --target", problem.layout, *command_arguments(problem, biases)])
+        raise compile.MissingKernelError(
+            f"{error} Either `pip install {compile.COMPILER}`, or run `{command}` on a machine that has it (no GPU "
+            "needed) and copy its folder of kernels here (JAX_MOE_CACHE_DIR names another place)."
+        ) from None
     kernels["shape"] = np.array(call.shape(), np.int64)
     kernels["weight_bytes"] = np.array(call.weight_bytes(), np.int64)
     kernels["workspace_bytes"] = np.array([w.size * w.dtype.itemsize for w in call.workspaces.values()], np.int64)
@@ -223,8 +229,8 @@ def _blocks(size: int, block: int) -> int:
 _BYTES = {"operand": 8, "result": 8, "null": 8, "i32": 4}
 
 
-def _kernel_attributes(launch: Launch, target: str, hint: str) -> dict[str, object]:
-    kernel = compile.compiled(launch.spec, target, hint)
+def _kernel_attributes(launch: Launch, target: str) -> dict[str, object]:
+    kernel = compile.compiled(launch.spec, target)
     wanted = tuple(_BYTES[argument.partition(":")[0]] for argument in launch.arguments)
     if wanted != kernel.parameter_bytes:
         raise RuntimeError(

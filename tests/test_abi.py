@@ -1,0 +1,154 @@
+"""What a call on CUDA passes to its kernels, argument by argument, is what ABI.md says; without a GPU or the DSL."""
+
+import dataclasses
+import functools
+import pathlib
+import re
+
+import cuda_call
+import helpers
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jax_moe
+from jax_moe import activations
+from jax_moe.kernels import lowering, specs
+from jax_moe.kernels.common import plan as common_plan
+from jax_moe.kernels.sm90 import plan as sm90_plan
+
+compiler = pytest.fixture(autouse=True)(cuda_call.stand_in_compiler)
+
+_DECODE = (pathlib.Path(__file__).parents[1] / "ffi/decode.h").read_text()
+OPERANDS = re.findall(r'"([\w.]+)"', re.search(r"kOperandNames\[kNumOperands\] = \{(.*?)\}", _DECODE, re.DOTALL)[1])
+# ABI.md, of a call in which no two sizes are alike.
+_ALL = dict(num_tokens=40, top_k=4, num_experts=16, total_experts=64, hidden_size=576, intermediate_size=192,
+            activation=activations.ReLU2(), precision="w4a4", combine="ordered")  # fmt: skip
+_TILE_MAP = "expert_tiles tile_expert row_route row_weight"
+_SORT = f"expert_ids routing_weights expert_offset {_TILE_MAP} block_counts 160"
+_ROWS = "row_route tile_expert expert_tiles"
+_ABI = [
+    ({}, {
+        "sort": _SORT,
+        "prepare": "x routing_weights gate_up.input_scale x_rows 40 1 36",
+        "gemm1": f"x_rows {_ROWS} gate_up.payload gate_up.global_scale gate_up.input_scale gate_up.bias "
+                 "down.input_scale h 576 4 16 2 9",
+        "gemm2": "h row_route row_weight tile_expert expert_tiles down.payload down.global_scale down.input_scale "
+                 "down.bias contributions 576 1 16 5 3 4",
+        "combine": "contributions expert_ids expert_offset out 40 4 576 16",
+    }),
+    ({"weight_on": "input", "combine": "atomic", "precision": "w4a16"}, {
+        "sort": _SORT,
+        "prepare": "x routing_weights null x_rows 160 4 36",
+        "gemm1": f"x_rows {_ROWS} gate_up.payload gate_up.global_scale null gate_up.bias null h 576 1 16 2 9",
+        "gemm2": "h row_route row_weight tile_expert expert_tiles down.payload down.global_scale null down.bias out "
+                 "576 4 16 5 3 4",
+    }),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "expected"), _ABI, ids=["w4a4 ordered", "weight on input"])
+def test_arguments_are_those_of_the_abi(changes, expected):
+    problem = cuda_call.problem(**{**_ALL, **changes})
+    results = ["out", *lowering._Call(problem, (True, True)).workspaces]
+
+    def named(argument):
+        kind, _, value = argument.partition(":")
+        buffers = {"operand": OPERANDS, "result": results}
+        return buffers[kind][int(value)] if kind in buffers else value or kind
+
+    attributes, _ = cuda_call.kernels_of(problem, (True, True))
+    for step, wanted in expected.items():
+        assert " ".join(map(named, attributes[step]["arguments"].split())) == wanted, step
+
+
+def test_workspaces_are_those_of_the_abi():
+    problem = cuda_call.problem(**_ALL)
+    call = lowering._Call(problem, (True, True))
+    tile, tiles = call.plan.token_tile, call.max_tiles
+    assert tiles == common_plan.max_tiles(160, 16, tile)
+    shapes = {name: (w.shape, jnp.dtype(w.dtype).name) for name, w in call.workspaces.items()}
+    assert shapes == {
+        "expert_tiles": ((16 + 1 + 2,), "int32"), "tile_expert": ((tiles,), "int32"),
+        "row_route": ((tiles * tile,), "int32"), "row_weight": ((tiles * tile,), "float32"),
+        "block_counts": ((1, 16), "int32"), "h": ((tiles, 4, tile, 64), "bfloat16"),
+        "x_rows": ((40, 576), "bfloat16"), "contributions": ((160, 576), "float32"),
+    }  # fmt: skip
+    many = lowering._Call(
+        cuda_call.problem(**{**_ALL, "num_tokens": 8192, "weight_on": "input"}), (True, True)
+    ).workspaces
+    assert many["block_counts"].shape == (8, 16)
+    assert many["x_rows"].shape == (8192 * 4, 576)
+
+
+def test_launches_have_their_grids_and_attributes():
+    problem = cuda_call.problem(**{**_ALL, "num_tokens": 8192})
+    attributes, _ = cuda_call.kernels_of(problem)
+    ctas = sm90_plan.plan(problem, biases=(False, False)).gemm1.tile.ctas_per_sm
+    names = ("grid", "block", "cluster", "shared", "overlap")
+    got = {step: tuple(int(attributes[step][name]) for name in names) for step in _ABI[0][1]}
+    assert got == {
+        "sort": (8, 128, 8, 1024, 0), "prepare": (8192 * 36 // 256, 128, 1, 1024, 0),
+        "gemm1": (132 * ctas, 128, 1, 1024, 1), "gemm2": (132 * ctas, 128, 1, 1024, 1),
+        "combine": (8192 * 144 // 128, 128, 1, 1024, 0),
+    }  # fmt: skip
+    assert lowering.launches(cuda_call.problem(num_tokens=1), biases=(False, False))[1].grid == 264  # two blocks an SM
+    assert [specs.RowsSpec(True, False).grid(rows, 16) for rows in (1, 256, 257)] == [1, 1, 2]
+    assert [specs.CombineSpec("float32").grid(rows, 16) for rows in (1, 32, 33)] == [1, 1, 2]
+
+
+def test_specs_say_what_the_call_says():
+    swiglu = activations.SwiGLU(1.5, 2.5, 7.0)
+    plan = sm90_plan.plan(cuda_call.problem(activation=swiglu, combine="ordered"), biases=(True, False))
+    assert (plan.gemm1.alpha, plan.gemm1.beta, plan.gemm1.limit) == (1.5, 2.5, 7.0)
+    assert (plan.gemm1.has_bias, plan.gemm2.has_bias) == (True, False)
+    assert (plan.gemm2.out_dtype, plan.combine.out_dtype) == ("float32", "bfloat16")
+    assert sm90_plan.plan(cuda_call.problem(), biases=(False, True)).gemm2.out_dtype == "bfloat16"
+    for weight_on in ("output", "input"):
+        call = lowering._Call(cuda_call.problem(precision="w4a4", weight_on=weight_on), (False, False))
+        assert call.sort.weighted == (weight_on == "output")
+        assert (call.rows.quantise, call.rows.per_route) == (True, weight_on == "input")
+
+
+def _lowered(case, **options):
+    experts = jax_moe.prepare(case.experts, "sm_90a", progress=False)
+    traced = jax.jit(functools.partial(jax_moe.fused_moe, **options)).trace(case.x, experts, case.routing)
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_the_target_says_whether_the_call_may_be_captured():
+    case = helpers.make_case()
+    assert "@jax_moe_fused_moe_v1(" in _lowered(case)
+    assert "@jax_moe_fused_moe_v1_no_capture(" in _lowered(case, command_buffer=False)
+
+
+@pytest.mark.parametrize("present", [(True, False), (False, True)])
+def test_each_bias_is_found_among_the_operands(present):
+    case = helpers.make_case(bias=True)
+    experts = case.experts
+    if not present[0]:
+        experts = dataclasses.replace(experts, gate_up=dataclasses.replace(experts.gate_up, bias=None))
+    if not present[1]:
+        experts = dataclasses.replace(experts, down=dataclasses.replace(experts.down, bias=None))
+    text = _lowered(dataclasses.replace(case, experts=experts))
+    assert ("operand:8 " in text, "operand:13 " in text) == present
+
+
+def test_only_the_sort_cares_for_the_experts_elsewhere():
+    """Kernels index by L; E only chooses the tile."""
+    few, many = (
+        cuda_call.kernels_of(cuda_call.problem(**{**_ALL, "total_experts": e}), (True, True))[0] for e in (None, 17)
+    )
+    for step in _ABI[0][1]:
+        assert few[step]["arguments"] == many[step]["arguments"]
+
+
+def test_the_options_are_attributes_on_a_gpu_too():
+    text = _lowered(helpers.make_case(), precision="w4a4", combine="ordered")
+    for name, value in {
+        "precision": '"w4a4"',
+        "combine": '"ordered"',
+        "activation": '"swiglu"',
+        "alpha": "1.0",
+    }.items():
+        assert f"{name} = {value}" in text
