@@ -8,7 +8,6 @@ import cutlass.cute as cute
 from jax_moe.kernels.common import ptx
 from jax_moe.kernels.common.memory import array, pointer
 
-THREADS = 128
 VALUES_PER_THREAD = 4
 SLOTS_AT_ONCE = 8
 
@@ -24,15 +23,16 @@ def entry(spec):
 class _Combine:
     def __init__(self, spec):
         self.bf16 = spec.out_dtype == "bfloat16"
+        self.threads = spec.threads
 
     @cute.jit
     def launch(
         self, contributions: cute.Pointer, expert_ids: cute.Pointer, expert_offset: cute.Pointer, out: cute.Pointer,
         T: Int32, K: Int32, H: Int32, local_experts: Int32, stream: cuda.CUstream,
     ):  # fmt: skip
-        blocks = (T * (H // VALUES_PER_THREAD) + THREADS - 1) // THREADS
+        blocks = (T * (H // VALUES_PER_THREAD) + self.threads - 1) // self.threads
         self.kernel(contributions, expert_ids, expert_offset, out, T, K, H, local_experts).launch(
-            grid=(blocks, 1, 1), block=(THREADS, 1, 1), stream=stream
+            grid=(blocks, 1, 1), block=(self.threads, 1, 1), stream=stream
         )
 
     @cute.kernel
@@ -43,7 +43,7 @@ class _Combine:
         tid, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
         vectors = H // VALUES_PER_THREAD
-        index = block * THREADS + tid
+        index = block * self.threads + tid
         if index < T * vectors:
             token = index // vectors
             vector = index - token * vectors
