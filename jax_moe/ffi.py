@@ -97,8 +97,8 @@ def _symbol(name: str):
 def export_checks() -> list[jax.export.DisabledSafetyCheck]:
     """What ``jax.export.export(f, disabled_checks=...)`` needs to let our custom calls through.
 
-    ``jax.export`` refuses custom calls whose stability nobody vouches for; we do, by versioning the target. A program is
-    exported for one platform, whose layout its experts have (:func:`jax_moe.prepare`).
+    ``jax.export`` refuses custom calls whose stability nobody vouches for; we do, by versioning the target. A program
+    is exported for one platform, whose layout its experts have (:func:`jax_moe.prepare`).
     """
     return [jax.export.DisabledSafetyCheck.custom_call(target) for target in (TARGET, NO_CAPTURE_TARGET)]
 

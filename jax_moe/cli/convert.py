@@ -13,7 +13,9 @@ from jax_moe.experts import CANONICAL
 def convert(
     directory: Annotated[Path, typer.Argument(help="A ModelOpt, compressed-tensors or gpt-oss checkpoint.")],
     output: Annotated[Path, typer.Argument(help="The directory to write; an interrupted conversion is continued.")],
-    layout: Annotated[str, typer.Option(help="canonical (CPUs; `prepare` repacks it for a GPU), or sm_90a (H100, H200).")] = CANONICAL,
+    layout: Annotated[
+        str, typer.Option(help="canonical (CPUs; `prepare` repacks it for a GPU), or sm_90a (H100, H200).")
+    ] = CANONICAL,
 ) -> None:
     """Convert the experts of all layers, one file a layer, safe to interrupt at any time."""
     try:
