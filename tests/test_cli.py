@@ -1,5 +1,7 @@
 """``python -m jax_moe``: doctor, bench and compile; tests/checkpoints/test_commands.py has inspect and convert."""
 
+import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -7,6 +9,7 @@ import shlex
 import subprocess
 import sys
 
+import cuda_call
 import pytest
 from typer.testing import CliRunner
 
@@ -14,7 +17,7 @@ import jax_moe
 from jax_moe import activations
 from jax_moe.__main__ import app
 from jax_moe.cli import bench, doctor, options, show
-from jax_moe.kernels import compile as kernels, specs
+from jax_moe.kernels import compile as kernels, lowering, specs
 
 CHECKPOINT = pathlib.Path(__file__).parent / "checkpoints" / "data" / "modelopt-qwen3_moe"
 
@@ -220,6 +223,43 @@ def test_compile_shows_every_column_in_a_pipe(compiler):
             f"{value:>{width}} "
             for value, width in zip((384, 168, 0, 232448, 16, 98765), (8, 10, 12, 13, 6, 12), strict=True)
         ]
+
+
+@pytest.mark.parametrize(("fact", "message"), [("stack_bytes", "it spills"), ("tensor_core_instructions", "no wgmma")])
+def test_check_fails_for_what_spills_or_has_no_wgmma(compiler, monkeypatch, fact, message):
+    stub = kernels.compiled
+    bad = {"stack_bytes": kernels.MOST_STACK_BYTES + 8, "tensor_core_instructions": 0}[fact]
+    monkeypatch.setattr(kernels, "compiled", lambda *call: dataclasses.replace(stub(*call), **{fact: bad}))
+    arguments = ["compile", "--layer", "8,2,64,64", "--tokens", "1-2"]
+    assert run_here(*arguments).exit_code == 0
+    ran = run_here(*arguments, "--check")
+    assert ran.exit_code == 1
+    assert message in ran.output
+
+
+def test_every_combination_of_a_list_is_compiled(compiler):
+    arguments = "--tokens 1,100-101 --precision w4a16,w4a4 --combine atomic,ordered --out-dtype bfloat16,float32"
+    assert run_here("compile", "--layer", "8,2,64,64", *arguments.split()).exit_code == 0
+    gemms = [name for name in compiler if "_gemm2_" in name]
+    for parts in itertools.product(("_w4a16_", "_w4a4_"), ("atomic_bfloat16", "atomic_float32", "ordered_float32")):
+        assert sum(all(part in name for part in parts) for name in gemms) == 2, (
+            parts
+        )  # the tiles of 1 and of 100 tokens
+
+
+def test_processes_compile_every_kernel(monkeypatch, tmp_path):
+    """What they find in the cache here, where there may be no compiler."""
+    monkeypatch.setenv("JAX_MOE_CACHE_DIR", str(tmp_path))
+    layer = {"top_k": 2, "num_experts": 8, "hidden_size": 64, "intermediate_size": 64}
+    calls = [cuda_call.problem(num_tokens=tokens, **layer) for tokens in (1, 100)]
+    wanted = {launch.spec for call in calls for launch in lowering.launches(call, biases=(False, False))}
+    kernel = kernels.CompiledKernel(b"x" * 98765, "symbol", 384, 232448, (8,), 168, 0, 16)
+    for spec in wanted:
+        name = kernels._file_name(spec, "sm_90a", kernels._compiler() or "1.0")
+        kernels._write(kernels.cache_folder() / name, kernel)
+    ran = run_here("compile", "--layer", "8,2,64,64", "--tokens", "1,100", "--jobs", "2")
+    assert ran.exit_code == 0, ran.output
+    assert all(row(ran.output, spec.name).count("98765") == 1 for spec in wanted)
 
 
 def test_compile_without_the_compiler_is_one_plain_line(no_compiler):

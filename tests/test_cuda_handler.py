@@ -148,8 +148,12 @@ def test_threads_under_the_thread_sanitizer(name, sanitized_objects, tmp_path):
     (tmp_path / "cuda").mkdir()
     (tmp_path / "cuda/program.cc").write_text(text)
     program = _compile(tmp_path, "cuda/program.cc", include=tmp_path, sanitizer=_TSAN)
-    ran = _run(tmp_path, [*sanitized_objects, program], _TSAN)
-    assert ("WARNING: ThreadSanitizer: data race" in ran.stderr) == (name is not None), ran.stdout + ran.stderr
+    for _ in range(20 if name else 1):  # whether a race shows is a matter of luck
+        ran = _run(tmp_path, [*sanitized_objects, program], _TSAN)
+        raced = "WARNING: ThreadSanitizer: data race" in ran.stderr
+        if raced:
+            break
+    assert raced == (name is not None), ran.stdout + ran.stderr
     assert name or ran.returncode == 0
 
 

@@ -35,6 +35,10 @@ COMPILER = "nvidia-cutlass-dsl"
 _lock = threading.Lock()  # the DSL keeps its state in globals; and whoever waited finds the kernel on disk
 
 
+MOST_STACK_BYTES = 32
+"""Of a thread of our kernels: a unit's start and end may keep a few words there; a loop that spills needs far more."""
+
+
 class Spec(Protocol):
     """What describes a kernel; hashable, and its ``repr`` tells two of them apart."""
 
