@@ -30,7 +30,7 @@ def instance(name: str, value, expected) -> None:
 
 def integer(name: str, value) -> int:
     """Checks that ``value`` is an integer, Python's or NumPy's, and returns it as an int."""
-    if not isinstance(value, int | np.integer):
+    if not isinstance(value, int | np.integer) or isinstance(value, bool):
         raise TypeError(f"{name}: got {value!r}, needs an int")
     return int(value)
 

@@ -61,8 +61,10 @@ def check(
                 )
     if num_experts is not None:
         num_experts = arguments.integer("num_experts", num_experts)
-        if num_experts < local_experts:
-            raise ValueError(f"num_experts: got {num_experts}, needs at least L = {local_experts}")
+        first = int(expert_offset) if isinstance(expert_offset, int | np.integer) else 0
+        if num_experts < first + local_experts:
+            needs = f"L = {local_experts}" + (f" after expert_offset = {first}" if first else "")
+            raise ValueError(f"num_experts: got {num_experts}, needs at least {needs}")
     return plan.Problem(
         num_tokens=tokens,
         top_k=slots,

@@ -57,9 +57,9 @@ def library() -> ctypes.CDLL:
 def register() -> None:
     """Registers the targets with XLA, once, when ``jax_moe`` is imported.
 
-    At import and not at first use, because a program that was exported or cached needs its targets before
-    anything of ours is traced. The CPU handler is stateless, so this is safe before the backend exists; JAX keeps
-    the CUDA ones until a CUDA backend asks for them.
+    At import and not at first use, because an exported or cached program runs without any of our Python being traced.
+    The CPU handler is stateless, so this is safe before the backend exists; JAX keeps the CUDA ones until a CUDA
+    backend asks for them.
     """
     jax.ffi.register_ffi_target(TARGET, _capsule("JaxMoeFusedMoeCpu"), platform="cpu")
 
@@ -112,12 +112,16 @@ fused_moe_p = Primitive("jax_moe_fused_moe")
 
 @fused_moe_p.def_impl
 def _run_eagerly(*operands, problem: plan.Problem):
-    return _jitted(problem)(*operands)
+    with jax.disable_jit(False):  # else the jitted function would come back here
+        return _jitted(problem)(*operands)
 
 
 @functools.cache
 def _jitted(problem: plan.Problem):
-    return jax.jit(functools.partial(fused_moe_p.bind, problem=problem))
+    def fused_moe(*operands):  # a function, for its name in logs and profiles
+        return fused_moe_p.bind(*operands, problem=problem)
+
+    return jax.jit(fused_moe)
 
 
 @fused_moe_p.def_abstract_eval
@@ -168,9 +172,9 @@ def _refuse_partitioning(axis_context) -> None:
             num_devices *= mesh.shape[axis]
     if num_devices != 1:
         raise ValueError(
-            f"fused_moe: this program is compiled for {num_devices} devices, and XLA would silently gather the "
-            "weights on each of them. Call jax_moe.sharded_moe(..., mesh=mesh), or put fused_moe in a "
-            "jax.shard_map over all the mesh's axes."
+            f"fused_moe: this call is spread over {num_devices} devices outside jax.shard_map. XLA cannot split a "
+            "custom call and would silently gather every operand, the weights included, on each of them. Call "
+            "jax_moe.sharded_moe(..., mesh=mesh), or put fused_moe in a jax.shard_map over all the mesh's axes."
         )
 
 

@@ -39,12 +39,13 @@ def fused_moe(
       routing: int32 ``[T, K]`` expert ids and float32 ``[T, K]`` weights. Ids are global: a route whose id is not
         in ``[expert_offset, expert_offset + L)`` adds nothing, which is how expert parallelism divides the work.
         A negative or too large id is skipped too, but is a caller's bug: with ``JAX_MOE_DEBUG=1`` in the
-        environment while tracing, the program raises when it meets one.
+        environment while tracing, the program raises when it meets one (and cannot be exported).
       activation: SwiGLU, GeGLU, ReLU2 or SiTU; P = 2 for gated ones, else 1.
       precision: ``"w4a16"`` multiplies bfloat16 activations; ``"w4a4"`` also quantises x and the intermediate
         to NVFP4, with the experts' input scales.
-      combine: ``"atomic"`` adds the contributions into the zeroed output in any order; ``"ordered"`` sums them
-        in float32 in slot order, and is bitwise reproducible.
+      combine: ``"atomic"`` adds each contribution to the zeroed output, in ``out_dtype`` and any order: fastest, but on
+        a GPU not reproducible, and with a bfloat16 output rounded at each of up to K additions. ``"ordered"`` sums
+        them in float32 in slot order and rounds once; bitwise reproducible.
       weight_on: ``"output"`` weights each expert's output; ``"input"`` multiplies x by the routing weight,
         rounded to bfloat16, instead (Llama-4).
       expert_offset: global id of the first local expert; an int or an int32 scalar, traced or not.
@@ -65,12 +66,17 @@ def fused_moe(
         x, experts, routing, activation=activation, precision=precision, combine=combine, weight_on=weight_on,
         expert_offset=expert_offset, num_experts=num_experts, out_dtype=out_dtype, command_buffer=command_buffer,
     )  # fmt: skip
-    if os.environ.get("JAX_MOE_DEBUG", "0") != "0":
+    if debugging():
         jax.debug.callback(functools.partial(_raise_on_bad_id, num_experts=num_experts), routing.expert_ids)
     tokens = (x, routing.expert_ids, routing.weights, jnp.asarray(expert_offset, jnp.int32))
     weights = (*_operands(experts.gate_up), *_operands(experts.down))
     operands = _vary_alike(*map(jnp.asarray, tokens + weights))
     return ffi.fused_moe_p.bind(*operands, problem=problem)
+
+
+def debugging() -> bool:
+    """Whether ``JAX_MOE_DEBUG`` is set."""
+    return os.environ.get("JAX_MOE_DEBUG", "") not in ("", "0")
 
 
 def _raise_on_bad_id(expert_ids: np.ndarray, num_experts: int | None) -> None:

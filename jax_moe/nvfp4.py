@@ -75,9 +75,9 @@ def unpack(payload: jax.Array) -> jax.Array:
 def payload_bytes(payload: jax.Array) -> jax.Array:
     """A payload as uint8 ``[..., n/2]``, given that or a float4_e2m1fn array ``[..., n]``.
 
-    XLA counts a packed float4 as a byte each in some places: only uint8 is unambiguous.
+    XLA counts a packed float4 as a byte each in some places, and NumPy stores one in a byte: only uint8 is unambiguous.
     """
-    return payload.view(jnp.uint8) if payload.dtype == jnp.float4_e2m1fn else payload
+    return jnp.asarray(payload).view(jnp.uint8) if payload.dtype == jnp.float4_e2m1fn else payload
 
 
 def amax(values: jax.Array, axis: int | None = None) -> jax.Array:

@@ -22,7 +22,7 @@ def sharded_moe(
     experts: Experts,
     routing: Routing,
     *,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh | None = None,
     expert_axis: Axis = "expert",
     tensor_axis: Axis = "tensor",
     data_axis: Axis = "data",
@@ -44,7 +44,8 @@ def sharded_moe(
       x, experts, routing: global arrays as for ``fused_moe``; ids are global. :func:`expert_shardings` gives the
         shardings under which ``experts`` is used in place; give them to ``jax.jit``'s ``in_shardings`` or place the
         weights so, because inside ``jax.jit`` other placements are not seen and XLA would move the weights.
-      mesh: the device mesh. A default axis name that it lacks is not used; at least one axis must be.
+      mesh: the device mesh; None is the one that ``jax.set_mesh`` has set. A default axis name that it lacks is not
+        used; at least one axis must be.
       expert_axis: shards E; its size must divide E.
       tensor_axis: shards I; I divided by its size must be a multiple of 16.
       data_axis: shards T; its size must divide T.
@@ -56,6 +57,10 @@ def sharded_moe(
     Raises:
       TypeError, ValueError: as ``fused_moe``, or the mesh does not fit.
     """
+    if mesh is None:
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:
+            raise ValueError("mesh: got None, and jax.set_mesh has set none")
     options: dict[str, Any] = dict(activation=activation, precision=precision, combine=combine)
     options |= dict(weight_on=weight_on, command_buffer=command_buffer)
     problem = check.check(x, experts, routing, **options, expert_offset=0, num_experts=None, out_dtype=out_dtype)
@@ -97,6 +102,8 @@ def sharded_moe(
     if AxisType.Explicit in mesh.axis_types:
         everything = (x, experts, routing), (tokens, specs, jax.tree.map(lambda _: tokens, routing))
         x, experts, routing = jax.tree.map(lambda a, spec: jax.reshard(a, NamedSharding(mesh, spec)), *everything)
+    if moe.debugging():  # a callback cannot run in a shard_map that runs eagerly
+        run = jax.jit(run)
     return run(x, experts, routing)
 
 
@@ -172,7 +179,10 @@ def check_in_place(experts: Experts, specs: Experts, mesh: Mesh | AbstractMesh) 
             fits = tuple(got) == padded or all(axis is None for axis in got)
         else:
             got = leaf.sharding
-            fits = got.is_fully_replicated or got.is_equivalent_to(NamedSharding(mesh, spec), leaf.ndim)
+            # An abstract mesh says nothing of devices: any that the leaf is on will do.
+            on = got.mesh if isinstance(got, NamedSharding) and got.mesh.abstract_mesh == mesh else mesh
+            wanted = NamedSharding(on, spec)
+            fits = got.is_fully_replicated or got.is_equivalent_to(wanted, leaf.ndim)
         if not fits:
             name = "experts" + jax.tree_util.keystr(path)
             raise ValueError(f"{name}: got sharding {got}, needs {spec}; jax_moe.expert_shardings(...) gives it")

@@ -61,6 +61,12 @@ def prepare(experts: Experts, target: str | None = None, *, progress: bool = Tru
         raise ValueError(
             f"experts.layout: got {experts.layout!r}, needs {CANONICAL!r}: jax_moe.unprepare(experts, ...)"
         )
+    rank = len(getattr(experts.gate_up.payload, "shape", ()))
+    if rank != 4:
+        raise ValueError(
+            f"experts.gate_up.payload: got {rank} axes, needs [E, P, I, H/2], the experts of one layer; "
+            "jax.vmap(jax_moe.prepare) repacks stacked layers"
+        )
     mesh = _mesh(experts)
     return _prepare(experts, progress) if mesh is None else _prepare_on(mesh, experts)
 
@@ -143,11 +149,20 @@ def unprepare(experts: Experts, hidden_size: int, intermediate_size: int) -> Exp
       hidden_size, intermediate_size: H and I without padding.
 
     Raises:
-      ValueError: the experts are not prepared.
+      TypeError: not Experts.
+      ValueError: the experts are not prepared, or not of these sizes.
     """
+    arguments.instance("experts", experts, Experts)
     if experts.layout != SM_90A:
-        raise ValueError(f"experts: got layout {experts.layout!r}, needs {SM_90A!r}")
+        raise ValueError(f"experts.layout: got {experts.layout!r}, needs {SM_90A!r}")
     gate_up, down = experts.gate_up, experts.down
+    for name, size, blocks in (
+        ("hidden_size", hidden_size, gate_up.payload.shape[2]),
+        ("intermediate_size", intermediate_size, down.payload.shape[2]),
+    ):
+        least, most = (blocks - 1) * layout.BLOCK_K + nvfp4.BLOCK_SIZE, blocks * layout.BLOCK_K
+        if not least <= size <= most or size % nvfp4.BLOCK_SIZE:
+            raise ValueError(f"{name}: got {size}, needs a multiple of {nvfp4.BLOCK_SIZE} from {least} to {most}")
     projections = gate_up.global_scale.shape[1]
     codes, scales = jax.lax.map(functools.partial(_unpack_expert, projections=projections), gate_up.payload)
     bias = None if gate_up.bias is None else gate_up.bias[:, :, :intermediate_size]

@@ -196,6 +196,8 @@ def test_float4_payloads_are_viewed():
     assert experts.gate_up.payload.shape[-1] == 2 * case.experts.gate_up.payload.shape[-1]
     viewed = dataclasses.replace(case, experts=experts)
     helpers.assert_bit_equal(viewed.run(), case.run())
+    on_host = jax.tree.map(np.asarray, experts)  # NumPy has a float4 in each byte
+    helpers.assert_bit_equal(dataclasses.replace(case, experts=on_host).run(), case.run())
     jitted = jax.jit(jax_moe.fused_moe, static_argnames=("activation", "expert_offset"))
     helpers.assert_bit_equal(viewed.run(jitted), case.run())
     viewed.check(reference.fused_moe)

@@ -276,7 +276,26 @@ except Exception as error:
 """
     assert helpers.run_python(program, JAX_MOE_DEBUG="1") == "reported\n"
     quiet = program.replace("    print", "    raise\nprint")
-    assert helpers.run_python(quiet, JAX_MOE_DEBUG="0") == "reported\n"
+    for off in ("0", ""):
+        assert helpers.run_python(quiet, JAX_MOE_DEBUG=off) == "reported\n"
+
+
+def test_disable_jit_runs_the_op_all_the_same():
+    case = make_case(1)
+    with jax.disable_jit():
+        got = case.run()
+    helpers.assert_bit_equal(got, case.run())
+
+
+def test_logs_and_profiles_say_fused_moe():
+    from jax_moe import check, ffi
+
+    case = make_case(1)
+    problem = check.check(
+        case.x, case.experts, case.routing, activation=jax_moe.SwiGLU(), precision="w4a16", combine="atomic",
+        weight_on="output", expert_offset=0, num_experts=None, out_dtype=jnp.bfloat16, command_buffer=True,
+    )  # fmt: skip
+    assert ffi._jitted(problem).__name__ == "fused_moe"
 
 
 def test_two_threads_at_once():

@@ -6,6 +6,7 @@ import shlex
 import cuda_call
 import helpers
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -88,6 +89,25 @@ def test_sizes_of_the_prepared_weights_are_those_that_prepare_makes():
         assert f"weight_bytes = dense<[{sizes[0]}, 0, {sizes[1]}, 0]>" in text
         padded = prepared.gate_up.bias.shape[2]
         assert f"shape = dense<[5, 2, 4, {2 if activation.gated else 1}, 112, {padded}, 2]>" in text
+
+
+def test_a_symbolic_number_of_tokens_is_refused():
+    case = helpers.make_case()
+    experts = helpers.jax_moe.prepare(case.experts, "sm_90a", progress=False)
+    (tokens,) = jax.export.symbolic_shape("t")
+    x, routing = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((tokens, *leaf.shape[1:]), leaf.dtype), (case.x, case.routing)
+    )
+    export = jax.export.export(
+        jax.jit(helpers.jax_moe.fused_moe), platforms=["cuda"], disabled_checks=helpers.jax_moe.export_checks()
+    )
+    with pytest.raises(ValueError, match="x: got T = t, which is symbolic"):
+        export(x, experts, routing)
+
+
+def test_without_tokens_nothing_is_launched():
+    for changes in ({}, {"precision": "w4a4"}, {"weight_on": "input"}):
+        assert lowering.launches(cuda_call.problem(num_tokens=0, **changes), biases=(False, False)) == []
 
 
 def test_lowering_is_deterministic():

@@ -195,8 +195,25 @@ def test_errors():
         prepare(prepared, "canonical")
     with pytest.raises(ValueError, match=r"experts.layout: got 'sm_90a', needs 'canonical'"):
         prepare(prepared)  # the default device is a CPU
-    with pytest.raises(ValueError, match="experts: got layout 'canonical'"):
+    with pytest.raises(ValueError, match=r"experts\.layout: got 'canonical', needs 'sm_90a'"):
         unprepare(experts, 16, 16)
+    with pytest.raises(TypeError, match="experts: got NoneType"):
+        unprepare(None, 16, 16)  # pyright: ignore[reportArgumentType]
+    for name, sizes in (("hidden_size", (640, 16)), ("hidden_size", (-16, 16)), ("hidden_size", (24, 16)),
+                        ("intermediate_size", (16, 0)), ("intermediate_size", (16, 80))):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{name}: got .*, needs a multiple of 16 from 16 to 64"):
+            unprepare(prepared, *sizes)
+
+
+def test_stacked_layers_are_refused_and_vmap_prepares_them():
+    layers = [random_experts(np.random.default_rng(seed), 2, *GATED[:1], 96, 80) for seed in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    with pytest.raises(ValueError, match=r"experts\.gate_up\.payload: got 5 axes, needs \[E, P, I, H/2\], .*jax\.vmap"):
+        prepare(stacked, "sm_90a")
+    together = jax.vmap(lambda experts: prepare(experts, "sm_90a"))(stacked)
+    for layer, experts in enumerate(layers):
+        one = jax.tree.map(lambda leaf, layer=layer: leaf[layer], together)
+        assert_same(one, prepare(experts, "sm_90a", progress=False))
 
 
 def test_spread_never_carries():

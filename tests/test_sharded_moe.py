@@ -1,6 +1,7 @@
 """``sharded_moe`` on eight virtual devices: the unsharded bits, and no weight that moves."""
 
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -66,6 +67,25 @@ class Layout:
         """``sharded_moe`` as a function of arrays alone, under jit."""
         options = self.names | case.options | options
         return jax.jit(lambda x, experts, routing: jax_moe.sharded_moe(x, experts, routing, mesh=mesh, **options))
+
+
+@pytest.mark.parametrize("axis_type", [AUTO, EXPLICIT])
+@pytest.mark.parametrize("debug", ["0", "1"])
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_the_mesh_may_be_the_one_that_is_set(monkeypatch, wrap, debug, axis_type):
+    monkeypatch.setenv("JAX_MOE_DEBUG", debug)
+    case = make_exact_case(num_experts=8)
+    mesh = make_mesh(axis_type, expert=4)
+    experts = jax.device_put(case.experts, jax_moe.expert_shardings(case.experts, mesh))
+    with jax.set_mesh(mesh):
+        got = wrap(functools.partial(jax_moe.sharded_moe, **case.options))(case.x, experts, case.routing)
+    helpers.assert_bit_equal(got, case.run())
+
+
+def test_without_any_mesh_it_says_so():
+    case = make_case()
+    with pytest.raises(ValueError, match=r"mesh: got None, and jax\.set_mesh has set none"):
+        jax_moe.sharded_moe(case.x, case.experts, case.routing)
 
 
 SEPARATE = [
@@ -285,7 +305,7 @@ def test_axes_that_are_no_axes(axis):
         jax_moe.sharded_moe(case.x, case.experts, case.routing, mesh=make_mesh(expert=4), expert_axis=axis)
 
 
-@pytest.mark.parametrize("mesh", [None, "mesh", (2, 4)], ids=str)
+@pytest.mark.parametrize("mesh", ["mesh", (2, 4)], ids=str)
 def test_no_mesh(mesh):
     case = make_exact_case()
     with pytest.raises(TypeError, match="mesh: got"):

@@ -437,6 +437,10 @@ def test_the_good_arguments_are_good(good):
 def test_experts_in_all_are_a_number_and_no_fewer_than_here(good):
     with pytest.raises(ValueError, match=f"num_experts: got {E - 1}, needs at least L = {E}"):
         jax_moe.fused_moe(**good, num_experts=E - 1)
+    with pytest.raises(ValueError, match=f"num_experts: got {E}, needs at least L = {E} after expert_offset = 1"):
+        jax_moe.fused_moe(**good, num_experts=E, expert_offset=1)
+    with pytest.raises(TypeError, match="expert_offset: got True, needs an int"):
+        jax_moe.fused_moe(**good, expert_offset=True)
     with pytest.raises(TypeError, match=r"num_experts: got 64.0, needs an int"):
         jax_moe.fused_moe(**good, num_experts=64.0)  # pyright: ignore[reportArgumentType]
 

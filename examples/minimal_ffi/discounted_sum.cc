@@ -51,7 +51,7 @@ static ffi::Error DiscountedSum(ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> s
   return ffi::Error::Success();
 }
 
-// 4. The symbol that Python registers. The binding checks the number, order and dtype of buffers, and the name and type
+// 4. The symbol that Python registers. The binding checks the number and dtypes of the buffers, and the name and type
 // of each attribute, before every call to the handler. A C symbol, because Python looks it up by name in the library.
 XLA_FFI_DEFINE_HANDLER_SYMBOL(DiscountedSumCpu, DiscountedSum,
                               ffi::Ffi::Bind()

@@ -8,7 +8,7 @@ It prints
     jit  max |difference| 1.4e-06
     vmap max |difference| 2.9e-06
     grad max |difference| 3.1e-05
-    HLO  custom_call @minimal_ffi_discounted_sum_v1(%arg0, %arg1) {backend_config = "",
+    MLIR custom_call @minimal_ffi_discounted_sum_v1(%arg0, %arg1) {backend_config = "",
          mhlo.backend_config = {decay = 0.899999976 : f32}
     C++  INVALID_ARGUMENT: discounted_sum: start has 5 elements, it needs one for each of x's 6 rows
 
@@ -103,7 +103,7 @@ def _forward(x, start, decay):
 
 
 def _backward(decay, _, y_bar):
-    x_bar = jnp.flip(discounted_sum(jnp.flip(y_bar, -1), jnp.zeros(y_bar.shape[:-1]), decay), -1)
+    x_bar = jnp.flip(discounted_sum(jnp.flip(y_bar, -1), jnp.zeros(y_bar.shape[:-1], y_bar.dtype), decay), -1)
     return x_bar, decay * x_bar[..., 0]
 
 
@@ -144,7 +144,7 @@ def main() -> None:
 
     print("grad", max_difference(norm(discounted_sum)(x, start), norm(reference)(x, start)))
 
-    print("HLO ", re.findall(rf"custom_call @{TARGET}.*?}}", op.lower(x, start, 0.9).as_text())[0])
+    print("MLIR", re.findall(rf"custom_call @{TARGET}.*?}}", op.lower(x, start, 0.9).as_text())[0])
 
     # The checks in C++ answer whoever gets past the ones in Python: here, by calling the target with a wrong shape.
     try:

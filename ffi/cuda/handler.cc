@@ -1,7 +1,8 @@
 // The CUDA handler: fused_moe as XLA calls it.
 //
 //   instantiate  once for each call site: decode the attributes and check all that does not depend on buffers
-//   initialize   before every run, never while capturing: load them into the current context, once
+//   initialize   before every run, never while capturing (XLA initialises what a command buffer holds before it records
+//                it): load them into the current context, once
 //   execute      check the buffers, then enqueue by the launch rule (launch_sequence.h), eager or captured
 //
 // A call that succeeds allocates nothing, synchronises nothing, and owns no stream and no event; the only state that

@@ -143,8 +143,8 @@ class LoadedKernels {
     if (Result result = driver.cuModuleGetFunction(function, module, kernel.name.c_str())) {
       return failed("cuModuleGetFunction", result);
     }
-    // Besides allowing more than 48 KiB, this makes a lazily loading driver put the code on the device now, and not in
-    // the first launch, which may be captured.
+    // cuModuleGetFunction has put the code on the device, also where the driver loads lazily (CUDA programming guide,
+    // "Lazy Loading"): no launch, which may be captured, has to. This allows more than 48 KiB.
     const int shared_bytes = static_cast<int>(kernel.shared_bytes);
     if (Result result = driver.cuFuncSetAttribute(*function, kFunctionMaxDynamicSharedBytes, shared_bytes)) {
       return failed("cuFuncSetAttribute", result);

@@ -16,7 +16,7 @@ from jax_moe.kernels.sm90 import layout, plan as sm90_plan
 from jax_moe.plan import Problem
 
 MULTIPROCESSORS = {"sm_90a": 132}
-"""Of the largest GPU of a target; on a smaller one some blocks of a persistent grid wait their turn."""
+"""Of the largest GPU of a target; on a smaller one the surplus blocks run last (``common/schedule.py``)."""
 
 _INT32_MAX = 2**31 - 1
 
@@ -55,8 +55,13 @@ def cuda_call(problem: Problem, *, biases: tuple[bool, bool]) -> CudaCall:
             f"experts.layout: got {problem.layout!r}, on a GPU fused_moe needs prepared weights: "
             f"jax_moe.prepare(experts, {compile.TARGETS[0]!r})"
         )
+    if not isinstance(problem.num_tokens, int):
+        raise ValueError(
+            f"x: got T = {problem.num_tokens}, which is symbolic; GPU kernels are chosen for a number of tokens: "
+            "export a program for each"
+        )
     call = _Call(problem, biases)
-    launches = call.launches() if problem.num_tokens else []
+    launches = call.launches()
     try:
         kernels: dict[str, object] = {launch.step: _kernel_attributes(launch, problem.layout) for launch in launches}
     except compile.MissingKernelError as error:
@@ -159,6 +164,8 @@ class _Call:
         return {name: jax.ShapeDtypeStruct(*size) for name, size in sizes.items()}
 
     def launches(self) -> list[Launch]:
+        if self.problem.num_tokens == 0:
+            return []
         steps = [self._sort(), self._gemm1(), self._gemm2()]
         if self.rows is not None:
             steps.insert(1, self._prepare(self.rows))

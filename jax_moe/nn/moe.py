@@ -49,6 +49,7 @@ class MoE(nnx.Module):
         precision: plan.Precision = "w4a16",
         combine: plan.Combine = "atomic",
         weight_on: plan.WeightOn = "output",
+        command_buffer: bool = True,
         mesh: Mesh | None = None,
         expert_axis: parallel.Axis = "expert",
         tensor_axis: parallel.Axis = "tensor",
@@ -62,7 +63,7 @@ class MoE(nnx.Module):
           router: a :class:`jax_moe.checkpoints.Router` with float32 weights ``[E, H]``.
           shared_expert: a :class:`jax_moe.checkpoints.SharedExpert` with weights ``[P, I', H]`` and ``[H, I']``, I' its
             own; or None.
-          activation, precision, combine, weight_on: as for :func:`jax_moe.fused_moe`.
+          activation, precision, combine, weight_on, command_buffer: as for :func:`jax_moe.fused_moe`.
           mesh: run over this mesh; None for one device.
           expert_axis, tensor_axis, data_axis: as for :func:`jax_moe.sharded_moe`.
 
@@ -78,6 +79,7 @@ class MoE(nnx.Module):
             "precision": precision,
             "combine": combine,
             "weight_on": weight_on,
+            "command_buffer": command_buffer,
         }
         self.mesh = mesh
         self.axes: dict[str, Any] = {"expert_axis": expert_axis, "tensor_axis": tensor_axis, "data_axis": data_axis}
