@@ -4,8 +4,11 @@ import collections
 import dataclasses
 import importlib.util
 import itertools
+import json
 import math
+import pathlib
 import struct
+import sys
 
 import jax.numpy as jnp
 import pytest
@@ -15,6 +18,9 @@ from jax_moe.kernels import compile, lowering
 from jax_moe.kernels.common import plan as common_plan
 from jax_moe.kernels.sm90 import plan as sm90_plan
 from jax_moe.plan import Problem
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent / "gpu"))
+import record_cubins
 
 HAS_DSL = importlib.util.find_spec("cutlass") is not None
 needs_dsl = pytest.mark.skipif(not HAS_DSL, reason="nvidia-cutlass-dsl is not installed")
@@ -101,6 +107,16 @@ def test_machine_code(spec):
     consumers = tile.m_warpgroups * tile.k_warpgroups
     # More than was there at launch would never be granted, and the kernel would hang.
     assert 128 * (producer + consumers * consumer) <= kernel.registers * tile.threads
+
+
+@needs_dsl
+@pytest.mark.parametrize("spec", planned_specs(), ids=lambda spec: spec.name.removeprefix("jax_moe_"))
+def test_machine_code_has_run_on_a_gpu(spec):
+    """Nothing here can run it: what is shipped is byte for byte what ``pytest -m gpu`` passed with on a GPU."""
+    record = json.loads(record_cubins.FILE.read_text())
+    if record["compiler"] != record_cubins.compiler():
+        pytest.skip(f"the DSL is {record_cubins.compiler()}, the kernels that ran on a GPU are of {record['compiler']}")
+    assert record["sha256"].get(spec.name) == record_cubins.digest(spec), "run it on a GPU, then record_cubins.py"
 
 
 def test_tiles_fit_and_grow_with_the_routes():
