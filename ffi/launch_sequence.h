@@ -38,9 +38,10 @@
 //     int AddEmptyNode(Stream stream);
 //   };
 //   // Each enqueues its launches on `stream`, nothing anywhere else, and returns 0 for success. The rule counts on a
-//   // kernel to run after the one before it. One that is launched to overlap it (programmatic dependent launch) waits
-//   // for that one's end in every block, before it reads a word that that one writes, before it writes anything and
-//   // before it may exit; and only then may it let the next one start, to which everything further back is complete.
+//   // kernel to run after the one before it. A kernel launched with programmatic dependent launch must, in every
+//   // block, wait for its predecessor to finish before it reads anything that one writes, before it writes anything,
+//   // and before it exits. Only after that wait may it release its own successor, for which everything earlier is
+//   // then complete.
 //   struct Kernels {
 //     int Sort(Stream stream);      // routes -> permuted rows and tile map
 //     int Prepare(Stream stream);   // the pass over x (quantise, or multiply by the routing weight)

@@ -7,7 +7,8 @@ from typing import NamedTuple
 class Counters(NamedTuple):
     """Calls that the CUDA handler has enqueued since the library was loaded, on all devices.
 
-    A replay of a command buffer is no call: nobody calls the handler then.
+    A replay of a command buffer is no call: nobody calls the handler then. Programs of fewer than five operations that
+    may be captured stay eager (``xla_gpu_graph_min_graph_size``), and so do all while a profiler is active.
 
     Attributes:
       eager: on a stream, in order.

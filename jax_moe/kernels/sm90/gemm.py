@@ -6,10 +6,10 @@ consumer warpgroups. Weights are the M side of ``wgmma``: a consumer turns its s
 persistent and take units (expert, weight tile, token tile) as ``common/schedule.py`` hands them out. The producer
 tells the consumers with a unit's first stage what the unit is; a stage of no unit, the sentinel, ends their work.
 
-Both kernels are launched to overlap the one before (programmatic dependent launch). A block of GEMM1 waits for that
-kernel before it reads anything. A block of GEMM2 prefetches the weights of its first unit before it waits: it starts
-only once every block of GEMM1 has seen the sort's end and said so (launch_dependents), so the tile map is there. That
-is an order by transitivity; PTX promises visibility only for the kernel that one waits for.
+Both kernels are launched with programmatic dependent launch. GEMM1's producer waits for the preceding kernel before it
+reads anything which that one wrote. GEMM2 prefetches its first unit's weights before it waits: it can start only after
+every block of GEMM1 has seen the sort finish and called launch_dependents, so the tile map is complete. PTX, however,
+promises visibility only of the grid that is waited for.
 
 For a block of 4608 bytes a consumer warp issues about 147 instructions, 70 of them on the integer pipe, which takes
 140 clocks where HBM takes 239: dequantisation hides behind memory, but behind the tensor cores only in part
