@@ -48,7 +48,7 @@ def prepare(experts: Experts, target: str | None = None, *, progress: bool = Tru
     Raises:
       TypeError: not Experts.
       ValueError: unknown target, no kernels for the default device, or the experts are prepared for another target,
-        placed on a mesh in another way, or with slices of I that are not whole tiles.
+        of several layers, placed on a mesh in another way, or with slices of I that are not whole tiles.
     """
     arguments.instance("experts", experts, Experts)
     if target is None:
@@ -61,6 +61,7 @@ def prepare(experts: Experts, target: str | None = None, *, progress: bool = Tru
         raise ValueError(
             f"experts.layout: got {experts.layout!r}, needs {CANONICAL!r}: jax_moe.unprepare(experts, ...)"
         )
+    arguments.instance("experts.gate_up", experts.gate_up, Projection)
     rank = len(getattr(experts.gate_up.payload, "shape", ()))
     if rank != 4:
         raise ValueError(

@@ -187,6 +187,8 @@ def test_float4_payloads_are_prepared_as_bytes_are():
 def test_errors():
     with pytest.raises(TypeError, match="experts: got int, needs Experts"):
         prepare(3, "sm_90a")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match=r"experts\.gate_up: got NoneType, needs Projection"):
+        prepare(Experts(None, None), "sm_90a")  # pyright: ignore[reportArgumentType]
     experts = random_experts(np.random.default_rng(3), 1, 2, 16, 16)
     with pytest.raises(ValueError, match="target: got 'sm_80'"):
         prepare(experts, "sm_80")

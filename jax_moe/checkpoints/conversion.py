@@ -34,8 +34,8 @@ from jax_moe.checkpoints.files import (
     write_tensors,
 )
 from jax_moe.checkpoints.leaves import Leaf
-from jax_moe.experts import CANONICAL, Experts, Projection
-from jax_moe.prepare import prepare, SM_90A
+from jax_moe.experts import CANONICAL, Experts, Projection, SM_90A
+from jax_moe.prepare import prepare
 
 MANIFEST = "jax_moe.json"
 _VERSION = "1"

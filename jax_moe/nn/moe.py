@@ -208,4 +208,4 @@ def _shared_specs(mesh: Mesh | None, tensor_axis: parallel.Axis) -> Any:
 
 def _names(argument: str, axis: parallel.Axis) -> tuple[str, ...]:
     arguments.instance(argument, axis, str | tuple | None)
-    return () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
+    return parallel.axis_names(axis)
