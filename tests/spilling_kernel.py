@@ -9,7 +9,7 @@ import cutlass.cute as cute
 
 from jax_moe.kernels.common.memory import array, pointer
 
-VALUES = 64
+VALUES = 32
 _THREADS = 128
 
 
