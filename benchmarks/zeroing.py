@@ -83,7 +83,7 @@ def _target(target: str):
 
 def measure(runs, rounds: int) -> dict:
     """Median seconds of a call by variant, and each variant's ratio to ``without``: median and 95% interval."""
-    programs = max(1, min(50, round(0.05 / timing.timed(runs["without"], 1))))
+    programs = timing.programs_in_a_row(timing.timed(runs["without"], 1))
     order, times = random.Random(0), {name: [] for name in runs}
     for number in range(-max(2, rounds // 10), rounds):  # the first ones let clock and temperature settle
         for name in order.sample(list(runs), len(runs)):

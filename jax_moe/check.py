@@ -39,7 +39,7 @@ def check(
     arguments.choice("combine", combine, plan.Combine)
     arguments.choice("weight_on", weight_on, plan.WeightOn)
     arguments.instance("command_buffer", command_buffer, bool)
-    out_dtype = arguments.dtype("out_dtype", out_dtype, (jnp.bfloat16, jnp.float32))
+    out_dtype = arguments.dtype("out_dtype", out_dtype, plan.OUT_DTYPES)
 
     tokens, hidden = arguments.array("x", x, jnp.bfloat16, ("T", "H"))
     _, slots = arguments.array("routing.expert_ids", routing.expert_ids, jnp.int32, (tokens, "K"))

@@ -108,7 +108,7 @@ def sharded_moe(
 
 
 def expert_shardings(
-    experts: Experts, mesh: Mesh, *, expert_axis: Axis = "expert", tensor_axis: Axis = "tensor"
+    experts: Experts, mesh: Mesh | AbstractMesh, *, expert_axis: Axis = "expert", tensor_axis: Axis = "tensor"
 ) -> Experts:
     """The ``NamedSharding`` of every leaf of ``experts``, for ``jax.device_put(experts, ...)`` or ``in_shardings``.
 

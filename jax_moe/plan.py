@@ -12,6 +12,7 @@ from jax_moe import activations
 Precision = Literal["w4a16", "w4a4"]
 Combine = Literal["atomic", "ordered"]
 WeightOn = Literal["output", "input"]
+OUT_DTYPES = (jnp.bfloat16, jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)

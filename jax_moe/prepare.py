@@ -122,11 +122,11 @@ def _prepare_on(mesh: Mesh | AbstractMesh, experts: Experts) -> Experts:
         )
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), experts)
     prepared = jax.eval_shape(functools.partial(_prepare, progress=False), shapes)
-    prepared_specs = parallel.partition_specs(prepared, mesh, **axes)
+    shardings = parallel.expert_shardings(prepared, mesh, **axes)
     local = functools.partial(_prepare, progress=False, tensor_axes=tensor_axes)
-    run = jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=prepared_specs)
-    # Without out_shardings XLA puts the empty block scales anywhere.
-    return jax.jit(run, out_shardings=jax.tree.map(lambda spec: NamedSharding(mesh, spec), prepared_specs))(experts)
+    out_specs = jax.tree.map(lambda sharding: sharding.spec, shardings)
+    run = jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=out_specs)
+    return jax.jit(run, out_shardings=shardings)(experts)  # without them XLA puts the empty block scales anywhere
 
 
 def _default_target() -> str:

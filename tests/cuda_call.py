@@ -1,9 +1,12 @@
 """Calls as they lower on CUDA, without a GPU or the DSL: for test_lowering.py and test_abi.py."""
 
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
 
+import jax_moe
 from jax_moe import activations, plan
 from jax_moe.kernels import compile as kernels, lowering
 
@@ -46,3 +49,10 @@ def kernels_of(call: plan.Problem, biases=(False, False)):
     """The attribute ``kernels`` of a call, and its workspaces."""
     lowered = lowering.cuda_call(call, biases=biases)
     return lowered.attributes["kernels"], lowered.workspaces
+
+
+def lowered(case, **options) -> str:
+    """The program of one ``fused_moe`` call on CUDA, its experts prepared, as StableHLO."""
+    experts = jax_moe.prepare(case.experts, "sm_90a", progress=False)
+    traced = jax.jit(functools.partial(jax_moe.fused_moe, **options)).trace(case.x, experts, case.routing)
+    return traced.lower(lowering_platforms=("cuda",)).as_text()

@@ -1,17 +1,14 @@
 """What a call on CUDA passes to its kernels, argument by argument, is what ABI.md says; without a GPU or the DSL."""
 
 import dataclasses
-import functools
 import pathlib
 import re
 
 import cuda_call
 import helpers
-import jax
 import jax.numpy as jnp
 import pytest
 
-import jax_moe
 from jax_moe import activations
 from jax_moe.kernels import lowering, specs
 from jax_moe.kernels.common import plan as common_plan
@@ -110,16 +107,10 @@ def test_specs_say_what_the_call_says():
         assert (call.rows.quantise, call.rows.per_route) == (True, weight_on == "input")
 
 
-def _lowered(case, **options):
-    experts = jax_moe.prepare(case.experts, "sm_90a", progress=False)
-    traced = jax.jit(functools.partial(jax_moe.fused_moe, **options)).trace(case.x, experts, case.routing)
-    return traced.lower(lowering_platforms=("cuda",)).as_text()
-
-
 def test_the_target_says_whether_the_call_may_be_captured():
     case = helpers.make_case()
-    assert "@jax_moe_fused_moe_v1(" in _lowered(case)
-    assert "@jax_moe_fused_moe_v1_no_capture(" in _lowered(case, command_buffer=False)
+    assert "@jax_moe_fused_moe_v1(" in cuda_call.lowered(case)
+    assert "@jax_moe_fused_moe_v1_no_capture(" in cuda_call.lowered(case, command_buffer=False)
 
 
 @pytest.mark.parametrize("present", [(True, False), (False, True)])
@@ -130,7 +121,7 @@ def test_each_bias_is_found_among_the_operands(present):
         experts = dataclasses.replace(experts, gate_up=dataclasses.replace(experts.gate_up, bias=None))
     if not present[1]:
         experts = dataclasses.replace(experts, down=dataclasses.replace(experts.down, bias=None))
-    text = _lowered(dataclasses.replace(case, experts=experts))
+    text = cuda_call.lowered(dataclasses.replace(case, experts=experts))
     assert ("operand:8 " in text, "operand:13 " in text) == present
 
 
@@ -144,7 +135,7 @@ def test_only_the_sort_cares_for_the_experts_elsewhere():
 
 
 def test_the_options_are_attributes_on_a_gpu_too():
-    text = _lowered(helpers.make_case(), precision="w4a4", combine="ordered")
+    text = cuda_call.lowered(helpers.make_case(), precision="w4a4", combine="ordered")
     for name, value in {
         "precision": '"w4a4"',
         "combine": '"ordered"',

@@ -10,6 +10,7 @@ import pathlib
 import struct
 import sys
 
+import cuda_call
 import jax.numpy as jnp
 import pytest
 
@@ -17,7 +18,6 @@ from jax_moe import activations, shapes
 from jax_moe.kernels import compile, lowering
 from jax_moe.kernels.common import plan as common_plan
 from jax_moe.kernels.sm90 import plan as sm90_plan
-from jax_moe.plan import Problem
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "gpu"))
 import record_cubins
@@ -35,17 +35,10 @@ GPT_OSS = activations.SwiGLU(alpha=1.702, beta=1.0, limit=7.0)
 
 def problem(model, tokens, precision="w4a16", combine="atomic", activation=SWIGLU, out_dtype=jnp.bfloat16):
     layer = shapes.MODELS[model]
-    return Problem(
-        num_tokens=tokens,
-        **dataclasses.asdict(layer),
-        activation=activation,
-        precision=precision,
-        combine=combine,
-        weight_on="output",
+    return cuda_call.problem(
+        num_tokens=tokens, **dataclasses.asdict(layer), activation=activation, precision=precision, combine=combine,
         out_dtype=jnp.dtype(out_dtype),
-        layout="sm_90a",
-        command_buffer=True,
-    )
+    )  # fmt: skip
 
 
 def planned_specs():

@@ -1,6 +1,5 @@
 """What a call lowers to on CUDA, without a GPU or the DSL: launches, workspaces, attributes, errors, the CLI."""
 
-import functools
 import shlex
 
 import cuda_call
@@ -82,9 +81,7 @@ def test_sizes_of_the_prepared_weights_are_those_that_prepare_makes():
     for activation in (activations.SwiGLU(), activations.ReLU2()):
         case = helpers.make_case(hidden=112, intermediate=176, activation=activation, bias=True)
         prepared = helpers.jax_moe.prepare(case.experts, "sm_90a", progress=False)
-        text = jax.jit(functools.partial(helpers.jax_moe.fused_moe, activation=activation)).trace(
-            case.x, prepared, case.routing
-        ).lower(lowering_platforms=("cuda",)).as_text()  # fmt: skip
+        text = cuda_call.lowered(case, activation=activation)
         sizes = [p.payload.nbytes for p in (prepared.gate_up, prepared.down)]
         assert f"weight_bytes = dense<[{sizes[0]}, 0, {sizes[1]}, 0]>" in text
         padded = prepared.gate_up.bias.shape[2]
@@ -112,12 +109,10 @@ def test_without_tokens_nothing_is_launched():
 
 def test_lowering_is_deterministic():
     case = helpers.make_case()
-    prepared = helpers.jax_moe.prepare(case.experts, "sm_90a", progress=False)
     texts = set()
     for _ in range(2):
         jax.clear_caches()
-        traced = jax.jit(helpers.jax_moe.fused_moe).trace(case.x, prepared, case.routing)
-        texts.add(traced.lower(lowering_platforms=("cuda",)).as_text())
+        texts.add(cuda_call.lowered(case))
     assert len(texts) == 1
 
 

@@ -5,7 +5,6 @@ import itertools
 import multiprocessing
 from typing import Annotated
 
-import jax.numpy as jnp
 import typer
 
 from jax_moe import plan, progress, shapes
@@ -49,7 +48,7 @@ def compile(
             options.choices("--precision", precision, plan.Precision),
             options.choices("--combine", combine, plan.Combine),
             options.choices("--weight-on", weight_on, plan.WeightOn),
-            options.dtypes("--out-dtype", out_dtype, (jnp.bfloat16, jnp.float32)),
+            options.dtypes("--out-dtype", out_dtype, plan.OUT_DTYPES),
         )
         counts = options.token_counts("--tokens", tokens)
         # The batch may be any of these; each has its own kernels.

@@ -106,6 +106,11 @@ def timed(run: Callable[[int], None], programs: int) -> float:
     return time.perf_counter() - start
 
 
+def programs_in_a_row(one: float) -> int:
+    """As many programs of ``one`` second each as hide what starting and awaiting one costs the host."""
+    return max(1, min(50, round(0.05 / one)))
+
+
 def seconds_per_call(run: Callable[[int], None], length: int, repeats: int, limit: float | None = None) -> float:
     """Median seconds of one of the ``length`` calls in a program.
 
@@ -116,9 +121,8 @@ def seconds_per_call(run: Callable[[int], None], length: int, repeats: int, limi
       limit: seconds that they may take, about; there are three at least.
     """
     run(4)  # compiled, run eagerly, captured, replayed
-    # As many programs in a row as hide what starting and awaiting one costs the host.
     one = timed(run, 1)
-    programs = max(1, min(50, round(0.05 / one)))
+    programs = programs_in_a_row(one)
     run(programs)
     if limit is not None:
         repeats = max(3, min(repeats, round(limit / (one * programs))))

@@ -229,9 +229,10 @@ def _dynamic_shared_bytes(host_code: str, name: str) -> int:
     config = re.escape("!llvm.struct<(array<3 x i32>, array<3 x i32>, i64, ptr, ptr, i32)>")
     field = re.search(rf"(%\d+) = llvm\.getelementptr %\d+\[0, 2\] : \(!llvm\.ptr\) -> !llvm\.ptr, {config}", host_code)
     store = field and re.compile(rf"llvm\.store (%\d+), {field[1]} : i64").search(host_code, field.end())
-    # Names are those of a function: of the constants of that name the last one before the store is meant.
-    constant = rf"{store[1]} = llvm\.mlir\.constant\((\d+) : i64\)" if store else None
-    constants = re.findall(constant, host_code[: store.start()]) if store and constant else []
+    constants = []
+    if store:  # names are those of a function: of the constants of that name the last one before the store is meant
+        constant = rf"{store[1]} = llvm\.mlir\.constant\((\d+) : i64\)"
+        constants = re.findall(constant, host_code[: store.start()])
     if not constants:
         raise RuntimeError(
             f"jax_moe: cannot tell how much shared memory {name} is launched with; this {COMPILER} is new"

@@ -44,7 +44,6 @@ class _Gemm:
     """How the handler launches a GEMM kernel."""
 
     tile: Tile
-    cluster = 1
     pdl = True
 
     @property
