@@ -52,8 +52,11 @@ def floats(name: str, value, shape) -> tuple[int, ...]:
 
 def in_one_place(name: str, value) -> None:
     """Checks that an array's values are not spread over devices, as far as that is known."""
-    if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer) and not value.is_fully_replicated:
-        raise ValueError(f"{name}: got an array spread over {len(value.devices())} devices, needs it in one place")
+    if not isinstance(value, jax.Array):
+        return
+    sharding = jax.typeof(value).sharding if isinstance(value, jax.core.Tracer) else value.sharding
+    if not sharding.is_fully_replicated:
+        raise ValueError(f"{name}: got an array spread over {sharding.num_devices} devices, needs it in one place")
 
 
 def dtype(name: str, value, allowed) -> jnp.dtype:

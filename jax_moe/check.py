@@ -163,7 +163,8 @@ def _check_prepared(experts: Experts, hidden: int, lead: tuple[int, int]) -> int
             f"experts.down.payload: got {down_blocks} blocks of I, which does not fit gate_up's {gate_up_blocks}"
         )
     for name, projection in (("experts.gate_up", experts.gate_up), ("experts.down", experts.down)):
-        arguments.array(f"{name}.block_scale", projection.block_scale, jnp.float8_e4m3fn, (local_experts, 0))
+        if projection.block_scale is not None:
+            raise ValueError(f"{name}.block_scale: got an array, needs None: {SM_90A!r} has the scales in the payload")
     _check_scalars(experts, lead, gate_up_rows=padded, down_rows=hidden)
     return intermediate
 

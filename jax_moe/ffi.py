@@ -7,6 +7,7 @@ XLA.
 
 import ctypes
 import functools
+import math
 import os
 import pathlib
 import sysconfig
@@ -16,6 +17,7 @@ import jax.core
 import jax.export
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+import jax.numpy as jnp
 
 from jax_moe import plan
 from jax_moe.experts import CANONICAL
@@ -150,6 +152,9 @@ def _lower_cuda(ctx, *operands, problem: plan.Problem):
 
 def _custom_call(ctx, target, operands, attributes, workspaces):
     """Emits the call; the workspaces become results behind the output, and are dropped here."""
+    (out,) = ctx.avals_out
+    if out.size == 0:  # jaxlib 0.11.2 crashes where an operand without elements is sharded: no call, then
+        return mlir.lower_fun(lambda *_: jnp.zeros(out.shape, out.dtype), multiple_results=False)(ctx, *operands)
     _refuse_partitioning(ctx.module_context.axis_context)
     results = [jax.core.ShapedArray(w.shape, w.dtype) for w in workspaces]
     rule = jax.ffi.ffi_lowering(target)
@@ -162,20 +167,22 @@ def _refuse_partitioning(axis_context) -> None:
     XLA cannot split a custom call: it would gather every operand, the weights included, on every device and
     say nothing. Inside ``shard_map`` over all mesh axes the operands are local and all is well.
     """
-    mesh = getattr(axis_context, "mesh", None)
-    if mesh is None:
-        num_devices = getattr(axis_context, "num_devices", 1)
-    else:
-        automatic = set(mesh.axis_names) - set(axis_context.manual_axes)
-        num_devices = 1
-        for axis in automatic:
-            num_devices *= mesh.shape[axis]
-    if num_devices != 1:
+    count = num_partitions(axis_context)
+    if count != 1:
         raise ValueError(
-            f"fused_moe: this call is spread over {num_devices} devices outside jax.shard_map. XLA cannot split a "
+            f"fused_moe: this call is spread over {count} devices outside jax.shard_map. XLA cannot split a "
             "custom call and would silently gather every operand, the weights included, on each of them. Call "
             "jax_moe.sharded_moe(..., mesh=mesh), or put fused_moe in a jax.shard_map over all the mesh's axes."
         )
+
+
+def num_partitions(axis_context) -> int:
+    """Into how many parts XLA may split what is lowered in this context."""
+    mesh = getattr(axis_context, "mesh", None)
+    if mesh is None:
+        return getattr(axis_context, "num_devices", 1)
+    automatic = set(mesh.axis_names) - set(axis_context.manual_axes)
+    return math.prod(mesh.shape[axis] for axis in automatic)
 
 
 def _refuse_vmap(*_, **__):

@@ -90,11 +90,17 @@ def _raise_on_bad_id(expert_ids: np.ndarray, num_experts: int | None) -> None:
 
 
 def _operands(projection: Projection) -> tuple[jax.Array, ...]:
-    """The five operands of a projection; an absent one is an empty float32 array, as ``ffi/decode.h`` expects."""
+    """The five operands of a projection; an absent one is an empty array, as ``ffi/decode.h`` expects.
+
+    It is made here, where the call is: an empty array from outside may be sharded, and then jaxlib 0.11.2 crashes.
+    """
     absent = jnp.zeros((0,), jnp.float32)
+    block_scale = projection.block_scale
+    if block_scale is None:
+        block_scale = jnp.zeros((len(projection.payload), 0), jnp.float8_e4m3fn)
     input_scale = absent if projection.input_scale is None else projection.input_scale
     bias = absent if projection.bias is None else projection.bias
-    return nvfp4.payload_bytes(projection.payload), projection.block_scale, projection.global_scale, input_scale, bias
+    return nvfp4.payload_bytes(projection.payload), block_scale, projection.global_scale, input_scale, bias
 
 
 def _vary_alike(*operands: jax.Array) -> tuple[jax.Array, ...]:

@@ -82,6 +82,8 @@ def sharded_moe(
     tokens = PartitionSpec(data_axes or None, None)
 
     def local_moe(x, experts: Experts, routing: Routing):
+        if problem.num_tokens == 0:  # XLA gathers nothing of no elements
+            return x.astype(out_dtype)
         if gathered:
             x, routing = jax.tree.map(lambda a: jax.lax.all_gather(a, gathered, tiled=True), (x, routing))
         offset = jax.lax.axis_index(expert_axes) * experts.down.global_scale.shape[0] if expert_axes else 0
@@ -135,33 +137,49 @@ def partition_specs(
     tensor_axes = _axes_in(mesh, "tensor_axis", tensor_axis)
     if shared := set(expert_axes) & set(tensor_axes):
         raise ValueError(f"expert_axis, tensor_axis: both got {sorted(shared)}, need different mesh axes")
-    e, i = expert_axes or None, tensor_axes or None
     _check_divides(mesh, "expert_axis", expert_axes, "E", experts.down.global_scale.shape[0])
     if experts.layout == CANONICAL:
         intermediate = experts.gate_up.payload.shape[2]
         _check_divides(mesh, "tensor_axis", tensor_axes, "I", intermediate, multiple=nvfp4.BLOCK_SIZE)
+    else:
+        slices = axes_size(mesh, tensor_axes)
+        for tiles in (experts.gate_up.payload.shape[1], experts.down.payload.shape[2]):
+            if tiles % slices:
+                raise ValueError(
+                    f"tensor_axis: {tensor_axes} has {slices} devices, which does not divide I in {tiles} prepared "
+                    "tiles; place canonical experts, then prepare them: that pads each slice of I"
+                )
+    return specs_of(experts, expert_axes, tensor_axes)
+
+
+def specs_of(experts: Experts, expert_axes: tuple[str, ...], tensor_axes: tuple[str, ...]) -> Experts:
+    """The ``PartitionSpec`` of every leaf, whether or not a mesh divides it."""
+    e, i = expert_axes or None, tensor_axes or None
+    if experts.layout == CANONICAL:
         gate_up_spec, down_spec = PartitionSpec(e, None, i, None), PartitionSpec(e, None, i)
-        gate_up_scale_spec, down_scale_spec = gate_up_spec, down_spec
-    else:  # prepared: blocks of I, with their block scales inside
-        for blocks in (experts.gate_up.payload.shape[1], experts.down.payload.shape[2]):
-            _check_divides(mesh, "tensor_axis", tensor_axes, "I in prepared blocks", blocks)
+    else:  # tiles of I, with their block scales inside
         gate_up_spec, down_spec = PartitionSpec(e, i, None, None), PartitionSpec(e, None, i, None)
-        gate_up_scale_spec = down_scale_spec = PartitionSpec(e, None)
     gate_up = Projection(
         payload=gate_up_spec,
-        block_scale=gate_up_scale_spec,
+        block_scale=gate_up_spec,
         global_scale=PartitionSpec(e, None),
         input_scale=PartitionSpec(),
         bias=PartitionSpec(e, None, i),
     )
     down = Projection(
         payload=down_spec,
-        block_scale=down_scale_spec,
+        block_scale=down_spec,
         global_scale=PartitionSpec(e),
         input_scale=PartitionSpec(e),
         bias=PartitionSpec(e, None),
     )
     return Experts(_where_present(gate_up, experts.gate_up), _where_present(down, experts.down), experts.layout)
+
+
+def model_axes(experts: Experts, spec: PartitionSpec) -> tuple[Axis, Axis]:
+    """The mesh axes over E and over I, from the spec of ``experts.gate_up.payload``."""
+    axes = (*spec, None, None, None, None)
+    return axes[0], axes[2 if experts.layout == CANONICAL else 1]
 
 
 def check_in_place(experts: Experts, specs: Experts, mesh: Mesh | AbstractMesh) -> None:
@@ -220,10 +238,15 @@ def axis_names(axis: Axis) -> tuple[str, ...]:
     return () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
 
 
+def axes_size(mesh: Mesh | AbstractMesh, axes: tuple[str, ...]) -> int:
+    """Over how many devices these axes spread an array."""
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
 def _check_divides(
     mesh: Mesh | AbstractMesh, argument: str, axes: tuple[str, ...], name: str, size: int, multiple: int = 1
 ) -> None:
-    parts = math.prod(mesh.shape[axis] for axis in axes)
+    parts = axes_size(mesh, axes)
     if size % (parts * multiple):
         slices = f"slices that are multiples of {multiple}" if multiple > 1 else "equal slices"
         raise ValueError(f"{argument}: {axes} has {parts} devices, which does not divide {name} = {size} into {slices}")
