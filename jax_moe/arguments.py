@@ -7,12 +7,17 @@ import numpy as np
 
 
 def array(name: str, value, dtype, shape) -> tuple[int, ...]:
-    """Checks dtype (None: any) and shape, where a string stands for any size; returns the shape."""
+    """Checks dtype (None: any) and shape; returns the shape.
+
+    A string in ``shape`` stands for any size, and "..." at its start for any leading axes.
+    """
     _is_array(name, value)
     if dtype is not None and value.dtype != dtype:
         raise TypeError(f"{name}: got dtype {value.dtype}, needs {jnp.dtype(dtype)}")
-    matches = len(value.shape) == len(shape) and all(
-        isinstance(want, str) or got == want for got, want in zip(value.shape, shape, strict=True)
+    leading = max(len(value.shape) - len(shape) + 1, 0) if shape[:1] == ("...",) else 0
+    last = shape[1:] if shape[:1] == ("...",) else shape
+    matches = len(value.shape) == leading + len(last) and all(
+        isinstance(want, str) or got == want for got, want in zip(value.shape[leading:], last, strict=True)
     )
     if not matches:
         wanted = ", ".join(map(str, shape))
