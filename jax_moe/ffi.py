@@ -110,7 +110,7 @@ GATE_UP_BIAS, DOWN_BIAS = 8, 13
 """Positions of the optional biases among the operands."""
 
 fused_moe_p = Primitive("jax_moe_fused_moe")
-"""``out = fused_moe_p.bind(*operands, problem=...)``: those of ``ffi/decode.h``, minus the places ``problem.absent``."""
+"""``out = fused_moe_p.bind(*operands, problem=...)``: as in ``ffi/decode.h``, but those in ``problem.absent``."""
 
 
 @fused_moe_p.def_impl

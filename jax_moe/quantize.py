@@ -110,7 +110,7 @@ def calibrate(
 
     Args:
       experts: canonical layout; all experts of the layer (the scale of x is shared by all of them).
-      x: bfloat16 ``[T, H]``, T >= 1.
+      x: bfloat16 ``[..., H]``, at least one token.
       routing: of these tokens.
       activation, weight_on: as ``fused_moe`` will be called.
 
@@ -127,6 +127,7 @@ def calibrate(
     )  # fmt: skip
     if experts.layout != CANONICAL:
         raise ValueError(f"experts.layout: got {experts.layout!r}, calibration needs {CANONICAL!r}")
+    x, routing = check.flatten(x, routing)
     if x.shape[0] == 0:
         raise ValueError("x: got no tokens, calibration needs at least one")
     x_amax, h_amax = _amaxes(experts, x, routing, activation, weight_on)
