@@ -19,7 +19,7 @@ _FLOATS = ("F32", "BF16", "F16")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Router:
-    """A layer's router: ``router(x)`` is the Routing of ``x`` ``[T, H]`` of any float dtype.
+    """A layer's router: ``router(x)`` is the Routing of ``x`` ``[..., H]`` of any float dtype.
 
     :func:`load_router` makes one from a checkpoint; without one it is, for example, ``Router(weight, k=8)``.
 
@@ -41,11 +41,11 @@ class Router:
     method: routing.Method = dataclasses.field(default=routing.Softmax(), kw_only=True, metadata={"static": True})
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """float32 ``[T, E]`` for ``x`` ``[T, H]`` of any float dtype, computed in float32; errors as the class."""
+        """float32 ``[..., E]`` for ``x`` ``[..., H]`` of any float dtype, computed in float32; errors as the class."""
         num_experts, hidden = arguments.floats("Router.weight", self.weight, ("E", "H"))
         if self.bias is not None:
             arguments.floats("Router.bias", self.bias, (num_experts,))
-        arguments.floats("x", x, ("T", hidden))
+        arguments.floats("x", x, ("...", hidden))
         logits = jnp.dot(x.astype(jnp.float32), self.weight.T, precision=jax.lax.Precision.HIGHEST)
         return logits if self.bias is None else logits + self.bias
 
@@ -67,7 +67,7 @@ class SharedExpert:
     down: jax.Array
 
     def __call__(self, x: jax.Array, activation: activations.Activation) -> jax.Array:
-        """``x`` ``[T, H]`` of any float dtype to float32 ``[T, H]``; sums and activation in float32.
+        """``x`` ``[..., H]`` of any float dtype to float32 ``[..., H]``; sums and activation in float32.
 
         Raises:
           TypeError, ValueError: ``x``, an attribute or the activation does not fit.
@@ -76,12 +76,12 @@ class SharedExpert:
         num_parts = 2 if activation.gated else 1
         _, intermediate, hidden = arguments.floats("SharedExpert.gate_up", self.gate_up, (num_parts, "I", "H"))
         arguments.floats("SharedExpert.down", self.down, (hidden, intermediate))
-        arguments.floats("x", x, ("T", hidden))
+        arguments.floats("x", x, ("...", hidden))
         parts = jnp.einsum(
-            "th,pih->pti", x.astype(self.gate_up.dtype), self.gate_up, preferred_element_type=jnp.float32
+            "...h,pih->p...i", x.astype(self.gate_up.dtype), self.gate_up, preferred_element_type=jnp.float32
         )
         h = activation(*parts).astype(self.down.dtype)
-        return jnp.einsum("ti,hi->th", h, self.down, preferred_element_type=jnp.float32)
+        return jnp.einsum("...i,hi->...h", h, self.down, preferred_element_type=jnp.float32)
 
 
 def open_router(model: Model, layer: int) -> Router:
