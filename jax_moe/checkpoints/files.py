@@ -44,6 +44,10 @@ _DTYPES: dict[str, np.dtype] = {
 }
 
 
+FLOATS = ("F32", "BF16", "F16")
+"""What biases, scalars and unquantised weights are stored in."""
+
+
 class CheckpointError(ValueError):
     """A checkpoint that cannot be loaded; the message names the file, the tensor, what was found and expected."""
 
@@ -128,6 +132,19 @@ def read_rows(info: TensorInfo, start: int = 0, stop: int | None = None) -> np.n
         return np.memmap(info.file, np.uint8, "r", offset, math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{info}: found a file that no longer holds the tensor ({error})") from error
+
+
+def read_floats(info: TensorInfo, start: int = 0, stop: int | None = None) -> np.ndarray:
+    """Rows of a tensor of floats, as :func:`read_rows`, but in float32.
+
+    Raises:
+      CheckpointError: one is NaN or infinite, or see :func:`read_rows`.
+    """
+    # A value that float32 does not have is in no dtype of FLOATS, so the cast makes no infinity.
+    values = read_rows(info, start, stop).astype(np.float32)
+    if not np.isfinite(values).all():
+        raise CheckpointError(f"{info}: found {values[~np.isfinite(values)].flat[0]}, expected finite numbers")
+    return values
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:

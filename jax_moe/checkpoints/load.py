@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jax_moe import parallel
-from jax_moe.checkpoints import conversion, leaves, router
+from jax_moe.checkpoints import conversion, leaves, linear, router
 from jax_moe.checkpoints.files import Files, read_rows
 from jax_moe.checkpoints.layer import open_model
 from jax_moe.checkpoints.router import Router, SharedExpert
@@ -92,7 +92,7 @@ def load_linear(directory: Directory, module: str) -> jax.Array:
     Raises:
       CheckpointError: as :func:`load_experts`.
     """
-    return router.dense(Files(directory), module)
+    return jax.device_put(linear.read_linear(Files(directory), module).weight)
 
 
 def moe_options(directory: Directory) -> dict[str, Any]:

@@ -16,10 +16,9 @@ import numpy as np
 
 from jax_moe import nvfp4
 from jax_moe.checkpoints.families import Family
-from jax_moe.checkpoints.files import CheckpointError, Files, read_rows, TensorInfo
+from jax_moe.checkpoints.files import CheckpointError, Files, FLOATS, read_floats, read_rows, TensorInfo
 
 _MX_BLOCK_SIZE = 32
-_FLOATS = ("F32", "BF16", "F16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,10 +98,12 @@ class Stored:
         """float8_e4m3fn ``[N, C/16]``.
 
         Raises:
-          CheckpointError: MXFP4 scales that NVFP4 cannot represent.
+          CheckpointError: one is NaN or negative, or MXFP4 scales that NVFP4 cannot represent.
         """
         if not self.format.is_mx:
-            return self._matrix(self.format.block_scale, expert, part)
+            scale = self._matrix(self.format.block_scale, expert, part)
+            check_block_scale(scale, f"{self._info(self.format.block_scale, expert, part)}: expert {expert}")
+            return scale
         exponent, base = self._mx_exponents(expert, part)
         scale = np.ldexp(np.float32(1), exponent - base).astype(ml_dtypes.float8_e4m3fn)
         return np.repeat(scale, _MX_BLOCK_SIZE // nvfp4.BLOCK_SIZE, axis=1)
@@ -117,13 +118,16 @@ class Stored:
             _, base = self._mx_exponents(expert, part)
             return np.ldexp(np.float32(1), base)
         scale = self._scalar(self.format.global_scale, expert, part)
-        if not (np.isfinite(scale) and scale >= 0):
+        with np.errstate(divide="ignore", over="ignore"):
+            multiplied = np.float32(1) / scale if self.format.divides else scale
+        # Both are checked: the reciprocal of infinity is a zero like any other.
+        if not (np.isfinite(scale) and np.isfinite(multiplied) and scale >= 0):
             info = self._info(self.format.global_scale, expert, part)
             convention = "its reciprocal is multiplied" if self.format.divides else "it is multiplied"
             raise CheckpointError(
-                f"{info}: found a scale of {scale} ({convention}), expected it finite and not negative"
+                f"{info}: expert {expert}: found a scale of {scale} ({convention}), expected it finite and not negative"
             )
-        return scale
+        return multiplied
 
     def input_scale(self, expert: int, part: int) -> np.float32 | None:
         """The activation scale that is multiplied; None if absent or of an expert that was never calibrated."""
@@ -131,14 +135,21 @@ class Stored:
         if suffix is None or self._name(suffix, expert, part) not in self.files.names():
             return None
         scale = self._scalar(suffix, expert, part)
-        return scale if np.isfinite(scale) and scale > 0 else None
+        with np.errstate(divide="ignore", over="ignore"):
+            multiplied = np.float32(1) / scale if self.format.divides else scale
+        usable = np.isfinite(scale) and np.isfinite(multiplied) and multiplied > 0
+        return multiplied if usable else None
 
     def bias(self, expert: int, part: int) -> np.ndarray:
-        """``[N]`` floats."""
+        """float32 ``[N]``.
+
+        Raises:
+          CheckpointError: one is not finite.
+        """
         info = self._info(self._bias_suffix, expert, part)
         if not self.fused:
-            return read_rows(info)
-        return self._split(read_rows(info, expert, expert + 1)[0], part)
+            return read_floats(info)
+        return self._split(read_floats(info, expert, expert + 1)[0], part)
 
     def check(self) -> None:
         """Checks the dtype and shape of every tensor, from the headers alone.
@@ -156,7 +167,7 @@ class Stored:
         self._check(self.format.payload, ("U8",), payload_shape)
         self._check(self.format.block_scale, scale_dtypes, (rows, contraction // block))
         if self.has_bias:
-            self._check(self._bias_suffix, _FLOATS, (rows,))
+            self._check(self._bias_suffix, FLOATS, (rows,))
         for suffix in (self.format.global_scale, self.format.input_scale):
             if suffix is not None:
                 self._check_scalar(suffix, required=suffix == self.format.global_scale)
@@ -213,8 +224,7 @@ class Stored:
             # Fused: a scale for each expert, or for each expert and part.
             values = values.reshape(self.num_experts, -1)[expert]
             values = values[part : part + 1] if values.size > 1 else values
-        with np.errstate(divide="ignore"):
-            return np.float32(1) / values[0] if self.format.divides else values[0]
+        return values[0]
 
     def _check(self, suffix: str, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> None:
         if self.fused:
@@ -238,9 +248,9 @@ class Stored:
             if not required and self._name(suffix, expert, part) not in self.files.names():
                 continue
             info = self._info(suffix, expert, part)
-            if info.dtype not in _FLOATS or math.prod(info.shape) not in sizes:
+            if info.dtype not in FLOATS or math.prod(info.shape) not in sizes:
                 count = " or ".join(map(str, sorted(sizes)))
-                raise CheckpointError(f"{info}: found {info.summary}, expected {'/'.join(_FLOATS)} of {count} value(s)")
+                raise CheckpointError(f"{info}: found {info.summary}, expected {'/'.join(FLOATS)} of {count} value(s)")
 
     def _mx_exponents(self, expert: int, part: int) -> tuple[np.ndarray, int]:
         """Exponents of 2 ``[N, C/32]`` and the base to take from them, so that e4m3 has the difference exactly.
@@ -265,6 +275,19 @@ class Stored:
             )
         base = max(high - 8, -126)  # the global scale stays a normal float32: XLA flushes subnormal ones to zero
         return np.clip(exponent, base - 9, base + 8), base
+
+
+def check_block_scale(scale: np.ndarray, where: str) -> None:
+    """Refuses e4m3 block scales that are NaN or negative.
+
+    NVFP4's scales are unsigned: arithmetic that multiplies them sees a sign, Blackwell's tensor cores do not.
+    """
+    codes = scale.view(np.uint8)
+    bad = (codes > 0x7E) & (codes != 0x80)  # of the codes with a sign, only -0 is a number that both read alike
+    if bad.any():
+        raise CheckpointError(
+            f"{where}: found a block scale of {scale[bad][0]}, expected numbers that are not negative"
+        )
 
 
 def find(
@@ -314,11 +337,11 @@ def find(
     raise CheckpointError(f"{example}: found {example.summary}, expected the experts of {block} in NVFP4 or MXFP4")
 
 
-def find_linear(files: Files, name: str) -> Stored | None:
-    """A single 4-bit linear layer outside the experts, of whatever shape it has; None if it is not 4-bit.
+def find_linear(files: Files, name: str) -> Stored:
+    """A single 4-bit linear layer outside the experts, of whatever shape it has.
 
     Raises:
-      CheckpointError: as :func:`find`.
+      CheckpointError: it is not in a known 4-bit format, or its tensors do not have the format's dtypes and shapes.
     """
     present = {tensor for tensor in files.names() if tensor.startswith(f"{name}.")}
     parent, _, projection = name.rpartition(".")
@@ -327,7 +350,7 @@ def find_linear(files: Files, name: str) -> Stored | None:
         if _is_recognised(format, (projection,), module, present, expert=""):
             payload = files.info(f"{name}.{format.payload}")
             num_rows, half = payload.shape if len(payload.shape) == 2 else (0, 0)
-            stored = Stored(
+            linear = Stored(
                 files=files,
                 format=format,
                 module=module,
@@ -340,10 +363,12 @@ def find_linear(files: Files, name: str) -> Stored | None:
                 interleaved=False,
                 has_bias=False,
             )
-            stored.check()
-            _check_explained(files, present - stored.expected_names(), format)
-            return stored
-    return None
+            linear.check()
+            return linear
+    if not present:
+        raise CheckpointError(f"{files.directory}: {name}: found no such tensor, expected a linear layer's weight")
+    example = files.info(min(present))
+    raise CheckpointError(f"{example}: found {example.summary}, expected {name} in bfloat16, FP8, NVFP4 or MXFP4")
 
 
 def _check_explained(files: Files, unexplained: Set[str], format: Format) -> None:
