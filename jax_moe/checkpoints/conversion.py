@@ -222,6 +222,7 @@ def open_experts(model: published.Model, number: int) -> "published.ExpertLayer 
         info = model.files.info(prefix + name)
         if info.shape != leaf.shape or info.numpy_dtype != leaf.dtype:
             raise CheckpointError(f"{info}: found {info.summary}, expected {leaf.dtype} {list(leaf.shape)}")
+    published.refuse_online_transforms(model, number)  # the configuration came along
     return ConvertedLayer(model.files, model.block(number), expected, published.sizes(model))
 
 

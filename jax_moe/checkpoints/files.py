@@ -192,6 +192,7 @@ class Files:
         if not self.directory.is_dir():
             raise CheckpointError(f"{self.directory}: found no directory, expected one with a checkpoint")
         self._headers: dict[Path, tuple[dict[str, TensorInfo], dict[str, str]]] = {}
+        self._json: dict[str, dict[str, Any] | None] = {}
         index = self.directory / "model.safetensors.index.json"
         self._shard_of = self._read_index(index) if index.exists() else self._read_all_headers()
 
@@ -216,6 +217,17 @@ class Files:
     def metadata(self, name: str) -> dict[str, str]:
         """The metadata of the file that holds a tensor; errors as :meth:`info`."""
         return self._header(self.info(name).file)[1]
+
+    def json(self, name: str) -> dict[str, Any] | None:
+        """The JSON object in the file ``name`` of the directory, or None if there is no such file.
+
+        Raises:
+          CheckpointError: the file holds something else.
+        """
+        if name not in self._json:
+            path = self.directory / name
+            self._json[name] = read_json(path) if path.exists() else None
+        return self._json[name]
 
     def _header(self, shard: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         if shard not in self._headers:

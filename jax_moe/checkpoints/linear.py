@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from jax_moe import nvfp4
-from jax_moe.checkpoints import stored
+from jax_moe.checkpoints import quantization, stored
 from jax_moe.checkpoints.files import CheckpointError, Files, FLOATS, read_floats, read_rows, TensorInfo
 
 _FP8_SCALES = ("weight_scale", "weight_scale_inv", "scale")
@@ -46,8 +46,9 @@ def read_linear(files: Files, module: str) -> Linear:
 
     Raises:
       CheckpointError: there is no such layer, it is in another format, has a tensor that its format does not explain,
-        or a weight, scale or bias that is not finite.
+        or a weight, scale or bias that is not finite; or its activations would have to be transformed.
     """
+    quantization.refuse_online_transforms(files, [module])
     present = {name for name in files.names() if name.startswith(f"{module}.")}
     weight = files.info(f"{module}.weight") if f"{module}.weight" in present else None
     if weight is None or weight.dtype in ("U8", "I8"):

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jax_moe import parallel
-from jax_moe.checkpoints import conversion, leaves, linear, router
+from jax_moe.checkpoints import conversion, leaves, linear, quantization, router
 from jax_moe.checkpoints.files import Files, read_rows
 from jax_moe.checkpoints.layer import open_model
 from jax_moe.checkpoints.router import Router, SharedExpert
@@ -65,7 +65,10 @@ def load_router(directory: Directory, layer: int) -> Router:
     Raises:
       CheckpointError, TypeError: as :func:`load_experts`.
     """
-    return router.open_router(open_model(Path(directory)), layer)
+    model = open_model(Path(directory))
+    block = model.block(layer)
+    quantization.refuse_online_transforms(model.files, [f"{block}.{model.family.router}"], [block])
+    return router.open_router(model, layer)
 
 
 def load_shared_expert(directory: Directory, layer: int) -> SharedExpert | None:

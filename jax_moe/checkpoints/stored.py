@@ -366,7 +366,7 @@ def find_linear(files: Files, name: str) -> Stored:
             linear.check()
             return linear
     if not present:
-        raise CheckpointError(f"{files.directory}: {name}: found no such tensor, expected a linear layer's weight")
+        raise CheckpointError(f"{files.directory}: {name}.weight: found no such tensor, expected a linear layer")
     example = files.info(min(present))
     raise CheckpointError(f"{example}: found {example.summary}, expected {name} in bfloat16, FP8, NVFP4 or MXFP4")
 
