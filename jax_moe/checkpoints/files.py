@@ -6,7 +6,7 @@ order, without holes. The library's own numpy and flax readers refuse ``F8_E4M3`
 a header is checked against the file's size before anything is mapped.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import dataclasses
 import json
 import math
@@ -20,6 +20,8 @@ import numpy as np
 
 MAX_JSON_BYTES = 64 * 2**20
 """Largest header or index file that is parsed. The largest published ones are below 30 MiB."""
+
+_PIECE = 2**24  # bytes that are read at a time
 
 TEMPORARY_SUFFIX = ".tmp"
 """Of a file that is being written; one found later was left by a process that died."""
@@ -145,6 +147,21 @@ def read_floats(info: TensorInfo, start: int = 0, stop: int | None = None) -> np
     if not np.isfinite(values).all():
         raise CheckpointError(f"{info}: found {values[~np.isfinite(values)].flat[0]}, expected finite numbers")
     return values
+
+
+def read_bytes(info: TensorInfo) -> Iterator[bytes]:
+    """A tensor's bytes, in pieces.
+
+    Raises:
+      CheckpointError: the file has changed since its header was read.
+    """
+    try:
+        with open(info.file, "rb") as file:
+            file.seek(info.offset)
+            for start in range(0, info.nbytes, _PIECE):
+                yield file.read(min(_PIECE, info.nbytes - start))
+    except OSError as error:
+        raise CheckpointError(f"{info}: found a file that no longer holds the tensor ({error})") from error
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:

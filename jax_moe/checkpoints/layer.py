@@ -11,7 +11,8 @@ import ml_dtypes
 import numpy as np
 
 from jax_moe import nvfp4
-from jax_moe.checkpoints import quantization, stored
+from jax_moe.checkpoints import dense, quantization, stored
+from jax_moe.checkpoints.dense import Dense
 from jax_moe.checkpoints.families import Config, Family, family_of, NUM_EXPERTS, ROOTS, size
 from jax_moe.checkpoints.files import CheckpointError, Files, read_json
 from jax_moe.checkpoints.leaves import Leaf
@@ -100,8 +101,8 @@ class ExpertLayer:
 
     layer: int
     sizes: Sizes
-    gate_up: Stored
-    down: Stored
+    gate_up: Stored | Dense
+    down: Stored | Dense
     uses_input_scales: bool
 
     @property
@@ -110,7 +111,7 @@ class ExpertLayer:
 
     @property
     def format(self) -> str:
-        return self.gate_up.format.name
+        return self.gate_up.format_name
 
     @property
     def layout(self) -> str:
@@ -152,14 +153,20 @@ class ExpertLayer:
         return np.asarray(max(known_gate_up)), np.asarray(filled, np.float32)
 
 
-def open_experts(model: Model, layer: int) -> ExpertLayer:
-    """Finds the experts of a layer and checks their headers.
+def open_experts(model: Model, layer: int, *, quantize: bool = False) -> ExpertLayer:
+    """Finds the experts of a layer and checks their headers; ``quantize``: also those that do not have 4 bits.
 
     Raises:
       CheckpointError: see :func:`jax_moe.load_experts`.
     """
     block, shape = model.block(layer), sizes(model)
-    gate_up, down = stored.find(model.files, block, model.family, shape.num_experts, shape.hidden, shape.intermediate)
+    where = (model.files, block, model.family, shape.num_experts, shape.hidden, shape.intermediate)
+    try:
+        gate_up, down = stored.find(*where)
+    except stored.OtherFormatError:
+        if not quantize:
+            raise
+        gate_up, down = dense.find(*where)
     refuse_online_transforms(model, layer)
     # W4A8: the weights are NVFP4 but the input scales are those of FP8 activations.
     uses_input_scales = not any("FP8" in name for name in quantization.algorithms(model.files, f"{block}.experts"))
@@ -197,7 +204,7 @@ def refuse_online_transforms(model: Model, layer: int) -> None:
 
 
 def _projection(
-    stored: Stored, experts: range, name: str, *, stacked: bool, input_scale: np.ndarray | None
+    stored: Stored | Dense, experts: range, name: str, *, stacked: bool, input_scale: np.ndarray | None
 ) -> Projection:
     """Leaves of a projection; ``stacked``: with an axis for the parts (gate_up)."""
     rows, contraction = stored.num_rows, stored.contraction

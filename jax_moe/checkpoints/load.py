@@ -25,6 +25,7 @@ def load_experts(
     mesh: jax.sharding.Mesh | None = None,
     expert_axis: parallel.Axis = "expert",
     tensor_axis: parallel.Axis = "tensor",
+    quantize: bool = False,
     progress: bool = True,
 ) -> Experts:
     """Loads the experts of one MoE layer of a checkpoint.
@@ -42,6 +43,8 @@ def load_experts(
       mesh: shard over this mesh, as :func:`jax_moe.expert_shardings` says; each process reads only what its own
         devices hold.
       expert_axis, tensor_axis: the mesh axes over E and I.
+      quantize: quantise a layer that the checkpoint keeps in bfloat16 or FP8, as :func:`jax_moe.quantize_experts` would
+        (FP8 is first rounded to bfloat16). Each weight is read three times.
       progress: show a progress bar on a terminal, if it takes longer than a second.
 
     Returns:
@@ -54,7 +57,7 @@ def load_experts(
       TypeError: ``layer`` is not an int, or ``experts`` neither slice nor range.
       ValueError: ``experts`` is not a contiguous part of the layer's experts, or the mesh does not divide E or I.
     """
-    source = conversion.open_experts(open_model(Path(directory)), layer)
+    source = conversion.open_experts(open_model(Path(directory)), layer, quantize=quantize)
     chosen = _chosen(experts, source.num_experts)
     return leaves.to_jax(source.leaves(chosen), mesh, expert_axis, tensor_axis, progress)
 

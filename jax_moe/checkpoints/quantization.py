@@ -14,6 +14,8 @@ from typing import Any
 from jax_moe.checkpoints.families import Config
 from jax_moe.checkpoints.files import brief, CheckpointError, Files
 
+Keys = tuple[str, ...]
+
 CONFIG_FILES = ("config.json", "hf_quant_config.json", "quantize_config.json", "quantization_config.json")
 """Where tools put it: transformers, ModelOpt, GPTQModel and AutoRound."""
 
