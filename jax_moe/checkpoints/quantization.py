@@ -73,7 +73,7 @@ def refuse_online_transforms(files: Files, linears: Iterable[str], containers: I
     """
     linears, containers = list(linears), list(containers)
     for where, section in sections(files).items():
-        for path, key, value in _suspicious(section, [*linears, *containers]):
+        for path, key, value in _suspicious(section, linears, containers):
             reason = _UNDERSTOOD.get(key, _unknown)(value, linears, containers)
             if reason is not None:
                 raise CheckpointError(
@@ -87,17 +87,15 @@ def _suspicious(
 ) -> Iterator[tuple[tuple[str, ...], str, Any]]:
     """Settings that may be about a transform, with the keys that lead to them; what is off is not among them."""
     for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
-        if isinstance(key, str) and re.fullmatch(r"\w+(\.\w+)+", key) and not _is_part(key, modules):
-            continue  # settings of a module that is not loaded here
+        if isinstance(key, str) and re.fullmatch(r"\w+(\.\w+)+", key):
+            around = any(f"{module}.".startswith(f"{key}.") for module in (*linears, *containers))
+            if not around and not key.startswith(tuple(f"{module}." for module in linears)):
+                continue  # settings of a module that is not loaded here
         if isinstance(key, str) and (key in _UNDERSTOOD or _SUSPICIOUS.search(key)):
             if value not in (None, False, 0, "", "none", [], {}):
                 yield path, key, value
         else:
-            yield from _suspicious(value, modules, (*path, str(key)))
-
-
-def _is_part(name: str, modules: list[str]) -> bool:
-    return any(module == name or module.startswith(f"{name}.") or name.startswith(f"{module}.") for module in modules)
+            yield from _suspicious(value, linears, containers, (*path, str(key)))
 
 
 # What each tool's setting leaves to do: a reason to refuse, or None.
