@@ -21,6 +21,8 @@ CONFIG_FILES = ("config.json", "hf_quant_config.json", "quantize_config.json", "
 
 _SECTIONS = ("quantization_config", "compression_config", "quantization")
 
+_DEEPEST = 30  # levels of a configuration: a hostile one could be deeper than Python's stack
+
 # A key of a tool that this module has not heard of. ("transformers_version" is not one of them.)
 _SUSPICIOUS = re.compile(r"rotat|hadamard|transform(?!er)|spinquant|quarot|smooth", re.IGNORECASE)
 
@@ -39,11 +41,13 @@ def sections(files: Files) -> dict[str, Config]:
     return found
 
 
-def _sections(config: Config, where: str, *, whole: bool = False) -> dict[str, Config]:
+def _sections(config: Config, where: str, *, whole: bool = False, depth: int = 0) -> dict[str, Config]:
     found = {where: config} if whole else {}
+    if depth > _DEEPEST:
+        raise CheckpointError(f"{where[:200]}: found objects nested deeper than any tool writes them")
     for key, value in config.items():
         if isinstance(value, dict):  # the text model's part of a configuration may have one of its own
-            found |= _sections(value, f"{where}: {key}", whole=key in _SECTIONS)
+            found |= _sections(value, f"{where}: {key}", whole=key in _SECTIONS, depth=depth + 1)
     return found
 
 
@@ -83,9 +87,11 @@ def refuse_online_transforms(files: Files, linears: Iterable[str], containers: I
 
 
 def _suspicious(
-    node: Any, modules: list[str], path: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], str, Any]]:
+    node: Any, linears: list[str], containers: list[str], path: Keys = ()
+) -> Iterator[tuple[Keys, str, Any]]:
     """Settings that may be about a transform, with the keys that lead to them; what is off is not among them."""
+    if len(path) > _DEEPEST:
+        raise CheckpointError(f"{'.'.join(path[:4])}: found objects nested deeper than any tool writes them")
     for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
         if isinstance(key, str) and re.fullmatch(r"\w+(\.\w+)+", key):
             around = any(f"{module}.".startswith(f"{key}.") for module in (*linears, *containers))

@@ -32,16 +32,17 @@ def checkpoint(directory, section: dict | None = None, **config) -> None:
 
 def refused(directory) -> set[str]:
     """The loaders that refuse, each with an error that names the file and a key."""
-    found = set()
+    errors = {}
     for name, load in LOADERS.items():
         try:
             load(directory)
         except checkpoints.CheckpointError as error:
-            assert str(directory) in str(error)
-            assert ".json: " in str(error)
-            assert len(str(error)) < 1000
-            found.add(name)
-    return found
+            errors[name] = str(error)
+    for text in errors.values():
+        assert str(directory) in text
+        assert ".json: " in text
+        assert len(text) < 1000
+    return set(errors)
 
 
 def transform(targets, ignore=(), location="input") -> dict:
@@ -195,3 +196,12 @@ def test_convert_refuses_what_any_loader_would(tmp_path, targets):
     with pytest.raises(checkpoints.CheckpointError, match="transform_config: found"):
         checkpoints.convert(tmp_path / "in", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_configuration_of_hundreds_of_levels(tmp_path):
+    deep = {"rotation": True}
+    for _ in range(400):
+        deep = {"a": deep}
+    checkpoint(tmp_path, deep)
+    with pytest.raises(checkpoints.CheckpointError, match="nested deeper"):
+        checkpoints.load_experts(tmp_path, 0)
