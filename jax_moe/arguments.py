@@ -7,12 +7,17 @@ import numpy as np
 
 
 def array(name: str, value, dtype, shape) -> tuple[int, ...]:
-    """Checks dtype (None: any) and shape, where a string stands for any size; returns the shape."""
+    """Checks dtype (None: any) and shape; returns the shape.
+
+    A string in ``shape`` stands for any size, and "..." at its start for any leading axes.
+    """
     _is_array(name, value)
     if dtype is not None and value.dtype != dtype:
         raise TypeError(f"{name}: got dtype {value.dtype}, needs {jnp.dtype(dtype)}")
-    matches = len(value.shape) == len(shape) and all(
-        isinstance(want, str) or got == want for got, want in zip(value.shape, shape, strict=True)
+    leading = max(len(value.shape) - len(shape) + 1, 0) if shape[:1] == ("...",) else 0
+    last = shape[1:] if shape[:1] == ("...",) else shape
+    matches = len(value.shape) == leading + len(last) and all(
+        isinstance(want, str) or got == want for got, want in zip(value.shape[leading:], last, strict=True)
     )
     if not matches:
         wanted = ", ".join(map(str, shape))
@@ -52,8 +57,11 @@ def floats(name: str, value, shape) -> tuple[int, ...]:
 
 def in_one_place(name: str, value) -> None:
     """Checks that an array's values are not spread over devices, as far as that is known."""
-    if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer) and not value.is_fully_replicated:
-        raise ValueError(f"{name}: got an array spread over {len(value.devices())} devices, needs it in one place")
+    if not isinstance(value, jax.Array):
+        return
+    sharding = jax.typeof(value).sharding if isinstance(value, jax.core.Tracer) else value.sharding
+    if not sharding.is_fully_replicated:
+        raise ValueError(f"{name}: got an array spread over {sharding.num_devices} devices, needs it in one place")
 
 
 def dtype(name: str, value, allowed) -> jnp.dtype:

@@ -1,8 +1,10 @@
 """Argument checks of the public calls: every mistake is an error while tracing, and names its argument."""
 
 import dataclasses
+import math
 import numbers
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -41,9 +43,14 @@ def check(
     arguments.instance("command_buffer", command_buffer, bool)
     out_dtype = arguments.dtype("out_dtype", out_dtype, plan.OUT_DTYPES)
 
-    tokens, hidden = arguments.array("x", x, jnp.bfloat16, ("T", "H"))
-    _, slots = arguments.array("routing.expert_ids", routing.expert_ids, jnp.int32, (tokens, "K"))
-    arguments.array("routing.weights", routing.weights, jnp.float32, (tokens, slots))
+    *leading, hidden = arguments.array("x", x, jnp.bfloat16, ("...", "H"))
+    *routed, slots = arguments.array("routing.expert_ids", routing.expert_ids, jnp.int32, ("...", "K"))
+    if routed != leading:
+        raise ValueError(
+            f"x, routing.expert_ids: got shapes {tuple(x.shape)} and {tuple(routing.expert_ids.shape)}, need the same "
+            "leading axes: [..., H] and [..., K]"
+        )
+    arguments.array("routing.weights", routing.weights, jnp.float32, (*leading, slots))
     if slots == 0:
         raise ValueError("routing.expert_ids: got K = 0, needs at least one slot per token")
     if not isinstance(expert_offset, int | float | np.number):
@@ -66,7 +73,7 @@ def check(
             needs = f"L = {local_experts}" + (f" after expert_offset = {first}" if first else "")
             raise ValueError(f"num_experts: got {num_experts}, needs at least {needs}")
     return plan.Problem(
-        num_tokens=tokens,
+        num_tokens=math.prod(leading),
         top_k=slots,
         num_experts=local_experts,
         hidden_size=hidden,
@@ -80,6 +87,12 @@ def check(
         command_buffer=command_buffer,
         total_experts=num_experts,
     )
+
+
+def flatten(x: jax.Array, routing: Routing) -> tuple[jax.Array, Routing]:
+    """``[T, H]`` and leaves ``[T, K]`` of arrays that passed :func:`check`: every leading axis is one of tokens."""
+    num_tokens = math.prod(x.shape[:-1])
+    return jax.tree.map(lambda array: array.reshape(num_tokens, array.shape[-1]), (x, routing))
 
 
 def _check_activation(activation: activations.Activation) -> None:
@@ -163,7 +176,8 @@ def _check_prepared(experts: Experts, hidden: int, lead: tuple[int, int]) -> int
             f"experts.down.payload: got {down_blocks} blocks of I, which does not fit gate_up's {gate_up_blocks}"
         )
     for name, projection in (("experts.gate_up", experts.gate_up), ("experts.down", experts.down)):
-        arguments.array(f"{name}.block_scale", projection.block_scale, jnp.float8_e4m3fn, (local_experts, 0))
+        if projection.block_scale is not None:
+            raise ValueError(f"{name}.block_scale: got an array, needs None: {SM_90A!r} has the scales in the payload")
     _check_scalars(experts, lead, gate_up_rows=padded, down_rows=hidden)
     return intermediate
 

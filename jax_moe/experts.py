@@ -23,7 +23,7 @@ class Projection:
 
     Attributes:
       payload: uint8 ``[*lead, N, C/2]``, e2m1 codes packed along C, even index in the low nibble.
-      block_scale: float8_e4m3fn ``[*lead, N, C/16]``.
+      block_scale: float8_e4m3fn ``[*lead, N, C/16]``; None in a prepared layout, whose payload has them inside.
       global_scale: float32 ``[*lead]``, multiplied; gate and up each have their own.
       input_scale: float32, the NVFP4 global scale of this projection's *input* (w4a4): scalar ``[]`` for
         ``gate_up``, ``[E]`` for ``down``; None until :func:`jax_moe.calibrate` or a checkpoint sets it.
@@ -31,7 +31,7 @@ class Projection:
     """
 
     payload: Leaf
-    block_scale: Leaf
+    block_scale: Leaf  # never an empty array: jaxlib 0.11.2 crashes where a sharded one reaches a custom call
     global_scale: Leaf
     input_scale: Leaf = None
     bias: Leaf = None

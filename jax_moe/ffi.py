@@ -7,6 +7,7 @@ XLA.
 
 import ctypes
 import functools
+import math
 import os
 import pathlib
 import sysconfig
@@ -16,6 +17,8 @@ import jax.core
 import jax.export
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+import jax.numpy as jnp
+import numpy as np
 
 from jax_moe import plan
 from jax_moe.experts import CANONICAL
@@ -104,10 +107,10 @@ def export_checks() -> list[jax.export.DisabledSafetyCheck]:
 
 
 GATE_UP_BIAS, DOWN_BIAS = 8, 13
-"""Positions of the optional biases among the operands; an absent one has shape ``(0,)``."""
+"""Positions of the optional biases among the operands."""
 
 fused_moe_p = Primitive("jax_moe_fused_moe")
-"""``out = fused_moe_p.bind(*operands, problem=...)``; operands as ``ffi/decode.h`` lists them."""
+"""``out = fused_moe_p.bind(*operands, problem=...)``: as in ``ffi/decode.h``, but those in ``problem.absent``."""
 
 
 @fused_moe_p.def_impl
@@ -136,20 +139,38 @@ def _lower_cpu(ctx, *operands, problem: plan.Problem):
             f"experts.layout: got {problem.layout!r}, but on a CPU fused_moe needs {CANONICAL!r} weights: those that "
             "jax_moe.prepare was given, or jax_moe.unprepare(experts, hidden_size, intermediate_size)"
         )
+    ctx, operands = _with_absent(ctx, operands, problem)
     return _custom_call(ctx, TARGET, operands, problem.attributes(), plan.cpu_workspaces(problem))
 
 
 def _lower_cuda(ctx, *operands, problem: plan.Problem):
     from jax_moe.kernels import lowering  # here, because a CPU never needs it
 
-    given = [aval.shape != (0,) for aval in ctx.avals_in]
-    call = lowering.cuda_call(problem, biases=(given[GATE_UP_BIAS], given[DOWN_BIAS]))
+    call = lowering.cuda_call(problem, biases=(GATE_UP_BIAS not in problem.absent, DOWN_BIAS not in problem.absent))
     target = TARGET if problem.command_buffer else NO_CAPTURE_TARGET
+    ctx, operands = _with_absent(ctx, operands, problem)
     return _custom_call(ctx, target, operands, problem.attributes() | call.attributes, call.workspaces)
+
+
+def _with_absent(ctx, operands, problem: plan.Problem):
+    """The context and the operands with f32[0] for each absent one, so that every operand has a fixed place.
+
+    They are made here and not by the caller, because an operand may become sharded, even one without elements, and
+    then jaxlib 0.11.2 crashes: that is what an eager ``shard_map`` does with everything that a primitive takes.
+    """
+    avals, operands = list(ctx.avals_in), list(operands)
+    empty = np.zeros((0,), np.float32)
+    for place in problem.absent:
+        avals.insert(place, jax.core.ShapedArray(empty.shape, empty.dtype))
+        operands.insert(place, mlir.ir_constant(empty))
+    return ctx.replace(avals_in=avals), operands
 
 
 def _custom_call(ctx, target, operands, attributes, workspaces):
     """Emits the call; the workspaces become results behind the output, and are dropped here."""
+    (out,) = ctx.avals_out
+    if out.size == 0:  # jaxlib 0.11.2 crashes where an operand without elements is sharded: no call, then
+        return mlir.lower_fun(lambda *_: jnp.zeros(out.shape, out.dtype), multiple_results=False)(ctx, *operands)
     _refuse_partitioning(ctx.module_context.axis_context)
     results = [jax.core.ShapedArray(w.shape, w.dtype) for w in workspaces]
     rule = jax.ffi.ffi_lowering(target)
@@ -162,20 +183,22 @@ def _refuse_partitioning(axis_context) -> None:
     XLA cannot split a custom call: it would gather every operand, the weights included, on every device and
     say nothing. Inside ``shard_map`` over all mesh axes the operands are local and all is well.
     """
-    mesh = getattr(axis_context, "mesh", None)
-    if mesh is None:
-        num_devices = getattr(axis_context, "num_devices", 1)
-    else:
-        automatic = set(mesh.axis_names) - set(axis_context.manual_axes)
-        num_devices = 1
-        for axis in automatic:
-            num_devices *= mesh.shape[axis]
-    if num_devices != 1:
+    count = num_partitions(axis_context)
+    if count != 1:
         raise ValueError(
-            f"fused_moe: this call is spread over {num_devices} devices outside jax.shard_map. XLA cannot split a "
+            f"fused_moe: this call is spread over {count} devices outside jax.shard_map. XLA cannot split a "
             "custom call and would silently gather every operand, the weights included, on each of them. Call "
             "jax_moe.sharded_moe(..., mesh=mesh), or put fused_moe in a jax.shard_map over all the mesh's axes."
         )
+
+
+def num_partitions(axis_context) -> int:
+    """Into how many parts XLA may split what is lowered in this context."""
+    mesh = getattr(axis_context, "mesh", None)
+    if mesh is None:
+        return getattr(axis_context, "num_devices", 1)
+    automatic = set(mesh.axis_names) - set(axis_context.manual_axes)
+    return math.prod(mesh.shape[axis] for axis in automatic)
 
 
 def _refuse_vmap(*_, **__):

@@ -1,5 +1,6 @@
 """``fused_moe``: the op and its operands."""
 
+import dataclasses
 import functools
 import os
 
@@ -33,11 +34,12 @@ def fused_moe(
     ``jax_moe.reference.fused_moe`` is the same function in readable ``jnp``.
 
     Args:
-      x: bfloat16 ``[T, H]`` tokens. T = 0 is fine.
+      x: bfloat16 ``[..., H]`` tokens: T of them over any leading axes, none or T = 0 included.
       experts: the L local experts, ``[L, P, I, H]`` and ``[L, H, I]``; H and I multiples of 16. On a GPU they must
         have gone through :func:`jax_moe.prepare`, and L is at most 512.
-      routing: int32 ``[T, K]`` expert ids and float32 ``[T, K]`` weights. Ids are global: a route whose id is not
-        in ``[expert_offset, expert_offset + L)`` adds nothing, which is how expert parallelism divides the work.
+      routing: int32 ``[..., K]`` expert ids and float32 ``[..., K]`` weights, with the leading axes of x. Ids are
+        global: a route whose id is not in ``[expert_offset, expert_offset + L)`` adds nothing, which is how expert
+        parallelism divides the work.
         A negative or too large id is skipped too, but is a caller's bug: with ``JAX_MOE_DEBUG=1`` in the
         environment while tracing, the program raises when it meets one (and cannot be exported).
       activation: SwiGLU, GeGLU, ReLU2 or SiTU; P = 2 for gated ones, else 1.
@@ -56,7 +58,7 @@ def fused_moe(
       command_buffer: whether XLA may record the call into a command buffer (a CUDA graph); no effect on a CPU.
 
     Returns:
-      ``[T, H]`` of ``out_dtype``. Tokens with no local expert are exact zeros.
+      ``[..., H]`` of ``out_dtype``. Tokens with no local expert are exact zeros.
 
     Raises:
       TypeError, ValueError: an argument has the wrong type, dtype, shape or value; raised while tracing.
@@ -68,10 +70,12 @@ def fused_moe(
     )  # fmt: skip
     if debugging():
         jax.debug.callback(functools.partial(_raise_on_bad_id, num_experts=num_experts), routing.expert_ids)
-    tokens = (x, routing.expert_ids, routing.weights, jnp.asarray(expert_offset, jnp.int32))
+    flat_x, flat = check.flatten(x, routing)
+    tokens = (flat_x, flat.expert_ids, flat.weights, jnp.asarray(expert_offset, jnp.int32))
     weights = (*_operands(experts.gate_up), *_operands(experts.down))
-    operands = _vary_alike(*map(jnp.asarray, tokens + weights))
-    return ffi.fused_moe_p.bind(*operands, problem=problem)
+    absent = tuple(place for place, operand in enumerate(tokens + weights) if operand is None)
+    operands = _vary_alike(*(jnp.asarray(operand) for operand in tokens + weights if operand is not None))
+    return ffi.fused_moe_p.bind(*operands, problem=dataclasses.replace(problem, absent=absent)).reshape(x.shape)
 
 
 def debugging() -> bool:
@@ -81,20 +85,19 @@ def debugging() -> bool:
 
 def _raise_on_bad_id(expert_ids: np.ndarray, num_experts: int | None) -> None:
     bad = (expert_ids < 0) | (num_experts is not None and expert_ids >= num_experts)
-    for token, slot in np.argwhere(bad)[:1]:
+    for *token, slot in np.argwhere(bad)[:1]:
+        where = f"token {', '.join(map(str, token))}, slot {slot}" if token else f"slot {slot}"
         limit = "" if num_experts is None else f" < E = {num_experts}"
         raise ValueError(
-            f"routing.expert_ids: got {expert_ids[token, slot]} for token {token}, slot {slot} ({bad.sum()} such ids), "
+            f"routing.expert_ids: got {expert_ids[*token, slot]} for {where} ({bad.sum()} such ids), "
             f"needs 0 <= id{limit}"
         )
 
 
-def _operands(projection: Projection) -> tuple[jax.Array, ...]:
-    """The five operands of a projection; an absent one is an empty float32 array, as ``ffi/decode.h`` expects."""
-    absent = jnp.zeros((0,), jnp.float32)
-    input_scale = absent if projection.input_scale is None else projection.input_scale
-    bias = absent if projection.bias is None else projection.bias
-    return nvfp4.payload_bytes(projection.payload), projection.block_scale, projection.global_scale, input_scale, bias
+def _operands(projection: Projection) -> tuple[jax.Array | None, ...]:
+    """The five operands of a projection, in the order of ``ffi/decode.h``."""
+    payload = nvfp4.payload_bytes(projection.payload)
+    return payload, projection.block_scale, projection.global_scale, projection.input_scale, projection.bias
 
 
 def _vary_alike(*operands: jax.Array) -> tuple[jax.Array, ...]:

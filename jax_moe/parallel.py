@@ -48,11 +48,12 @@ def sharded_moe(
         used; at least one axis must be.
       expert_axis: shards E; its size must divide E.
       tensor_axis: shards I; I divided by its size must be a multiple of 16.
-      data_axis: shards T; its size must divide T.
+      data_axis: shards the tokens; its size must divide T. Of several leading axes of x it shards those that it shards
+        already, as far as that can be seen, else the first that its size divides, else all of them as one.
       activation, precision, combine, weight_on, out_dtype, command_buffer: as for ``fused_moe``.
 
     Returns:
-      ``[T, H]`` of ``out_dtype``, sharded over ``data_axis``.
+      ``[..., H]`` of ``out_dtype``, sharded over ``data_axis``.
 
     Raises:
       TypeError, ValueError: as ``fused_moe``, or the mesh does not fit.
@@ -79,9 +80,18 @@ def sharded_moe(
     reduced = expert_axes + tensor_axes
     gathered = tuple(axis for axis in data_axes if axis in reduced)
     summed = tuple(axis for axis in reduced if axis not in gathered)
-    tokens = PartitionSpec(data_axes or None, None)
+    shape = x.shape
+    leading = _spread_tokens(x, mesh, data_axes)
+    if leading is None:
+        x, routing = check.flatten(x, routing)
+        leading = (data_axes,)
+    tokens = PartitionSpec(*leading, None)
 
     def local_moe(x, experts: Experts, routing: Routing):
+        local_shape = x.shape
+        if problem.num_tokens == 0:  # XLA gathers nothing of no elements
+            return x.astype(out_dtype)
+        x, routing = check.flatten(x, routing)
         if gathered:
             x, routing = jax.tree.map(lambda a: jax.lax.all_gather(a, gathered, tiled=True), (x, routing))
         offset = jax.lax.axis_index(expert_axes) * experts.down.global_scale.shape[0] if expert_axes else 0
@@ -95,7 +105,7 @@ def sharded_moe(
             y = jax.lax.psum(y, summed)
         if gathered:
             y = jax.lax.psum_scatter(y, gathered, tiled=True)
-        return y.astype(out_dtype)
+        return y.reshape(local_shape).astype(out_dtype)
 
     run = jax.shard_map(local_moe, mesh=mesh, in_specs=(tokens, specs, tokens), out_specs=tokens)
     check_in_place(experts, specs, mesh)
@@ -104,7 +114,8 @@ def sharded_moe(
         x, experts, routing = jax.tree.map(lambda a, spec: jax.reshard(a, NamedSharding(mesh, spec)), *everything)
     if moe.debugging():  # a callback cannot run in a shard_map that runs eagerly
         run = jax.jit(run)
-    return run(x, experts, routing)
+    y = run(x, experts, routing)
+    return y if y.shape == shape else y.reshape(shape)
 
 
 def expert_shardings(
@@ -135,33 +146,49 @@ def partition_specs(
     tensor_axes = _axes_in(mesh, "tensor_axis", tensor_axis)
     if shared := set(expert_axes) & set(tensor_axes):
         raise ValueError(f"expert_axis, tensor_axis: both got {sorted(shared)}, need different mesh axes")
-    e, i = expert_axes or None, tensor_axes or None
     _check_divides(mesh, "expert_axis", expert_axes, "E", experts.down.global_scale.shape[0])
     if experts.layout == CANONICAL:
         intermediate = experts.gate_up.payload.shape[2]
         _check_divides(mesh, "tensor_axis", tensor_axes, "I", intermediate, multiple=nvfp4.BLOCK_SIZE)
+    else:
+        slices = axes_size(mesh, tensor_axes)
+        for tiles in (experts.gate_up.payload.shape[1], experts.down.payload.shape[2]):
+            if tiles % slices:
+                raise ValueError(
+                    f"tensor_axis: {tensor_axes} has {slices} devices, which does not divide I in {tiles} prepared "
+                    "tiles; place canonical experts, then prepare them: that pads each slice of I"
+                )
+    return specs_of(experts, expert_axes, tensor_axes)
+
+
+def specs_of(experts: Experts, expert_axes: tuple[str, ...], tensor_axes: tuple[str, ...]) -> Experts:
+    """The ``PartitionSpec`` of every leaf, whether or not a mesh divides it."""
+    e, i = expert_axes or None, tensor_axes or None
+    if experts.layout == CANONICAL:
         gate_up_spec, down_spec = PartitionSpec(e, None, i, None), PartitionSpec(e, None, i)
-        gate_up_scale_spec, down_scale_spec = gate_up_spec, down_spec
-    else:  # prepared: blocks of I, with their block scales inside
-        for blocks in (experts.gate_up.payload.shape[1], experts.down.payload.shape[2]):
-            _check_divides(mesh, "tensor_axis", tensor_axes, "I in prepared blocks", blocks)
+    else:  # tiles of I, with their block scales inside
         gate_up_spec, down_spec = PartitionSpec(e, i, None, None), PartitionSpec(e, None, i, None)
-        gate_up_scale_spec = down_scale_spec = PartitionSpec(e, None)
     gate_up = Projection(
         payload=gate_up_spec,
-        block_scale=gate_up_scale_spec,
+        block_scale=gate_up_spec,
         global_scale=PartitionSpec(e, None),
         input_scale=PartitionSpec(),
         bias=PartitionSpec(e, None, i),
     )
     down = Projection(
         payload=down_spec,
-        block_scale=down_scale_spec,
+        block_scale=down_spec,
         global_scale=PartitionSpec(e),
         input_scale=PartitionSpec(e),
         bias=PartitionSpec(e, None),
     )
     return Experts(_where_present(gate_up, experts.gate_up), _where_present(down, experts.down), experts.layout)
+
+
+def model_axes(experts: Experts, spec: PartitionSpec) -> tuple[Axis, Axis]:
+    """The mesh axes over E and over I, from the spec of ``experts.gate_up.payload``."""
+    axes = (*spec, None, None, None, None)
+    return axes[0], axes[2 if experts.layout == CANONICAL else 1]
 
 
 def check_in_place(experts: Experts, specs: Experts, mesh: Mesh | AbstractMesh) -> None:
@@ -186,6 +213,23 @@ def check_in_place(experts: Experts, specs: Experts, mesh: Mesh | AbstractMesh) 
         if not fits:
             name = "experts" + jax.tree_util.keystr(path)
             raise ValueError(f"{name}: got sharding {got}, needs {spec}; jax_moe.expert_shardings(...) gives it")
+
+
+def _spread_tokens(
+    x: jax.Array, mesh: Mesh | AbstractMesh, data_axes: tuple[str, ...]
+) -> tuple[tuple[str, ...] | None, ...] | None:
+    """Which of ``data_axes`` shard each leading axis of ``x``; None: all leading axes as one."""
+    leading = x.shape[:-1]
+    sharding = jax.typeof(x).sharding if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
+    if isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == mesh.axis_names:
+        entries = (*sharding.spec, *[None] * len(leading))[: len(leading)]
+        found = [tuple(name for name in axis_names(entry) if name in data_axes) for entry in entries]
+        if sorted(sum(found, ())) == sorted(data_axes):
+            return tuple(names or None for names in found)
+    for place, size in enumerate(leading):
+        if size % axes_size(mesh, data_axes) == 0:
+            return tuple(data_axes or None if axis == place else None for axis in range(len(leading)))
+    return None
 
 
 def _where_present(specs: Projection, projection: Projection) -> Projection:
@@ -220,10 +264,15 @@ def axis_names(axis: Axis) -> tuple[str, ...]:
     return () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
 
 
+def axes_size(mesh: Mesh | AbstractMesh, axes: tuple[str, ...]) -> int:
+    """Over how many devices these axes spread an array."""
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
 def _check_divides(
     mesh: Mesh | AbstractMesh, argument: str, axes: tuple[str, ...], name: str, size: int, multiple: int = 1
 ) -> None:
-    parts = math.prod(mesh.shape[axis] for axis in axes)
+    parts = axes_size(mesh, axes)
     if size % (parts * multiple):
         slices = f"slices that are multiples of {multiple}" if multiple > 1 else "equal slices"
         raise ValueError(f"{argument}: {axes} has {parts} devices, which does not divide {name} = {size} into {slices}")

@@ -3,15 +3,12 @@
 from collections.abc import Iterable
 import dataclasses
 import functools
-import math
 
 import jax
-import jax.core
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
 import numpy as np
 
-from jax_moe import arguments, nvfp4, parallel, stacking
+from jax_moe import arguments, nvfp4, placement, stacking
 from jax_moe.experts import CANONICAL, Experts, Projection, SM_90A
 from jax_moe.kernels.sm90 import layout
 from jax_moe.progress import track
@@ -27,7 +24,8 @@ def prepare(experts: Experts, target: str | None = None, *, progress: bool = Tru
 
     Works where the weights are, one expert at a time: beside the input and the result, memory holds a few copies of
     one expert. On a mesh, weights that are placed as :func:`jax_moe.expert_shardings` says stay so, and each device
-    repacks its own; inside ``jax.jit`` placements are not seen. Every size is padded to whole 128 x 64 blocks here, so
+    repacks its own, with its slice of I padded to whole tiles. Inside ``jax.jit`` a placement over automatic axes is
+    not seen: there, a program for several devices is refused. Every size is padded to whole 128 x 64 blocks here, so
     that the kernels need not branch on it.
 
     Args:
@@ -38,8 +36,8 @@ def prepare(experts: Experts, target: str | None = None, *, progress: bool = Tru
 
     Returns:
       Experts with ``layout=target``: ``payload`` is uint8 ``[E, row_blocks, k_blocks, 4608]`` with the codes *and*
-      block scales of 128 x 64 blocks, ``block_scale`` is empty, ``[E, 0]``, and ``gate_up.bias`` is padded to whole
-      blocks of I. The tiles of I are axis 1 of ``gate_up.payload`` (64 values of I each where there is a gate,
+      block scales of 128 x 64 blocks, ``block_scale`` is None, and ``gate_up.bias`` is padded to whole blocks of I.
+      The tiles of I are axis 1 of ``gate_up.payload`` (64 values of I each where there is a gate,
       128 otherwise) and axis 2 of ``down.payload`` (64 values each): shard over experts, or over these.
 
       A block scale that is NaN makes the *global* scale of its expert and projection NaN, because the prepared
@@ -48,7 +46,7 @@ def prepare(experts: Experts, target: str | None = None, *, progress: bool = Tru
     Raises:
       TypeError: not Experts.
       ValueError: unknown target, no kernels for the default device, or the experts are prepared for another target,
-        of several layers, placed on a mesh in another way, or with slices of I that are not whole tiles.
+        of several layers, or placed on a mesh in another way; traced for several devices outside ``jax.shard_map``.
     """
     arguments.instance("experts", experts, Experts)
     if target is None:
@@ -68,8 +66,9 @@ def prepare(experts: Experts, target: str | None = None, *, progress: bool = Tru
             f"experts.gate_up.payload: got {rank} axes, needs [E, P, I, H/2], the experts of one layer; "
             "jax.vmap(jax_moe.prepare) repacks stacked layers"
         )
-    mesh = _mesh(experts)
-    return _prepare(experts, progress) if mesh is None else _prepare_on(mesh, experts)
+    if placement.find(experts).mesh is not None:
+        return _prepare_in_place(experts)
+    return _prepare(experts, progress)
 
 
 def _prepare(experts: Experts, progress: bool, tensor_axes: tuple[str, ...] = ()) -> Experts:
@@ -92,41 +91,46 @@ def _prepare(experts: Experts, progress: bool, tensor_axes: tuple[str, ...] = ()
     return Experts(gate_up=prepared_gate_up, down=prepared_down, layout=SM_90A)
 
 
-def _mesh(experts: Experts) -> Mesh | AbstractMesh | None:
-    """The mesh over which the experts are spread, if they are and it can be known."""
-    payload = experts.gate_up.payload
-    if isinstance(payload, jax.core.Tracer) or not isinstance(payload, jax.Array):
-        return None
-    sharding = payload.sharding
-    if sharding.is_fully_replicated:
-        return None
-    if not isinstance(sharding, NamedSharding):
-        raise ValueError(f"experts.gate_up.payload: got sharding {sharding}, needs a NamedSharding")
-    return sharding.mesh
+def _prepare_local(where: placement.Placement, experts: Experts) -> Experts:
+    """What one device holds. A slice of I is padded to whole tiles of gate_up and of down alike: they must match."""
+    if where.slices > 1:
+        experts = _pad_intermediate(experts, layout.BLOCK_ROWS // experts.gate_up.payload.shape[1])
+    return _prepare(experts, progress=False, tensor_axes=where.tensor_axes)
 
 
-def _prepare_on(mesh: Mesh | AbstractMesh, experts: Experts) -> Experts:
-    """Each device repacks what it has, and the result is placed like it."""
-    _, projections, intermediate, _ = experts.gate_up.payload.shape
-    expert_axis, _, tensor_axis, _ = (*experts.gate_up.payload.sharding.spec, None, None, None, None)[:4]
-    axes = {"expert_axis": expert_axis, "tensor_axis": tensor_axis}
-    specs = parallel.partition_specs(experts, mesh, **axes)
-    parallel.check_in_place(experts, specs, mesh)
-    tensor_axes = parallel.axis_names(tensor_axis)
-    slices = math.prod(mesh.shape[axis] for axis in tensor_axes)
-    tile = layout.BLOCK_ROWS // projections
-    if slices > 1 and intermediate % (slices * tile):
-        raise ValueError(
-            f"experts.gate_up.payload: got I = {intermediate} in {slices} slices, needs whole tiles of {tile} each; "
-            "or prepare the experts before placing them"
-        )
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), experts)
-    prepared = jax.eval_shape(functools.partial(_prepare, progress=False), shapes)
-    shardings = parallel.expert_shardings(prepared, mesh, **axes)
-    local = functools.partial(_prepare, progress=False, tensor_axes=tensor_axes)
-    out_specs = jax.tree.map(lambda sharding: sharding.spec, shardings)
-    run = jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=out_specs)
-    return jax.jit(run, out_shardings=shardings)(experts)  # without them XLA puts the empty block scales anywhere
+_prepare_in_place = placement.InPlace(
+    "prepare",
+    _prepare_local,
+    lambda where, experts: where.specs(
+        Experts(*(dataclasses.replace(p, block_scale=None) for p in (experts.gate_up, experts.down)), layout=SM_90A)
+    ),
+)
+
+
+def _pad_intermediate(experts: Experts, multiple: int) -> Experts:
+    """Pads I of canonical experts with weights and biases of zero."""
+    gate_up, down = experts.gate_up, experts.down
+    padding = -gate_up.payload.shape[2] % multiple
+
+    def pad(array: jax.Array, count: int) -> jax.Array:
+        widths = [(0, 0)] * array.ndim
+        widths[2] = (0, count)  # I, in every one of these arrays
+        return jnp.pad(array, widths)
+
+    return dataclasses.replace(
+        experts,
+        gate_up=dataclasses.replace(
+            gate_up,
+            payload=pad(nvfp4.payload_bytes(gate_up.payload), padding),
+            block_scale=pad(gate_up.block_scale, padding),
+            bias=None if gate_up.bias is None else pad(gate_up.bias, padding),
+        ),
+        down=dataclasses.replace(
+            down,
+            payload=pad(nvfp4.payload_bytes(down.payload), padding // 2),
+            block_scale=pad(down.block_scale, padding // nvfp4.BLOCK_SIZE),
+        ),
+    )
 
 
 def _default_target() -> str:
@@ -145,25 +149,50 @@ def unprepare(experts: Experts, hidden_size: int, intermediate_size: int) -> Exp
     """The inverse of :func:`prepare`: canonical experts with the same values, bit for bit where no block scale was
     negative, NaN, or zero over nonzero codes.
 
+    On a mesh they stay where they are, as in :func:`prepare`.
+
     Args:
       experts: prepared for sm_90a.
       hidden_size, intermediate_size: H and I without padding.
 
     Raises:
-      TypeError: not Experts.
-      ValueError: the experts are not prepared, or not of these sizes.
+      TypeError: not Experts, or a size is not an int.
+      ValueError: the experts are not prepared, not of these sizes, or placed on a mesh in another way than
+        :func:`jax_moe.expert_shardings` says; traced for several devices outside ``jax.shard_map``.
     """
     arguments.instance("experts", experts, Experts)
     if experts.layout != SM_90A:
         raise ValueError(f"experts.layout: got {experts.layout!r}, needs {SM_90A!r}")
+    hidden_size = arguments.integer("hidden_size", hidden_size)
+    intermediate_size = arguments.integer("intermediate_size", intermediate_size)
+    slices = placement.find(experts).slices
+    _check_sizes(experts, hidden_size, intermediate_size, slices)
+    return _unprepare_in_place(experts, hidden_size, intermediate_size // slices)
+
+
+def _check_sizes(experts: Experts, hidden_size: int, intermediate_size: int, slices: int) -> None:
+    """Raises unless ``prepare`` makes experts of this size of such canonical ones, I in ``slices`` slices."""
+    block, size = layout.BLOCK_K, nvfp4.BLOCK_SIZE
+    blocks = experts.gate_up.payload.shape[2]
+    if -(-hidden_size // block) != blocks or hidden_size % size:
+        least, most = (blocks - 1) * block + size, blocks * block
+        raise ValueError(f"hidden_size: got {hidden_size}, needs a multiple of {size} from {least} to {most}")
+    tile = layout.BLOCK_ROWS // experts.gate_up.global_scale.shape[1]
+    tiles, blocks = experts.gate_up.payload.shape[1] // slices, experts.down.payload.shape[2] // slices
+    # A slice is padded to whole tiles; where I is in one piece, down keeps to its own smaller blocks.
+    unit = tile if slices > 1 else block
+    most = blocks * block
+    least = most - unit + size
+    part = intermediate_size // slices
+    if intermediate_size % (slices * size) or not least <= part <= most or -(-part // tile) != tiles:
+        raise ValueError(
+            f"intermediate_size: got {intermediate_size}, needs a multiple of {slices * size} from {slices * least} to "
+            f"{slices * most}"
+        )
+
+
+def _unprepare_local(where: placement.Placement, experts: Experts, hidden_size: int, intermediate_size: int) -> Experts:
     gate_up, down = experts.gate_up, experts.down
-    for name, size, blocks in (
-        ("hidden_size", hidden_size, gate_up.payload.shape[2]),
-        ("intermediate_size", intermediate_size, down.payload.shape[2]),
-    ):
-        least, most = (blocks - 1) * layout.BLOCK_K + nvfp4.BLOCK_SIZE, blocks * layout.BLOCK_K
-        if not least <= size <= most or size % nvfp4.BLOCK_SIZE:
-            raise ValueError(f"{name}: got {size}, needs a multiple of {nvfp4.BLOCK_SIZE} from {least} to {most}")
     projections = gate_up.global_scale.shape[1]
     codes, scales = jax.lax.map(functools.partial(_unpack_expert, projections=projections), gate_up.payload)
     bias = None if gate_up.bias is None else gate_up.bias[:, :, :intermediate_size]
@@ -182,9 +211,21 @@ def unprepare(experts: Experts, hidden_size: int, intermediate_size: int) -> Exp
     return Experts(gate_up=canonical_gate_up, down=canonical_down, layout=CANONICAL)
 
 
+_unprepare_in_place = placement.InPlace(
+    "unprepare",
+    _unprepare_local,
+    lambda where, experts: where.specs(
+        Experts(
+            *(dataclasses.replace(p, block_scale=p.payload) for p in (experts.gate_up, experts.down)), layout=CANONICAL
+        )
+    ),
+)
+
+
 def _prepare_projection(projection: Projection, gated: bool, indices: Iterable[int], tensor_axes) -> Projection:
     """``projection`` with leaves ``[E, P, N, C/2]`` and ``[E, P, N, C/16]``."""
-    operands = nvfp4.payload_bytes(projection.payload), projection.block_scale
+    payload = placement.refuse_to_gather("prepare", nvfp4.payload_bytes(projection.payload))
+    operands = payload, projection.block_scale
     payload, nan = stacking.map_in_turn(lambda expert: _pack_expert(*expert, gated=gated), operands, indices)
     if tensor_axes:  # the other slices' scales count too
         nan = jax.lax.pmax(nan.astype(jnp.int32), tensor_axes) > 0
@@ -193,7 +234,7 @@ def _prepare_projection(projection: Projection, gated: bool, indices: Iterable[i
     return dataclasses.replace(
         projection,
         payload=payload,
-        block_scale=jnp.zeros((len(payload), 0), jnp.float8_e4m3fn),
+        block_scale=None,
         global_scale=jnp.where(nan, jnp.nan, projection.global_scale),
     )
 

@@ -1,14 +1,13 @@
 """From dense weights to ``Experts``: quantisation, and calibration of the input scales."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from jax_moe import activations, arguments, check, nvfp4, reference, stacking
+from jax_moe import activations, arguments, check, nvfp4, placement, reference, stacking
 from jax_moe.experts import CANONICAL, Experts, Projection
 from jax_moe.progress import track
 from jax_moe.routing import Routing
@@ -69,6 +68,7 @@ def quantize_experts(
 
     for name, array in (("gate", gate), ("up", up), ("down", down)):
         arguments.in_one_place(name, array)
+    down = placement.refuse_to_gather("quantize_experts", down)
 
     parts = (up,) if gate is None else (gate, up)
     biases = (up_bias,) if gate is None else (gate_bias, up_bias)
@@ -111,7 +111,7 @@ def calibrate(
 
     Args:
       experts: canonical layout; all experts of the layer (the scale of x is shared by all of them).
-      x: bfloat16 ``[T, H]``, T >= 1.
+      x: bfloat16 ``[..., H]``, at least one token.
       routing: of these tokens.
       activation, weight_on: as ``fused_moe`` will be called.
 
@@ -128,6 +128,7 @@ def calibrate(
     )  # fmt: skip
     if experts.layout != CANONICAL:
         raise ValueError(f"experts.layout: got {experts.layout!r}, calibration needs {CANONICAL!r}")
+    x, routing = check.flatten(x, routing)
     if x.shape[0] == 0:
         raise ValueError("x: got no tokens, calibration needs at least one")
     x_amax, h_amax = _amaxes(experts, x, routing, activation, weight_on)
@@ -158,12 +159,13 @@ def _check_amaxes(experts: Experts, x_amax: jax.Array, h_amax: jax.Array) -> Non
         raise ValueError("routing: no token reaches an expert and leaves it with anything but zeros")
 
 
-@functools.partial(jax.jit, static_argnames=("activation", "weight_on"))
-def _amaxes(experts, x, routing, activation, weight_on) -> tuple[jax.Array, jax.Array]:
-    """The largest magnitudes of what gate_up reads, ``[]``, and of what each expert's down reads, ``[E]``."""
+def _local_amaxes(where: placement.Placement, experts, x, routing, activation, weight_on):
+    """The largest magnitudes of what gate_up reads, ``[]``, and of what each local expert's down reads, ``[L]``."""
+    num_experts = experts.down.global_scale.shape[0]
+    first = jax.lax.axis_index(where.expert_axes) * num_experts if where.expert_axes else 0
 
     def expert_amax(expert):
-        chosen = routing.expert_ids == expert
+        chosen = routing.expert_ids == expert + first
         if weight_on == "output":
             h = reference.intermediate(x, experts, expert, activation=activation, precision="w4a16")
             return nvfp4.amax(jnp.where(chosen.any(1)[:, None], h, 0))
@@ -177,4 +179,13 @@ def _amaxes(experts, x, routing, activation, weight_on) -> tuple[jax.Array, jax.
     x_amax = nvfp4.amax(x)
     if weight_on == "input":
         x_amax = nvfp4.amax(reference.weighted_input(x[:, None], routing.weights))
-    return x_amax, jax.lax.map(expert_amax, jnp.arange(experts.down.global_scale.shape[0]))
+    h_amax = jax.lax.map(expert_amax, jnp.arange(num_experts))
+    return x_amax, jax.lax.pmax(h_amax, where.tensor_axes) if where.tensor_axes else h_amax
+
+
+_amaxes = placement.InPlace(
+    "calibrate",
+    _local_amaxes,
+    lambda where, experts: (jax.sharding.PartitionSpec(), where.specs(experts).down.global_scale),
+    num_arrays=2,
+)

@@ -8,7 +8,7 @@ weights; the rounding points are those of docs/numerics.md.
 import jax
 import jax.numpy as jnp
 
-from jax_moe import activations, nvfp4
+from jax_moe import activations, check, nvfp4
 from jax_moe.experts import CANONICAL, Experts, Projection
 from jax_moe.routing import Routing
 
@@ -27,7 +27,7 @@ def project(x: jax.Array, weights: Projection, input_scale: jax.Array | float) -
     matrix = nvfp4.dequantize(weights.payload, weights.block_scale)
     products = jnp.dot(x.astype(jnp.float32), matrix.T, precision=jax.lax.Precision.HIGHEST)
     scaled = products * (input_scale * weights.global_scale)
-    return scaled if weights.bias is None else scaled + weights.bias
+    return scaled if weights.bias is None else scaled + weights.bias[None]
 
 
 def intermediate(
@@ -79,6 +79,8 @@ def fused_moe(
         raise ValueError(
             f"experts.layout: got {experts.layout!r}, the reference needs {CANONICAL!r}; see jax_moe.unprepare"
         )
+    shape = x.shape
+    x, routing = check.flatten(x, routing)
     num_experts = experts.down.global_scale.shape[0]
     num_slots = routing.expert_ids.shape[1]
 
@@ -96,7 +98,7 @@ def fused_moe(
         return total, None
 
     total, _ = jax.lax.scan(add_expert, jnp.zeros(x.shape, jnp.float32), jnp.arange(num_experts))
-    return total.astype(out_dtype)
+    return total.reshape(shape).astype(out_dtype)
 
 
 def weighted_input(x: jax.Array, weights: jax.Array) -> jax.Array:

@@ -14,8 +14,8 @@ class Routing:
     """Which experts each token goes to, and with what weight.
 
     Attributes:
-      expert_ids: int32 ``[T, K]``, in ``[0, E)``.
-      weights: float32 ``[T, K]``.
+      expert_ids: int32 ``[..., K]``, in ``[0, E)``; the leading axes are those of the tokens.
+      weights: float32 ``[..., K]``.
     """
 
     expert_ids: jax.Array
@@ -68,20 +68,20 @@ def route(logits: jax.Array, k: int, method: Method = Softmax(), *, bias: jax.Ar
     """Chooses k experts for each token. Ties go to the lower expert id.
 
     Args:
-      logits: ``[T, E]``, any float dtype; everything is computed in float32.
+      logits: ``[..., E]``, any float dtype; everything is computed in float32.
       k: experts per token, ``1 <= k <= E``.
       method: the router's rule.
       bias: float ``[E]``, DeepSeekV3 only: added to the scores for selection, not for the weights.
 
     Returns:
-      Routing with ``[T, k]`` leaves, the best expert first.
+      Routing with ``[..., k]`` leaves, the best expert first.
 
     Raises:
       TypeError, ValueError: an argument does not fit the above.
     """
     if not isinstance(method, Method):
         raise TypeError(f"method: got {method!r}, needs Softmax, Sigmoid, DeepSeekV3 or Llama4")
-    _, num_experts = arguments.floats("logits", logits, ("T", "E"))
+    *_, num_experts = arguments.floats("logits", logits, ("...", "E"))
     k = arguments.integer("k", k)
     if not 1 <= k <= num_experts:
         raise ValueError(f"k: got {k}, needs 1 <= k <= E = {num_experts}")
@@ -111,7 +111,7 @@ def route(logits: jax.Array, k: int, method: Method = Softmax(), *, bias: jax.Ar
 
 
 def _grouped_top_k(scores, k: int, method: DeepSeekV3, bias) -> tuple[jax.Array, jax.Array]:
-    tokens, num_experts = scores.shape
+    *leading, num_experts = scores.shape
     groups, top_groups = method.num_groups, method.top_groups
     if groups < 1 or num_experts % groups:
         raise ValueError(f"method.num_groups: got {groups}, needs a divisor of E = {num_experts}")
@@ -122,12 +122,14 @@ def _grouped_top_k(scores, k: int, method: DeepSeekV3, bias) -> tuple[jax.Array,
             f"enough for k = {k}"
         )
 
-    biased = scores if bias is None else scores + bias.astype(jnp.float32)
-    grouped = biased.reshape(tokens, groups, group_size)
+    biased = scores if bias is None else scores + jnp.broadcast_to(bias.astype(jnp.float32), scores.shape)
+    grouped = biased.reshape(*leading, groups, group_size)
     group_scores = jax.lax.top_k(grouped, min(2, group_size))[0].sum(-1)
-    _, kept = jax.lax.top_k(group_scores, top_groups)
-    is_kept = (kept[:, :, None] == jnp.arange(groups)).any(1)
-    # -inf, not 0: a biased score may itself be negative and must still beat an expert of a dropped group.
-    candidates = jnp.where(is_kept[:, :, None], grouped, -jnp.inf).reshape(tokens, num_experts)
-    _, expert_ids = jax.lax.top_k(candidates, k)
-    return jnp.take_along_axis(scores, expert_ids, axis=1), expert_ids
+    kept = jnp.sort(jax.lax.top_k(group_scores, top_groups)[1])  # ascending, so that ties go to the lower expert
+    # Only the experts of kept groups are candidates. Masking the others with -inf instead would be a false alarm of
+    # jax_debug_infs, and with 0 wrong: a biased score may itself be negative.
+    experts = kept[..., None] * group_size + jax.lax.broadcasted_iota(kept.dtype, (*kept.shape, group_size), kept.ndim)
+    experts = experts.reshape(*leading, top_groups * group_size)
+    _, places = jax.lax.top_k(jnp.take_along_axis(biased, experts, axis=-1), k)
+    expert_ids = jnp.take_along_axis(experts, places, axis=-1)
+    return jnp.take_along_axis(scores, expert_ids, axis=-1), expert_ids

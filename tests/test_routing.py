@@ -125,6 +125,18 @@ def test_no_tokens(method):
     assert routing.expert_ids.shape == routing.weights.shape == (0, 2)
 
 
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("leading", [(), (2, 3), (2, 1, 3), (2, 0)], ids=str)
+def test_any_leading_axes(method, leading):
+    """Tokens are routed one by one, however they are arranged."""
+    bias = jnp.linspace(-1, 1, 8) if isinstance(method, DeepSeekV3) else None
+    logits = jnp.asarray(np.random.default_rng(3).normal(size=(*leading, 8)), jnp.float32)
+    routing = jax_moe.route(logits, 3, method, bias=bias)
+    flat = jax_moe.route(logits.reshape(-1, 8), 3, method, bias=bias)
+    np.testing.assert_array_equal(routing.expert_ids, flat.expert_ids.reshape(*leading, 3))
+    np.testing.assert_array_equal(routing.weights, flat.weights.reshape(*leading, 3))
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_narrow_logits_are_computed_in_float32(dtype):
     logits = jnp.asarray(np.random.default_rng(1).integers(-30, 30, (5, 8)) / 8, dtype)
@@ -155,7 +167,7 @@ def test_routes_under_jit_and_scan():
         ({"k": 2.0}, TypeError, "k: got 2.0"),
         ({"k": "2"}, TypeError, "k: got"),
         ({"logits": jnp.zeros((2, 8), jnp.int32)}, TypeError, "logits: got dtype int32, needs floats"),
-        ({"logits": jnp.zeros(8)}, ValueError, r"logits: got shape \(8,\), needs \[T, E\]"),
+        ({"logits": jnp.float32(0)}, ValueError, r"logits: got shape \(\), needs \[..., E\]"),
         ({"logits": [[0.0] * 8]}, TypeError, "logits: got list"),
         ({"method": "softmax"}, TypeError, "method: got 'softmax'"),
         ({"method": Softmax}, TypeError, "method: got"),

@@ -23,23 +23,41 @@ COMPILE_ONLY = bool(os.environ.get("JAX_MOE_COMPILE_ONLY"))
 """Fill the kernel cache where there is a compiler and no GPU, for a machine of which the opposite is true."""
 
 
-def jit(function, compiler_options):
+def jit(function, compiler_options, **options):
     """``jax.jit``; with COMPILE_ONLY a call lowers for a GPU, which compiles the kernels, and skips the test."""
-    jitted = jax.jit(function, compiler_options=dict(compiler_options))
+    jitted = jax.jit(function, compiler_options=dict(compiler_options), **options)
     if not COMPILE_ONLY:
         return jitted
 
     def compile_and_skip(*arguments):
-        jitted.trace(*arguments).lower(lowering_platforms=("cuda",))
+        lower(jitted, *arguments)
         pytest.skip("JAX_MOE_COMPILE_ONLY: compiled, not run")
 
     return compile_and_skip
 
 
-def require_two_gpus() -> None:
-    """Skips the test unless this process sees two GPUs."""
-    if sum(device.platform == "gpu" for device in jax.devices()) < 2:
-        pytest.skip("needs two GPUs")
+def lower(jitted, *arguments) -> None:
+    """Lowers a jitted function for a GPU, wherever this is; that compiles its kernels."""
+    jitted.trace(*arguments).lower(lowering_platforms=("cuda",))
+
+
+def eager(function):
+    """The function itself; with COMPILE_ONLY as :func:`jit`."""
+    return jit(function, {}) if COMPILE_ONLY else function
+
+
+def devices(count: int) -> list[jax.Device]:
+    """The first GPUs, or skips the test; with COMPILE_ONLY the first devices of any kind."""
+    found = [device for device in jax.devices() if COMPILE_ONLY or device.platform == "gpu"]
+    if len(found) < count:
+        pytest.skip(f"needs {count} GPUs")
+    return found[:count]
+
+
+def require_gpu() -> None:
+    """Skips the rest of a test that has nothing to compile."""
+    if COMPILE_ONLY:
+        pytest.skip("JAX_MOE_COMPILE_ONLY: nothing to compile")
 
 
 @functools.cache

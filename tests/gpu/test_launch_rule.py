@@ -218,7 +218,7 @@ def test_two_threads(build_folder):
 
 
 def test_two_devices_in_one_process(build_folder):
-    calls.require_two_gpus()
+    calls.devices(2)
     steps = _steps(build_folder)
     call = jax.jit(lambda x: calls.call(x, steps)[0], compiler_options=_CAPTURE)
     for i in range(6):

@@ -228,7 +228,7 @@ def test_two_devices_at_once(poison, combine):
     op, prepared_cases, failures = _op(**cases[0].options), [_prepared(case) for case in cases], []
     if calls.COMPILE_ONLY:
         op(prepared_cases[0].x, prepared_cases[0].experts, prepared_cases[0].routing)
-    calls.require_two_gpus()
+    calls.devices(2)
 
     def work(number):
         case, prepared, device = cases[number], prepared_cases[number], jax.devices()[number]

@@ -1,0 +1,194 @@
+"""``sharded_moe`` on a mesh of real GPUs: the bits of one GPU where sums are exact, else its definition.
+
+A program that is sharded over GPUs is compiled and captured like no other, so nothing here follows from the tests of
+one GPU or of virtual devices. Every call runs on poisoned memory; the first one is eager, the next captured.
+"""
+
+import dataclasses
+import functools
+
+import calls
+import helpers
+import jax
+import jax.export
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+import numpy as np
+import pytest
+
+import jax_moe
+from jax_moe import kernels
+
+_CAPTURE = {"xla_gpu_graph_min_graph_size": 1}
+
+# Number of GPUs, mesh axes, and the names of axes that are not the default.
+_MESHES = {
+    "2: experts": (2, {"expert": 2}, {}),
+    "2: tensor": (2, {"tensor": 2}, {}),
+    "2: tokens": (2, {"data": 2}, {}),
+    "2: experts, tokens over them": (2, {"expert": 2}, {"data_axis": "expert"}),
+    "2: tensor, tokens over it": (2, {"tensor": 2}, {"data_axis": "tensor"}),
+    "4: experts": (4, {"expert": 4}, {}),
+    "4: tensor": (4, {"tensor": 4}, {}),
+    "4: both": (4, {"expert": 2, "tensor": 2}, {}),
+    "4: tokens and experts": (4, {"data": 2, "expert": 2}, {}),
+    "4: both, tokens over them": (4, {"expert": 2, "tensor": 2}, {"data_axis": ("expert", "tensor")}),
+}
+_TWO = ["2: experts", "2: tensor", "2: experts, tokens over them"]
+_MODES = [("w4a16", "atomic"), ("w4a16", "ordered"), ("w4a4", "atomic"), ("w4a4", "ordered")]
+
+
+def _mesh(name: str, axis_type=AxisType.Auto):
+    """The mesh of that name, and the options of ``sharded_moe`` that it needs."""
+    count, axes, names = _MESHES[name]
+    devices = calls.devices(count)
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(axis_type,) * len(axes), devices=devices), names
+
+
+def _place(case: helpers.Case, mesh, names) -> helpers.Case:
+    """Experts placed in canonical form and prepared there, tokens and routing spread over the data axis."""
+    placed = jax.device_put(case.experts, jax_moe.expert_shardings(case.experts, mesh))
+    experts = jax_moe.prepare(placed, "sm_90a")
+    data = names.get("data_axis", "data" if "data" in mesh.axis_names else None)
+    x, routing = jax.device_put((case.x, case.routing), NamedSharding(mesh, P(data, None)))
+    return dataclasses.replace(case, x=x, routing=routing, experts=experts)
+
+
+def _on_one_gpu(case: helpers.Case) -> np.ndarray:
+    """To be asked for before the sharded call: where nothing can run, that one skips the test."""
+    experts = jax_moe.prepare(case.experts, "sm_90a", progress=False)
+    run = jax.jit(functools.partial(jax_moe.fused_moe, **case.options))
+    if calls.COMPILE_ONLY:
+        calls.lower(run, case.x, experts, case.routing)
+        return np.zeros(())
+    return np.asarray(run(case.x, experts, case.routing))
+
+
+def _call(run, placed: helpers.Case, poison, times: int = 3) -> np.ndarray:
+    for _ in range(times):
+        poison(0.25)
+        y = run(placed.x, placed.experts, placed.routing)
+    return np.asarray(y)
+
+
+def _same_bits(got, expected) -> None:
+    helpers.assert_bit_equal(got + np.float32(0), expected + np.float32(0))  # zeros may differ in sign
+
+
+@pytest.mark.parametrize(("precision", "combine"), _MODES)
+@pytest.mark.parametrize("name", _MESHES)
+def test_exact_sums_have_the_bits_of_one_gpu(poison, name, precision, combine):
+    """And each device's call is captured, with its zeroing on a branch where it adds."""
+    mesh, names = _mesh(name)
+    case = helpers.make_exact_case(1, tokens=64, precision=precision, combine=combine, out_dtype=jnp.float32)
+    placed = _place(case, mesh, names)
+    run = calls.jit(functools.partial(jax_moe.sharded_moe, mesh=mesh, **names, **case.options), _CAPTURE)
+    expected = _on_one_gpu(case)
+    before = kernels.counters()
+    got = _call(run, placed, poison)
+    after = kernels.counters()
+    _same_bits(got, expected)
+    captured = after.captured - before.captured
+    assert captured >= mesh.size
+    assert after.forked - before.forked == (captured if combine == "atomic" else 0)
+
+
+@pytest.mark.parametrize("name", _MESHES)
+@pytest.mark.parametrize(("precision", "combine"), _MODES)
+def test_random_cases_match_the_definition(poison, name, precision, combine):
+    """The bound is that of one device: sums in float32 in any order, rounded once, which holds for sums of sums too."""
+    mesh, names = _mesh(name)
+    case = helpers.make_case(2, tokens=48, hidden=256, intermediate=256, num_experts=16, top_k=4, bias=True,
+                             precision=precision, combine=combine)  # fmt: skip
+    options = {k: v for k, v in case.options.items() if k != "expert_offset"}
+    run = calls.jit(functools.partial(jax_moe.sharded_moe, mesh=mesh, **names, **options), _CAPTURE)
+    helpers.assert_matches(_call(run, _place(case, mesh, names), poison), case)
+
+
+@pytest.mark.parametrize("activation", [jax_moe.SwiGLU(), jax_moe.ReLU2()], ids=str)
+@pytest.mark.parametrize("intermediate", [704, 1856])
+@pytest.mark.parametrize("name", ["2: tensor", "4: tensor", "4: both"])
+def test_slices_that_are_no_whole_tiles(poison, name, intermediate, activation):
+    """Gemma-4-26B and Nemotron-3-Nano under tensor parallelism: each slice is padded where it is."""
+    mesh, names = _mesh(name)
+    case = helpers.make_case(3, tokens=33, hidden=128, intermediate=intermediate, activation=activation, bias=True)
+    run = calls.jit(functools.partial(jax_moe.sharded_moe, mesh=mesh, activation=activation), _CAPTURE)
+    helpers.assert_matches(_call(run, _place(case, mesh, names), poison), case)
+
+
+@pytest.mark.parametrize("way", ["set_mesh", "explicit", "in_shardings", "eager"])
+@pytest.mark.parametrize("name", _TWO)
+def test_ways_to_call_it(poison, name, way):
+    mesh, names = _mesh(name, AxisType.Explicit if way == "explicit" else AxisType.Auto)
+    case = helpers.make_exact_case(4, tokens=32, out_dtype=jnp.float32)
+    placed = _place(case, mesh, names)
+    options, expected = names | case.options, _on_one_gpu(case)
+    if way == "in_shardings":
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, (placed.x, placed.experts, placed.routing))
+        function = functools.partial(jax_moe.sharded_moe, mesh=mesh, **options)
+        run = calls.jit(function, _CAPTURE, in_shardings=shardings)
+        got = _call(run, placed, poison)
+    elif way == "eager":
+        got = _call(calls.eager(functools.partial(jax_moe.sharded_moe, mesh=mesh, **options)), placed, poison)
+    else:
+        with jax.set_mesh(mesh):
+            got = _call(calls.jit(functools.partial(jax_moe.sharded_moe, **options), _CAPTURE), placed, poison)
+    _same_bits(got, expected)
+
+
+@pytest.mark.parametrize("name", ["2: experts", "4: both"])
+def test_stacked_layers_in_a_scan(poison, name):
+    mesh, names = _mesh(name)
+    cases = [helpers.make_exact_case(seed, tokens=32, out_dtype=jnp.float32) for seed in (5, 6, 7)]
+    placed = [_place(case, mesh, names) for case in cases]
+    x = placed[0].x
+    stack = lambda *leaves: jnp.stack(leaves)  # noqa: E731
+    experts, routing = (jax.tree.map(stack, *[getattr(p, part) for p in placed]) for part in ("experts", "routing"))
+
+    def layers_of(x, experts, routing):
+        def layer(total, weights):
+            return total + jax_moe.sharded_moe(x, *weights, mesh=mesh, **cases[0].options), None
+
+        return jax.lax.scan(layer, jnp.zeros(x.shape, jnp.float32), (experts, routing))[0]
+
+    stacked = dataclasses.replace(placed[0], x=x, experts=experts, routing=routing)
+    expected = sum(_on_one_gpu(dataclasses.replace(case, x=cases[0].x)) for case in cases)
+    _same_bits(_call(calls.jit(layers_of, _CAPTURE), stacked, poison), expected)
+
+
+@pytest.mark.parametrize("name", _TWO)
+def test_exported_and_loaded_again(poison, name):
+    mesh, names = _mesh(name)
+    case = helpers.make_exact_case(8, tokens=32, out_dtype=jnp.float32)
+    placed = _place(case, mesh, names)
+    run = calls.jit(functools.partial(jax_moe.sharded_moe, mesh=mesh, **names, **case.options), {})
+    expected = _on_one_gpu(case)
+    _call(run, placed, poison, times=1)
+    exported = jax.export.export(run, disabled_checks=jax_moe.export_checks())(placed.x, placed.experts, placed.routing)
+    again = jax.export.deserialize(exported.serialize())
+    _same_bits(_call(jax.jit(again.call, compiler_options=_CAPTURE), placed, poison), expected)
+
+
+@pytest.mark.parametrize("name", _TWO)
+def test_no_tokens(poison, name):
+    mesh, names = _mesh(name)
+    placed = _place(helpers.make_case(9, tokens=0, num_experts=8, intermediate=64), mesh, names)
+    run = calls.jit(functools.partial(jax_moe.sharded_moe, mesh=mesh, **names), _CAPTURE)
+    assert _call(run, placed, poison).shape == (0, 48)
+
+
+@pytest.mark.parametrize("name", ["2: experts", "2: tensor", "4: both"])
+def test_other_verbs_on_the_mesh(name):
+    """``prepare``, ``unprepare`` and ``calibrate`` where the experts are: what they give in one place."""
+    calls.require_gpu()
+    mesh, _ = _mesh(name)
+    case = helpers.make_case(10, tokens=24, hidden=96, intermediate=160, num_experts=8)
+    experts = helpers.without_input_scales(case.experts)
+    placed = jax.device_put(experts, jax_moe.expert_shardings(experts, mesh))
+    again = jax_moe.unprepare(jax_moe.prepare(placed, "sm_90a"), 96, 160)
+    jax.tree.map(helpers.assert_bit_equal, again, experts)
+    got = jax_moe.calibrate(placed, case.x, case.routing)
+    expected = jax_moe.calibrate(experts, case.x, case.routing)
+    for projection in ("gate_up", "down"):
+        scales = [np.asarray(getattr(e, projection).input_scale) for e in (got, expected)]
+        np.testing.assert_allclose(*scales, rtol=1e-4)  # the order of sums depends on the shapes
