@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
 
 from jax_moe import activations, arguments, routing
@@ -76,11 +77,17 @@ class SharedExpert:
         _, intermediate, hidden = arguments.floats("SharedExpert.gate_up", self.gate_up, (num_parts, "I", "H"))
         arguments.floats("SharedExpert.down", self.down, (hidden, intermediate))
         arguments.floats("x", x, ("...", hidden))
+        out_sharding = None
+        if AxisType.Explicit in (mesh := jax.typeof(self.down).sharding.mesh).axis_types:
+            # The sum over I goes to where x is. What shares the devices of I is gathered from them first.
+            spread, tokens = jax.typeof(self.down).sharding.spec[1], jax.typeof(x).sharding.spec
+            out_sharding = NamedSharding(mesh, tokens)
+            x = jax.reshard(x, NamedSharding(mesh, PartitionSpec(*(None if a == spread else a for a in tokens))))
         parts = jnp.einsum(
             "...h,pih->p...i", x.astype(self.gate_up.dtype), self.gate_up, preferred_element_type=jnp.float32
         )
         h = activation(*parts).astype(self.down.dtype)
-        return jnp.einsum("...i,hi->...h", h, self.down, preferred_element_type=jnp.float32)
+        return jnp.einsum("...i,hi->...h", h, self.down, preferred_element_type=jnp.float32, out_sharding=out_sharding)
 
 
 def open_router(model: Model, layer: int) -> Router:

@@ -7,6 +7,7 @@ from typing import Any
 
 from flax import nnx
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -89,8 +90,8 @@ class MoE(nnx.Module):
           shared_expert: a :class:`jax_moe.checkpoints.SharedExpert` with weights ``[P, I', H]`` and ``[H, I']``, I' its
             own; or None.
           activation, precision, combine, weight_on, command_buffer: as for :func:`jax_moe.fused_moe`.
-          mesh: run over this mesh. None is the mesh that the experts are placed on when the module is called, or else
-            the one that ``jax.set_mesh`` has set; without either, one device.
+          mesh: run over this mesh. None is the mesh that the experts, or else ``x``, are placed on when the module is
+            called, or in ``jax.jit`` the one that ``jax.set_mesh`` has set; without any, one device.
           expert_axis, tensor_axis, data_axis: as for :func:`jax_moe.sharded_moe`.
 
         Raises:
@@ -168,23 +169,26 @@ class MoE(nnx.Module):
         experts, router, shared_expert = map(_arrays, (self.experts, self.router, self.shared_expert))
         hidden = router.weight.shape[1]
         arguments.floats("x", x, (*getattr(x, "shape", ())[:-1], hidden))
-        options, mesh = vars(self.options), self.mesh or _mesh_of(experts)
+        options, mesh = vars(self.options), self.mesh or _mesh_of(experts, x, self.axes)
         if mesh is None:
             run = functools.partial(moe.fused_moe, **options)
         else:
             run = functools.partial(parallel.sharded_moe, mesh=mesh, **vars(self.axes), **options)
-        if x.ndim == 1:
-            return _layer(run, x[None], experts, router, shared_expert)[0]
         return _layer(run, x, experts, router, shared_expert)
 
 
-def _mesh_of(experts: Experts) -> Mesh | AbstractMesh | None:
-    """The mesh that a call of ``experts`` must be split over; None for one device, or inside a ``shard_map``.
-
-    What ``jax.jit`` traces knows its mesh, if not always how it is spread over it.
-    """
-    mesh = jax.typeof(experts.down.payload).sharding.mesh
-    return None if mesh.empty or AxisType.Manual in mesh.axis_types else mesh
+def _mesh_of(experts: Experts, x: jax.Array, axes: Axes) -> Mesh | AbstractMesh | None:
+    """The mesh that a call must be split over; None on one device, and inside a ``shard_map``."""
+    arrays = experts.down.payload, x
+    seen = [jax.typeof(a).sharding.mesh for a in arrays]  # jax.jit tells it of what it traces too
+    if any(isinstance(a, jax.core.Tracer) for a in arrays):  # jax.jit spreads what is nowhere yet over the mesh set
+        seen.append(jax.sharding.get_abstract_mesh())
+    mesh = next((mesh for mesh in seen if not mesh.empty), None)
+    if mesh is None or AxisType.Manual in mesh.axis_types:
+        return None
+    names = {name for axis in vars(axes).values() for name in parallel.axis_names(axis)}
+    # Of several devices without an axis of ours: sharded_moe says so.
+    return mesh if mesh.size > 1 or names & set(mesh.axis_names) else None
 
 
 def _layer(
