@@ -8,6 +8,7 @@ weights needs nothing.
 
 from collections.abc import Callable, Iterable, Iterator
 import fnmatch
+import functools
 import re
 from typing import Any
 
@@ -152,11 +153,29 @@ def _targeted(target: str, ignore: list[str], linears: list[str], containers: li
 def _matches(target: str, module: str) -> bool:
     """compressed-tensors' rule for names: the module's own, or a pattern that fits from its start."""
     if not target.startswith("re:"):
-        return target == module
+        return target in _names(module)
     try:
-        return re.match(target[3:], module) is not None
+        pattern = re.compile(target[3:])
     except re.error:
         raise CheckpointError(f"transform_config: found {brief(target)}, expected a regular expression") from None
+    return any(pattern.match(name) for name in _names(module))
+
+
+@functools.lru_cache(maxsize=2**14)
+def _names(module: str) -> frozenset[str]:
+    """What a module in a file may have been called in memory, where the tool matched it.
+
+    transformers renames on saving: roots, Mixtral's, Kimi Linear's and DeepSeek-V4's blocks and their projections, and
+    Gemma 4's experts, which have no block of their own there.
+    """
+    parts = re.fullmatch(r"(?:[\w.]+\.)?(layers\.\d+)((?:\.\w+)*)", module)
+    if parts is None:
+        return frozenset([module])
+    inner = {parts[2], re.sub(r"^\.(block_sparse_moe|ffn|moe)\b", ".mlp", parts[2]), re.sub(r"^\.moe\b", "", parts[2])}
+    for stored, in_memory in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj")):
+        inner |= {re.sub(rf"\.{stored}$", f".{in_memory}", name) for name in inner}
+    roots = ("model.", "model.language_model.", "language_model.model.", "")
+    return frozenset([module, *(f"{root}{parts[1]}{name}" for root in roots for name in inner)])
 
 
 def _autoround(value: Any, linears: list[str], containers: list[str]) -> str | None:
