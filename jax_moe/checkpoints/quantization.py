@@ -65,13 +65,13 @@ def algorithms(files: Files, module: str) -> set[str]:
 
 
 def refuse_online_transforms(files: Files, linears: Iterable[str], containers: Iterable[str] = ()) -> None:
-    """Refuses a checkpoint that wants the activations of a module transformed at run time.
+    """Refuses a checkpoint that wants the activations of a module transformed at run time, or its scales read otherwise.
 
     Args:
       files: the checkpoint.
       linears: the linear layers that are loaded ("model.layers.0.mlp.experts.2.up_proj").
       containers: the modules around them. A pattern that matches a linear layer means those, as in compressed-tensors,
-        which rotates nothing else; one that matches only a container is taken at its word.
+        which by itself rotates nothing else; one that matches only a container is taken at its word.
 
     Raises:
       CheckpointError: naming the file, the key and the value; also for settings that cannot be understood.
@@ -82,8 +82,8 @@ def refuse_online_transforms(files: Files, linears: Iterable[str], containers: I
             reason = _UNDERSTOOD.get(key, _unknown)(value, linears, containers)
             if reason is not None:
                 raise CheckpointError(
-                    f"{where}: {'.'.join((*path, key))}: found {brief(value)}, {reason}, expected nothing that "
-                    f"transforms the activations of {containers[0] if containers else linears[0]} at run time"
+                    f"{where}: {'.'.join((*path, key))}: found {brief(value)}, {reason}; expected "
+                    f"{containers[0] if containers else linears[0]} to be all in its weights and scales"
                 )
 
 
@@ -219,6 +219,11 @@ def _quark(value: Any, linears: list[str], containers: list[str]) -> str | None:
     return None
 
 
+def _scale_format(value: Any, linears: list[str], containers: list[str]) -> str | None:
+    """Quark's AMD FP4: block scales in bytes of E5M3, which look like MXFP4's in a file."""
+    return "scales that neither NVFP4 nor MXFP4 has" if "e5m3" in str(value).lower() else None
+
+
 def _unknown(value: Any, linears: list[str], containers: list[str]) -> str | None:
     return "a setting that is not known here and may be about activations"
 
@@ -228,4 +233,6 @@ _UNDERSTOOD: dict[str, Callable[[Any, list[str], list[str]], str | None]] = {
     "rotation_config": _autoround,
     "spinquant_config": _spinquant,
     "algo_config": _quark,
+    "scale_format": _scale_format,
+    "scale_type": _scale_format,
 }

@@ -168,6 +168,8 @@ SECTIONS = {
         },
         {"experts"},
     ),
+    "Quark, e8m0": ({"global_quant_config": {"weight": {"dtype": "fp4", "scale_format": "e8m0"}}}, set()),
+    "Quark, e5m3": ({"global_quant_config": {"weight": [{"dtype": "fp4", "scale_format": "e5m3"}]}}, ALL),
     "GPTQModel": ({"rotation": "hadamard"}, ALL),
     "nobody's": ({"extra": {"activations": {"online_hadamard": True}}}, ALL),
     "nobody's, off": ({"extra": {"rotation": False, "smooth_quant": None, "hadamard": {}}}, set()),
