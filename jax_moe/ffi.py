@@ -21,6 +21,7 @@ import jax.export
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 import jax.numpy as jnp
+import numpy as np
 
 from jax_moe import plan
 from jax_moe.experts import CANONICAL
@@ -112,10 +113,10 @@ NUM_TOKEN_OPERANDS, NUM_OPERANDS = 3, 14
 """x, expert_ids and weights lead with tokens; then come expert_offset and the five operands of each projection."""
 
 GATE_UP_BIAS, DOWN_BIAS = 8, 13
-"""Positions of the optional biases among the operands; an absent one has shape ``(0,)``."""
+"""Positions of the optional biases among the operands."""
 
 fused_moe_p = Primitive("jax_moe_fused_moe")
-"""``out = fused_moe_p.bind(*operands, problem=...)``; operands as ``ffi/decode.h`` lists them."""
+"""``out = fused_moe_p.bind(*operands, problem=...)``: as in ``ffi/decode.h``, but those in ``problem.absent``."""
 
 
 def run_eagerly(primitive: Primitive, *operands, **static):
@@ -173,16 +174,31 @@ def _lower_cpu(ctx, *operands, problem: plan.Problem):
             f"experts.layout: got {problem.layout!r}, but on a CPU fused_moe needs {CANONICAL!r} weights: those that "
             "jax_moe.prepare was given, or jax_moe.unprepare(experts, hidden_size, intermediate_size)"
         )
+    ctx, operands = _with_absent(ctx, operands, problem)
     return _custom_call(ctx, TARGET, operands, problem.attributes(), plan.cpu_workspaces(problem))
 
 
 def _lower_cuda(ctx, *operands, problem: plan.Problem):
     from jax_moe.kernels import lowering  # here, because a CPU never needs it
 
-    given = [aval.shape != (0,) for aval in ctx.avals_in]
-    call = lowering.cuda_call(problem, biases=(given[GATE_UP_BIAS], given[DOWN_BIAS]))
+    call = lowering.cuda_call(problem, biases=(GATE_UP_BIAS not in problem.absent, DOWN_BIAS not in problem.absent))
     target = TARGET if problem.command_buffer else NO_CAPTURE_TARGET
+    ctx, operands = _with_absent(ctx, operands, problem)
     return _custom_call(ctx, target, operands, problem.attributes() | call.attributes, call.workspaces)
+
+
+def _with_absent(ctx, operands, problem: plan.Problem):
+    """The context and the operands with f32[0] for each absent one, so that every operand has a fixed place.
+
+    They are made here and not by the caller, because an operand may become sharded, even one without elements, and
+    then jaxlib 0.11.2 crashes: that is what an eager ``shard_map`` does with everything that a primitive takes.
+    """
+    avals, operands = list(ctx.avals_in), list(operands)
+    empty = np.zeros((0,), np.float32)
+    for place in problem.absent:
+        avals.insert(place, jax.core.ShapedArray(empty.shape, empty.dtype))
+        operands.insert(place, mlir.ir_constant(empty))
+    return ctx.replace(avals_in=avals), operands
 
 
 def _custom_call(ctx, target, operands, attributes, workspaces):

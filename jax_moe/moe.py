@@ -1,5 +1,6 @@
 """``fused_moe``: the op and its operands."""
 
+import dataclasses
 import functools
 import os
 
@@ -72,8 +73,9 @@ def fused_moe(
     flat_x, flat = check.flatten(x, routing)
     tokens = (flat_x, flat.expert_ids, flat.weights, jnp.asarray(expert_offset, jnp.int32))
     weights = (*_operands(experts.gate_up), *_operands(experts.down))
-    operands = _vary_alike(*map(jnp.asarray, tokens + weights))
-    return ffi.fused_moe_p.bind(*operands, problem=problem).reshape(x.shape)
+    absent = tuple(place for place, operand in enumerate(tokens + weights) if operand is None)
+    operands = _vary_alike(*(jnp.asarray(operand) for operand in tokens + weights if operand is not None))
+    return ffi.fused_moe_p.bind(*operands, problem=dataclasses.replace(problem, absent=absent)).reshape(x.shape)
 
 
 def debugging() -> bool:
@@ -92,18 +94,10 @@ def _raise_on_bad_id(expert_ids: np.ndarray, num_experts: int | None) -> None:
         )
 
 
-def _operands(projection: Projection) -> tuple[jax.Array, ...]:
-    """The five operands of a projection; an absent one is an empty array, as ``ffi/decode.h`` expects.
-
-    It is made here, where the call is: an empty array from outside may be sharded, and then jaxlib 0.11.2 crashes.
-    """
-    absent = jnp.zeros((0,), jnp.float32)
-    block_scale = projection.block_scale
-    if block_scale is None:
-        block_scale = jnp.zeros((len(projection.payload), 0), jnp.float8_e4m3fn)
-    input_scale = absent if projection.input_scale is None else projection.input_scale
-    bias = absent if projection.bias is None else projection.bias
-    return nvfp4.payload_bytes(projection.payload), block_scale, projection.global_scale, input_scale, bias
+def _operands(projection: Projection) -> tuple[jax.Array | None, ...]:
+    """The five operands of a projection, in the order of ``ffi/decode.h``."""
+    payload = nvfp4.payload_bytes(projection.payload)
+    return payload, projection.block_scale, projection.global_scale, projection.input_scale, projection.bias
 
 
 def _vary_alike(*operands: jax.Array) -> tuple[jax.Array, ...]:

@@ -48,11 +48,12 @@ def sharded_moe(
         used; at least one axis must be.
       expert_axis: shards E; its size must divide E.
       tensor_axis: shards I; I divided by its size must be a multiple of 16.
-      data_axis: shards T; its size must divide T.
+      data_axis: shards the tokens; its size must divide T. Of several leading axes of x it shards those that it shards
+        already, as far as that can be seen, else the first that its size divides, else all of them as one.
       activation, precision, combine, weight_on, out_dtype, command_buffer: as for ``fused_moe``.
 
     Returns:
-      ``[T, H]`` of ``out_dtype``, sharded over ``data_axis``.
+      ``[..., H]`` of ``out_dtype``, sharded over ``data_axis``.
 
     Raises:
       TypeError, ValueError: as ``fused_moe``, or the mesh does not fit.
@@ -79,11 +80,18 @@ def sharded_moe(
     reduced = expert_axes + tensor_axes
     gathered = tuple(axis for axis in data_axes if axis in reduced)
     summed = tuple(axis for axis in reduced if axis not in gathered)
-    tokens = PartitionSpec(data_axes or None, None)
+    shape = x.shape
+    leading = _spread_tokens(x, mesh, data_axes)
+    if leading is None:
+        x, routing = check.flatten(x, routing)
+        leading = (data_axes,)
+    tokens = PartitionSpec(*leading, None)
 
     def local_moe(x, experts: Experts, routing: Routing):
+        local_shape = x.shape
         if problem.num_tokens == 0:  # XLA gathers nothing of no elements
             return x.astype(out_dtype)
+        x, routing = check.flatten(x, routing)
         if gathered:
             x, routing = jax.tree.map(lambda a: jax.lax.all_gather(a, gathered, tiled=True), (x, routing))
         offset = jax.lax.axis_index(expert_axes) * experts.down.global_scale.shape[0] if expert_axes else 0
@@ -97,7 +105,7 @@ def sharded_moe(
             y = jax.lax.psum(y, summed)
         if gathered:
             y = jax.lax.psum_scatter(y, gathered, tiled=True)
-        return y.astype(out_dtype)
+        return y.reshape(local_shape).astype(out_dtype)
 
     run = jax.shard_map(local_moe, mesh=mesh, in_specs=(tokens, specs, tokens), out_specs=tokens)
     check_in_place(experts, specs, mesh)
@@ -106,7 +114,8 @@ def sharded_moe(
         x, experts, routing = jax.tree.map(lambda a, spec: jax.reshard(a, NamedSharding(mesh, spec)), *everything)
     if moe.debugging():  # a callback cannot run in a shard_map that runs eagerly
         run = jax.jit(run)
-    return ffi.as_one_op("sharded_moe", run, x, experts, routing)
+    y = ffi.as_one_op("sharded_moe", run, x, experts, routing)
+    return y if y.shape == shape else y.reshape(shape)
 
 
 def expert_shardings(
@@ -204,6 +213,23 @@ def check_in_place(experts: Experts, specs: Experts, mesh: Mesh | AbstractMesh) 
         if not fits:
             name = "experts" + jax.tree_util.keystr(path)
             raise ValueError(f"{name}: got sharding {got}, needs {spec}; jax_moe.expert_shardings(...) gives it")
+
+
+def _spread_tokens(
+    x: jax.Array, mesh: Mesh | AbstractMesh, data_axes: tuple[str, ...]
+) -> tuple[tuple[str, ...] | None, ...] | None:
+    """Which of ``data_axes`` shard each leading axis of ``x``; None: all leading axes as one."""
+    leading = x.shape[:-1]
+    sharding = jax.typeof(x).sharding if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
+    if isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == mesh.axis_names:
+        entries = (*sharding.spec, *[None] * len(leading))[: len(leading)]
+        found = [tuple(name for name in axis_names(entry) if name in data_axes) for entry in entries]
+        if sorted(sum(found, ())) == sorted(data_axes):
+            return tuple(names or None for names in found)
+    for place, size in enumerate(leading):
+        if size % axes_size(mesh, data_axes) == 0:
+            return tuple(data_axes or None if axis == place else None for axis in range(len(leading)))
+    return None
 
 
 def _where_present(specs: Projection, projection: Projection) -> Projection:

@@ -21,7 +21,8 @@ class Problem:
 
     ``num_experts`` counts the experts held locally (L), ``total_experts`` those that routes may name (E; None: the
     local ones are all). ``intermediate_size`` is the local I, padding of a prepared layout included.
-    ``command_buffer`` says whether XLA may capture the call.
+    ``command_buffer`` says whether XLA may capture the call. ``absent`` has the positions of the optional operands that
+    are not given, in the order of ``ffi/decode.h``.
     """
 
     num_tokens: int
@@ -37,6 +38,7 @@ class Problem:
     layout: str
     command_buffer: bool
     total_experts: int | None = None
+    absent: tuple[int, ...] = ()
 
     @property
     def num_routes(self) -> int:

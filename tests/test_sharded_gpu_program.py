@@ -122,3 +122,15 @@ def test_a_shard_map_of_ones_own_without_tokens():
     specs = jax.tree.map(lambda _: P(), experts)
     run = jax.shard_map(jax_moe.fused_moe, mesh=mesh, in_specs=(tokens, specs, tokens), out_specs=tokens)
     compile_it(run, x, experts, routing, count=0)
+
+
+def test_no_operand_of_the_primitive_is_empty():
+    """An eager ``shard_map`` runs each primitive as a program of its own, with whatever it takes sharded."""
+    mesh = make_mesh({"expert": 4})
+    x, experts, routing = placed_case(mesh)
+    experts = helpers.without_input_scales(experts)
+    traced = jax.make_jaxpr(functools.partial(jax_moe.sharded_moe, mesh=mesh))(x, experts, routing)
+    (run,) = [e.params["jaxpr"] for e in traced.eqns if e.primitive.name == "shard_map"]
+    (call,) = [e for e in run.eqns if e.primitive is ffi.fused_moe_p]
+    assert all(operand.aval.size for operand in call.invars)
+    assert call.params["problem"].absent == (5, 7, 10, 12)

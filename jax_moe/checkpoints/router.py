@@ -4,11 +4,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
-from jax_moe import activations, arguments, nvfp4, routing
-from jax_moe.checkpoints import stored
+from jax_moe import activations, arguments, routing
+from jax_moe.checkpoints import linear
 from jax_moe.checkpoints.families import NUM_EXPERTS, size, TOP_K
 from jax_moe.checkpoints.files import CheckpointError, Files, read_rows
 from jax_moe.checkpoints.layer import Model
@@ -19,7 +18,7 @@ _FLOATS = ("F32", "BF16", "F16")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Router:
-    """A layer's router: ``router(x)`` is the Routing of ``x`` ``[T, H]`` of any float dtype.
+    """A layer's router: ``router(x)`` is the Routing of ``x`` ``[..., H]`` of any float dtype.
 
     :func:`load_router` makes one from a checkpoint; without one it is, for example, ``Router(weight, k=8)``.
 
@@ -41,11 +40,11 @@ class Router:
     method: routing.Method = dataclasses.field(default=routing.Softmax(), kw_only=True, metadata={"static": True})
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """float32 ``[T, E]`` for ``x`` ``[T, H]`` of any float dtype, computed in float32; errors as the class."""
+        """float32 ``[..., E]`` for ``x`` ``[..., H]`` of any float dtype, computed in float32; errors as the class."""
         num_experts, hidden = arguments.floats("Router.weight", self.weight, ("E", "H"))
         if self.bias is not None:
             arguments.floats("Router.bias", self.bias, (num_experts,))
-        arguments.floats("x", x, ("T", hidden))
+        arguments.floats("x", x, ("...", hidden))
         logits = jnp.dot(x.astype(jnp.float32), self.weight.T, precision=jax.lax.Precision.HIGHEST)
         return logits if self.bias is None else logits + self.bias
 
@@ -67,7 +66,7 @@ class SharedExpert:
     down: jax.Array
 
     def __call__(self, x: jax.Array, activation: activations.Activation) -> jax.Array:
-        """``x`` ``[T, H]`` of any float dtype to float32 ``[T, H]``; sums and activation in float32.
+        """``x`` ``[..., H]`` of any float dtype to float32 ``[..., H]``; sums and activation in float32.
 
         Raises:
           TypeError, ValueError: ``x``, an attribute or the activation does not fit.
@@ -76,12 +75,12 @@ class SharedExpert:
         num_parts = 2 if activation.gated else 1
         _, intermediate, hidden = arguments.floats("SharedExpert.gate_up", self.gate_up, (num_parts, "I", "H"))
         arguments.floats("SharedExpert.down", self.down, (hidden, intermediate))
-        arguments.floats("x", x, ("T", hidden))
+        arguments.floats("x", x, ("...", hidden))
         parts = jnp.einsum(
-            "th,pih->pti", x.astype(self.gate_up.dtype), self.gate_up, preferred_element_type=jnp.float32
+            "...h,pih->p...i", x.astype(self.gate_up.dtype), self.gate_up, preferred_element_type=jnp.float32
         )
         h = activation(*parts).astype(self.down.dtype)
-        return jnp.einsum("ti,hi->th", h, self.down, preferred_element_type=jnp.float32)
+        return jnp.einsum("...i,hi->...h", h, self.down, preferred_element_type=jnp.float32)
 
 
 def open_router(model: Model, layer: int) -> Router:
@@ -110,7 +109,9 @@ def open_shared_expert(model: Model, layer: int) -> SharedExpert | None:
     if not any(name.startswith(prefix) for name in model.files.names()):
         return None
     hidden = size(model.config, model.config_file, "hidden_size")
-    *parts, down = (dense(model.files, prefix + name) for name in model.family.projections[0])
+    *parts, down = (
+        jnp.asarray(linear.read_linear(model.files, prefix + name).weight) for name in model.family.projections[0]
+    )
     for matrix, shape in [(part, (parts[0].shape[0], hidden)) for part in parts] + [
         (down, (hidden, parts[0].shape[0]))
     ]:
@@ -130,19 +131,3 @@ def _floats(files: Files, name: str, shape: tuple[int, ...]) -> np.ndarray:
     if info.dtype not in _FLOATS or info.shape != shape:
         raise CheckpointError(f"{info}: found {info.summary}, expected {' or '.join(_FLOATS)} {list(shape)}")
     return read_rows(info).astype(np.float32)
-
-
-def dense(files: Files, module: str) -> jax.Array:
-    """bfloat16 ``[N, C]`` of a linear layer, dequantised if it is 4-bit."""
-    linear = stored.find_linear(files, module)
-    if linear is not None:
-        scale = jnp.asarray(linear.global_scale(0, 0))
-        return nvfp4.dequantize(
-            jnp.asarray(linear.payload(0, 0)), jnp.asarray(linear.block_scale(0, 0)), scale, jnp.bfloat16
-        )
-    info = files.info(f"{module}.weight")
-    if info.dtype not in _FLOATS or len(info.shape) != 2:
-        raise CheckpointError(
-            f"{info}: found {info.summary}, expected {' or '.join(_FLOATS)} of two axes, NVFP4 or MXFP4"
-        )
-    return jnp.asarray(read_rows(info).astype(ml_dtypes.bfloat16))

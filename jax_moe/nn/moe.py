@@ -1,5 +1,6 @@
 """``MoE``: router, NVFP4 experts and an optional shared expert as one flax.nnx module."""
 
+import dataclasses
 import functools
 import os
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_moe import activations, arguments, checkpoints, moe, parallel, plan
 from jax_moe.checkpoints import CheckpointError, Router, SharedExpert
@@ -19,12 +20,33 @@ class Quantized(nnx.Variable):
     """A leaf of ``Experts``: not a parameter, because NVFP4 codes have no gradient to follow."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a :class:`MoE` computes: arguments of :func:`jax_moe.fused_moe`, hashable as a flax ``GraphDef`` must be."""
+
+    activation: activations.Activation
+    precision: plan.Precision
+    combine: plan.Combine
+    weight_on: plan.WeightOn
+    command_buffer: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """Over which mesh axes a :class:`MoE` is spread: arguments of :func:`jax_moe.sharded_moe`."""
+
+    expert_axis: parallel.Axis
+    tensor_axis: parallel.Axis
+    data_axis: parallel.Axis
+
+
 class MoE(nnx.Module):
     """A mixture-of-experts layer for inference.
 
     ``module(x)`` routes ``x``, runs the chosen experts in one custom call and adds the shared expert. On a mesh the
     experts stay where they are (:func:`jax_moe.sharded_moe`). Every variable carries its ``PartitionSpec``, so
-    ``nnx.get_partition_spec(nnx.state(module))`` gives the specs of the whole module.
+    ``nnx.get_partition_spec(nnx.state(module))`` gives the specs of the whole module; placed by them, it runs on the
+    mesh that it was placed on.
 
     :meth:`from_checkpoint` makes one in one call. From weights of one's own it is, with ``gate`` and ``up``
     ``[E, I, H]``, ``down`` ``[E, H, I]`` and the router's ``weight`` ``[E, H]``::
@@ -37,6 +59,9 @@ class MoE(nnx.Module):
       experts: the :class:`jax_moe.Experts`, each leaf in a :class:`Quantized` variable.
       router: the :class:`jax_moe.checkpoints.Router`, each leaf in an ``nnx.Param``.
       shared_expert: the :class:`jax_moe.checkpoints.SharedExpert`, likewise, or None.
+      options: the :class:`Options`.
+      mesh: the mesh that it was made with, or None.
+      axes: the :class:`Axes`.
     """
 
     def __init__(
@@ -64,7 +89,8 @@ class MoE(nnx.Module):
           shared_expert: a :class:`jax_moe.checkpoints.SharedExpert` with weights ``[P, I', H]`` and ``[H, I']``, I' its
             own; or None.
           activation, precision, combine, weight_on, command_buffer: as for :func:`jax_moe.fused_moe`.
-          mesh: run over this mesh; None for one device.
+          mesh: run over this mesh. None is the mesh that the experts are placed on when the module is called, or else
+            the one that ``jax.set_mesh`` has set; without either, one device.
           expert_axis, tensor_axis, data_axis: as for :func:`jax_moe.sharded_moe`.
 
         Raises:
@@ -74,15 +100,9 @@ class MoE(nnx.Module):
         arguments.instance("experts", experts, Experts)
         arguments.instance("router", router, Router)
         arguments.instance("shared_expert", shared_expert, SharedExpert | None)
-        self.options: dict[str, Any] = {
-            "activation": activation,
-            "precision": precision,
-            "combine": combine,
-            "weight_on": weight_on,
-            "command_buffer": command_buffer,
-        }
+        self.options = Options(activation, precision, combine, weight_on, command_buffer)
         self.mesh = mesh
-        self.axes: dict[str, Any] = {"expert_axis": expert_axis, "tensor_axis": tensor_axis, "data_axis": data_axis}
+        self.axes = Axes(expert_axis, tensor_axis, data_axis)
         specs = _expert_specs(experts, mesh, expert_axis, tensor_axis)
         _check(experts, router, shared_expert, self.options)
         self.experts = nnx.data(_variables(Quantized, experts, specs))
@@ -148,23 +168,36 @@ class MoE(nnx.Module):
         experts, router, shared_expert = map(_arrays, (self.experts, self.router, self.shared_expert))
         hidden = router.weight.shape[1]
         arguments.floats("x", x, (*getattr(x, "shape", ())[:-1], hidden))
-        run = moe.fused_moe if self.mesh is None else parallel.sharded_moe
-        placement = {} if self.mesh is None else {"mesh": self.mesh, **self.axes}
-        run = functools.partial(run, **self.options, **placement)
-        return _layer(run, x.reshape(-1, hidden), experts, router, shared_expert).reshape(x.shape)
+        options, mesh = vars(self.options), self.mesh or _mesh_of(experts)
+        if mesh is None:
+            run = functools.partial(moe.fused_moe, **options)
+        else:
+            run = functools.partial(parallel.sharded_moe, mesh=mesh, **vars(self.axes), **options)
+        if x.ndim == 1:
+            return _layer(run, x[None], experts, router, shared_expert)[0]
+        return _layer(run, x, experts, router, shared_expert)
+
+
+def _mesh_of(experts: Experts) -> Mesh | AbstractMesh | None:
+    """The mesh that a call of ``experts`` must be split over; None for one device, or inside a ``shard_map``.
+
+    What ``jax.jit`` traces knows its mesh, if not always how it is spread over it.
+    """
+    mesh = jax.typeof(experts.down.payload).sharding.mesh
+    return None if mesh.empty or AxisType.Manual in mesh.axis_types else mesh
 
 
 def _layer(
     run: functools.partial, x: jax.Array, experts: Experts, router: Router, shared_expert: SharedExpert | None
 ) -> jax.Array:
-    """``x`` ``[T, H]`` to the same shape and dtype; ``run`` is ``fused_moe`` or ``sharded_moe`` with its options."""
+    """``x`` ``[..., H]`` to the same shape and dtype; ``run`` is ``fused_moe`` or ``sharded_moe`` with its options."""
     y = run(x.astype(jnp.bfloat16), experts, router(x), out_dtype=jnp.float32)
     if shared_expert is not None:
         y = y + shared_expert(x, run.keywords["activation"])
     return y.astype(x.dtype)
 
 
-def _check(experts: Experts, router: Router, shared_expert: SharedExpert | None, options: dict[str, Any]) -> None:
+def _check(experts: Experts, router: Router, shared_expert: SharedExpert | None, options: Options) -> None:
     """Raises what a call would raise about anything but its ``x``."""
     num_experts, hidden = experts.down.payload.shape[:2]
     if experts.layout != CANONICAL:
@@ -175,7 +208,7 @@ def _check(experts: Experts, router: Router, shared_expert: SharedExpert | None,
     # Without shardings: the placement of weights is for the mesh to judge, and that of x is not known yet.
     x = jax.ShapeDtypeStruct((0, hidden), jnp.bfloat16)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (experts, router, shared_expert))
-    jax.eval_shape(functools.partial(_layer, functools.partial(moe.fused_moe, **options)), x, *shapes)
+    jax.eval_shape(functools.partial(_layer, functools.partial(moe.fused_moe, **vars(options))), x, *shapes)
 
 
 def _variables(kind: type[nnx.Variable], tree: Any, specs: Any) -> Any:
