@@ -8,6 +8,7 @@ the op, in float32.
 """
 
 import functools
+from typing import Any
 
 import jax
 from jax.extend.core import Primitive
@@ -57,8 +58,8 @@ def _result_types(*operands, problem: plan.Problem, transposed: bool):
 
 def _apply(*operands, problem: plan.Problem, transposed: bool, max_tiles: int | None = None):
     """The linear map. ``max_tiles`` makes the number of tiles static, so that JAX can differentiate this in turn."""
-    x, expert_ids, weights, offset, *weight_operands = operands[: ffi.NUM_OPERANDS]
-    linear = operands[ffi.NUM_OPERANDS :]
+    x, expert_ids, weights, offset, *weight_operands = _with_absent(operands[: problem.num_operands], problem)
+    linear = operands[problem.num_operands :]
     if problem.num_tokens == 0:
         return [jnp.zeros_like(x), jnp.zeros_like(weights)] if transposed else [x.astype(problem.out_dtype)]
     num_tiles, tile = _tiles(expert_ids, offset, problem)
@@ -96,15 +97,24 @@ def _contribution(expert: Experts, problem: plan.Problem, x: jax.Array, weights:
     return weights[:, None] * mlp(x, expert, 0)
 
 
+def _with_absent(operands, problem: plan.Problem) -> list[Any]:
+    """The 14 operands of the op: None for those that are not given."""
+    given = iter(operands)
+    return [None if place in problem.absent else next(given) for place in range(14)]
+
+
 def _one_expert(operands, expert: jax.Array, problem: plan.Problem) -> Experts:
     """Canonical experts, of which there is one, from the ten weight operands."""
 
+    def select(leaf):
+        if leaf is None or leaf.ndim == 0:
+            return leaf
+        # XLA's CPU backend widens float8 to slice it: behind the barrier what it slices, without it all of the leaf.
+        leaf, _ = jax.lax.optimization_barrier((leaf, expert))
+        return jax.lax.dynamic_slice_in_dim(leaf, expert, 1)
+
     def projection(operands) -> Projection:
-        leaves = [
-            None if leaf.size == 0 else leaf if leaf.ndim == 0 else jax.lax.dynamic_slice_in_dim(leaf, expert, 1)
-            for leaf in operands
-        ]
-        return Projection(*leaves)
+        return Projection(*map(select, operands))
 
     experts = Experts(projection(operands[:5]), projection(operands[5:]), layout=problem.layout)
     if problem.layout == CANONICAL:
@@ -146,7 +156,7 @@ def _rows_of_a_tile(problem: plan.Problem) -> int:
 
 def _second_jvp(primals, tangents, *, problem: plan.Problem, transposed: bool):
     """The derivative of the linear map, which is not linear in x and the weights."""
-    active = [_X, _WEIGHTS, *range(ffi.NUM_OPERANDS, len(primals))]
+    active = [_X, _WEIGHTS, *range(problem.num_operands, len(primals))]
     _refuse_others(tangents, active)
     max_tiles = problem.num_routes // _rows_of_a_tile(problem) + problem.num_experts
 
@@ -161,7 +171,7 @@ def _second_jvp(primals, tangents, *, problem: plan.Problem, transposed: bool):
 
 def _transpose(cotangents, *operands, problem: plan.Problem, transposed: bool):
     cotangents = [ad.instantiate_zeros(cotangent) for cotangent in cotangents]
-    fixed, linear = operands[: ffi.NUM_OPERANDS], operands[ffi.NUM_OPERANDS :]
+    fixed, linear = operands[: problem.num_operands], operands[problem.num_operands :]
     results = derivative_p.bind(*fixed, *cotangents, problem=problem, transposed=not transposed)
     wanted = [r if ad.is_undefined_primal(o) else None for r, o in zip(results, linear, strict=True)]
     return [None] * len(fixed) + wanted

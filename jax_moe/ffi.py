@@ -109,8 +109,8 @@ def export_checks() -> list[jax.export.DisabledSafetyCheck]:
     return [jax.export.DisabledSafetyCheck.custom_call(target) for target in (TARGET, NO_CAPTURE_TARGET)]
 
 
-NUM_TOKEN_OPERANDS, NUM_OPERANDS = 3, 14
-"""x, expert_ids and weights lead with tokens; then come expert_offset and the five operands of each projection."""
+NUM_TOKEN_OPERANDS = 3
+"""x, expert_ids and weights lead with tokens; then come expert_offset and the operands of each projection."""
 
 GATE_UP_BIAS, DOWN_BIAS = 8, 13
 """Positions of the optional biases among the operands."""
@@ -237,13 +237,13 @@ def num_partitions(axis_context) -> int:
 
 
 def fold_into_tokens(primitive: Primitive, operands, axes, *, problem: plan.Problem, **static):
-    """Batching rule: the mapped axis becomes part of T. Operands after the first 14, and results, lead with tokens.
+    """Batching rule: the mapped axis becomes part of T. Operands behind the op's, and results, lead with tokens.
 
     Raises:
       NotImplementedError: an expert or expert_offset is mapped.
     """
     is_mapped = [axis is not None for axis in axes]
-    if any(is_mapped[NUM_TOKEN_OPERANDS:NUM_OPERANDS]):
+    if any(is_mapped[NUM_TOKEN_OPERANDS : problem.num_operands]):
         raise NotImplementedError(
             "fused_moe: vmap over experts or expert_offset. x and routing may be mapped, because they become more "
             "tokens of the same experts: give the experts in_axes=None. For several layers, use jax.lax.scan. A "
@@ -260,7 +260,7 @@ def fold_into_tokens(primitive: Primitive, operands, axes, *, problem: plan.Prob
         return mapped.reshape(num_tokens, mapped.shape[-1])
 
     folded = list(operands)
-    for i in (*range(NUM_TOKEN_OPERANDS), *range(NUM_OPERANDS, len(operands))):
+    for i in (*range(NUM_TOKEN_OPERANDS), *range(problem.num_operands, len(operands))):
         folded[i] = fold(operands[i], axes[i])
     results = primitive.bind(*folded, problem=dataclasses.replace(problem, num_tokens=num_tokens), **static)
     results = jax.tree.map(lambda r: r.reshape(size, problem.num_tokens, r.shape[-1]), results)

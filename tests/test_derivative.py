@@ -3,17 +3,15 @@
 import dataclasses
 import itertools
 
-import helpers
 from helpers import ACTIVATIONS, make_case
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 import statement
 
 import jax_moe
-from jax_moe import derivative, ffi, reference
+from jax_moe import reference
 
 # --- The definition -----------------------------------------------------------------------------------------------
 
@@ -149,3 +147,98 @@ def test_the_slopes_are_differences(activation):
         difference = (statement.activate(activation, *moved[0]) - statement.activate(activation, *moved[1])) / 2e-6
         close = np.abs(difference - slope) < 1e-6 * (1 + np.abs(slope))
         assert close.mean() > 0.98  # a clamp may be between the two points
+
+
+# --- Every kind of call -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("weight_on", ["output", "input"])
+@pytest.mark.parametrize("precision", ["w4a16", "w4a4"])
+def test_every_option(precision, weight_on, activation):
+    options = {"precision": precision, "weight_on": weight_on, "activation": activation}
+    check(make_case(1, tokens=7, bias=True, out_dtype=jnp.float32, **options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"combine": "ordered"},
+        {"out_dtype": jnp.bfloat16},
+        {"routing": "hostile", "tokens": 12},
+        {"routing": "any", "top_k": 4},  # an expert that comes twice for a token
+        {"routing": "one", "tokens": 150},  # more than a tile
+        {"routing": "hostile", "expert_offset": 2, "all_experts": 8, "tokens": 20},
+        {"num_experts": 1, "top_k": 1, "tokens": 1},
+        {"num_experts": 64, "tokens": 3},  # most experts without a token
+        {"hidden": 112, "intermediate": 80, "num_experts": 3, "tokens": 40},
+    ],
+    ids=str,
+)
+def test_every_routing_and_shape(options):
+    check(make_case(2, **{"out_dtype": jnp.float32} | options))
+
+
+def test_skipped_routes_have_no_gradient():
+    """Exactly none, whatever is in them."""
+    case = make_case(3, tokens=4, out_dtype=jnp.float32)
+    ids = case.routing.expert_ids.at[1].set(-1).at[2, 0].set(4)
+    weights = case.routing.weights.at[1].set(jnp.nan).at[2, 0].set(jnp.inf)
+    skipped = dataclasses.replace(case, routing=jax_moe.Routing(ids, weights), x=case.x.at[1].set(jnp.nan))
+    dx, dweights = jax.grad(loss_of(skipped, cotangent(case)), (0, 1))(skipped.x, weights)
+    assert not np.asarray(dx[1], np.float32).any()
+    assert not np.asarray(dweights)[[1, 1, 2], [0, 1, 0]].any()
+    finite = dataclasses.replace(skipped, x=case.x, routing=jax_moe.Routing(ids, case.routing.weights))
+    expected_x, expected_weights = gradients(finite, cotangent(case))
+    assert_close(dx, expected_x, X_TOLERANCE)
+    assert_close(dweights, expected_weights, WEIGHT_TOLERANCE)
+
+
+def test_ids_at_the_end_of_int32_are_of_nobody():
+    """id - offset wraps to a local expert in int32."""
+    case = make_case(4, tokens=2, out_dtype=jnp.float32).with_options(expert_offset=2**31 - 1)
+    ids = jnp.array([[-(2**31), -(2**31) + 2], [2**31 - 1, -1]], jnp.int32)
+    case = dataclasses.replace(case, routing=jax_moe.Routing(ids, case.routing.weights))
+    check(case)
+
+
+def test_no_tokens():
+    case = make_case(5, tokens=0)
+    dx, dweights = jax.grad(loss_of(case, cotangent(case)), (0, 1))(case.x, case.routing.weights)
+    assert (dx.shape, dweights.shape) == ((0, 48), (0, 2))
+
+
+def test_differences_of_the_definition():
+    """Where nothing is rounded but x, the gradient is what moving an input does to the float64 definition."""
+    case = make_case(6, tokens=3, out_dtype=jnp.float32)
+    dy = cotangent(case)
+    _, dweights = jax.grad(loss_of(case, dy), (0, 1))(case.x, case.routing.weights)
+    for token, slot in itertools.product(range(3), range(2)):
+        values = []
+        for step in (0.5, -0.5):  # the op is linear in the weights
+            routing = dataclasses.replace(case.routing, weights=case.routing.weights.at[token, slot].add(step))
+            value, _ = statement.moe(case.x, case.experts, routing, activation=jax_moe.SwiGLU(), precision="w4a16")
+            values.append((value * dy).sum())
+        np.testing.assert_allclose(dweights[token, slot], values[0] - values[1], rtol=1e-4)
+
+
+def test_the_oracle_has_the_same_derivative():
+    for options in ({}, {"precision": "w4a4"}, {"weight_on": "input"}):
+        check(make_case(7, bias=True, out_dtype=jnp.float32, **options), reference.fused_moe)
+
+
+# --- Prepared experts ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["w4a16", "w4a4"])
+@pytest.mark.parametrize("activation", [jax_moe.SwiGLU(), jax_moe.ReLU2()], ids=str)
+def test_prepared_experts(activation, precision):
+    """Sizes that the layout pads. The op itself needs a GPU; its derivative alone does not."""
+    case = make_case(8, tokens=9, hidden=112, intermediate=80, bias=True, activation=activation, precision=precision,
+                     out_dtype=jnp.float32)  # fmt: skip
+    prepared = dataclasses.replace(case, experts=jax_moe.prepare(case.experts, "sm_90a"))
+    dy = cotangent(case)
+    dx, dweights = jax.jit(jax.grad(loss_of(prepared, dy), (0, 1)))(case.x, case.routing.weights)
+    expected_x, expected_weights = gradients(case, dy)
+    assert_close(dx, expected_x, X_TOLERANCE)
+    assert_close(dweights, expected_weights, WEIGHT_TOLERANCE)
