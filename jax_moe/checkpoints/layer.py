@@ -11,7 +11,8 @@ import ml_dtypes
 import numpy as np
 
 from jax_moe import nvfp4
-from jax_moe.checkpoints import stored
+from jax_moe.checkpoints import dense, quantization, stored
+from jax_moe.checkpoints.dense import Dense
 from jax_moe.checkpoints.families import Config, Family, family_of, NUM_EXPERTS, ROOTS, size
 from jax_moe.checkpoints.files import CheckpointError, Files, read_json
 from jax_moe.checkpoints.leaves import Leaf
@@ -31,14 +32,12 @@ class Model:
       files: the tensors.
       family, config: the table entry, and the text model's part of ``config.json``.
       blocks: the module of each MoE layer ("model.layers.3.mlp"), by layer number.
-      quantization: ModelOpt's or compressed-tensors' own part of the config.
     """
 
     files: Files
     family: Family
     config: Config
     blocks: dict[int, str]
-    quantization: Config
 
     @property
     def config_file(self) -> str:
@@ -71,13 +70,7 @@ def open_model(directory: Path) -> Model:
     config_path = directory / "config.json"
     whole = read_json(config_path)
     family, config = family_of(whole, str(config_path))
-    modelopt_path = directory / "hf_quant_config.json"
-    if modelopt_path.exists():
-        quantization = read_json(modelopt_path).get("quantization")
-    else:
-        quantization = whole.get("quantization_config", config.get("quantization_config"))
-    quantization = quantization if isinstance(quantization, dict) else {}
-    return Model(files, family, config, _find_blocks(files, family), quantization)
+    return Model(files, family, config, _find_blocks(files, family))
 
 
 def _find_blocks(files: Files, family: Family) -> dict[int, str]:
@@ -108,8 +101,8 @@ class ExpertLayer:
 
     layer: int
     sizes: Sizes
-    gate_up: Stored
-    down: Stored
+    gate_up: Stored | Dense
+    down: Stored | Dense
     uses_input_scales: bool
 
     @property
@@ -118,7 +111,7 @@ class ExpertLayer:
 
     @property
     def format(self) -> str:
-        return self.gate_up.format.name
+        return self.gate_up.format_name
 
     @property
     def layout(self) -> str:
@@ -160,18 +153,23 @@ class ExpertLayer:
         return np.asarray(max(known_gate_up)), np.asarray(filled, np.float32)
 
 
-def open_experts(model: Model, layer: int) -> ExpertLayer:
-    """Finds the experts of a layer and checks their headers.
+def open_experts(model: Model, layer: int, *, quantize: bool = False) -> ExpertLayer:
+    """Finds the experts of a layer and checks their headers; ``quantize``: also those that do not have 4 bits.
 
     Raises:
       CheckpointError: see :func:`jax_moe.load_experts`.
     """
     block, shape = model.block(layer), sizes(model)
-    gate_up, down = stored.find(model.files, block, model.family, shape.num_experts, shape.hidden, shape.intermediate)
-    algorithms = _algorithms(model.quantization, block)
-    _refuse_online_transforms(model, gate_up)
+    where = (model.files, block, model.family, shape.num_experts, shape.hidden, shape.intermediate)
+    try:
+        gate_up, down = stored.find(*where)
+    except stored.OtherFormatError:
+        if not quantize:
+            raise
+        gate_up, down = dense.find(*where)
+    refuse_online_transforms(model, layer)
     # W4A8: the weights are NVFP4 but the input scales are those of FP8 activations.
-    uses_input_scales = not any("FP8" in algorithm for algorithm in algorithms)
+    uses_input_scales = not any("FP8" in name for name in quantization.algorithms(model.files, f"{block}.experts"))
     return ExpertLayer(layer, shape, gate_up, down, uses_input_scales)
 
 
@@ -191,42 +189,22 @@ def sizes(model: Model) -> Sizes:
     return Sizes(size(config, where, *NUM_EXPERTS), *found)
 
 
-def _algorithms(quantization: Config, block: str) -> set[str]:
-    """ModelOpt's names of the formats of a block: one, or under MIXED_PRECISION any number."""
-    algorithms = {str(quantization.get("quant_algo"))}
-    layers = quantization.get("quantized_layers")
-    for name, entry in layers.items() if isinstance(layers, dict) else ():
-        if name.startswith(f"{block}.experts") and isinstance(entry, dict):
-            algorithms.add(str(entry.get("quant_algo")))
-    return algorithms
+def refuse_online_transforms(model: Model, layer: int) -> None:
+    """Refuses experts whose activations would have to be transformed at run time.
 
-
-def _refuse_online_transforms(model: Model, gate_up: Stored) -> None:
-    """compressed-tensors can rotate activations at run time; weights alone then give another function."""
-    words = (*gate_up.projections, "down_proj", "w2", "experts", "Linear")
-    for location, target in _transforms(model.quantization.get("transform_config")):
-        if location in ("input", "output") and any(word in target for word in words):
-            raise CheckpointError(
-                f"{model.config_file}: transform_config: found an online transform of the {location} of {target!r}, "
-                "expected none on the experts"
-            )
-
-
-def _transforms(transform_config: Any) -> list[tuple[str, str]]:
-    groups = transform_config.get("config_groups") if isinstance(transform_config, dict) else None
-    found = []
-    for group in groups.values() if isinstance(groups, dict) else ():
-        applications = group.get("apply") if isinstance(group, dict) else None
-        for entry in applications if isinstance(applications, list) else ():
-            if isinstance(entry, dict):
-                targets = entry.get("targets")
-                targets = targets if isinstance(targets, list) else [targets]
-                found += [(str(entry.get("location")), str(target)) for target in targets]
-    return found
+    Raises:
+      CheckpointError: see :func:`quantization.refuse_online_transforms`.
+    """
+    block = model.block(layer)
+    experts = [f"{block}.experts.{expert}" for expert in range(sizes(model).num_experts)]
+    # By every name that the family's experts have anywhere: converted files no longer show which ones were stored.
+    projections = {"gate_up_proj", "down_proj", *(name for names in model.family.projections for name in names)}
+    linears = [f"{module}.{name}" for module in (f"{block}.experts", *experts) for name in sorted(projections)]
+    quantization.refuse_online_transforms(model.files, linears, (block, f"{block}.experts", *experts))
 
 
 def _projection(
-    stored: Stored, experts: range, name: str, *, stacked: bool, input_scale: np.ndarray | None
+    stored: Stored | Dense, experts: range, name: str, *, stacked: bool, input_scale: np.ndarray | None
 ) -> Projection:
     """Leaves of a projection; ``stacked``: with an axis for the parts (gate_up)."""
     rows, contraction = stored.num_rows, stored.contraction

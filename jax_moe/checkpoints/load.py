@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jax_moe import parallel
-from jax_moe.checkpoints import conversion, leaves, router
+from jax_moe.checkpoints import conversion, leaves, linear, quantization, router
 from jax_moe.checkpoints.files import Files, read_rows
 from jax_moe.checkpoints.layer import open_model
 from jax_moe.checkpoints.router import Router, SharedExpert
@@ -25,6 +25,7 @@ def load_experts(
     mesh: jax.sharding.Mesh | None = None,
     expert_axis: parallel.Axis = "expert",
     tensor_axis: parallel.Axis = "tensor",
+    quantize: bool = False,
     progress: bool = True,
 ) -> Experts:
     """Loads the experts of one MoE layer of a checkpoint.
@@ -42,6 +43,8 @@ def load_experts(
       mesh: shard over this mesh, as :func:`jax_moe.expert_shardings` says; each process reads only what its own
         devices hold.
       expert_axis, tensor_axis: the mesh axes over E and I.
+      quantize: quantise a layer that the checkpoint keeps in bfloat16 or FP8, as :func:`jax_moe.quantize_experts` would
+        (FP8 is first rounded to bfloat16). Each weight is read three times.
       progress: show a progress bar on a terminal, if it takes longer than a second.
 
     Returns:
@@ -54,7 +57,7 @@ def load_experts(
       TypeError: ``layer`` is not an int, or ``experts`` neither slice nor range.
       ValueError: ``experts`` is not a contiguous part of the layer's experts, or the mesh does not divide E or I.
     """
-    source = conversion.open_experts(open_model(Path(directory)), layer)
+    source = conversion.open_experts(open_model(Path(directory)), layer, quantize=quantize)
     chosen = _chosen(experts, source.num_experts)
     return leaves.to_jax(source.leaves(chosen), mesh, expert_axis, tensor_axis, progress)
 
@@ -65,7 +68,10 @@ def load_router(directory: Directory, layer: int) -> Router:
     Raises:
       CheckpointError, TypeError: as :func:`load_experts`.
     """
-    return router.open_router(open_model(Path(directory)), layer)
+    model = open_model(Path(directory))
+    block = model.block(layer)
+    quantization.refuse_online_transforms(model.files, [f"{block}.{model.family.router}"], [block])
+    return router.open_router(model, layer)
 
 
 def load_shared_expert(directory: Directory, layer: int) -> SharedExpert | None:
@@ -92,7 +98,7 @@ def load_linear(directory: Directory, module: str) -> jax.Array:
     Raises:
       CheckpointError: as :func:`load_experts`.
     """
-    return router.dense(Files(directory), module)
+    return jax.device_put(linear.read_linear(Files(directory), module).weight)
 
 
 def moe_options(directory: Directory) -> dict[str, Any]:

@@ -4,11 +4,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
-from jax_moe import activations, arguments, nvfp4, routing
-from jax_moe.checkpoints import stored
+from jax_moe import activations, arguments, routing
+from jax_moe.checkpoints import linear
 from jax_moe.checkpoints.families import NUM_EXPERTS, size, TOP_K
 from jax_moe.checkpoints.files import CheckpointError, Files, read_rows
 from jax_moe.checkpoints.layer import Model
@@ -110,7 +109,9 @@ def open_shared_expert(model: Model, layer: int) -> SharedExpert | None:
     if not any(name.startswith(prefix) for name in model.files.names()):
         return None
     hidden = size(model.config, model.config_file, "hidden_size")
-    *parts, down = (dense(model.files, prefix + name) for name in model.family.projections[0])
+    *parts, down = (
+        jnp.asarray(linear.read_linear(model.files, prefix + name).weight) for name in model.family.projections[0]
+    )
     for matrix, shape in [(part, (parts[0].shape[0], hidden)) for part in parts] + [
         (down, (hidden, parts[0].shape[0]))
     ]:
@@ -130,19 +131,3 @@ def _floats(files: Files, name: str, shape: tuple[int, ...]) -> np.ndarray:
     if info.dtype not in _FLOATS or info.shape != shape:
         raise CheckpointError(f"{info}: found {info.summary}, expected {' or '.join(_FLOATS)} {list(shape)}")
     return read_rows(info).astype(np.float32)
-
-
-def dense(files: Files, module: str) -> jax.Array:
-    """bfloat16 ``[N, C]`` of a linear layer, dequantised if it is 4-bit."""
-    linear = stored.find_linear(files, module)
-    if linear is not None:
-        scale = jnp.asarray(linear.global_scale(0, 0))
-        return nvfp4.dequantize(
-            jnp.asarray(linear.payload(0, 0)), jnp.asarray(linear.block_scale(0, 0)), scale, jnp.bfloat16
-        )
-    info = files.info(f"{module}.weight")
-    if info.dtype not in _FLOATS or len(info.shape) != 2:
-        raise CheckpointError(
-            f"{info}: found {info.summary}, expected {' or '.join(_FLOATS)} of two axes, NVFP4 or MXFP4"
-        )
-    return jnp.asarray(read_rows(info).astype(ml_dtypes.bfloat16))

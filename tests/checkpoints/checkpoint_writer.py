@@ -17,6 +17,8 @@ NAMES = {
     "bfloat16": "BF16",
     "float16": "F16",
     "int64": "I64",
+    "int8": "I8",
+    "float8_e8m0fnu": "F8_E8M0",
 }
 
 CONFIGS = {
