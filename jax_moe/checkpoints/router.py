@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_moe import activations, arguments, routing
+from jax_moe import activations, arguments, pytree, routing
 from jax_moe.checkpoints import linear
 from jax_moe.checkpoints.families import NUM_EXPERTS, size, TOP_K
 from jax_moe.checkpoints.files import CheckpointError, Files, read_rows
@@ -15,7 +15,7 @@ from jax_moe.checkpoints.layer import Model
 _FLOATS = ("F32", "BF16", "F16")
 
 
-@jax.tree_util.register_dataclass
+@pytree.register
 @dataclasses.dataclass(frozen=True)
 class Router:
     """A layer's router: ``router(x)`` is the Routing of ``x`` ``[T, H]`` of any float dtype.
@@ -52,7 +52,7 @@ class Router:
         return routing.route(self.logits(x), self.k, self.method, bias=self.selection_bias)
 
 
-@jax.tree_util.register_dataclass
+@pytree.register
 @dataclasses.dataclass(frozen=True)
 class SharedExpert:
     """The dense MLP that every token visits beside its routed experts.
