@@ -83,7 +83,7 @@ def convert(
       CheckpointError: the checkpoint is malformed, one of ``layers`` is not in NVFP4 or MXFP4, or ``output`` holds a
         conversion of something else. What the headers say of every layer is checked before anything is written.
       TypeError: one of ``layers`` is not an int.
-      ValueError: unknown layout, or the checkpoint was itself converted to another target's.
+      ValueError: unknown layout, no layers, or the checkpoint was itself converted to another target's.
     """
     if layout not in (CANONICAL, SM_90A):
         raise ValueError(f"layout: got {layout!r}, needs {CANONICAL!r} or {SM_90A!r}")
@@ -119,7 +119,11 @@ def convert(
 def _checked(model: published.Model, layers: Iterable[int] | None, layout: str) -> list[int]:
     """The layers to convert: nothing is written before each of them has passed."""
     numbers, skipped = [], {}
-    for number in model.blocks if layers is None else dict.fromkeys(layers):
+    if layers is not None:
+        layers = list(layers)
+        if not layers:
+            raise ValueError("layers: got none, needs at least one, or None for every layer in NVFP4 or MXFP4")
+    for number in model.blocks if layers is None else dict.fromkeys(layers):  # each once
         try:
             found = open_experts(model, number).layout
         except OtherFormatError as error:
@@ -141,9 +145,7 @@ def _checked(model: published.Model, layers: Iterable[int] | None, layout: str) 
             f"{model.files.directory}: found no layer with experts, expected a mixture-of-experts checkpoint"
         )
     if skipped:
-        warnings.warn(
-            f"layers {', '.join(map(str, skipped))} are left out: {next(iter(skipped.values()))}", stacklevel=3
-        )
+        warnings.warn(f"layers left out: {', '.join(map(str, skipped))}; {next(iter(skipped.values()))}", stacklevel=3)
     return numbers
 
 
@@ -302,10 +304,16 @@ def open_experts(
             f"{metadata.get('layout')!r}, expected version {_VERSION} and a known layout"
         )
     expected = _expected(model, prefix, metadata["layout"])
+    unexplained = {name for name in model.files.names() if name.startswith(prefix)}
     for name, leaf in _named(expected):
+        unexplained.discard(prefix + name)
         info = model.files.info(prefix + name)
         if info.shape != leaf.shape or info.numpy_dtype != leaf.dtype:
             raise CheckpointError(f"{info}: found {info.summary}, expected {leaf.dtype} {list(leaf.shape)}")
+    # Prepared experts once had block scales of no elements.
+    left = sorted(name for name in unexplained if model.files.info(name).nbytes)
+    if left:
+        raise CheckpointError(f"{model.files.info(left[0])}: found a tensor that converted experts do not have")
     published.refuse_online_transforms(model, number)  # the configuration came along
     return ConvertedLayer(model.files, model.block(number), expected, published.sizes(model))
 

@@ -42,6 +42,7 @@ BLOCKS = {
 PROJECTIONS = {"mixtral": ("w1", "w3", "w2"), "nemotron_h": ("up_proj", "down_proj")}
 SUFFIXES = {
     "modelopt": ("weight", "weight_scale", "weight_scale_2", "input_scale"),
+    "quark": ("weight", "weight_scale", "weight_scale_2", "input_scale_2"),
     "compressed-tensors": ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale"),
 }
 

@@ -89,14 +89,15 @@ def test_fp8_of_many_rows_is_read_in_pieces(tmp_path):
     assert_bits(checkpoints.load_linear(tmp_path, MODULE), want)
 
 
-@pytest.mark.parametrize("tool", [*writer.SUFFIXES, "quark"])
+@pytest.mark.parametrize("tool", writer.SUFFIXES)
 @pytest.mark.parametrize("bias", [False, True])
 def test_nvfp4_with_and_without_a_bias(tmp_path, tool, bias):
     rng = np.random.default_rng(2)
     matrix = writer.random_matrix(rng, 96, 64)
-    names = {"quark": ("weight", "weight_scale", "weight_scale_2", "input_scale_2"), **writer.SUFFIXES}[tool]
     scale = 1 / matrix.global_scale if tool == "compressed-tensors" else matrix.global_scale
-    tensors = dict(zip(names, (matrix.payload, matrix.block_scale, np.float32(scale), np.float32(1)), strict=True))
+    tensors = dict(
+        zip(writer.SUFFIXES[tool], (matrix.payload, matrix.block_scale, np.float32(scale), np.float32(1)), strict=True)
+    )
     values = rng.normal(size=96).astype(writer.BF16)
     write(tmp_path, tensors | ({"bias": values} if bias else {}))
     pairs = np.stack([matrix.payload & 15, matrix.payload >> 4], -1).reshape(96, 64)
