@@ -49,8 +49,8 @@ Scores = Literal["sigmoid", "softmax", "sqrtsoftplus"]
 class DeepSeekV2:
     """DeepSeek-V2's device-limited router (arXiv:2405.04434, section 2.2.2; ``group_limited_greedy``).
 
-    A group of E/num_groups neighbouring experts scores the largest score in it, the ``top_groups`` best groups stay, and
-    the k largest scores among them are chosen (one group: among all, ``greedy``). They are the weights, divided by
+    A group of E/num_groups neighbouring experts scores the largest score in it, the ``top_groups`` best groups stay,
+    and the k largest scores among them are chosen (one group: among all, ``greedy``). They are the weights, divided by
     their sum where ``renormalize`` says so, times ``scaling_factor``. The defaults are DeepSeek-V2's.
     """
 
@@ -68,8 +68,8 @@ class DeepSeekV3:
     *Selection* adds a bias per expert to the scores: a group of E/num_groups neighbouring experts scores the sum of its
     two largest biased scores, the ``top_groups`` best groups stay, and the k largest biased scores among them are
     chosen. The *weights* are the unbiased scores, divided by their sum where ``renormalize`` says so, times
-    ``scaling_factor``. The defaults are DeepSeek-V3's. With one group it is also the rule of MiniMax-M2 and Step-3.5, of
-    DeepSeek-V4 (``scores="sqrtsoftplus"``) and of ERNIE 4.5 (``scores="softmax"``).
+    ``scaling_factor``. The defaults are DeepSeek-V3's. With one group it is also the rule of MiniMax-M2 and Step-3.5,
+    of DeepSeek-V4 (``scores="sqrtsoftplus"``) and of ERNIE 4.5 (``scores="softmax"``).
     """
 
     num_groups: int = 8
@@ -83,9 +83,9 @@ class DeepSeekV3:
 class SparseMixer:
     """Phi-3.5-MoE's router (arXiv:2409.12136, appendix; transformers 5.24 has it as ``sparsemixer``); k is 2.
 
-    The experts of the two largest logits are chosen. With m the logit of a chosen one, its weight is a softmax over the
-    experts, without those chosen before it, whose logit z has ``(m - z) / max(abs(z), m) <= 2 * jitter``. The weights do
-    not add up to 1.
+    The experts of the two largest logits are chosen. With m the logit of a chosen one, its weight is a softmax over
+    the experts, without one chosen before it, whose logit z has ``(m - z) / max(abs(z), m) <= 2 * jitter``. The
+    weights do not add up to 1.
     """
 
     jitter: float = 0.01
