@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_moe import activations, arguments, checkpoints, moe, parallel, plan
-from jax_moe.checkpoints import CheckpointError, Router, SharedExpert
+from jax_moe.checkpoints import CheckpointError, load, Router, SharedExpert
 from jax_moe.experts import CANONICAL, Experts
 from jax_moe.prepare import prepare
 
@@ -108,7 +108,7 @@ class MoE(nnx.Module):
         _check(experts, router, shared_expert, self.options)
         self.experts = nnx.data(_variables(Quantized, experts, specs))
         self.router = nnx.data(_variables(nnx.Param, router, jax.tree.map(lambda _: PartitionSpec(), router)))
-        shared_specs = None if shared_expert is None else _shared_specs(mesh, tensor_axis)
+        shared_specs = None if shared_expert is None else _shared_specs(shared_expert, mesh, tensor_axis)
         self.shared_expert = nnx.data(_variables(nnx.Param, shared_expert, shared_specs))
 
     @classmethod
@@ -135,28 +135,30 @@ class MoE(nnx.Module):
           options: the constructor's other options; ``activation`` and ``weight_on`` take the place of the family's.
 
         Raises:
-          CheckpointError: as :func:`jax_moe.load_experts`, or the experts work on another size than the layer.
+          CheckpointError: as :func:`jax_moe.load_experts`, or the layer is more than a router, experts and a shared
+            expert of one x.
           TypeError, ValueError: as :func:`jax_moe.load_experts`, :func:`jax_moe.prepare` and the constructor.
         """
         axes: dict[str, Any] = {"expert_axis": expert_axis, "tensor_axis": tensor_axis}
+        load.check_whole_block(directory, layer)
         router = checkpoints.load_router(directory, layer)
+        if not isinstance(router, Router):
+            raise CheckpointError(
+                f"{directory}: layer {layer}: found a router by token ids, expected one by x; load_experts, "
+                "load_router and load_shared_expert load the parts of the layer one by one"
+            )
         experts = checkpoints.load_experts(directory, layer, mesh=mesh, progress=progress, **axes)
         shared_expert = checkpoints.load_shared_expert(directory, layer)
-        if experts.layout == CANONICAL and experts.down.payload.shape[1] != router.weight.shape[1]:
-            raise CheckpointError(
-                f"{directory}: layer {layer}: found experts of H = {experts.down.payload.shape[1]} behind a "
-                f"projection from {router.weight.shape[1]}; MoE has no such projection, load_experts loads them alone"
-            )
         if experts.layout == CANONICAL or target is not None:
             experts = prepare(experts, target, progress=progress)
         if mesh is not None:
             router = jax.device_put(router, NamedSharding(mesh, PartitionSpec()))
         if mesh is not None and shared_expert is not None:
-            specs = _shared_specs(mesh, tensor_axis)
+            specs = _shared_specs(shared_expert, mesh, tensor_axis)
             shared_expert = jax.tree.map(
                 lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec)), shared_expert, specs
             )
-        options = checkpoints.moe_options(directory) | options
+        options = checkpoints.moe_options(directory, layer) | options
         return cls(experts, router, shared_expert, mesh=mesh, **axes, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -234,13 +236,20 @@ def _expert_specs(
     return parallel.partition_specs(experts, target, expert_axis=expert_axis, tensor_axis=tensor_axis)
 
 
-def _shared_specs(mesh: Mesh | None, tensor_axis: parallel.Axis) -> Any:
+def _shared_specs(shared_expert: SharedExpert, mesh: Mesh | None, tensor_axis: parallel.Axis) -> Any:
     """A ``SharedExpert`` of specs: I over the tensor axis."""
     names = (
         tuple(name for name in _names("tensor_axis", tensor_axis) if mesh is None or name in mesh.axis_names) or None
     )
-    specs: Any = PartitionSpec(None, names, None), PartitionSpec(None, names)
-    return SharedExpert(*specs)
+    specs: Any = {
+        "gate_up": PartitionSpec(None, names, None),
+        "down": PartitionSpec(None, names),
+        "gate_up_bias": PartitionSpec(None, names),
+        "down_bias": PartitionSpec(),
+        "gate": PartitionSpec(),
+    }
+    present = {name: spec for name, spec in specs.items() if getattr(shared_expert, name) is not None}
+    return dataclasses.replace(shared_expert, **present)
 
 
 def _names(argument: str, axis: parallel.Axis) -> tuple[str, ...]:

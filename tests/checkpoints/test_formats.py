@@ -235,8 +235,8 @@ def test_no_shared_expert(tmp_path):
     ],
 )
 def test_routing_rule_and_k_from_the_config(tmp_path, family, config, method):
-    writer.checkpoint(tmp_path, family)
-    config = writer.config_of(family, 4, 32, 48) | config | {"num_experts_per_tok": 3}
+    writer.checkpoint(tmp_path, family, experts=8)
+    config = writer.config_of(family, 8, 32, 48) | config | {"num_experts_per_tok": 3}
     (tmp_path / "config.json").write_text(json.dumps(config))
     router = checkpoints.load_router(tmp_path, 0)
     assert router.method == method
