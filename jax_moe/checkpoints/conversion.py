@@ -136,7 +136,7 @@ def _checked(model: published.Model, layers: Iterable[int] | None, layout: str) 
                 f"layout: got {layout!r}, but {model.files.directory} holds experts in layout {found!r}; "
                 "convert the checkpoint that they came from"
             )
-        beside = {name.rpartition(".")[0] for name in _beside(model, number)}
+        beside = {name.rpartition(".")[0] for name in model.beside(number)}
         if beside:
             refuse_online_transforms(model.files, beside, [model.block(number)])
         numbers.append(int(number))
@@ -156,7 +156,7 @@ def _write_layer(model: published.Model, number: int, path: Path, layout: str) -
     if layout != experts.layout:
         experts = prepare(experts, layout, progress=False)
     tensors = {f"{model.block(number)}.experts.{name}": np.asarray(leaf) for name, leaf in _named(experts)}
-    tensors |= {name: read_rows(model.files.info(name)) for name in _beside(model, number)}
+    tensors |= {name: read_rows(model.files.info(name)) for name in model.beside(number)}
     metadata = {"format": "jax_moe", "version": _VERSION, "layout": layout, "digest": digest}
     write_atomically(path, functools.partial(write_tensors, tensors=tensors, metadata=metadata))
 
@@ -169,21 +169,11 @@ def _path(target: Path, number: int) -> Path:
     return target / f"layer-{number:05d}.safetensors"
 
 
-def _beside(model: published.Model, number: int) -> list[str]:
-    """The tensors of a MoE layer that are not of its experts: they go along as they are."""
-    block = model.block(number)
-    return sorted(
-        name
-        for name in model.files.names()
-        if name.startswith(f"{block}.") and not name.startswith(f"{block}.experts.")
-    )
-
-
 def _digest(model: published.Model, number: int) -> str:
     """Of all that a layer's file is made of, down to the last byte: another training run has the same headers."""
     digest = hashlib.sha256()
     experts = f"{model.block(number)}.experts."
-    for name in sorted({*_beside(model, number), *(n for n in model.files.names() if n.startswith(experts))}):
+    for name in sorted({*model.beside(number), *(n for n in model.files.names() if n.startswith(experts))}):
         info = model.files.info(name)
         digest.update(repr((name, info.dtype, info.shape)).encode())
         for piece in read_bytes(info):
@@ -303,7 +293,7 @@ def open_experts(
             f"{model.files.info(prefix + 'gate_up.payload')}: found version {metadata.get('version')!r} and layout "
             f"{metadata.get('layout')!r}, expected version {_VERSION} and a known layout"
         )
-    expected = _expected(model, prefix, metadata["layout"])
+    expected = _expected(model, number, metadata["layout"])
     unexplained = {name for name in model.files.names() if name.startswith(prefix)}
     for name, leaf in _named(expected):
         unexplained.discard(prefix + name)
@@ -315,13 +305,13 @@ def open_experts(
     if left:
         raise CheckpointError(f"{model.files.info(left[0])}: found a tensor that converted experts do not have")
     published.refuse_online_transforms(model, number)  # the configuration came along
-    return ConvertedLayer(model.files, model.block(number), expected, published.sizes(model))
+    return ConvertedLayer(model.files, model.block(number), expected, published.sizes(model, number))
 
 
-def _expected(model: published.Model, prefix: str, layout: str) -> Experts:
+def _expected(model: published.Model, number: int, layout: str) -> Experts:
     """Shapes and dtypes of the leaves, from the config."""
-    sizes = published.sizes(model)
-    parts = 2 if model.family.activation(model.config).gated else 1
+    prefix, sizes = f"{model.block(number)}.experts.", published.sizes(model, number)
+    parts = 2 if model.family.activation(model.settings(number)).gated else 1
 
     def projection(
         name: str, rows: int, contraction: int, lead: tuple[int, ...], input_shape: tuple[int, ...]

@@ -13,9 +13,11 @@ import numpy as np
 from jax_moe import nvfp4
 from jax_moe.checkpoints import dense, quantization, stored
 from jax_moe.checkpoints.dense import Dense
-from jax_moe.checkpoints.families import Config, Family, family_of, NUM_EXPERTS, ROOTS, size
+from jax_moe.checkpoints.families import Config, Family, family_of, NUM_EXPERTS
+from jax_moe.checkpoints.family import module
 from jax_moe.checkpoints.files import CheckpointError, Files, read_json
 from jax_moe.checkpoints.leaves import Leaf
+from jax_moe.checkpoints.settings import Settings
 from jax_moe.checkpoints.stored import Stored
 from jax_moe.experts import CANONICAL, Experts, Projection
 
@@ -52,12 +54,27 @@ class Model:
         """
         if not isinstance(layer, int | np.integer):
             raise TypeError(f"layer: got {type(layer).__name__}, needs an int")
+        if not self.blocks:
+            raise CheckpointError(f"{self.files.directory}: {_nothing(self.files, self.family)}")
         if layer not in self.blocks:
-            layers = ", ".join(map(str, self.blocks)) or "none"
+            layers = ", ".join(map(str, self.blocks))
             raise CheckpointError(
                 f"{self.files.directory}: found no experts in layer {layer}, expected one of the MoE layers ({layers})"
             )
         return self.blocks[layer]
+
+    def settings(self, layer: int | None = None) -> Settings:
+        """The configuration as a layer sees it; without one, settings that depend on the layer are errors."""
+        return Settings(self.config, self.config_file, layer)
+
+    def beside(self, layer: int) -> list[str]:
+        """The tensors of a layer's block that are not of its experts."""
+        block, family = self.block(layer), self.family
+        modules = [module(block, name) for name in (*family.router, *family.shared_expert)]
+        # A block that is the layer itself has the layer's attention and norms in it.
+        prefixes = tuple(f"{name}." for name in (modules if "" in family.blocks else [block, *modules]))
+        experts = f"{block}.experts."
+        return sorted(name for name in self.files.names() if name.startswith(prefixes) and not name.startswith(experts))
 
 
 def open_model(directory: Path) -> Model:
@@ -70,20 +87,43 @@ def open_model(directory: Path) -> Model:
     config_path = directory / "config.json"
     whole = read_json(config_path)
     family, config = family_of(whole, str(config_path))
-    return Model(files, family, config, _find_blocks(files, family))
+    return Model(files, family, config, _find_blocks(files, family, config))
 
 
-def _find_blocks(files: Files, family: Family) -> dict[int, str]:
-    roots = "|".join(map(re.escape, ROOTS))
-    pattern = re.compile(rf"((?:{roots})layers\.(\d{{1,6}})\.{re.escape(family.block)})\.experts\.")
+def _find_blocks(files: Files, family: Family, config: Config) -> dict[int, str]:
+    """The blocks with experts, under any root. Layers of multi-token prediction follow those of the model."""
+    names = "|".join(re.escape(f".{name}" if name else "") for name in family.blocks)
+    pattern = re.compile(rf"(((?:[^.]+\.)*?)(layers|mtp)\.(\d{{1,6}})(?:{names}))\.experts\.")
+    found = {}
+    for match in filter(None, map(pattern.match, files.names())):
+        block, root, container, number = match.groups()
+        found[block] = root, container == "mtp" or "mtp" in root.split("."), int(number)
+    if any(root in family.roots for root, *_ in found.values()):
+        found = {block: place for block, place in found.items() if place[0] in family.roots or place[1]}
     blocks: dict[int, str] = {}
-    for name in files.names():
-        match = pattern.match(name)
-        if match and blocks.setdefault(int(match[2]), match[1]) != match[1]:
+    for block, (_, predicts, number) in found.items():
+        layer = number + _num_layers(files, config) if predicts else number
+        if blocks.setdefault(layer, block) != block:
             raise CheckpointError(
-                f"{files.directory}: {name}: found experts of layer {match[2]} in {blocks[int(match[2])]} too"
+                f"{files.directory}: layer {layer}: found experts in {blocks[layer]} and in {block}, expected them once"
             )
     return dict(sorted(blocks.items()))
+
+
+def _num_layers(files: Files, config: Config) -> int:
+    """Of the model itself: by its configuration, or else by its files."""
+    if type(config.get("num_hidden_layers")) is int:
+        return config["num_hidden_layers"]
+    numbers = (re.match(r"(?!mtp\.)(?:[^.]+\.)*?layers\.(\d{1,6})\.", name) for name in files.names())
+    return 1 + max((int(match[1]) for match in numbers if match), default=-1)
+
+
+def _nothing(files: Files, family: Family) -> str:
+    """What was found instead of any experts."""
+    known = " or ".join(f"layers.N.{name}.experts" if name else "layers.N.experts" for name in family.blocks)
+    alike = next((name for name in files.names() if re.search("expert|moe", name)), None)
+    found = "nothing like an expert" if alike is None else f"{alike} and the like"
+    return f"found {found}, expected the experts of {family.name} in {known}, under any root"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +199,7 @@ def open_experts(model: Model, layer: int, *, quantize: bool = False) -> ExpertL
     Raises:
       CheckpointError: see :func:`jax_moe.load_experts`.
     """
-    block, shape = model.block(layer), sizes(model)
+    block, shape = model.block(layer), sizes(model, layer)
     where = (model.files, block, model.family, shape.num_experts, shape.hidden, shape.intermediate)
     try:
         gate_up, down = stored.find(*where)
@@ -173,20 +213,20 @@ def open_experts(model: Model, layer: int, *, quantize: bool = False) -> ExpertL
     return ExpertLayer(layer, shape, gate_up, down, uses_input_scales)
 
 
-def sizes(model: Model) -> Sizes:
-    """E, H and I from the config.
+def sizes(model: Model, layer: int) -> Sizes:
+    """E, H and I of a layer, from the config.
 
     Raises:
       CheckpointError: one is missing or not a multiple of 16.
     """
-    config, where = model.config, model.config_file
-    hidden_key = "moe_latent_size" if config.get("moe_latent_size") is not None else "hidden_size"
+    settings = model.settings(layer)
+    latent = settings.value("moe_latent_size") is not None
     found = []
-    for key in (hidden_key, model.family.intermediate_size):
-        found.append(size(config, where, key))
+    for key in ("moe_latent_size" if latent else "hidden_size", model.family.intermediate_size):
+        found.append(settings.integer(key))
         if found[-1] % nvfp4.BLOCK_SIZE:
-            raise CheckpointError(f"{where}: {key}: found {found[-1]}, expected a multiple of {nvfp4.BLOCK_SIZE}")
-    return Sizes(size(config, where, *NUM_EXPERTS), *found)
+            raise settings.error(key, found[-1], f"a multiple of {nvfp4.BLOCK_SIZE}")
+    return Sizes(settings.integer(*NUM_EXPERTS), *found)
 
 
 def refuse_online_transforms(model: Model, layer: int) -> None:
@@ -196,7 +236,7 @@ def refuse_online_transforms(model: Model, layer: int) -> None:
       CheckpointError: see :func:`quantization.refuse_online_transforms`.
     """
     block = model.block(layer)
-    experts = [f"{block}.experts.{expert}" for expert in range(sizes(model).num_experts)]
+    experts = [f"{block}.experts.{expert}" for expert in range(sizes(model, layer).num_experts)]
     # By every name that the family's experts have anywhere: converted files no longer show which ones were stored.
     projections = {"gate_up_proj", "down_proj", *(name for names in model.family.projections for name in names)}
     linears = [f"{module}.{name}" for module in (f"{block}.experts", *experts) for name in sorted(projections)]

@@ -235,8 +235,8 @@ def test_no_shared_expert(tmp_path):
     ],
 )
 def test_routing_rule_and_k_from_the_config(tmp_path, family, config, method):
-    writer.checkpoint(tmp_path, family)
-    config = writer.config_of(family, 4, 32, 48) | config | {"num_experts_per_tok": 3}
+    writer.checkpoint(tmp_path, family, experts=8)
+    config = writer.config_of(family, 8, 32, 48) | config | {"num_experts_per_tok": 3}
     (tmp_path / "config.json").write_text(json.dumps(config))
     router = checkpoints.load_router(tmp_path, 0)
     assert router.method == method
@@ -449,7 +449,7 @@ def test_a_router_made_by_hand_is_checked_when_it_is_called():
     router = checkpoints.Router(jnp.ones((4, 32)), k=2)
     assert router(jnp.ones((3, 32), jnp.bfloat16)).expert_ids.shape == (3, 2)
     for x, error, message in (
-        (jnp.ones((3, 16)), ValueError, r"x: got shape \(3, 16\), needs \[T, 32\]"),
+        (jnp.ones((3, 16)), ValueError, r"x: got shape \(3, 16\), needs \[..., 32\]"),
         (jnp.ones((3, 32), jnp.int32), TypeError, "x: got dtype int32, needs floats"),
         ([1.0], TypeError, "x: got list, needs an array"),
     ):
@@ -467,7 +467,7 @@ def test_a_shared_expert_is_checked_when_it_is_called():
     shared = checkpoints.SharedExpert(jnp.ones((2, 16, 32)), jnp.ones((32, 16)))
     x, activation = jnp.ones((3, 32)), jax_moe.SwiGLU()
     assert shared(x, activation).shape == x.shape
-    with pytest.raises(ValueError, match=r"^x: got shape \(3, 16\), needs \[T, 32\]"):
+    with pytest.raises(ValueError, match=r"^x: got shape \(3, 16\), needs \[..., 32\]"):
         shared(x[:, :16], activation)
     with pytest.raises(ValueError, match=r"^SharedExpert.gate_up: got shape \(2, 16, 32\), needs \[1, I, H\]"):
         shared(x, jax_moe.ReLU2())
