@@ -49,7 +49,12 @@ def read_linear(files: Files, module: str) -> Linear:
         or a weight, scale or bias that is not finite; or its activations would have to be transformed.
     """
     quantization.refuse_online_transforms(files, [module])
-    present = {name for name in files.names() if name.startswith(f"{module}.")}
+    return read_plain(files, module)
+
+
+def read_plain(files: Files, module: str) -> Linear:
+    """As :func:`read_linear`, where the configuration has been asked for transforms already."""
+    present = files.under(f"{module}.")
     weight = files.info(f"{module}.weight") if f"{module}.weight" in present else None
     if weight is None or weight.dtype in ("U8", "I8"):
         matrix, used = _four_bits(files, module)
