@@ -110,7 +110,9 @@ def test_nvfp4_with_and_without_a_bias(tmp_path, tool, bias):
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, writer.BF16])
 def test_floats_are_rounded_once(tmp_path, dtype):
     weight = np.random.default_rng(3).normal(size=(2500, 20)).astype(dtype)
-    write(tmp_path, {"weight": weight, "bias": np.zeros(2500, dtype), "k_scale": np.float32(1)})
+    write(
+        tmp_path, {"weight": weight, "bias": np.zeros(2500, dtype), "k_scale": np.float32(1), "k_bias": np.float32(1)}
+    )
     assert_bits(checkpoints.load_linear(tmp_path, MODULE), weight.astype(writer.BF16))
 
 
