@@ -11,12 +11,14 @@ from jax_moe.plan import Combine as Combine, Precision as Precision, WeightOn as
 from jax_moe.prepare import prepare as prepare, unprepare as unprepare
 from jax_moe.quantize import calibrate as calibrate, quantize_experts as quantize_experts
 from jax_moe.routing import (
+    DeepSeekV2 as DeepSeekV2,
     DeepSeekV3 as DeepSeekV3,
     Llama4 as Llama4,
     route as route,
     Routing as Routing,
     Sigmoid as Sigmoid,
     Softmax as Softmax,
+    SparseMixer as SparseMixer,
 )
 
 __version__ = "0.1.0"

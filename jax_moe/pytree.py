@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
-from typing import TypeVar
+import operator
+import typing
+from typing import Any, TypeVar
 
 import jax
 import jax.export
@@ -11,9 +13,11 @@ _Class = TypeVar("_Class", bound=type)
 
 
 def register(cls: _Class) -> _Class:
-    """Class decorator for a dataclass whose static fields, if any, are strings.
+    """Class decorator for a dataclass; its static fields hold JSON scalars or dataclasses of them.
 
-    ``jax.tree_util.register_dataclass`` alone is not enough to serialise an exported function that takes one.
+    ``jax.tree_util.register_dataclass`` alone is not enough to serialise an exported function that takes one. A static
+    dataclass (a routing method) is written as its class name and fields; the field's annotation says which classes a
+    file may name.
     """
     data = [field.name for field in dataclasses.fields(cls) if not field.metadata.get("static")]
     static = [field.name for field in dataclasses.fields(cls) if field.metadata.get("static")]
@@ -21,12 +25,31 @@ def register(cls: _Class) -> _Class:
     def from_children(aux_data, children):
         return cls(**dict(zip(data + static, (*children, *aux_data), strict=True)))
 
+    def serialize(values: tuple) -> bytes:
+        return json.dumps([_encode(value) for value in values], default=operator.methodcaller("item")).encode()
+
+    def deserialize(encoded: bytes) -> tuple:
+        hints = typing.get_type_hints(cls)
+        return tuple(_decode(value, hints[name]) for name, value in zip(static, json.loads(encoded), strict=True))
+
     jax.tree_util.register_dataclass(cls)
     jax.export.register_pytree_node_serialization(
         cls,
         serialized_name=f"jax_moe.{cls.__name__}",
-        serialize_auxdata=lambda values: json.dumps(values).encode(),
-        deserialize_auxdata=json.loads,
+        serialize_auxdata=serialize,
+        deserialize_auxdata=deserialize,
         from_children=from_children,
     )
     return cls
+
+
+def _encode(value: Any) -> Any:
+    return {type(value).__name__: dataclasses.asdict(value)} if dataclasses.is_dataclass(value) else value
+
+
+def _decode(value: Any, annotation: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((name, fields),) = value.items()
+    classes = {known.__name__: known for known in typing.get_args(annotation) or (annotation,)}
+    return classes[name](**fields)

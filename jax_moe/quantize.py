@@ -74,8 +74,8 @@ def quantize_experts(
     biases = (up_bias,) if gate is None else (gate_bias, up_bias)
 
     def quantize_expert(expert):
-        pair = [_quantize_matrix(part) for part in expert[0]]
-        return jax.tree.map(lambda *p: jnp.stack(p), *pair), _quantize_matrix(expert[1])
+        pair = [quantize_matrix(part) for part in expert[0]]
+        return jax.tree.map(lambda *p: jnp.stack(p), *pair), quantize_matrix(expert[1])
 
     indices = track(range(num_experts), "quantize experts", enabled=progress)
     gate_up_leaves, down_leaves = stacking.map_in_turn(quantize_expert, (parts, down), indices)
@@ -87,7 +87,8 @@ def quantize_experts(
 
 
 @jax.jit
-def _quantize_matrix(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def quantize_matrix(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Payload, block scale and global scale of a dense ``[N, C]``, as in :func:`quantize_experts`."""
     matrix = matrix.astype(jnp.float32)
     global_scale = nvfp4.global_scale_for(nvfp4.amax(matrix))
     return *nvfp4.quantize(matrix, global_scale), global_scale

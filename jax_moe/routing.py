@@ -1,6 +1,7 @@
 """Token to expert assignment: ``Routing``, and the router rules of published models."""
 
 import dataclasses
+from typing import get_args, Literal
 
 import jax
 import jax.numpy as jnp
@@ -40,20 +41,54 @@ class Sigmoid:
     renormalize: bool = False
 
 
+Scores = Literal["sigmoid", "softmax", "sqrtsoftplus"]
+"""Scores of the experts, from logits z: ``sqrtsoftplus`` is sqrt(log(1 + exp(z))), DeepSeek-V4's default."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DeepSeekV2:
+    """DeepSeek-V2's device-limited router (arXiv:2405.04434, section 2.2.2; ``group_limited_greedy``).
+
+    A group of E/num_groups neighbouring experts scores the largest score in it, the ``top_groups`` best groups stay,
+    and the k largest scores among them are chosen (one group: among all, ``greedy``). They are the weights, divided by
+    their sum where ``renormalize`` says so, times ``scaling_factor``. The defaults are DeepSeek-V2's.
+    """
+
+    num_groups: int = 8
+    top_groups: int = 3
+    scaling_factor: float = 16.0
+    renormalize: bool = False
+    scores: Scores = "softmax"
+
+
 @dataclasses.dataclass(frozen=True)
 class DeepSeekV3:
-    """DeepSeek-V3's auxiliary-loss-free router (arXiv:2412.19437, section 2.1.2); also Nemotron-H.
+    """DeepSeek-V3's auxiliary-loss-free router (arXiv:2412.19437, section 2.1.2; ``noaux_tc``), and its many heirs.
 
-    Scores are sigmoids. *Selection* adds a bias per expert: a group of E/num_groups neighbouring experts
-    scores the sum of its two largest biased scores, the ``top_groups`` best groups stay, and the k largest
-    biased scores among them are chosen. The *weights* are the unbiased scores, divided by their sum where
-    ``renormalize`` says so, times ``scaling_factor``. The defaults are DeepSeek-V3's.
+    *Selection* adds a bias per expert to the scores: a group of E/num_groups neighbouring experts scores the sum of its
+    two largest biased scores, the ``top_groups`` best groups stay, and the k largest biased scores among them are
+    chosen. The *weights* are the unbiased scores, divided by their sum where ``renormalize`` says so, times
+    ``scaling_factor``. The defaults are DeepSeek-V3's. With one group it is also the rule of MiniMax-M2 and Step-3.5,
+    of DeepSeek-V4 (``scores="sqrtsoftplus"``) and of ERNIE 4.5 (``scores="softmax"``).
     """
 
     num_groups: int = 8
     top_groups: int = 4
     scaling_factor: float = 2.5
     renormalize: bool = True
+    scores: Scores = "sigmoid"
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseMixer:
+    """Phi-3.5-MoE's router (arXiv:2409.12136, appendix; transformers 5.24 has it as ``sparsemixer``); k is 2.
+
+    The experts of the two largest logits are chosen. With m the logit of a chosen one, its weight is a softmax over
+    the experts, without one chosen before it, whose logit z has ``(m - z) / max(abs(z), m) <= 2 * jitter``. The
+    weights do not add up to 1.
+    """
+
+    jitter: float = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +96,7 @@ class Llama4:
     """The k largest logits, weighted by their sigmoids; use it with ``fused_moe(weight_on="input")``."""
 
 
-Method = Softmax | Sigmoid | DeepSeekV3 | Llama4
+Method = Softmax | Sigmoid | DeepSeekV2 | DeepSeekV3 | SparseMixer | Llama4
 
 
 def route(logits: jax.Array, k: int, method: Method = Softmax(), *, bias: jax.Array | None = None) -> Routing:
@@ -80,7 +115,8 @@ def route(logits: jax.Array, k: int, method: Method = Softmax(), *, bias: jax.Ar
       TypeError, ValueError: an argument does not fit the above.
     """
     if not isinstance(method, Method):
-        raise TypeError(f"method: got {method!r}, needs Softmax, Sigmoid, DeepSeekV3 or Llama4")
+        names = ", ".join(known.__name__ for known in get_args(Method))
+        raise TypeError(f"method: got {method!r}, needs one of {names}")
     *_, num_experts = arguments.floats("logits", logits, ("...", "E"))
     k = arguments.integer("k", k)
     if not 1 <= k <= num_experts:
@@ -94,23 +130,72 @@ def route(logits: jax.Array, k: int, method: Method = Softmax(), *, bias: jax.Ar
     match method:
         case Softmax(renormalize):
             weights, expert_ids = jax.lax.top_k(jax.nn.softmax(logits), k)
+            weights = _normalized(weights) if renormalize else weights
         case Sigmoid(renormalize):
             weights, expert_ids = jax.lax.top_k(jax.nn.sigmoid(logits), k)
+            weights = _normalized(weights) if renormalize else weights
         case Llama4():
             chosen, expert_ids = jax.lax.top_k(logits, k)
-            weights, renormalize = jax.nn.sigmoid(chosen), False
-        case DeepSeekV3():
-            weights, expert_ids = _grouped_top_k(jax.nn.sigmoid(logits), k, method, bias)
-            renormalize = method.renormalize
-    if renormalize:
-        # Sigmoids of very negative logits all vanish: then the weights are 0, not 0/0. No other sum notices 1e-20.
-        weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
-    if isinstance(method, DeepSeekV3):
-        weights = weights * method.scaling_factor
+            weights = jax.nn.sigmoid(chosen)
+        case SparseMixer(jitter):
+            weights, expert_ids = _sparse_mixer(logits, k, jitter)
+        case DeepSeekV2() | DeepSeekV3():
+            scores = score(logits, method.scores)
+            expert_ids = _grouped_top_k(scores, k, method, bias)
+            weights = weigh(scores, expert_ids, method.renormalize, method.scaling_factor)
     return Routing(expert_ids.astype(jnp.int32), weights)
 
 
-def _grouped_top_k(scores, k: int, method: DeepSeekV3, bias) -> tuple[jax.Array, jax.Array]:
+def score(logits: jax.Array, scores: Scores) -> jax.Array:
+    """float32 scores of float32 logits ``[..., E]``.
+
+    Raises:
+      ValueError: ``scores`` is not one of ``Scores``.
+    """
+    arguments.choice("method.scores", scores, Scores)
+    match scores:
+        case "sigmoid":
+            return jax.nn.sigmoid(logits)
+        case "softmax":
+            return jax.nn.softmax(logits)
+        case "sqrtsoftplus":
+            softplus = jax.nn.softplus(logits)
+            # Where it underflows, the derivative of the square root would be infinite, and its product with 0 NaN.
+            positive = softplus > 0
+            return jnp.where(positive, jnp.sqrt(jnp.where(positive, softplus, 1.0)), 0.0)
+
+
+def weigh(scores: jax.Array, expert_ids: jax.Array, renormalize: bool, scaling_factor: float) -> jax.Array:
+    """Weights ``[..., K]`` of experts ``[..., K]`` that were chosen already, from scores ``[..., E]``."""
+    weights = jnp.take_along_axis(scores, expert_ids, axis=-1, mode="clip")
+    return (_normalized(weights) if renormalize else weights) * scaling_factor
+
+
+def _normalized(weights: jax.Array) -> jax.Array:
+    # Sigmoids of very negative logits all vanish: then the weights are 0, not 0/0. No other sum notices 1e-20.
+    # Numerator and denominator are divided by the largest weight first: the derivative squares the denominator, and
+    # 1 / (1e-20)**2 is infinite in float32. What both are divided by has no derivative of its own.
+    largest = jax.lax.stop_gradient(jnp.maximum(weights.max(-1, keepdims=True), 1e-20))
+    weights = weights / largest
+    return weights / (weights.sum(-1, keepdims=True) + 1e-20 / largest)
+
+
+def _sparse_mixer(logits: jax.Array, k: int, jitter: float) -> tuple[jax.Array, jax.Array]:
+    if k != 2:
+        raise ValueError(f"k: got {k}, needs 2, which SparseMixer is defined for")
+    largest, expert_ids = jax.lax.top_k(logits, k)
+    first = expert_ids[..., :1] == jax.lax.broadcasted_iota(expert_ids.dtype, logits.shape, logits.ndim - 1)
+
+    def weight(largest: jax.Array, candidates: jax.Array | bool) -> jax.Array:
+        magnitude = jnp.maximum(jnp.abs(logits), largest)
+        distance = (largest - logits) / jnp.where(magnitude == 0, 1.0, magnitude)
+        near = candidates & ~(distance > 2 * jitter)
+        return 1 / jnp.where(near, jnp.exp(jnp.where(near, logits - largest, 0.0)), 0.0).sum(-1, keepdims=True)
+
+    return jnp.concatenate([weight(largest[..., :1], True), weight(largest[..., 1:], ~first)], axis=-1), expert_ids
+
+
+def _grouped_top_k(scores: jax.Array, k: int, method: DeepSeekV2 | DeepSeekV3, bias: jax.Array | None) -> jax.Array:
     *leading, num_experts = scores.shape
     groups, top_groups = method.num_groups, method.top_groups
     if groups < 1 or num_experts % groups:
@@ -124,12 +209,12 @@ def _grouped_top_k(scores, k: int, method: DeepSeekV3, bias) -> tuple[jax.Array,
 
     biased = scores if bias is None else scores + jnp.broadcast_to(bias.astype(jnp.float32), scores.shape)
     grouped = biased.reshape(*leading, groups, group_size)
-    group_scores = jax.lax.top_k(grouped, min(2, group_size))[0].sum(-1)
+    best = 1 if isinstance(method, DeepSeekV2) else min(2, group_size)
+    group_scores = jax.lax.top_k(grouped, best)[0].sum(-1)
     kept = jnp.sort(jax.lax.top_k(group_scores, top_groups)[1])  # ascending, so that ties go to the lower expert
     # Only the experts of kept groups are candidates. Masking the others with -inf instead would be a false alarm of
     # jax_debug_infs, and with 0 wrong: a biased score may itself be negative.
     experts = kept[..., None] * group_size + jax.lax.broadcasted_iota(kept.dtype, (*kept.shape, group_size), kept.ndim)
     experts = experts.reshape(*leading, top_groups * group_size)
     _, places = jax.lax.top_k(jnp.take_along_axis(biased, experts, axis=-1), k)
-    expert_ids = jnp.take_along_axis(experts, places, axis=-1)
-    return jnp.take_along_axis(scores, expert_ids, axis=-1), expert_ids
+    return jnp.take_along_axis(experts, places, axis=-1)

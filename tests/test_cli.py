@@ -136,7 +136,7 @@ def test_bench_writes_what_it_shows(tmp_path):
 
 
 FOUR = "four positive integers"
-COUNTS = "needs positive numbers, as 1,32, or ranges, as 1-8192"
+COUNTS = "needs numbers from 1, as 1,32, or ranges, as 1-8192"
 ACTIVATION = "SwiGLU, GeGLU, ReLU2, SiTU, alone or with alpha,beta,limit"
 
 
@@ -195,7 +195,7 @@ def test_activations_that_an_error_prints_are_read_back():
 
 
 def test_token_counts_are_numbers_and_ranges():
-    assert options.token_counts("--tokens", "1-3,32,5-5") == [1, 2, 3, 32, 5]
+    assert options.numbers("--tokens", "1-3,32,5-5") == [1, 2, 3, 32, 5]
 
 
 @pytest.mark.parametrize(("option", "values"), [

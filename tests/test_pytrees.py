@@ -6,12 +6,14 @@ import pickle
 import helpers
 from helpers import make_case
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
 import jax_moe
+from jax_moe.checkpoints import Router, SharedExpert
 
 
 def assert_trees_bit_equal(actual, expected):
@@ -110,3 +112,31 @@ def test_orbax_saves_and_restores(case, sharded, tmp_path):
     assert_trees_bit_equal(restored, (experts, case.routing))
     assert restored[0].gate_up.payload.sharding == experts.gate_up.payload.sharding
     assert isinstance(restored[0], jax_moe.Experts)
+
+
+def exported(function, *operands):
+    """The function as another process would load it, and what it answers here."""
+    compiled = jax.jit(function)
+    serialized = jax.export.export(compiled)(*operands).serialize()
+    return jax.export.deserialize(bytearray(serialized)), compiled(*operands)
+
+
+@pytest.mark.parametrize(
+    "method", [jax_moe.Softmax(renormalize=False), jax_moe.DeepSeekV3(4, 2, np.float32(1.5)), jax_moe.Llama4()]
+)
+def test_a_function_of_a_router_is_exported_with_its_rule(method):
+    """The rule is static: it travels in the file, and a router with another rule does not fit."""
+    rng = np.random.default_rng(0)
+    router = Router(jnp.asarray(rng.standard_normal((8, 16)), jnp.float32), k=np.int32(3), method=method)
+    x = jnp.asarray(rng.standard_normal((5, 16)), jnp.float32)
+    loaded, expected = exported(lambda router, x: router(x), router, x)
+    assert_trees_bit_equal(loaded.call(router, x), expected)
+    with pytest.raises(ValueError, match="Sigmoid"):
+        loaded.call(dataclasses.replace(router, method=jax_moe.Sigmoid()), x)
+
+
+def test_a_function_of_a_shared_expert_is_exported():
+    shared = SharedExpert(jnp.ones((2, 32, 16), jnp.bfloat16), jnp.ones((16, 32), jnp.bfloat16))
+    x = jnp.ones((3, 16))
+    loaded, expected = exported(lambda shared, x: shared(x, jax_moe.SwiGLU()), shared, x)
+    assert_trees_bit_equal(loaded.call(shared, x), expected)

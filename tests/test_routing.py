@@ -9,12 +9,24 @@ import pytest
 from statement import sigmoid
 
 import jax_moe
-from jax_moe import DeepSeekV3, Llama4, Sigmoid, Softmax
+from jax_moe import DeepSeekV2, DeepSeekV3, Llama4, Sigmoid, Softmax, SparseMixer
 
 
 def best(scores, k):
     """Indices of the k largest, the largest first, the lower index first where they are equal."""
     return np.argsort(-scores, kind="stable")[:k]
+
+
+def score(logits, kind):
+    """float64 scores of one token."""
+    match kind:
+        case "sigmoid":
+            return sigmoid(logits)
+        case "softmax":
+            exponentials = np.exp(logits - logits.max())
+            return exponentials / exponentials.sum()
+        case "sqrtsoftplus":
+            return np.sqrt(np.logaddexp(logits, 0))
 
 
 def state(logits, k, method, bias=None):
@@ -32,17 +44,33 @@ def state(logits, k, method, bias=None):
         case Llama4():
             ids = best(logits, k)
             weights = sigmoid(logits[ids])
-        case DeepSeekV3(groups, top_groups, factor, renormalize):
+        case DeepSeekV2(groups, top_groups, factor, renormalize, kind) | DeepSeekV3(
+            groups, top_groups, factor, renormalize, kind
+        ):
             # Selection looks at float32 scores: what is a tie and what is not is decided there.
-            scores = np.asarray(jax.nn.sigmoid(jnp.asarray(logits, jnp.float32)))
+            scores = np.float32(score(logits, kind))
             biased = (scores if bias is None else scores + np.float32(bias)).reshape(groups, -1)
-            group_scores = np.sort(biased, axis=1)[:, ::-1][:, :2].sum(1)
+            best_in_group = 1 if isinstance(method, DeepSeekV2) else 2
+            group_scores = np.sort(biased, axis=1)[:, ::-1][:, :best_in_group].sum(1)
             kept = best(group_scores, top_groups)
             allowed = np.full_like(biased, -np.inf)
             allowed[kept] = biased[kept]
             ids = best(allowed.ravel(), k)
-            weights = sigmoid(logits[ids])
+            weights = score(logits, kind)[ids]
             weights = factor * (weights / weights.sum() if renormalize else weights)
+        case SparseMixer(jitter):
+            rest, ids, weights = logits.copy(), [], []
+            for _ in range(2):
+                ids.append(int(np.argmax(rest)))
+                largest = rest[ids[-1]]
+                near = [
+                    z
+                    for expert, z in enumerate(logits)
+                    if expert not in ids[:-1] and not (largest - z) > 2 * jitter * max(abs(z), largest)
+                ]
+                weights.append(1 / np.exp(np.array(near) - largest).sum())
+                rest[ids[-1]] = -np.inf
+            ids, weights = np.array(ids), np.array(weights)
     return ids, weights
 
 
@@ -63,6 +91,9 @@ METHODS = [
     DeepSeekV3(num_groups=2, top_groups=2, scaling_factor=1.0, renormalize=False),
     DeepSeekV3(num_groups=1, top_groups=1),
     DeepSeekV3(num_groups=8, top_groups=4),  # groups of one
+    DeepSeekV3(num_groups=4, top_groups=2, scores="softmax"),
+    DeepSeekV3(num_groups=1, top_groups=1, scores="sqrtsoftplus", scaling_factor=1.5),
+    DeepSeekV2(num_groups=4, top_groups=2), DeepSeekV2(num_groups=1, top_groups=1, scores="sigmoid", renormalize=True),
 ]  # fmt: skip
 
 # Quarters: few different values, so that most examples have ties, and different logits have clearly different scores.
@@ -83,7 +114,7 @@ def test_a_bias_selects_but_does_not_weigh(method, logits, bias):
     assert_routes(logits, 3, method, bias)
 
 
-@pytest.mark.parametrize("method", METHODS[:6], ids=str)
+@pytest.mark.parametrize("method", [*METHODS[:6], DeepSeekV2(num_groups=4, top_groups=2)], ids=str)
 def test_equal_logits_go_to_the_lowest_experts(method):
     routing = jax_moe.route(jnp.zeros((3, 16)), 4, method)
     np.testing.assert_array_equal(routing.expert_ids, [[0, 1, 2, 3]] * 3)
@@ -107,7 +138,7 @@ def test_a_negative_biased_score_beats_a_dropped_group():
 def test_all_experts(method):
     rng = np.random.default_rng(0)
     logits = rng.integers(-8, 8, (4, 8)).astype(np.float32) / 4
-    if isinstance(method, DeepSeekV3) and method.top_groups < method.num_groups:
+    if isinstance(method, DeepSeekV2 | DeepSeekV3) and method.top_groups < method.num_groups:
         with pytest.raises(ValueError, match="top_groups"):
             jax_moe.route(jnp.asarray(logits), 8, method)
     else:
@@ -145,8 +176,41 @@ def test_narrow_logits_are_computed_in_float32(dtype):
     np.testing.assert_array_equal(jax_moe.route(logits, 3).weights, wide.weights)
 
 
+@settings(max_examples=20)
+@given(
+    logits=hnp.arrays(np.float32, (6, 8), elements=st.integers(-64, 64).map(lambda n: n / 64)),
+    jitter=st.sampled_from([0.01, 0.07, 0.3]),
+)
+def test_sparse_mixer_routes_as_defined(logits, jitter):
+    """Jitters far from the distance of any two sixty-fourths, so that no rounding decides which experts are near."""
+    assert_routes(logits, 2, SparseMixer(jitter))
+
+
+def test_sparse_mixer_weighs_among_near_experts():
+    """By hand: 10 and 9.9 are near 10, and once 10 is taken, 9.85 is near 9.9; 5 never is."""
+    routing = jax_moe.route(jnp.float32([[5, 9.9, 10, 9.85]]), 2, SparseMixer(0.01))
+    np.testing.assert_array_equal(routing.expert_ids, [[2, 1]])
+    weights = [1 / (1 + np.exp(-0.1) + np.exp(-0.15)), 1 / (1 + np.exp(-0.05))]
+    np.testing.assert_allclose(routing.weights, [weights], rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", [*METHODS, SparseMixer()], ids=str)
+def test_no_intermediate_is_nan_or_infinite(method):
+    """Extreme and equal logits under JAX's own detectors; eager, so that every operation is looked at."""
+    logits = jnp.float32([[0] * 8, [-200] * 8, [200] * 4 + [-200] * 4, [-1, -1, -1, 0, -1, -1, -1, -1]])
+    with jax.debug_infs(True), jax.debug_nans(True), jax.numpy_rank_promotion("raise"):
+        weights, pullback = jax.vjp(lambda logits: jax_moe.route(logits, 2, method).weights, logits)
+        (gradient,) = pullback(jnp.ones_like(weights))
+    assert np.isfinite(weights).all()
+    assert np.isfinite(gradient).all()
+
+
+def test_defaults_are_deepseek_v2s():
+    assert DeepSeekV2() == DeepSeekV2(8, 3, scaling_factor=16.0, renormalize=False, scores="softmax")
+
+
 def test_defaults_are_deepseek_v3s():
-    assert DeepSeekV3() == DeepSeekV3(num_groups=8, top_groups=4, scaling_factor=2.5, renormalize=True)
+    assert DeepSeekV3() == DeepSeekV3(8, 4, scaling_factor=2.5, renormalize=True, scores="sigmoid")
 
 
 def test_routes_under_jit_and_scan():
@@ -172,6 +236,10 @@ def test_routes_under_jit_and_scan():
         ({"method": "softmax"}, TypeError, "method: got 'softmax'"),
         ({"method": Softmax}, TypeError, "method: got"),
         ({"bias": jnp.zeros(8)}, ValueError, "bias: got an array, but Softmax"),
+        ({"method": DeepSeekV2(1, 1), "bias": jnp.zeros(8)}, ValueError, "bias: got an array, but DeepSeekV2"),
+        ({"method": SparseMixer(), "bias": jnp.zeros(8)}, ValueError, "bias: got an array, but SparseMixer"),
+        ({"method": SparseMixer(), "k": 3}, ValueError, "k: got 3, needs 2"),
+        ({"method": DeepSeekV3(1, 1, scores="relu")}, ValueError, "method.scores: got 'relu'"),
         ({"method": METHODS[5], "bias": jnp.zeros(4)}, ValueError, r"bias: got shape \(4,\), needs \[8\]"),
         ({"method": METHODS[5], "bias": [0.0] * 8}, TypeError, "bias: got list"),
         ({"method": METHODS[5], "bias": jnp.zeros(8, jnp.int32)}, TypeError, "bias: got dtype int32, needs floats"),
@@ -189,7 +257,9 @@ def test_refuses(change, error, message):
         jax_moe.route(**arguments)
 
 
-@pytest.mark.parametrize("method", [Sigmoid(renormalize=True), DeepSeekV3(num_groups=1, top_groups=1)])
+@pytest.mark.parametrize(
+    "method", [Sigmoid(renormalize=True), DeepSeekV3(1, 1), DeepSeekV3(1, 1, scores="sqrtsoftplus")]
+)
 def test_renormalising_vanished_sigmoids_is_no_nan(method):
     routing = jax_moe.route(jnp.full((1, 4), -200.0), 2, method)
     np.testing.assert_array_equal(routing.weights, 0)

@@ -4,6 +4,8 @@
 """
 
 from jax_moe.checkpoints.conversion import convert as convert
+from jax_moe.checkpoints.families import register_family as register_family
+from jax_moe.checkpoints.family import Family as Family
 from jax_moe.checkpoints.files import CheckpointError as CheckpointError
 from jax_moe.checkpoints.load import (
     list_layers as list_layers,
@@ -14,5 +16,7 @@ from jax_moe.checkpoints.load import (
     load_tensor as load_tensor,
     moe_options as moe_options,
 )
-from jax_moe.checkpoints.router import Router as Router, SharedExpert as SharedExpert
+from jax_moe.checkpoints.router import HashRouter as HashRouter, Router as Router
+from jax_moe.checkpoints.settings import Settings as Settings
+from jax_moe.checkpoints.shared_expert import SharedExpert as SharedExpert
 from jax_moe.checkpoints.summary import LayerSummary as LayerSummary, summarize as summarize, Summary as Summary

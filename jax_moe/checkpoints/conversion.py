@@ -3,10 +3,10 @@
 A converted directory is a checkpoint again: ``config.json``, and ``layer-NNNNN.safetensors`` with the layer's router
 and shared expert as they were and, in place of the published experts, the leaves of :class:`jax_moe.Experts`
 (``model.layers.3.mlp.experts.gate_up.payload``, ...), the expert axis first, so that a shard of them is one stretch
-of the file. ``jax_moe.json`` says what was converted, so that a second run continues only what it should.
+of the file. ``jax_moe.json`` and a digest in each file say what was converted: a second run continues only that.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import contextlib
 import dataclasses
 import fcntl
@@ -16,6 +16,8 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import BinaryIO
+import warnings
 
 import jax
 import numpy as np
@@ -26,36 +28,51 @@ from jax_moe.checkpoints.files import (
     brief,
     CheckpointError,
     Files,
+    read_bytes,
+    read_floats,
     read_header,
     read_json,
     read_rows,
     TEMPORARY_SUFFIX,
+    TensorInfo,
     write_atomically,
     write_tensors,
 )
 from jax_moe.checkpoints.leaves import Leaf
+from jax_moe.checkpoints.quantization import CONFIG_FILES, refuse_online_transforms
+from jax_moe.checkpoints.stored import check_block_scale, OtherFormatError
 from jax_moe.experts import CANONICAL, Experts, Projection, SM_90A
 from jax_moe.prepare import prepare
 
 MANIFEST = "jax_moe.json"
 _VERSION = "1"
+"""Of a layer's file."""
+
+_MANIFEST_VERSION = "2"
+"""Of the manifest: 1 had a digest of the headers, which two checkpoints of one model have in common."""
 
 
 def convert(
     directory: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
+    layers: Iterable[int] | None = None,
     layout: str = CANONICAL,
     progress_bar: bool = True,
 ) -> list[int]:
-    """Converts every MoE layer of a checkpoint, one at a time.
+    """Converts the MoE layers of a checkpoint, one at a time.
 
     A file appears under its final name only when it is complete and on disk, so a run that was killed loses the layer
     it was at, and the next run starts there. Two runs into one directory at once are refused.
 
+    A directory holds the conversion of one checkpoint: before anything is written, the bytes of the checkpoint are
+    compared with the digests of what is there already, wherever the checkpoint lies now. That reads them.
+
     Args:
       directory: the checkpoint, as for :func:`jax_moe.load_experts`; a converted one if its layout is canonical.
       output: the directory to write, made if needed.
+      layers: only these; layers that ``output`` has already stay. Without it, every layer in NVFP4 or MXFP4; others are
+        left out with a warning.
       layout: ``"canonical"``, or a target of :func:`jax_moe.prepare`.
       progress_bar: show a progress bar on a terminal.
 
@@ -63,77 +80,134 @@ def convert(
       The layers that this call wrote; layers that were complete already are not in it.
 
     Raises:
-      CheckpointError: the checkpoint is malformed, or ``output`` holds a conversion of something else. What the
-        headers say of every layer is checked before anything is written.
-      ValueError: unknown layout, or the checkpoint was itself converted to another target's.
+      CheckpointError: the checkpoint is malformed, one of ``layers`` is not in NVFP4 or MXFP4, or ``output`` holds a
+        conversion of something else. What the headers say of every layer is checked before anything is written.
+      TypeError: one of ``layers`` is not an int.
+      ValueError: unknown layout, no layers, or the checkpoint was itself converted to another target's.
     """
     if layout not in (CANONICAL, SM_90A):
         raise ValueError(f"layout: got {layout!r}, needs {CANONICAL!r} or {SM_90A!r}")
     source, target = Path(directory), Path(output)
     model = published.open_model(source)
-    if not model.blocks:
-        raise CheckpointError(f"{source}: found no layer with experts, expected a mixture-of-experts checkpoint")
-    for number in model.blocks:  # before anything is written
-        found = open_experts(model, number).layout
-        if found not in (CANONICAL, layout):
-            raise ValueError(
-                f"layout: got {layout!r}, but {source} holds experts in layout {found!r}; "
-                "convert the checkpoint that they came from"
-            )
+    numbers = _checked(model, layers, layout)
     target.mkdir(parents=True, exist_ok=True)
     if not (target / MANIFEST).exists() and any(target.glob("*.safetensors*")):
         raise CheckpointError(f"{target}: found a checkpoint, expected a new directory or the conversion to continue")
+    configs = {name: (source / name).read_bytes() for name in CONFIG_FILES if (source / name).exists()}
     manifest = {
-        "version": _VERSION,
+        "version": _MANIFEST_VERSION,
         "layout": layout,
-        "layers": list(model.blocks),
+        "config": {name: hashlib.sha256(content).hexdigest() for name, content in configs.items()},
         "source": str(source.resolve()),
-        "digest": _digest(model.files),
     }
     written = []
     with _locked(target):
         _check_manifest(target / MANIFEST, manifest)
+        complete = _complete(model, target, progress_bar)
         for leftover in target.glob(f"*{TEMPORARY_SUFFIX}"):
             leftover.unlink()
-        config = (source / "config.json").read_bytes()
         write_atomically(target / MANIFEST, lambda file: file.write(json.dumps(manifest, indent=1).encode()))
-        write_atomically(target / "config.json", lambda file: file.write(config))
-        for number in progress.track(model.blocks, "convert", enabled=progress_bar):
-            path = target / f"layer-{number:05d}.safetensors"
-            if not _is_complete(path, manifest["digest"], layout):
-                _write_layer(model, number, path, layout, manifest["digest"])
-                written.append(number)
-                gc.collect()  # until then jax keeps the host buffers that it took over, and the next layer comes on top
+        for name, content in configs.items():
+            write_atomically(target / name, functools.partial(_write_bytes, content=content))
+        for number in progress.track([n for n in numbers if n not in complete], "convert", enabled=progress_bar):
+            _write_layer(model, number, _path(target, number), layout)
+            written.append(number)
+            gc.collect()  # until then jax keeps the host buffers that it took over, and the next layer comes on top
     return written
 
 
-def _write_layer(model: published.Model, number: int, path: Path, layout: str, digest: str) -> None:
+def _checked(model: published.Model, layers: Iterable[int] | None, layout: str) -> list[int]:
+    """The layers to convert: nothing is written before each of them has passed."""
+    numbers, skipped = [], {}
+    if layers is not None:
+        layers = list(layers)
+        if not layers:
+            raise ValueError("layers: got none, needs at least one, or None for every layer in NVFP4 or MXFP4")
+    for number in model.blocks if layers is None else dict.fromkeys(layers):  # each once
+        try:
+            found = open_experts(model, number).layout
+        except OtherFormatError as error:
+            if layers is not None:
+                raise
+            skipped[number] = error
+            continue
+        if found not in (CANONICAL, layout):
+            raise ValueError(
+                f"layout: got {layout!r}, but {model.files.directory} holds experts in layout {found!r}; "
+                "convert the checkpoint that they came from"
+            )
+        beside = {name.rpartition(".")[0] for name in model.beside(number)}
+        if beside:
+            refuse_online_transforms(model.files, beside, [model.block(number)])
+        numbers.append(int(number))
+    if not numbers:
+        raise next(iter(skipped.values()), None) or CheckpointError(
+            f"{model.files.directory}: found no layer with experts, expected a mixture-of-experts checkpoint"
+        )
+    if skipped:
+        warnings.warn(f"layers left out: {', '.join(map(str, skipped))}; {next(iter(skipped.values()))}", stacklevel=3)
+    return numbers
+
+
+def _write_layer(model: published.Model, number: int, path: Path, layout: str) -> None:
+    digest = _digest(model, number)
     source = open_experts(model, number)
     experts = leaves.to_jax(source.leaves(range(source.num_experts)), None, None, None, False)
     if layout != experts.layout:
         experts = prepare(experts, layout, progress=False)
-    block = model.block(number)
-    tensors = {f"{block}.experts.{name}": np.asarray(leaf) for name, leaf in _named(experts)}
-    for name in model.files.names():
-        if name.startswith(f"{block}.") and not name.startswith(f"{block}.experts."):
-            tensors[name] = read_rows(model.files.info(name))
+    tensors = {f"{model.block(number)}.experts.{name}": np.asarray(leaf) for name, leaf in _named(experts)}
+    tensors |= {name: read_rows(model.files.info(name)) for name in model.beside(number)}
     metadata = {"format": "jax_moe", "version": _VERSION, "layout": layout, "digest": digest}
     write_atomically(path, functools.partial(write_tensors, tensors=tensors, metadata=metadata))
 
 
-def _is_complete(path: Path, digest: str, layout: str) -> bool:
-    try:
-        _, metadata = read_header(path)
-    except CheckpointError:
-        return False
-    return metadata.get("digest") == digest and metadata.get("layout") == layout
+def _write_bytes(file: BinaryIO, content: bytes) -> None:
+    file.write(content)
+
+
+def _path(target: Path, number: int) -> Path:
+    return target / f"layer-{number:05d}.safetensors"
+
+
+def _digest(model: published.Model, number: int) -> str:
+    """Of all that a layer's file is made of, down to the last byte: another training run has the same headers."""
+    digest = hashlib.sha256()
+    experts = f"{model.block(number)}.experts."
+    for name in sorted({*model.beside(number), *(n for n in model.files.names() if n.startswith(experts))}):
+        info = model.files.info(name)
+        digest.update(repr((name, info.dtype, info.shape)).encode())
+        for piece in read_bytes(info):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _complete(model: published.Model, target: Path, progress_bar: bool) -> set[int]:
+    """The layers that are there, whole, and of this checkpoint.
+
+    Raises:
+      CheckpointError: a layer is there of another one.
+    """
+    found = set()
+    for path in progress.track(sorted(target.glob("layer-*.safetensors")), "compare", enabled=progress_bar):
+        try:
+            _, metadata = read_header(path)
+        except CheckpointError:
+            continue  # cut off, by a disk that failed: it is written again
+        number = next((number for number in model.blocks if path == _path(target, number)), None)
+        if number is None or metadata.get("digest") != _digest(model, number):
+            raise CheckpointError(
+                f"{path}: found a layer that was not made from what {model.files.directory} holds now; convert into "
+                "another directory, or remove this one"
+            )
+        found.add(number)
+    return found
 
 
 def _check_manifest(path: Path, manifest: dict) -> None:
     if not path.exists():
         return
     found = read_json(path)
-    for key in ("version", "layout", "digest", "layers"):
+    for key in ("version", "layout", "config"):
         if found.get(key) != manifest[key]:
             raise CheckpointError(
                 f"{path}: {key}: found {brief(found.get(key))}, expected {brief(manifest[key])}: this directory "
@@ -149,15 +223,6 @@ def _locked(target: Path) -> Iterator[None]:
         except BlockingIOError:
             raise CheckpointError(f"{target}: found another conversion at work in it, expected none") from None
         yield
-
-
-def _digest(files: Files) -> str:
-    """Of every tensor's place and type: enough to tell two checkpoints apart without reading them."""
-    digest = hashlib.sha256()
-    for name in sorted(files.names()):
-        info = files.info(name)
-        digest.update(repr((name, info.file.name, info.dtype, info.shape, info.offset)).encode())
-    return digest.hexdigest()
 
 
 def _named(experts: Experts) -> list[tuple[str, jax.Array]]:
@@ -193,8 +258,10 @@ class ConvertedLayer:
 
             def row(index: int, inner: tuple[slice, ...]) -> np.ndarray:
                 if not info.shape:
-                    return read_rows(info)
-                return read_rows(info, experts[index], experts[index] + 1)[0][inner]
+                    return read_floats(info)
+                values = read_rows(info, experts[index], experts[index] + 1)[0][inner]
+                _check_values(values, info)
+                return values
 
             lead = (len(experts),) if info.shape else ()
             return Leaf((*lead, *info.shape[1:]), np.dtype(shape.dtype), row, info.name)
@@ -202,33 +269,49 @@ class ConvertedLayer:
         return jax.tree_util.tree_map_with_path(leaf, self.expected)
 
 
-def open_experts(model: published.Model, number: int) -> "published.ExpertLayer | ConvertedLayer":
-    """The experts of a layer, published or converted.
+def _check_values(values: np.ndarray, info: TensorInfo) -> None:
+    if info.dtype == "F8_E4M3":
+        check_block_scale(values, str(info))
+    elif info.dtype == "F32" and not np.isfinite(values).all():
+        raise CheckpointError(f"{info}: found a number that is not finite, expected finite scales and biases")
+
+
+def open_experts(
+    model: published.Model, number: int, *, quantize: bool = False
+) -> "published.ExpertLayer | ConvertedLayer":
+    """The experts of a layer, published or converted; ``quantize``: also those that do not have 4 bits.
 
     Raises:
       CheckpointError: see :func:`jax_moe.load_experts`.
     """
     prefix = f"{model.block(number)}.experts."
     if f"{prefix}gate_up.payload" not in model.files.names():
-        return published.open_experts(model, number)
+        return published.open_experts(model, number, quantize=quantize)
     metadata = model.files.metadata(f"{prefix}gate_up.payload")
     if metadata.get("version") != _VERSION or metadata.get("layout") not in (CANONICAL, SM_90A):
         raise CheckpointError(
             f"{model.files.info(prefix + 'gate_up.payload')}: found version {metadata.get('version')!r} and layout "
             f"{metadata.get('layout')!r}, expected version {_VERSION} and a known layout"
         )
-    expected = _expected(model, prefix, metadata["layout"])
+    expected = _expected(model, number, metadata["layout"])
+    unexplained = {name for name in model.files.names() if name.startswith(prefix)}
     for name, leaf in _named(expected):
+        unexplained.discard(prefix + name)
         info = model.files.info(prefix + name)
         if info.shape != leaf.shape or info.numpy_dtype != leaf.dtype:
             raise CheckpointError(f"{info}: found {info.summary}, expected {leaf.dtype} {list(leaf.shape)}")
-    return ConvertedLayer(model.files, model.block(number), expected, published.sizes(model))
+    # Prepared experts once had block scales of no elements.
+    left = sorted(name for name in unexplained if model.files.info(name).nbytes)
+    if left:
+        raise CheckpointError(f"{model.files.info(left[0])}: found a tensor that converted experts do not have")
+    published.refuse_online_transforms(model, number)  # the configuration came along
+    return ConvertedLayer(model.files, model.block(number), expected, published.sizes(model, number))
 
 
-def _expected(model: published.Model, prefix: str, layout: str) -> Experts:
+def _expected(model: published.Model, number: int, layout: str) -> Experts:
     """Shapes and dtypes of the leaves, from the config."""
-    sizes = published.sizes(model)
-    parts = 2 if model.family.activation(model.config).gated else 1
+    prefix, sizes = f"{model.block(number)}.experts.", published.sizes(model, number)
+    parts = 2 if model.family.activation(model.settings(number)).gated else 1
 
     def projection(
         name: str, rows: int, contraction: int, lead: tuple[int, ...], input_shape: tuple[int, ...]

@@ -1,136 +1,404 @@
-"""The model families whose expert layers can be loaded: one table entry each, told apart by ``config.json``."""
+"""The model families whose expert layers can be loaded: one table entry each, told apart by ``config.json``.
+
+Defaults of settings are those of each family's configuration class in transformers 5.24, whose modelling code is also
+the source of the rules, where nothing else is said. ``docs/checkpoint-formats.md`` has what an entry rests on.
+"""
 
 from collections.abc import Callable
 import dataclasses
-from typing import Any
+import functools
 
-from jax_moe import activations, routing
+from jax_moe import activations, arguments, routing
+from jax_moe.checkpoints.family import Family as Family, GATED, hidden_act, NUM_EXPERTS as NUM_EXPERTS, TOP_K as TOP_K
 from jax_moe.checkpoints.files import brief, CheckpointError
+from jax_moe.checkpoints.settings import Config as Config, Settings
 
-Config = dict[str, Any]
+_Method = Callable[[Settings], routing.Method]
 
-# Where the text model's layers stand, by writer and by whether the model has a vision part too.
-ROOTS = ("model.", "backbone.", "model.language_model.", "language_model.model.", "")
-
-
-# The number of experts; transformers has renamed it between releases, for the same family.
-NUM_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
-TOP_K = ("num_experts_per_tok", "experts_per_token")
+_MIXTRAL = ("w1", "w3", "w2")
+_BIAS = "gate.e_score_correction_bias"
 
 
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """What differs between the model families.
+def _softmax(renormalize: bool) -> _Method:
+    """Softmax, the k largest; ``renormalize``: where the configuration does not say."""
 
-    Attributes:
-      name: for messages and tables.
-      model_types: the ``model_type`` values of ``config.json``, or of the text model's part of it.
-      block: the module of the MoE layer within ``layers.N``.
-      projections: names of gate and up (or only up) and down; writers differ, so each entry is a possibility.
-      intermediate_size: its key in the config; the dense layers' size often has the obvious one.
-      method: the routing method, from the config.
-      router: the router's module within the block.
-      shared_expert: the module of the expert that every token visits, or None.
-      interleaved: a fused ``gate_up`` tensor alternates gate and up, instead of gate first.
-      weight_on: where the routing weight is applied, as in :func:`jax_moe.fused_moe`.
+    def method(settings: Settings) -> routing.Method:
+        settings.only("scoring_func", "softmax")
+        return routing.Softmax(renormalize=settings.flag("norm_topk_prob", default=renormalize))
+
+    return method
+
+
+def _renormalized(settings: Settings) -> routing.Method:
+    """Softmax over the k largest, in families without a setting for it; some runtimes read one nevertheless."""
+    settings.only("scoring_func", "softmax")
+    settings.only("norm_topk_prob", True)
+    return routing.Softmax(renormalize=True)
+
+
+def _grouped(
+    *,
+    groups: int | None = 1,
+    top_groups: int | None = 1,
+    renormalize: bool = True,
+    scaling_factor: float = 1.0,
+    scores: routing.Scores = "sigmoid",
+    topk_method: str = "noaux_tc",
+) -> _Method:
+    """DeepSeek's rules, by ``topk_method``; the arguments are the values where the configuration does not say.
+
+    Without ``groups`` and ``top_groups`` a configuration that wants groups must say how many.
     """
 
-    name: str
-    model_types: tuple[str, ...]
-    block: str
-    intermediate_size: str
-    method: Callable[[Config], routing.Method]
-    activation: Callable[[Config], activations.Activation]
-    projections: tuple[tuple[str, ...], ...] = (("gate_proj", "up_proj", "down_proj"),)
-    router: str = "gate"
-    shared_expert: str | None = None
-    interleaved: bool = False
-    weight_on: str = "output"
+    def method(settings: Settings) -> routing.Method:
+        rule = settings.choice("topk_method", known=("noaux_tc", "group_limited_greedy", "greedy"), default=topk_method)
+        number, best = 1, 1
+        if rule != "greedy":
+            number = settings.integer("n_group", "num_expert_group", default=groups)
+            best = settings.integer("topk_group", default=top_groups)
+            experts, k = settings.integer(*NUM_EXPERTS), settings.integer(*TOP_K)
+            if experts % number:
+                raise settings.error(
+                    settings.key("n_group", "num_expert_group"), number, f"a divisor of the {experts} experts"
+                )
+            if best > number or k > best * (experts // number):
+                raise settings.error(
+                    "topk_group", best, f"at most {number} groups, with {k} of the {experts} experts in them"
+                )
+        values = {
+            "num_groups": number,
+            "top_groups": best,
+            "scaling_factor": settings.number("routed_scaling_factor", default=scaling_factor),
+            "renormalize": settings.flag("norm_topk_prob", "moe_renormalize", default=renormalize),
+            "scores": settings.choice(
+                "scoring_func",
+                "moe_router_activation_func",
+                known=("sigmoid", "softmax"),
+                default=scores,
+            ),
+        }
+        return routing.DeepSeekV3(**values) if rule == "noaux_tc" else routing.DeepSeekV2(**values)
+
+    return method
 
 
-def _hidden_act(config: Config) -> activations.Activation:
-    name = config.get("hidden_act", config.get("mlp_hidden_act", "silu"))
-    known = {"silu": activations.SwiGLU(), "swish": activations.SwiGLU(), "gelu_pytorch_tanh": activations.GeGLU()}
-    if not isinstance(name, str) or name not in known:
-        raise CheckpointError(f"config.json: hidden_act: found {brief(name)}, expected one of {', '.join(known)}")
-    return known[name]
+def _deepseek_v2(settings: Settings) -> routing.Method:
+    # Renormalised weights are not scaled by DeepSeek's own code, and never renormalised by transformers.
+    settings.only("norm_topk_prob", False)
+    settings.choice("topk_method", known=("greedy", "group_limited_greedy"), default="greedy")
+    defaults = {"groups": None, "top_groups": None, "renormalize": False, "topk_method": "greedy"}
+    return _grouped(**defaults, scores="softmax")(settings)
 
 
-def _relu2(config: Config) -> activations.Activation:
-    name = config.get("mlp_hidden_act", "relu2")
-    if name != "relu2":
-        raise CheckpointError(f"config.json: mlp_hidden_act: found {brief(name)}, expected 'relu2'")
+def _biased(*, scaling_factor: float | str = 1.0, default: float = 1.0, scores: routing.Scores = "sigmoid") -> _Method:
+    """The k largest biased scores, always renormalised, times a factor or the setting that has it."""
+
+    def method(settings: Settings) -> routing.Method:
+        for key in ("scoring_func", "moe_router_activation"):
+            settings.only(key, scores)
+        for key in (
+            "use_routing_bias",
+            "use_moe_router_bias",
+            "moe_use_aux_free",
+            "norm_topk_prob",
+            "norm_expert_weight",
+        ):
+            settings.only(key, True)
+        factor = settings.number(scaling_factor, default=default) if isinstance(scaling_factor, str) else scaling_factor
+        return routing.DeepSeekV3(1, 1, factor, renormalize=True, scores=scores)
+
+    return method
+
+
+def _deepseek_v4(settings: Settings) -> routing.Method:
+    # A softmax is renormalised by transformers and not by DeepSeek's own code, so it is no choice here.
+    scores = settings.choice("scoring_func", known=("sqrtsoftplus", "sigmoid"), default="sqrtsoftplus")
+    settings.only("topk_method", "noaux_tc")
+    settings.only("norm_topk_prob", True)
+    factor = settings.number("routed_scaling_factor", default=1.5)
+    return routing.DeepSeekV3(1, 1, factor, renormalize=True, scores=scores)
+
+
+def _deepseek_v4_table(settings: Settings) -> str | None:
+    """The first layers route by token ids: as ``mlp_layer_types`` says, or as many as ``num_hash_layers``."""
+    types = settings.config.get("mlp_layer_types")
+    layer = settings.layer or 0
+    if isinstance(types, list):
+        by_hash = layer < len(types) and types[layer] == "hash_moe"
+    else:
+        by_hash = layer < settings.integer("num_hash_layers", default=3, least=0)
+    return "gate.tid2eid" if by_hash else None
+
+
+def _clamped(*, alpha: float = 1.0, beta: float = 0.0, limit: float) -> Callable[[Settings], activations.Activation]:
+    """SwiGLU clamped before the SiLU; alpha and limit are the values where the configuration does not say."""
+
+    def activation(settings: Settings) -> activations.Activation:
+        alpha_here = alpha if alpha == 1.0 else settings.number("swiglu_alpha", default=alpha)
+        return activations.SwiGLU(alpha_here, beta, settings.number("swiglu_limit", default=limit))
+
+    return activation
+
+
+# From here on, silu(L) is L within half a unit in the last place of bfloat16: L * exp(-L) / (1 + exp(-L)) <= L * 2**-9.
+_LEAST_STEP_LIMIT = 6.25
+
+
+def _step_activation(key: str) -> Callable[[Settings], activations.Activation]:
+    """Step's SwiGLU with a clamp in some layers: of gate *after* the SiLU, which SwiGLU does before it.
+
+    For a limit L the two differ only where gate exceeds L, by less than L * exp(-L): for the published 7 and 16 that
+    vanishes in the rounding of the intermediate to bfloat16. A smaller limit is an error.
+    """
+
+    def activation(settings: Settings) -> activations.Activation:
+        settings.only("hidden_act", "silu")
+        limit = settings.value(key)
+        if not limit:
+            return activations.SwiGLU()
+        if settings.number(key) < _LEAST_STEP_LIMIT:
+            raise settings.error(
+                key, limit, f"no limit or one of at least {_LEAST_STEP_LIMIT}: the clamp follows the SiLU"
+            )
+        return activations.SwiGLU(limit=float(limit))
+
+    return activation
+
+
+def _phimoe(settings: Settings) -> routing.Method:
+    if settings.integer(*TOP_K) != 2:
+        raise settings.error(TOP_K[0], settings.integer(*TOP_K), "2 with SparseMixer")
+    return routing.SparseMixer(settings.number("router_jitter_noise", default=0.01))
+
+
+def _relu2(settings: Settings) -> activations.Activation:
+    settings.only("mlp_hidden_act", "relu2")
     return activations.ReLU2()
 
 
-def _grouped(config: Config) -> routing.Method:
-    return routing.DeepSeekV3(
-        num_groups=config.get("n_group") or 1,
-        top_groups=config.get("topk_group") or 1,
-        scaling_factor=config.get("routed_scaling_factor", 1.0),
-        renormalize=config.get("norm_topk_prob", True),
-    )
+def _latent(settings: Settings) -> str | None:
+    size = settings.value("moe_latent_size")
+    return None if size is None else f"the experts stand between projections to and from {brief(size)} values"
 
+
+def _gemma4(settings: Settings) -> str | None:
+    return "the router sees the layer's residual and the experts a norm of it"
+
+
+_DEEPSEEK_V3 = Family(
+    name="deepseek-v3",
+    model_types=("deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_k25"),
+    blocks=("mlp",),
+    intermediate_size="moe_intermediate_size",
+    method=_grouped(groups=8, top_groups=4, scaling_factor=2.5),
+    selection_bias=(_BIAS,),
+    shared_expert=("shared_experts",),
+)
+_QWEN3_MOE = Family(
+    name="qwen3-moe",
+    model_types=("qwen3_moe",),
+    blocks=("mlp",),
+    intermediate_size="moe_intermediate_size",
+    method=_softmax(renormalize=False),
+)
+_QWEN2_MOE = dataclasses.replace(
+    _QWEN3_MOE,
+    name="qwen2-moe",
+    model_types=("qwen2_moe",),
+    shared_expert=("shared_expert",),
+    shared_expert_gate="shared_expert_gate",
+)
+_MIXTRAL_FAMILY = Family(
+    name="mixtral",
+    model_types=("mixtral", "minimax"),
+    blocks=("block_sparse_moe",),
+    intermediate_size="intermediate_size",
+    method=_renormalized,
+    projections=(_MIXTRAL, GATED),
+)
 
 FAMILIES = (
+    _QWEN3_MOE,
+    _QWEN2_MOE,
+    dataclasses.replace(_QWEN2_MOE, name="qwen3-next", model_types=("qwen3_next",), method=_softmax(renormalize=True)),
+    dataclasses.replace(
+        _QWEN2_MOE, name="qwen3.5-moe", model_types=("qwen3_5_moe", "qwen3_5_moe_text"), method=_renormalized
+    ),
+    dataclasses.replace(
+        _QWEN3_MOE, name="qwen3-vl-moe", model_types=("qwen3_vl_moe", "qwen3_vl_moe_text"), method=_renormalized
+    ),
+    dataclasses.replace(
+        _QWEN3_MOE,
+        name="qwen3-omni-moe",
+        model_types=("qwen3_omni_moe", "qwen3_omni_moe_thinker", "qwen3_omni_moe_text"),
+        method=_softmax(renormalize=True),
+        roots=("thinker.model.",),  # beside the thinker, the talker has experts
+    ),
+    dataclasses.replace(_QWEN3_MOE, name="olmoe", model_types=("olmoe",), intermediate_size="intermediate_size"),
+    dataclasses.replace(
+        _DEEPSEEK_V3,
+        name="deepseek-v2",
+        model_types=("deepseek_v2",),
+        method=_deepseek_v2,
+        selection_bias=(),
+    ),
+    _DEEPSEEK_V3,
     Family(
-        name="qwen3-moe",
-        model_types=("qwen3_moe",),
-        block="mlp",
+        name="deepseek-v4",
+        model_types=("deepseek_v4",),
+        blocks=("ffn", "mlp"),
         intermediate_size="moe_intermediate_size",
-        method=lambda config: routing.Softmax(renormalize=config.get("norm_topk_prob", False)),
-        activation=_hidden_act,
+        method=_deepseek_v4,
+        activation=_clamped(limit=10.0),
+        projections=(_MIXTRAL, GATED),
+        selection_bias=("gate.bias", _BIAS),
+        token_table=_deepseek_v4_table,
+        shared_expert=("shared_experts",),
+    ),
+    dataclasses.replace(_DEEPSEEK_V3, name="glm4-moe", model_types=("glm4_moe",), method=_grouped()),
+    dataclasses.replace(
+        _DEEPSEEK_V3,
+        name="glm4-moe-lite",
+        model_types=("glm4_moe_lite",),
+        method=_grouped(scaling_factor=1.8),
+    ),
+    dataclasses.replace(
+        _DEEPSEEK_V3, name="glm-moe-dsa", model_types=("glm_moe_dsa",), method=_grouped(scaling_factor=2.5)
+    ),
+    dataclasses.replace(_DEEPSEEK_V3, name="dots1", model_types=("dots1",), method=_grouped(renormalize=False)),
+    dataclasses.replace(
+        _DEEPSEEK_V3,
+        name="exaone-moe",
+        model_types=("exaone_moe",),
+        method=_grouped(scaling_factor=2.5),
+        selection_bias=("e_score_correction_bias", _BIAS),
+    ),
+    dataclasses.replace(
+        _DEEPSEEK_V3,
+        name="kimi-linear",
+        model_types=("kimi_linear",),
+        blocks=("block_sparse_moe", "mlp"),
+        method=_grouped(scaling_factor=2.446),
+        projections=(_MIXTRAL, GATED),
+    ),
+    _MIXTRAL_FAMILY,
+    dataclasses.replace(
+        _MIXTRAL_FAMILY,
+        name="minimax-m2",
+        model_types=("minimax_m2",),
+        method=_biased(),
+        selection_bias=("e_score_correction_bias",),
+    ),
+    dataclasses.replace(
+        _MIXTRAL_FAMILY,
+        name="minimax-m3",
+        model_types=("minimax_m3", "minimax_m3_vl", "minimax_m3_vl_text"),
+        blocks=("block_sparse_moe", "mlp"),
+        method=_biased(scaling_factor="routed_scaling_factor", default=2.0),
+        activation=_clamped(alpha=1.702, beta=1.0, limit=7.0),
+        selection_bias=("e_score_correction_bias", _BIAS),
+        shared_expert=("shared_experts",),
     ),
     Family(
-        name="deepseek-v3",
-        model_types=("deepseek_v3", "kimi_k2"),
-        block="mlp",
+        name="ernie4.5-moe",
+        model_types=("ernie4_5_moe",),
+        blocks=("mlp",),
         intermediate_size="moe_intermediate_size",
-        method=_grouped,
-        activation=_hidden_act,
-        shared_expert="shared_experts",
+        # transformers divides by max(sum, 1e-12) instead: the same unless the chosen softmax values are below that.
+        method=_biased(scores="softmax"),
+        selection_bias=("moe_statics.e_score_correction_bias", "gate.moe_statics.e_score_correction_bias"),
+        shared_expert=("shared_experts",),
     ),
     Family(
-        name="mixtral",
-        model_types=("mixtral",),
-        block="block_sparse_moe",
+        name="step3.5",
+        model_types=("step3p5", "step3p7"),
+        blocks=("moe", "mlp"),
+        intermediate_size="moe_intermediate_size",
+        method=_biased(scaling_factor="moe_router_scaling_factor"),
+        activation=_step_activation("swiglu_limits"),
+        selection_bias=("router_bias", _BIAS),
+        shared_expert=("../share_expert", "shared_experts"),
+        shared_activation=_step_activation("swiglu_limits_shared"),
+    ),
+    Family(
+        name="phimoe",
+        model_types=("phimoe",),
+        blocks=("block_sparse_moe", "mlp"),
         intermediate_size="intermediate_size",
-        method=lambda config: routing.Softmax(renormalize=True),
-        activation=_hidden_act,
-        projections=(("w1", "w3", "w2"), ("gate_proj", "up_proj", "down_proj")),
+        method=_phimoe,
+        projections=(_MIXTRAL, GATED),
+        router=("gate", "router"),
+    ),
+    Family(
+        name="granitemoe",
+        model_types=("granitemoe",),
+        blocks=("block_sparse_moe",),
+        intermediate_size="intermediate_size",
+        method=_renormalized,
+        router=("router.layer", "router"),
+    ),
+    Family(
+        name="gemma4",
+        model_types=("gemma4", "gemma4_text"),
+        blocks=("", "moe"),
+        intermediate_size="moe_intermediate_size",
+        method=_renormalized,
+        activation=functools.partial(hidden_act, default="gelu_pytorch_tanh"),
+        router=("router", "../router"),
+        normalized_router=True,
+        apart=_gemma4,
     ),
     Family(
         name="nemotron-h",
         model_types=("nemotron_h",),
-        block="mixer",
+        blocks=("mixer",),
         intermediate_size="moe_intermediate_size",
-        method=_grouped,
+        method=_grouped(),
         activation=_relu2,
         projections=(("up_proj", "down_proj"),),
-        shared_expert="shared_experts",
+        selection_bias=(_BIAS,),
+        shared_expert=("shared_experts",),
+        others=("fc1_latent_proj", "fc2_latent_proj"),
+        apart=_latent,
     ),
     Family(
         name="llama-4",
         model_types=("llama4", "llama4_text"),
-        block="feed_forward",
+        blocks=("feed_forward",),
         intermediate_size="intermediate_size",
-        method=lambda config: routing.Llama4(),
-        activation=_hidden_act,
-        router="router",
-        shared_expert="shared_expert",
+        method=lambda settings: routing.Llama4(),
+        router=("router",),
+        shared_expert=("shared_expert",),
         weight_on="input",
     ),
     Family(
         name="gpt-oss",
         model_types=("gpt_oss",),
-        block="mlp",
+        blocks=("mlp",),
         intermediate_size="intermediate_size",
-        method=lambda config: routing.Softmax(renormalize=True),
-        activation=lambda config: activations.SwiGLU(alpha=1.702, beta=1.0, limit=config.get("swiglu_limit", 7.0)),
-        router="router",
+        method=_renormalized,
+        activation=_clamped(alpha=1.702, beta=1.0, limit=7.0),
+        router=("router",),
+        router_bias=True,
         interleaved=True,
     ),
 )
+
+_registered: list[Family] = []
+
+
+def register_family(family: Family) -> None:
+    """Adds a model family of one's own; it goes before those of the table with the same ``model_type``.
+
+    Raises:
+      TypeError: ``family`` is not a Family.
+    """
+    arguments.instance("family", family, Family)
+    _registered.insert(0, family)
+
+
+# Where a model of several parts keeps the text model's configuration.
+_PARTS = ("thinker_config", "text_config", "llm_config", "language_config")
 
 
 def family_of(config: Config, where: str) -> tuple[Family, Config]:
@@ -139,25 +407,19 @@ def family_of(config: Config, where: str) -> tuple[Family, Config]:
     Raises:
       CheckpointError: the model type is not in the table; ``where`` names the file.
     """
-    text = config.get("text_config", config)
-    if not isinstance(text, dict):
-        raise CheckpointError(f"{where}: text_config: found {type(text).__name__}, expected an object")
-    types = (text.get("model_type"), config.get("model_type"))
-    for family in FAMILIES:
-        if any(model_type in family.model_types for model_type in types):
-            return family, text
-    known = ", ".join(model_type for family in FAMILIES for model_type in family.model_types)
-    raise CheckpointError(f"{where}: model_type: found {brief(types[0])}, expected one of {known}")
-
-
-def size(config: Config, where: str, *keys: str) -> int:
-    """A positive integer of the config, under the first of ``keys`` that it has.
-
-    Raises:
-      CheckpointError: it is missing or something else.
-    """
-    key = next((key for key in keys if config.get(key) is not None), keys[0])
-    value = config.get(key)
-    if type(value) is not int or not 0 < value < 2**31:
-        raise CheckpointError(f"{where}: {key}: found {brief(value)}, expected a positive integer")
-    return value
+    types = [config.get("model_type")]
+    while (part := next((part for part in _PARTS if config.get(part) is not None), None)) is not None:
+        if not isinstance(config[part], dict):
+            raise CheckpointError(f"{where}: {part}: found {type(config[part]).__name__}, expected an object")
+        config = config[part]
+        types.insert(0, config.get("model_type"))
+    families = (*_registered, *FAMILIES)
+    for model_type in types:
+        for family in families:
+            if model_type in family.model_types:
+                return family, config
+    known = ", ".join(dict.fromkeys(model_type for family in families for model_type in family.model_types))
+    found = next((model_type for model_type in types if model_type is not None), None)
+    raise CheckpointError(
+        f"{where}: model_type: found {brief(found)}, expected one of {known}, or one that register_family adds"
+    )

@@ -6,7 +6,7 @@ order, without holes. The library's own numpy and flax readers refuse ``F8_E4M3`
 a header is checked against the file's size before anything is mapped.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import dataclasses
 import json
 import math
@@ -20,6 +20,8 @@ import numpy as np
 
 MAX_JSON_BYTES = 64 * 2**20
 """Largest header or index file that is parsed. The largest published ones are below 30 MiB."""
+
+_PIECE = 2**24  # bytes that are read at a time
 
 TEMPORARY_SUFFIX = ".tmp"
 """Of a file that is being written; one found later was left by a process that died."""
@@ -42,6 +44,10 @@ _DTYPES: dict[str, np.dtype] = {
     "U64": np.dtype(np.uint64),
     "F64": np.dtype(np.float64),
 }
+
+
+FLOATS = ("F32", "BF16", "F16")
+"""What biases, scalars and unquantised weights are stored in."""
 
 
 class CheckpointError(ValueError):
@@ -130,6 +136,34 @@ def read_rows(info: TensorInfo, start: int = 0, stop: int | None = None) -> np.n
         raise CheckpointError(f"{info}: found a file that no longer holds the tensor ({error})") from error
 
 
+def read_floats(info: TensorInfo, start: int = 0, stop: int | None = None) -> np.ndarray:
+    """Rows of a tensor of floats, as :func:`read_rows`, but in float32.
+
+    Raises:
+      CheckpointError: one is NaN or infinite, or see :func:`read_rows`.
+    """
+    # A value that float32 does not have is in no dtype of FLOATS, so the cast makes no infinity.
+    values = read_rows(info, start, stop).astype(np.float32)
+    if not np.isfinite(values).all():
+        raise CheckpointError(f"{info}: found {values[~np.isfinite(values)].flat[0]}, expected finite numbers")
+    return values
+
+
+def read_bytes(info: TensorInfo) -> Iterator[bytes]:
+    """A tensor's bytes, in pieces.
+
+    Raises:
+      CheckpointError: the file has changed since its header was read.
+    """
+    try:
+        with open(info.file, "rb") as file:
+            file.seek(info.offset)
+            for start in range(0, info.nbytes, _PIECE):
+                yield file.read(min(_PIECE, info.nbytes - start))
+    except OSError as error:
+        raise CheckpointError(f"{info}: found a file that no longer holds the tensor ({error})") from error
+
+
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Creates ``path`` whole or not at all, also if the process or the machine dies meanwhile."""
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
@@ -175,6 +209,7 @@ class Files:
         if not self.directory.is_dir():
             raise CheckpointError(f"{self.directory}: found no directory, expected one with a checkpoint")
         self._headers: dict[Path, tuple[dict[str, TensorInfo], dict[str, str]]] = {}
+        self._json: dict[str, dict[str, Any] | None] = {}
         index = self.directory / "model.safetensors.index.json"
         self._shard_of = self._read_index(index) if index.exists() else self._read_all_headers()
 
@@ -199,6 +234,17 @@ class Files:
     def metadata(self, name: str) -> dict[str, str]:
         """The metadata of the file that holds a tensor; errors as :meth:`info`."""
         return self._header(self.info(name).file)[1]
+
+    def json(self, name: str) -> dict[str, Any] | None:
+        """The JSON object in the file ``name`` of the directory, or None if there is no such file.
+
+        Raises:
+          CheckpointError: the file holds something else.
+        """
+        if name not in self._json:
+            path = self.directory / name
+            self._json[name] = read_json(path) if path.exists() else None
+        return self._json[name]
 
     def _header(self, shard: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         if shard not in self._headers:

@@ -11,10 +11,13 @@ import ml_dtypes
 import numpy as np
 
 from jax_moe import nvfp4
-from jax_moe.checkpoints import stored
-from jax_moe.checkpoints.families import Config, Family, family_of, NUM_EXPERTS, ROOTS, size
+from jax_moe.checkpoints import dense, quantization, stored
+from jax_moe.checkpoints.dense import Dense
+from jax_moe.checkpoints.families import Config, Family, family_of, NUM_EXPERTS
+from jax_moe.checkpoints.family import module
 from jax_moe.checkpoints.files import CheckpointError, Files, read_json
 from jax_moe.checkpoints.leaves import Leaf
+from jax_moe.checkpoints.settings import Settings
 from jax_moe.checkpoints.stored import Stored
 from jax_moe.experts import CANONICAL, Experts, Projection
 
@@ -31,14 +34,12 @@ class Model:
       files: the tensors.
       family, config: the table entry, and the text model's part of ``config.json``.
       blocks: the module of each MoE layer ("model.layers.3.mlp"), by layer number.
-      quantization: ModelOpt's or compressed-tensors' own part of the config.
     """
 
     files: Files
     family: Family
     config: Config
     blocks: dict[int, str]
-    quantization: Config
 
     @property
     def config_file(self) -> str:
@@ -53,12 +54,27 @@ class Model:
         """
         if not isinstance(layer, int | np.integer):
             raise TypeError(f"layer: got {type(layer).__name__}, needs an int")
+        if not self.blocks:
+            raise CheckpointError(f"{self.files.directory}: {_nothing(self.files, self.family)}")
         if layer not in self.blocks:
-            layers = ", ".join(map(str, self.blocks)) or "none"
+            layers = ", ".join(map(str, self.blocks))
             raise CheckpointError(
                 f"{self.files.directory}: found no experts in layer {layer}, expected one of the MoE layers ({layers})"
             )
         return self.blocks[layer]
+
+    def settings(self, layer: int | None = None) -> Settings:
+        """The configuration as a layer sees it; without one, settings that depend on the layer are errors."""
+        return Settings(self.config, self.config_file, layer)
+
+    def beside(self, layer: int) -> list[str]:
+        """The tensors of a layer's block that are not of its experts."""
+        block, family = self.block(layer), self.family
+        modules = [module(block, name) for name in (*family.router, *family.shared_expert)]
+        # A block that is the layer itself has the layer's attention and norms in it.
+        prefixes = tuple(f"{name}." for name in (modules if "" in family.blocks else [block, *modules]))
+        experts = f"{block}.experts."
+        return sorted(name for name in self.files.names() if name.startswith(prefixes) and not name.startswith(experts))
 
 
 def open_model(directory: Path) -> Model:
@@ -71,26 +87,43 @@ def open_model(directory: Path) -> Model:
     config_path = directory / "config.json"
     whole = read_json(config_path)
     family, config = family_of(whole, str(config_path))
-    modelopt_path = directory / "hf_quant_config.json"
-    if modelopt_path.exists():
-        quantization = read_json(modelopt_path).get("quantization")
-    else:
-        quantization = whole.get("quantization_config", config.get("quantization_config"))
-    quantization = quantization if isinstance(quantization, dict) else {}
-    return Model(files, family, config, _find_blocks(files, family), quantization)
+    return Model(files, family, config, _find_blocks(files, family, config))
 
 
-def _find_blocks(files: Files, family: Family) -> dict[int, str]:
-    roots = "|".join(map(re.escape, ROOTS))
-    pattern = re.compile(rf"((?:{roots})layers\.(\d{{1,6}})\.{re.escape(family.block)})\.experts\.")
+def _find_blocks(files: Files, family: Family, config: Config) -> dict[int, str]:
+    """The blocks with experts, under any root. Layers of multi-token prediction follow those of the model."""
+    names = "|".join(re.escape(f".{name}" if name else "") for name in family.blocks)
+    pattern = re.compile(rf"(((?:[^.]+\.)*?)(layers|mtp)\.(\d{{1,6}})(?:{names}))\.experts\.")
+    found = {}
+    for match in filter(None, map(pattern.match, files.names())):
+        block, root, container, number = match.groups()
+        found[block] = root, container == "mtp" or "mtp" in root.split("."), int(number)
+    if any(root in family.roots for root, *_ in found.values()):
+        found = {block: place for block, place in found.items() if place[0] in family.roots or place[1]}
     blocks: dict[int, str] = {}
-    for name in files.names():
-        match = pattern.match(name)
-        if match and blocks.setdefault(int(match[2]), match[1]) != match[1]:
+    for block, (_, predicts, number) in found.items():
+        layer = number + _num_layers(files, config) if predicts else number
+        if blocks.setdefault(layer, block) != block:
             raise CheckpointError(
-                f"{files.directory}: {name}: found experts of layer {match[2]} in {blocks[int(match[2])]} too"
+                f"{files.directory}: layer {layer}: found experts in {blocks[layer]} and in {block}, expected them once"
             )
     return dict(sorted(blocks.items()))
+
+
+def _num_layers(files: Files, config: Config) -> int:
+    """Of the model itself: by its configuration, or else by its files."""
+    if type(config.get("num_hidden_layers")) is int:
+        return config["num_hidden_layers"]
+    numbers = (re.match(r"(?!mtp\.)(?:[^.]+\.)*?layers\.(\d{1,6})\.", name) for name in files.names())
+    return 1 + max((int(match[1]) for match in numbers if match), default=-1)
+
+
+def _nothing(files: Files, family: Family) -> str:
+    """What was found instead of any experts."""
+    known = " or ".join(f"layers.N.{name}.experts" if name else "layers.N.experts" for name in family.blocks)
+    alike = next((name for name in files.names() if re.search("expert|moe", name)), None)
+    found = "nothing like an expert" if alike is None else f"{alike} and the like"
+    return f"found {found}, expected the experts of {family.name} in {known}, under any root"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +141,8 @@ class ExpertLayer:
 
     layer: int
     sizes: Sizes
-    gate_up: Stored
-    down: Stored
+    gate_up: Stored | Dense
+    down: Stored | Dense
     uses_input_scales: bool
 
     @property
@@ -118,7 +151,7 @@ class ExpertLayer:
 
     @property
     def format(self) -> str:
-        return self.gate_up.format.name
+        return self.gate_up.format_name
 
     @property
     def layout(self) -> str:
@@ -160,73 +193,58 @@ class ExpertLayer:
         return np.asarray(max(known_gate_up)), np.asarray(filled, np.float32)
 
 
-def open_experts(model: Model, layer: int) -> ExpertLayer:
-    """Finds the experts of a layer and checks their headers.
+def open_experts(model: Model, layer: int, *, quantize: bool = False) -> ExpertLayer:
+    """Finds the experts of a layer and checks their headers; ``quantize``: also those that do not have 4 bits.
 
     Raises:
       CheckpointError: see :func:`jax_moe.load_experts`.
     """
-    block, shape = model.block(layer), sizes(model)
-    gate_up, down = stored.find(model.files, block, model.family, shape.num_experts, shape.hidden, shape.intermediate)
-    algorithms = _algorithms(model.quantization, block)
-    _refuse_online_transforms(model, gate_up)
+    block, shape = model.block(layer), sizes(model, layer)
+    where = (model.files, block, model.family, shape.num_experts, shape.hidden, shape.intermediate)
+    try:
+        gate_up, down = stored.find(*where)
+    except stored.OtherFormatError:
+        if not quantize:
+            raise
+        gate_up, down = dense.find(*where)
+    refuse_online_transforms(model, layer)
     # W4A8: the weights are NVFP4 but the input scales are those of FP8 activations.
-    uses_input_scales = not any("FP8" in algorithm for algorithm in algorithms)
+    uses_input_scales = not any("FP8" in name for name in quantization.algorithms(model.files, f"{block}.experts"))
     return ExpertLayer(layer, shape, gate_up, down, uses_input_scales)
 
 
-def sizes(model: Model) -> Sizes:
-    """E, H and I from the config.
+def sizes(model: Model, layer: int) -> Sizes:
+    """E, H and I of a layer, from the config.
 
     Raises:
       CheckpointError: one is missing or not a multiple of 16.
     """
-    config, where = model.config, model.config_file
-    hidden_key = "moe_latent_size" if config.get("moe_latent_size") is not None else "hidden_size"
+    settings = model.settings(layer)
+    latent = settings.value("moe_latent_size") is not None
     found = []
-    for key in (hidden_key, model.family.intermediate_size):
-        found.append(size(config, where, key))
+    for key in ("moe_latent_size" if latent else "hidden_size", model.family.intermediate_size):
+        found.append(settings.integer(key))
         if found[-1] % nvfp4.BLOCK_SIZE:
-            raise CheckpointError(f"{where}: {key}: found {found[-1]}, expected a multiple of {nvfp4.BLOCK_SIZE}")
-    return Sizes(size(config, where, *NUM_EXPERTS), *found)
+            raise settings.error(key, found[-1], f"a multiple of {nvfp4.BLOCK_SIZE}")
+    return Sizes(settings.integer(*NUM_EXPERTS), *found)
 
 
-def _algorithms(quantization: Config, block: str) -> set[str]:
-    """ModelOpt's names of the formats of a block: one, or under MIXED_PRECISION any number."""
-    algorithms = {str(quantization.get("quant_algo"))}
-    layers = quantization.get("quantized_layers")
-    for name, entry in layers.items() if isinstance(layers, dict) else ():
-        if name.startswith(f"{block}.experts") and isinstance(entry, dict):
-            algorithms.add(str(entry.get("quant_algo")))
-    return algorithms
+def refuse_online_transforms(model: Model, layer: int) -> None:
+    """Refuses experts whose activations would have to be transformed at run time.
 
-
-def _refuse_online_transforms(model: Model, gate_up: Stored) -> None:
-    """compressed-tensors can rotate activations at run time; weights alone then give another function."""
-    words = (*gate_up.projections, "down_proj", "w2", "experts", "Linear")
-    for location, target in _transforms(model.quantization.get("transform_config")):
-        if location in ("input", "output") and any(word in target for word in words):
-            raise CheckpointError(
-                f"{model.config_file}: transform_config: found an online transform of the {location} of {target!r}, "
-                "expected none on the experts"
-            )
-
-
-def _transforms(transform_config: Any) -> list[tuple[str, str]]:
-    groups = transform_config.get("config_groups") if isinstance(transform_config, dict) else None
-    found = []
-    for group in groups.values() if isinstance(groups, dict) else ():
-        applications = group.get("apply") if isinstance(group, dict) else None
-        for entry in applications if isinstance(applications, list) else ():
-            if isinstance(entry, dict):
-                targets = entry.get("targets")
-                targets = targets if isinstance(targets, list) else [targets]
-                found += [(str(entry.get("location")), str(target)) for target in targets]
-    return found
+    Raises:
+      CheckpointError: see :func:`quantization.refuse_online_transforms`.
+    """
+    block = model.block(layer)
+    experts = [f"{block}.experts.{expert}" for expert in range(sizes(model, layer).num_experts)]
+    # By every name that the family's experts have anywhere: converted files no longer show which ones were stored.
+    projections = {"gate_up_proj", "down_proj", *(name for names in model.family.projections for name in names)}
+    linears = [f"{module}.{name}" for module in (f"{block}.experts", *experts) for name in sorted(projections)]
+    quantization.refuse_online_transforms(model.files, linears, (block, f"{block}.experts", *experts))
 
 
 def _projection(
-    stored: Stored, experts: range, name: str, *, stacked: bool, input_scale: np.ndarray | None
+    stored: Stored | Dense, experts: range, name: str, *, stacked: bool, input_scale: np.ndarray | None
 ) -> Projection:
     """Leaves of a projection; ``stacked``: with an axis for the parts (gate_up)."""
     rows, contraction = stored.num_rows, stored.contraction

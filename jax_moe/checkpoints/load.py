@@ -8,10 +8,11 @@ import jax
 import numpy as np
 
 from jax_moe import parallel
-from jax_moe.checkpoints import conversion, leaves, router
-from jax_moe.checkpoints.files import Files, read_rows
+from jax_moe.checkpoints import conversion, leaves, linear, quantization, router, shared_expert
+from jax_moe.checkpoints.files import CheckpointError, Files, read_rows
 from jax_moe.checkpoints.layer import open_model
-from jax_moe.checkpoints.router import Router, SharedExpert
+from jax_moe.checkpoints.router import HashRouter, Router
+from jax_moe.checkpoints.shared_expert import SharedExpert
 from jax_moe.experts import Experts
 
 Directory = str | os.PathLike[str]
@@ -25,6 +26,7 @@ def load_experts(
     mesh: jax.sharding.Mesh | None = None,
     expert_axis: parallel.Axis = "expert",
     tensor_axis: parallel.Axis = "tensor",
+    quantize: bool = False,
     progress: bool = True,
 ) -> Experts:
     """Loads the experts of one MoE layer of a checkpoint.
@@ -42,6 +44,8 @@ def load_experts(
       mesh: shard over this mesh, as :func:`jax_moe.expert_shardings` says; each process reads only what its own
         devices hold.
       expert_axis, tensor_axis: the mesh axes over E and I.
+      quantize: quantise a layer that the checkpoint keeps in bfloat16 or FP8, as :func:`jax_moe.quantize_experts` would
+        (FP8 is first rounded to bfloat16). Each weight is read three times.
       progress: show a progress bar on a terminal, if it takes longer than a second.
 
     Returns:
@@ -54,18 +58,25 @@ def load_experts(
       TypeError: ``layer`` is not an int, or ``experts`` neither slice nor range.
       ValueError: ``experts`` is not a contiguous part of the layer's experts, or the mesh does not divide E or I.
     """
-    source = conversion.open_experts(open_model(Path(directory)), layer)
+    source = conversion.open_experts(open_model(Path(directory)), layer, quantize=quantize)
     chosen = _chosen(experts, source.num_experts)
     return leaves.to_jax(source.leaves(chosen), mesh, expert_axis, tensor_axis, progress)
 
 
-def load_router(directory: Directory, layer: int) -> Router:
+def load_router(directory: Directory, layer: int) -> Router | HashRouter:
     """Loads the router of one MoE layer, with its rule: ``router(x)`` is the Routing of ``x``.
 
+    A layer that routes by token ids (the first ones of DeepSeek-V4) has a HashRouter: ``router(x, token_ids)``.
+
     Raises:
-      CheckpointError, TypeError: as :func:`load_experts`.
+      CheckpointError: as :func:`load_experts`; a setting of the router is not one of its family's; a tensor that its
+        rule needs is missing, or one that it has no use for is there.
+      TypeError: as :func:`load_experts`.
     """
-    return router.open_router(open_model(Path(directory)), layer)
+    model = open_model(Path(directory))
+    name = router.router_module(model, layer)
+    quantization.refuse_online_transforms(model.files, [name], [model.block(layer)])
+    return router.open_router(model, layer)
 
 
 def load_shared_expert(directory: Directory, layer: int) -> SharedExpert | None:
@@ -74,7 +85,7 @@ def load_shared_expert(directory: Directory, layer: int) -> SharedExpert | None:
     Raises:
       CheckpointError, TypeError: as :func:`load_experts`.
     """
-    return router.open_shared_expert(open_model(Path(directory)), layer)
+    return shared_expert.open_shared_expert(open_model(Path(directory)), layer)
 
 
 def load_tensor(directory: Directory, name: str) -> jax.Array:
@@ -92,17 +103,39 @@ def load_linear(directory: Directory, module: str) -> jax.Array:
     Raises:
       CheckpointError: as :func:`load_experts`.
     """
-    return router.dense(Files(directory), module)
+    return jax.device_put(linear.read_linear(Files(directory), module).weight)
 
 
-def moe_options(directory: Directory) -> dict[str, Any]:
+def moe_options(directory: Directory, layer: int | None = None) -> dict[str, Any]:
     """What :func:`jax_moe.fused_moe` has to be told about the model: ``activation`` and ``weight_on``.
 
+    Args:
+      directory: as for :func:`load_experts`.
+      layer: number of the layer. None is enough unless the options depend on it, as in Step-3.5.
+
     Raises:
-      CheckpointError: as :func:`load_experts`.
+      CheckpointError: as :func:`load_experts`, or the options depend on the layer.
+      TypeError: as :func:`load_experts`.
     """
     model = open_model(Path(directory))
-    return {"activation": model.family.activation(model.config), "weight_on": model.family.weight_on}
+    if layer is not None:
+        model.block(layer)
+    return {"activation": model.family.activation(model.settings(layer)), "weight_on": model.family.weight_on}
+
+
+def check_whole_block(directory: Directory, layer: int) -> None:
+    """Refuses a layer whose MoE block has more to it than a router, experts and a shared expert of one x.
+
+    Raises:
+      CheckpointError: the reason, and what can be loaded.
+    """
+    model = open_model(Path(directory))
+    reason = model.family.apart(model.settings(layer))
+    if reason is not None:
+        raise CheckpointError(
+            f"{directory}: layer {layer} of {model.family.name}: found that {reason}, expected a block that is a "
+            "function of one x; load_experts, load_router and load_shared_expert load its parts one by one"
+        )
 
 
 def list_layers(directory: Directory) -> list[int]:

@@ -1,34 +1,33 @@
-"""What stands beside the experts in a MoE layer: the router, and the expert that every token visits."""
+"""The router of a MoE layer, read from a checkpoint: what chooses a token's experts, by its hidden state or its id."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
-from jax_moe import activations, arguments, nvfp4, routing
-from jax_moe.checkpoints import stored
-from jax_moe.checkpoints.families import NUM_EXPERTS, size, TOP_K
-from jax_moe.checkpoints.files import CheckpointError, Files, read_rows
+from jax_moe import arguments, pytree, routing
+from jax_moe.checkpoints.families import NUM_EXPERTS, TOP_K
+from jax_moe.checkpoints.family import module
+from jax_moe.checkpoints.files import CheckpointError, Files, FLOATS, read_floats, read_rows
 from jax_moe.checkpoints.layer import Model
 
-_FLOATS = ("F32", "BF16", "F16")
 
-
-@jax.tree_util.register_dataclass
+@pytree.register
 @dataclasses.dataclass(frozen=True)
 class Router:
-    """A layer's router: ``router(x)`` is the Routing of ``x`` ``[T, H]`` of any float dtype.
+    """A layer's router: ``router(x)`` is the Routing ``[..., k]`` of ``x`` ``[..., H]`` of any float dtype.
 
     :func:`load_router` makes one from a checkpoint; without one it is, for example, ``Router(weight, k=8)``.
 
     Attributes:
       weight: float32 ``[E, H]``.
       bias: float32 ``[E]`` added to the logits (gpt-oss), or None.
-      selection_bias: float32 ``[E]`` added to the scores for selection only (DeepSeek-V3, Nemotron-H), or None.
+      selection_bias: float32 ``[E]`` added to the scores for selection only (DeepSeek-V3 and its heirs), or None.
+      expert_scale: float32 ``[E]`` that multiplies the weights of the chosen experts (Gemma 4), or None.
       k: experts per token.
       method: the rule, as for :func:`jax_moe.route`.
+      norm_eps: ``x / sqrt(mean(x**2) + norm_eps)`` takes the place of x (Gemma 4); None: x as it is.
 
     Raises:
       TypeError, ValueError: when it is called: ``x``, an attribute or two of them do not fit.
@@ -37,112 +36,151 @@ class Router:
     weight: jax.Array
     bias: jax.Array | None = None
     selection_bias: jax.Array | None = None
+    expert_scale: jax.Array | None = None
     k: int = dataclasses.field(kw_only=True, metadata={"static": True})
     method: routing.Method = dataclasses.field(default=routing.Softmax(), kw_only=True, metadata={"static": True})
+    norm_eps: float | None = dataclasses.field(default=None, kw_only=True, metadata={"static": True})
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """float32 ``[T, E]`` for ``x`` ``[T, H]`` of any float dtype, computed in float32; errors as the class."""
-        num_experts, hidden = arguments.floats("Router.weight", self.weight, ("E", "H"))
-        if self.bias is not None:
-            arguments.floats("Router.bias", self.bias, (num_experts,))
-        arguments.floats("x", x, ("T", hidden))
-        logits = jnp.dot(x.astype(jnp.float32), self.weight.T, precision=jax.lax.Precision.HIGHEST)
-        return logits if self.bias is None else logits + self.bias
+        """float32 ``[..., E]`` for ``x`` ``[..., H]`` of any float dtype, computed in float32; errors as the class."""
+        num_experts, _ = arguments.floats("Router.weight", self.weight, ("E", "H"))
+        for name in ("bias", "expert_scale"):
+            if getattr(self, name) is not None:
+                arguments.floats(f"Router.{name}", getattr(self, name), (num_experts,))
+        logits = _logits(x, self.weight, self.norm_eps)
+        return logits if self.bias is None else logits + jnp.broadcast_to(self.bias, logits.shape)
 
     def __call__(self, x: jax.Array) -> routing.Routing:
-        return routing.route(self.logits(x), self.k, self.method, bias=self.selection_bias)
+        chosen = routing.route(self.logits(x), self.k, self.method, bias=self.selection_bias)
+        if self.expert_scale is None:
+            return chosen
+        return dataclasses.replace(chosen, weights=chosen.weights * self.expert_scale[chosen.expert_ids])
 
 
-@jax.tree_util.register_dataclass
+@pytree.register
 @dataclasses.dataclass(frozen=True)
-class SharedExpert:
-    """The dense MLP that every token visits beside its routed experts.
+class HashRouter:
+    """A router whose experts are fixed for each token id (DeepSeek-V4's first layers); x has a say in the weights only.
+
+    ``router(x, token_ids)`` is the Routing ``[..., K]`` of ``x`` ``[..., H]`` of any float dtype and integer
+    ``token_ids`` ``[...]``. An id outside the vocabulary gets experts of id -1, which no backend runs and debug mode
+    reports.
 
     Attributes:
-      gate_up: bfloat16 ``[P, I, H]``; P = 2 is gate then up, P = 1 has no gate.
-      down: bfloat16 ``[H, I]``.
+      weight: float32 ``[E, H]``.
+      token_table: int32 ``[V, K]``, the experts of each token id.
+      method: how scores become weights: its ``scores``, ``renormalize`` and ``scaling_factor``.
+
+    Raises:
+      TypeError, ValueError: when it is called: ``x``, ``token_ids``, an attribute or two of them do not fit.
     """
 
-    gate_up: jax.Array
-    down: jax.Array
+    weight: jax.Array
+    token_table: jax.Array
+    method: routing.DeepSeekV3 = dataclasses.field(kw_only=True, metadata={"static": True})
 
-    def __call__(self, x: jax.Array, activation: activations.Activation) -> jax.Array:
-        """``x`` ``[T, H]`` of any float dtype to float32 ``[T, H]``; sums and activation in float32.
-
-        Raises:
-          TypeError, ValueError: ``x``, an attribute or the activation does not fit.
-        """
-        arguments.instance("activation", activation, activations.Activation)
-        num_parts = 2 if activation.gated else 1
-        _, intermediate, hidden = arguments.floats("SharedExpert.gate_up", self.gate_up, (num_parts, "I", "H"))
-        arguments.floats("SharedExpert.down", self.down, (hidden, intermediate))
-        arguments.floats("x", x, ("T", hidden))
-        parts = jnp.einsum(
-            "th,pih->pti", x.astype(self.gate_up.dtype), self.gate_up, preferred_element_type=jnp.float32
+    def __call__(self, x: jax.Array, token_ids: jax.Array) -> routing.Routing:
+        logits = _logits(x, self.weight, None)
+        arguments.array("token_ids", token_ids, None, x.shape[:-1])
+        if not jnp.issubdtype(token_ids.dtype, jnp.integer):
+            raise TypeError(f"token_ids: got dtype {token_ids.dtype}, needs integers")
+        arguments.array("HashRouter.token_table", self.token_table, jnp.int32, ("V", "K"))
+        arguments.instance("HashRouter.method", self.method, routing.DeepSeekV3)
+        known = (token_ids >= 0) & (token_ids < self.token_table.shape[0])
+        chosen = jnp.where(known[..., None], jnp.take(self.token_table, token_ids, axis=0, mode="clip"), -1)
+        scores = routing.score(logits, self.method.scores)
+        return routing.Routing(
+            chosen, routing.weigh(scores, chosen, self.method.renormalize, self.method.scaling_factor)
         )
-        h = activation(*parts).astype(self.down.dtype)
-        return jnp.einsum("ti,hi->th", h, self.down, preferred_element_type=jnp.float32)
 
 
-def open_router(model: Model, layer: int) -> Router:
+def _logits(x: jax.Array, weight: jax.Array, norm_eps: float | None) -> jax.Array:
+    _, hidden = arguments.floats("Router.weight", weight, ("E", "H"))
+    arguments.floats("x", x, ("...", hidden))
+    x = x.astype(jnp.float32)
+    if norm_eps is not None:
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + norm_eps)
+    return jnp.dot(x, weight.T, precision=jax.lax.Precision.HIGHEST)
+
+
+def open_router(model: Model, layer: int) -> Router | HashRouter:
     """See :func:`jax_moe.checkpoints.load_router`."""
-    block, config, where = model.block(layer), model.config, model.config_file
-    num_experts, hidden = size(config, where, *NUM_EXPERTS), size(config, where, "hidden_size")
-    k = size(config, where, *TOP_K)
+    block, family, settings = model.block(layer), model.family, model.settings(layer)
+    num_experts, hidden = settings.integer(*NUM_EXPERTS), settings.integer("hidden_size")
+    k = settings.integer(*TOP_K)
     if k > num_experts:
-        raise CheckpointError(f"{where}: {TOP_K[0]}: found {k}, expected at most the {num_experts} experts")
-    prefix = f"{block}.{model.family.router}."
-    return Router(
-        weight=jax.device_put(_floats(model.files, prefix + "weight", (num_experts, hidden))),
-        bias=_optional(model.files, prefix + "bias", num_experts),
-        selection_bias=_optional(model.files, prefix + "e_score_correction_bias", num_experts),
-        k=k,
-        method=model.family.method(config),
-    )
+        raise settings.error(settings.key(*TOP_K), k, f"at most the {num_experts} experts")
+    method = family.method(settings)
+    tensors = _Tensors(model.files)
+    name = router_module(model, layer)
+    linear = f"{name}.proj" if family.normalized_router else name
+    weight = tensors.floats(f"{linear}.weight", (num_experts, hidden))
+    table = family.token_table(settings)
+    if table is not None:
+        if not isinstance(method, routing.DeepSeekV3):
+            raise TypeError(f"{family.name}: got {method!r} beside a token table, needs DeepSeekV3")
+        ids = tensors.integers(module(block, table), k, num_experts)
+        router = HashRouter(jax.device_put(weight), jax.device_put(ids), method=method)
+    else:
+        parts: dict[str, np.ndarray | float] = {}
+        if family.router_bias:
+            parts["bias"] = tensors.floats(f"{linear}.bias", (num_experts,))
+        if family.selection_bias and isinstance(method, routing.DeepSeekV3):
+            candidates = [module(block, bias) for bias in family.selection_bias]
+            chosen = next((bias for bias in candidates if bias in model.files.names()), candidates[0])
+            parts["selection_bias"] = tensors.floats(chosen, (num_experts,), (1, num_experts))
+        if family.normalized_router:
+            weight = weight * tensors.floats(f"{name}.scale", (hidden,)) / np.float32(np.sqrt(hidden))
+            parts["expert_scale"] = tensors.floats(f"{name}.per_expert_scale", (num_experts,))
+        leaves = {key: jax.device_put(value) for key, value in parts.items()}
+        norm_eps = settings.number("rms_norm_eps", default=1e-6) if family.normalized_router else None
+        router = Router(jax.device_put(weight), **leaves, k=k, method=method, norm_eps=norm_eps)
+    _check_explained(model, layer, tensors.read)
+    return router
 
 
-def open_shared_expert(model: Model, layer: int) -> SharedExpert | None:
-    """See :func:`jax_moe.checkpoints.load_shared_expert`."""
-    block = model.block(layer)
-    if model.family.shared_expert is None:
-        return None
-    prefix = f"{block}.{model.family.shared_expert}."
-    if not any(name.startswith(prefix) for name in model.files.names()):
-        return None
-    hidden = size(model.config, model.config_file, "hidden_size")
-    *parts, down = (dense(model.files, prefix + name) for name in model.family.projections[0])
-    for matrix, shape in [(part, (parts[0].shape[0], hidden)) for part in parts] + [
-        (down, (hidden, parts[0].shape[0]))
-    ]:
-        if matrix.shape != shape:
-            raise CheckpointError(
-                f"{model.files.directory}: {prefix}*: found {list(matrix.shape)}, expected {list(shape)}"
-            )
-    return SharedExpert(jnp.stack(parts), down)
+def router_module(model: Model, layer: int) -> str:
+    """The router's module in the files of a layer."""
+    candidates = [module(model.block(layer), name) for name in model.family.router]
+    present = (name for name in candidates if any(tensor.startswith(f"{name}.") for tensor in model.files.names()))
+    return next(present, candidates[0])
 
 
-def _optional(files: Files, name: str, num_experts: int) -> jax.Array | None:
-    return jax.device_put(_floats(files, name, (num_experts,))) if name in files.names() else None
-
-
-def _floats(files: Files, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    info = files.info(name)
-    if info.dtype not in _FLOATS or info.shape != shape:
-        raise CheckpointError(f"{info}: found {info.summary}, expected {' or '.join(_FLOATS)} {list(shape)}")
-    return read_rows(info).astype(np.float32)
-
-
-def dense(files: Files, module: str) -> jax.Array:
-    """bfloat16 ``[N, C]`` of a linear layer, dequantised if it is 4-bit."""
-    linear = stored.find_linear(files, module)
-    if linear is not None:
-        scale = jnp.asarray(linear.global_scale(0, 0))
-        return nvfp4.dequantize(
-            jnp.asarray(linear.payload(0, 0)), jnp.asarray(linear.block_scale(0, 0)), scale, jnp.bfloat16
-        )
-    info = files.info(f"{module}.weight")
-    if info.dtype not in _FLOATS or len(info.shape) != 2:
+def _check_explained(model: Model, layer: int, read: set[str]) -> None:
+    """Refuses tensors of the block that nothing reads: leaving one out could make another function of it."""
+    block, family = model.block(layer), model.family
+    known = [*family.shared_expert, *family.others, *filter(None, [family.shared_expert_gate])]
+    others = tuple(f"{module(block, name)}." for name in known)
+    left = [name for name in model.beside(layer) if name not in read and not name.startswith(others)]
+    if left:
         raise CheckpointError(
-            f"{info}: found {info.summary}, expected {' or '.join(_FLOATS)} of two axes, NVFP4 or MXFP4"
+            f"{model.files.info(left[0])}: found a tensor that the block of {family.name} does not have, or has no "
+            "use for with this configuration's routing; leaving it out could change the result"
         )
-    return jnp.asarray(read_rows(info).astype(ml_dtypes.bfloat16))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensors:
+    """Reads small tensors, checked, and knows which."""
+
+    files: Files
+    read: set[str] = dataclasses.field(default_factory=set)
+
+    def floats(self, name: str, *shapes: tuple[int, ...]) -> np.ndarray:
+        """float32, finite, of one of ``shapes``; the first is that of the result."""
+        info = self.files.info(name)
+        if info.dtype not in FLOATS or info.shape not in shapes:
+            raise CheckpointError(f"{info}: found {info.summary}, expected {' or '.join(FLOATS)} {list(shapes[0])}")
+        self.read.add(name)
+        return read_floats(info).reshape(shapes[0])
+
+    def integers(self, name: str, columns: int, bound: int) -> np.ndarray:
+        """int32 ``[V, columns]``, each in ``[0, bound)``."""
+        info = self.files.info(name)
+        if info.dtype not in ("I64", "I32") or len(info.shape) != 2 or info.shape[1] != columns:
+            raise CheckpointError(f"{info}: found {info.summary}, expected I64 or I32 [vocabulary, {columns}]")
+        values = read_rows(info)
+        if ((values < 0) | (values >= bound)).any():
+            raise CheckpointError(f"{info}: found experts outside [0, {bound}), expected their ids")
+        self.read.add(name)
+        return values.astype(np.int32)

@@ -16,15 +16,25 @@ import numpy as np
 
 from jax_moe import nvfp4
 from jax_moe.checkpoints.families import Family
-from jax_moe.checkpoints.files import CheckpointError, Files, read_rows, TensorInfo
+from jax_moe.checkpoints.files import CheckpointError, Files, FLOATS, read_floats, read_rows, TensorInfo
 
 _MX_BLOCK_SIZE = 32
-_FLOATS = ("F32", "BF16", "F16")
+
+
+class OtherFormatError(CheckpointError):
+    """Experts of which no matrix has 4 bits: their layer is whole, in another format."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """The tensors of a 4-bit matrix, by suffix, and what its scales mean."""
+    """The tensors of a 4-bit matrix, by suffix, and what its scales mean.
+
+    Attributes:
+      name: for messages and tables.
+      payload, block_scale, global_scale, input_scale: the suffixes; no global scale is MXFP4.
+      divides: scales of whole tensors are divided by.
+      telling: the suffixes that tell this format from those after it; where there are none, all weight tensors do.
+    """
 
     name: str
     payload: str
@@ -32,12 +42,15 @@ class Format:
     global_scale: str | None = None
     input_scale: str | None = None
     divides: bool = False
+    telling: tuple[str, ...] = ()
 
     @property
     def is_mx(self) -> bool:
         return self.global_scale is None
 
 
+# Quark's NVFP4 has ModelOpt's weights; an activation scale of another name (seen in amd/GLM-5.1-NVFP4).
+QUARK = Format("Quark NVFP4", "weight", "weight_scale", "weight_scale_2", "input_scale_2", telling=("input_scale_2",))
 MODELOPT = Format("ModelOpt NVFP4", "weight", "weight_scale", "weight_scale_2", "input_scale")
 COMPRESSED_TENSORS = Format(
     "compressed-tensors NVFP4",
@@ -49,11 +62,13 @@ COMPRESSED_TENSORS = Format(
 )
 COMPRESSED_TENSORS_MX = Format("compressed-tensors MXFP4", "weight_packed", "weight_scale")
 MODELOPT_MX = Format("ModelOpt MXFP4", "weight", "weight_scale")
+# As DeepSeek-V4 is published: two codes in an I8, scales F8_E8M0.
+DEEPSEEK_MX = Format("DeepSeek MXFP4", "weight", "scale")
 FUSED_MODELOPT = Format("ModelOpt NVFP4, fused", "", "_weight_scale", "_weight_scale_2", "_input_scale")
 FUSED_MX = Format("MXFP4, fused", "_blocks", "_scales")
 
 # Formats that extend others come first: they are told apart by the tensors that only they have.
-_PER_EXPERT = (MODELOPT, COMPRESSED_TENSORS, COMPRESSED_TENSORS_MX, MODELOPT_MX)
+_PER_EXPERT = (QUARK, MODELOPT, COMPRESSED_TENSORS, COMPRESSED_TENSORS_MX, MODELOPT_MX, DEEPSEEK_MX)
 _FUSED = (FUSED_MODELOPT, FUSED_MX)
 _FUSED_PROJECTIONS = ("gate_up_proj", "down_proj")
 
@@ -86,6 +101,10 @@ class Stored:
     has_bias: bool
 
     @property
+    def format_name(self) -> str:
+        return self.format.name
+
+    @property
     def has_input_scale(self) -> bool:
         return self.format.input_scale is not None and any(
             self._name(self.format.input_scale, expert, part) in self.files.names() for expert, part in self._pairs()
@@ -93,16 +112,18 @@ class Stored:
 
     def payload(self, expert: int, part: int) -> np.ndarray:
         """uint8 ``[N, C/2]``, a view of the file where possible."""
-        return self._matrix(self.format.payload, expert, part)
+        return self._matrix(self.format.payload, expert, part).view(np.uint8)
 
     def block_scale(self, expert: int, part: int) -> np.ndarray:
         """float8_e4m3fn ``[N, C/16]``.
 
         Raises:
-          CheckpointError: MXFP4 scales that NVFP4 cannot represent.
+          CheckpointError: one is NaN or negative, or MXFP4 scales that NVFP4 cannot represent.
         """
         if not self.format.is_mx:
-            return self._matrix(self.format.block_scale, expert, part)
+            scale = self._matrix(self.format.block_scale, expert, part)
+            check_block_scale(scale, f"{self._info(self.format.block_scale, expert, part)}: expert {expert}")
+            return scale
         exponent, base = self._mx_exponents(expert, part)
         scale = np.ldexp(np.float32(1), exponent - base).astype(ml_dtypes.float8_e4m3fn)
         return np.repeat(scale, _MX_BLOCK_SIZE // nvfp4.BLOCK_SIZE, axis=1)
@@ -116,29 +137,33 @@ class Stored:
         if self.format.global_scale is None:
             _, base = self._mx_exponents(expert, part)
             return np.ldexp(np.float32(1), base)
-        scale = self._scalar(self.format.global_scale, expert, part)
-        if not (np.isfinite(scale) and scale >= 0):
+        scale, multiplied = self._scalar(self.format.global_scale, expert, part)
+        if not (np.isfinite(multiplied) and scale >= 0):
             info = self._info(self.format.global_scale, expert, part)
             convention = "its reciprocal is multiplied" if self.format.divides else "it is multiplied"
             raise CheckpointError(
-                f"{info}: found a scale of {scale} ({convention}), expected it finite and not negative"
+                f"{info}: expert {expert}: found a scale of {scale} ({convention}), expected it finite and not negative"
             )
-        return scale
+        return multiplied
 
     def input_scale(self, expert: int, part: int) -> np.float32 | None:
         """The activation scale that is multiplied; None if absent or of an expert that was never calibrated."""
         suffix = self.format.input_scale
         if suffix is None or self._name(suffix, expert, part) not in self.files.names():
             return None
-        scale = self._scalar(suffix, expert, part)
-        return scale if np.isfinite(scale) and scale > 0 else None
+        _, multiplied = self._scalar(suffix, expert, part)
+        return multiplied if np.isfinite(multiplied) and multiplied > 0 else None
 
     def bias(self, expert: int, part: int) -> np.ndarray:
-        """``[N]`` floats."""
+        """float32 ``[N]``.
+
+        Raises:
+          CheckpointError: one is not finite.
+        """
         info = self._info(self._bias_suffix, expert, part)
         if not self.fused:
-            return read_rows(info)
-        return self._split(read_rows(info, expert, expert + 1)[0], part)
+            return read_floats(info)
+        return self._split(read_floats(info, expert, expert + 1)[0], part)
 
     def check(self) -> None:
         """Checks the dtype and shape of every tensor, from the headers alone.
@@ -153,10 +178,10 @@ class Stored:
             payload_shape = (rows, contraction // block, block // 2)
         else:
             payload_shape = (rows, contraction // 2)
-        self._check(self.format.payload, ("U8",), payload_shape)
+        self._check(self.format.payload, ("U8", "I8") if self.format == DEEPSEEK_MX else ("U8",), payload_shape)
         self._check(self.format.block_scale, scale_dtypes, (rows, contraction // block))
         if self.has_bias:
-            self._check(self._bias_suffix, _FLOATS, (rows,))
+            self._check(self._bias_suffix, FLOATS, (rows,))
         for suffix in (self.format.global_scale, self.format.input_scale):
             if suffix is not None:
                 self._check_scalar(suffix, required=suffix == self.format.global_scale)
@@ -207,14 +232,18 @@ class Stored:
             return array[part :: self.num_parts]
         return array[part * self.num_rows : (part + 1) * self.num_rows]
 
-    def _scalar(self, suffix: str, expert: int, part: int) -> np.float32:
+    def _scalar(self, suffix: str, expert: int, part: int) -> tuple[np.float32, np.float32]:
+        """A scale of a whole tensor as it is stored, and as it is multiplied; that is NaN for what is not finite."""
         values = read_rows(self._info(suffix, expert, part)).astype(np.float32).reshape(-1)
         if values.size > 1:
             # Fused: a scale for each expert, or for each expert and part.
             values = values.reshape(self.num_experts, -1)[expert]
             values = values[part : part + 1] if values.size > 1 else values
-        with np.errstate(divide="ignore"):
-            return np.float32(1) / values[0] if self.format.divides else values[0]
+        scale = values[0]
+        if not np.isfinite(scale):  # else the reciprocal of infinity were a zero like any other
+            return scale, np.float32(np.nan)
+        with np.errstate(divide="ignore", over="ignore"):
+            return scale, np.float32(1) / scale if self.format.divides else scale
 
     def _check(self, suffix: str, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> None:
         if self.fused:
@@ -238,9 +267,9 @@ class Stored:
             if not required and self._name(suffix, expert, part) not in self.files.names():
                 continue
             info = self._info(suffix, expert, part)
-            if info.dtype not in _FLOATS or math.prod(info.shape) not in sizes:
+            if info.dtype not in FLOATS or math.prod(info.shape) not in sizes:
                 count = " or ".join(map(str, sorted(sizes)))
-                raise CheckpointError(f"{info}: found {info.summary}, expected {'/'.join(_FLOATS)} of {count} value(s)")
+                raise CheckpointError(f"{info}: found {info.summary}, expected {'/'.join(FLOATS)} of {count} value(s)")
 
     def _mx_exponents(self, expert: int, part: int) -> tuple[np.ndarray, int]:
         """Exponents of 2 ``[N, C/32]`` and the base to take from them, so that e4m3 has the difference exactly.
@@ -267,17 +296,32 @@ class Stored:
         return np.clip(exponent, base - 9, base + 8), base
 
 
+def check_block_scale(scale: np.ndarray, where: str) -> None:
+    """Refuses e4m3 block scales that are NaN or negative.
+
+    NVFP4's scales are unsigned: arithmetic that multiplies them sees a sign, Blackwell's tensor cores do not.
+    """
+    codes = scale.view(np.uint8)
+    bad = (codes > 0x7E) & (codes != 0x80)  # of the codes with a sign, only -0 is a number that both read alike
+    if bad.any():
+        raise CheckpointError(
+            f"{where}: found a block scale of {scale[bad][0]}, expected numbers that are not negative"
+        )
+
+
 def find(
     files: Files, block: str, family: Family, num_experts: int, hidden: int, intermediate: int
 ) -> tuple[Stored, Stored]:
     """Finds gate_up and down of the experts of ``block`` ("model.layers.3.mlp") and checks their headers.
 
     Raises:
-      CheckpointError: the experts are not in a known 4-bit format, or a tensor is missing, has another dtype or
+      OtherFormatError: the experts are not in a 4-bit format.
+      CheckpointError: they are not in a known one, or a tensor is missing, has another dtype or
         shape, or has a name that the format does not explain.
     """
     prefix = f"{block}.experts."
     present = {name for name in files.names() if name.startswith(prefix)}
+    _check_four_bits(files, block, present)
 
     def stored(format: Format, projections: tuple[str, ...], num_rows: int, contraction: int) -> Stored:
         fused = format in _FUSED
@@ -314,11 +358,22 @@ def find(
     raise CheckpointError(f"{example}: found {example.summary}, expected the experts of {block} in NVFP4 or MXFP4")
 
 
-def find_linear(files: Files, name: str) -> Stored | None:
-    """A single 4-bit linear layer outside the experts, of whatever shape it has; None if it is not 4-bit.
+def _check_four_bits(files: Files, block: str, present: Set[str]) -> None:
+    infos = [files.info(name) for name in sorted(present)]
+    if any(info.dtype in ("U8", "I8") and "scale" not in info.name.rpartition(".")[2] for info in infos):
+        return
+    example = max(infos, key=lambda info: info.nbytes)
+    raise OtherFormatError(
+        f"{example}: found {example.summary}, but the experts of {block} are not in NVFP4 or MXFP4; "
+        "load_experts(..., quantize=True) can quantise what is in bfloat16 or FP8"
+    )
+
+
+def find_linear(files: Files, name: str) -> Stored:
+    """A single 4-bit linear layer outside the experts, of whatever shape it has.
 
     Raises:
-      CheckpointError: as :func:`find`.
+      CheckpointError: it is not in a known 4-bit format, or its tensors do not have the format's dtypes and shapes.
     """
     present = {tensor for tensor in files.names() if tensor.startswith(f"{name}.")}
     parent, _, projection = name.rpartition(".")
@@ -327,7 +382,7 @@ def find_linear(files: Files, name: str) -> Stored | None:
         if _is_recognised(format, (projection,), module, present, expert=""):
             payload = files.info(f"{name}.{format.payload}")
             num_rows, half = payload.shape if len(payload.shape) == 2 else (0, 0)
-            stored = Stored(
+            linear = Stored(
                 files=files,
                 format=format,
                 module=module,
@@ -340,10 +395,12 @@ def find_linear(files: Files, name: str) -> Stored | None:
                 interleaved=False,
                 has_bias=False,
             )
-            stored.check()
-            _check_explained(files, present - stored.expected_names(), format)
-            return stored
-    return None
+            linear.check()
+            return linear
+    if not present:
+        raise CheckpointError(f"{files.directory}: {name}.weight: found no such tensor, expected a linear layer")
+    example = files.info(min(present))
+    raise CheckpointError(f"{example}: found {example.summary}, expected {name} in bfloat16, FP8, NVFP4 or MXFP4")
 
 
 def _check_explained(files: Files, unexplained: Set[str], format: Format) -> None:
@@ -358,7 +415,7 @@ def _is_recognised(
     format: Format, projections: tuple[str, ...], prefix: str, present: Set[str], expert: str = r"\d+\."
 ) -> bool:
     """Whether any expert has, for any projection, each of the tensors that tell this format from the others."""
-    telling = (format.payload, format.block_scale, format.global_scale)
+    telling = format.telling or (format.payload, format.block_scale, format.global_scale)
     expert, separator = ("", "") if format in _FUSED else (expert, r"\.")
     names = "|".join(map(re.escape, projections))
     return all(

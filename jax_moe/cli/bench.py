@@ -34,7 +34,7 @@ def bench(
         shape = shapes.MODELS.get(model) or options.layer("--model", model, _MODEL)
         if shape.top_k > shape.num_experts:
             raise ValueError(f"--model: got K = {shape.top_k}, needs at most E = {shape.num_experts}")
-        counts = options.token_counts("--tokens", tokens)
+        counts = options.numbers("--tokens", tokens)
         kinds = options.choices("--precision", precision, plan.Precision)
         arguments.choice("--combine", combine, plan.Combine)
         if output is not None:

@@ -50,7 +50,7 @@ def compile(
             options.choices("--weight-on", weight_on, plan.WeightOn),
             options.dtypes("--out-dtype", out_dtype, plan.OUT_DTYPES),
         )
-        counts = options.token_counts("--tokens", tokens)
+        counts = options.numbers("--tokens", tokens)
         # The batch may be any of these; each has its own kernels.
         specs: dict[kernels.Spec, None] = {}
         for one, mode, count in itertools.product(layers, modes, counts):

@@ -37,16 +37,16 @@ def dtypes(option: str, text: str, allowed) -> list[jnp.dtype]:
     return [arguments.dtype(option, value, allowed) for value in text.split(",")]
 
 
-def token_counts(option: str, text: str) -> list[int]:
-    """Numbers and ranges that include both ends: ``1,32`` or ``1-8192``."""
-    counts = []
+def numbers(option: str, text: str, *, least: int = 1) -> list[int]:
+    """Numbers and ranges that include both ends: ``1,32`` or ``1-8192``; none below ``least``."""
+    found = []
     for part in text.split(","):
         match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-        if not 1 <= first <= last:
-            raise ValueError(f"{option}: got {part!r}, needs positive numbers, as 1,32, or ranges, as 1-8192")
-        counts += range(first, last + 1)
-    return counts
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (least - 1, 0)
+        if not least <= first <= last:
+            raise ValueError(f"{option}: got {part!r}, needs numbers from {least}, as 1,32, or ranges, as 1-8192")
+        found += range(first, last + 1)
+    return found
 
 
 def layer(option: str, text: str, needs: str) -> shapes.LayerShape:

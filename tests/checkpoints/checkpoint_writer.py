@@ -17,6 +17,8 @@ NAMES = {
     "bfloat16": "BF16",
     "float16": "F16",
     "int64": "I64",
+    "int8": "I8",
+    "float8_e8m0fnu": "F8_E8M0",
 }
 
 CONFIGS = {
@@ -40,6 +42,7 @@ BLOCKS = {
 PROJECTIONS = {"mixtral": ("w1", "w3", "w2"), "nemotron_h": ("up_proj", "down_proj")}
 SUFFIXES = {
     "modelopt": ("weight", "weight_scale", "weight_scale_2", "input_scale"),
+    "quark": ("weight", "weight_scale", "weight_scale_2", "input_scale_2"),
     "compressed-tensors": ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale"),
 }
 

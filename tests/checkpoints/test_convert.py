@@ -1,7 +1,9 @@
-"""``convert``: what it writes loads back bit for bit, and no kill loses a finished layer."""
+"""``convert``: what it writes loads back bit for bit, of one checkpoint only, and no kill loses a finished layer."""
 
+import json
 import os
 from pathlib import Path
+import shutil
 import signal
 import subprocess
 import sys
@@ -93,7 +95,7 @@ def test_another_conversion_is_not_continued(tmp_path):
     writer.checkpoint(tmp_path / "a")
     writer.checkpoint(tmp_path / "b", layers=(1,))
     checkpoints.convert(tmp_path / "a", tmp_path / "out")
-    with pytest.raises(checkpoints.CheckpointError, match=r"jax_moe\.json: (digest|layers)"):
+    with pytest.raises(checkpoints.CheckpointError, match=r"layer-00000\.safetensors: found a layer that was not made"):
         checkpoints.convert(tmp_path / "b", tmp_path / "out")
     with pytest.raises(checkpoints.CheckpointError, match=r"jax_moe\.json: layout"):
         checkpoints.convert(tmp_path / "a", tmp_path / "out", layout="sm_90a")
@@ -101,6 +103,143 @@ def test_another_conversion_is_not_continued(tmp_path):
         checkpoints.convert(tmp_path / "a", tmp_path / "out", layout="sm_1")
     with pytest.raises(checkpoints.CheckpointError, match="found a checkpoint"):
         checkpoints.convert(tmp_path / "a", tmp_path / "b")
+
+
+def flip(directory: Path, tensor: str) -> None:
+    """Changes one bit of a tensor's last byte, and neither the size nor the time of the file that has it."""
+    file = directory / "model.safetensors"
+    status, raw = file.stat(), bytearray(file.read_bytes())
+    length = int.from_bytes(raw[:8], "little")
+    raw[8 + length + json.loads(raw[8 : 8 + length])[tensor]["data_offsets"][1] - 1] ^= 1
+    file.write_bytes(raw)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+TENSORS = [
+    "experts.3.up_proj.weight",
+    "experts.0.down_proj.weight_scale",
+    "experts.2.gate_proj.weight_scale_2",
+    "experts.1.down_proj.input_scale",
+    "gate.weight",
+    "gate.e_score_correction_bias",
+]
+
+
+@pytest.mark.parametrize("tensor", TENSORS)
+def test_a_checkpoint_with_another_bit_is_another_one(tmp_path, tensor):
+    """Under the same path, with the same headers; no layer of the one comes to stand beside layers of the other."""
+    source, out = tmp_path / "in", tmp_path / "out"
+    writer.checkpoint(source, "deepseek_v3", layers=(0, 1))
+    checkpoints.convert(source, out)
+    (out / "layer-00000.safetensors").unlink()
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    flip(source, f"model.layers.1.mlp.{tensor}")
+    with pytest.raises(checkpoints.CheckpointError, match=r"layer-00001\.safetensors: found a layer that was not made"):
+        checkpoints.convert(source, out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    flip(source, f"model.layers.1.mlp.{tensor}")
+    assert checkpoints.convert(source, out) == [0]
+
+
+@pytest.mark.parametrize("file", ["config.json", "hf_quant_config.json"])
+def test_another_configuration_is_another_checkpoint(tmp_path, file):
+    source, out = tmp_path / "in", tmp_path / "out"
+    writer.checkpoint(source)
+    checkpoints.convert(source, out)
+    content = json.loads((source / file).read_text()) if file == "config.json" else {"quantization": {}}
+    (source / file).write_text(json.dumps(content | {"norm_topk_prob": False}))
+    with pytest.raises(checkpoints.CheckpointError, match=r"jax_moe\.json: config"):
+        checkpoints.convert(source, out)
+
+
+def test_the_same_bytes_elsewhere_are_the_same_checkpoint(tmp_path):
+    """Moved, and with its tensors in other files."""
+    writer.checkpoint(tmp_path / "in", layers=(0, 1))
+    checkpoints.convert(tmp_path / "in", tmp_path / "out")
+    shutil.rmtree(tmp_path / "in")
+    writer.checkpoint(tmp_path / "moved", layers=(0, 1), shards=3)
+    (tmp_path / "out" / "layer-00001.safetensors").unlink()
+    assert checkpoints.convert(tmp_path / "moved", tmp_path / "out") == [1]
+    assert checkpoints.convert(tmp_path / "moved", tmp_path / "out") == []
+
+
+def test_some_layers_first_and_others_later(tmp_path):
+    source, out = tmp_path / "in", tmp_path / "out"
+    writer.checkpoint(source, layers=(0, 1, 2, 5))
+    assert checkpoints.convert(source, out, layers=range(1, 3)) == [1, 2]
+    assert checkpoints.list_layers(out) == [1, 2]
+    assert checkpoints.convert(source, out, layers=[5, 1, np.int64(5)]) == [5]
+    assert checkpoints.convert(source, out) == [0]
+    for layer in (0, 1, 2, 5):
+        assert_same(checkpoints.load_experts(out, layer), checkpoints.load_experts(source, layer))
+    with pytest.raises(checkpoints.CheckpointError, match="no experts in layer 3"):
+        checkpoints.convert(source, out, layers=[3])
+    with pytest.raises(TypeError, match="layer: got str, needs an int"):
+        checkpoints.convert(source, out, layers=["1"])
+    with pytest.raises(ValueError, match="layers: got none"):
+        checkpoints.convert(source, out, layers=[])
+
+
+def with_a_dense_layer(directory: Path, number: int = 1) -> None:
+    """DeepSeek-V3 as ModelOpt leaves it: the layer that predicts further tokens stays in bfloat16."""
+    layers = {n: writer.random_layer(n, 4, 2, 32, 48) for n in (0, 1, 2)}
+    tensors = {}
+    for n, layer in layers.items():
+        if n != number:
+            tensors |= writer.per_expert(layer, "deepseek_v3", "modelopt", n)
+        tensors |= writer.router("deepseek_v3", n, 4, 32)
+    for expert in range(4):
+        for name, shape in (("gate_proj", (48, 32)), ("up_proj", (48, 32)), ("down_proj", (32, 48))):
+            dense = np.random.default_rng(expert).normal(size=shape).astype(writer.BF16)
+            tensors[f"model.layers.{number}.mlp.experts.{expert}.{name}.weight"] = dense
+    writer.write(directory, writer.config_of("deepseek_v3", 4, 32, 48), tensors)
+
+
+def test_a_layer_in_bfloat16_is_left_out_with_a_warning(tmp_path):
+    source, out = tmp_path / "in", tmp_path / "out"
+    with_a_dense_layer(source)
+    with pytest.warns(UserWarning, match=r"layers left out: 1; .*layers\.1\.mlp\.experts\..*quantize=True"):
+        assert checkpoints.convert(source, out) == [0, 2]
+    assert checkpoints.list_layers(out) == [0, 2]
+    for layer in (0, 2):
+        assert_same(checkpoints.load_experts(out, layer), checkpoints.load_experts(source, layer))
+    assert checkpoints.convert(source, out, layers=[0]) == []  # no warning: it was not asked for
+    with pytest.raises(checkpoints.CheckpointError, match=r"layers\.1\.mlp.* are not in NVFP4 or MXFP4"):
+        checkpoints.convert(source, out, layers=[0, 1])
+
+
+def test_a_checkpoint_of_nothing_but_bfloat16_is_refused(tmp_path):
+    with_a_dense_layer(tmp_path / "in")
+    raw = (tmp_path / "in" / "model.safetensors").read_bytes()
+    for number in (b"0", b"2"):  # names of the same length, of no layer
+        raw = raw.replace(b"model.layers." + number, b"madel.layers." + number)
+    (tmp_path / "in" / "model.safetensors").write_bytes(raw)
+    with pytest.raises(checkpoints.CheckpointError, match="are not in NVFP4 or MXFP4"):
+        checkpoints.convert(tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_broken_layer_is_no_dense_one(tmp_path):
+    writer.checkpoint(tmp_path / "in", layers=(0, 1))
+    file = tmp_path / "in" / "model.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'1.mlp.experts.2.up_proj.weight"', b'1.mlp.experts.2.up_proj.weighs"'))
+    with pytest.raises(checkpoints.CheckpointError, match=r"layers\.1\.mlp\.experts\.2\.up_proj"):
+        checkpoints.convert(tmp_path / "in", tmp_path / "out")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_version_0_1_0_wrote_early_still_loads(tmp_path, layout):
+    """Written at 9c126a9 from ``writer.checkpoint`` of these arguments; prepared experts had empty block scales."""
+    old = Path(__file__).parent / "converted_by_9c126a9" / layout
+    writer.checkpoint(tmp_path, "deepseek_v3", layers=(1,), experts=2, hidden=64, intermediate=128)
+    want = converted(checkpoints.load_experts(tmp_path, 1), layout)
+    assert_same(checkpoints.load_experts(old, 1), want)
+    assert_same(checkpoints.load_router(old, 1), checkpoints.load_router(tmp_path, 1))
+    part = checkpoints.load_experts(old, 1, experts=slice(1, 2))
+    assert_same(part.down.payload, want.down.payload[1:])
+    copy = shutil.copytree(old, tmp_path / "copy")
+    with pytest.raises(checkpoints.CheckpointError, match=r"jax_moe\.json: version: found '1', expected '2'"):
+        checkpoints.convert(tmp_path, copy, layout=layout)
 
 
 def test_what_cannot_be_converted_leaves_no_output(tmp_path):
@@ -175,12 +314,13 @@ def test_two_conversions_into_one_directory_are_refused(tmp_path):
             checkpoints.convert(tmp_path / "in", tmp_path / "out")
 
 
-@pytest.mark.parametrize("damage", ["layout", "shape", "missing"])
+@pytest.mark.parametrize("damage", ["layout", "shape", "missing", "unexplained", "nan", "nan_scale"])
 def test_a_damaged_conversion_is_named(tmp_path, damage):
     writer.checkpoint(tmp_path / "in")
     checkpoints.convert(tmp_path / "in", tmp_path / "out")
     file = tmp_path / "out" / "layer-00000.safetensors"
     raw = file.read_bytes()
+    experts = checkpoints.load_experts(tmp_path / "in", 0)
     old, new = {
         "layout": (b'"layout":"canonical"', b'"layout":"sm_1000a_"'),
         "shape": (
@@ -188,8 +328,12 @@ def test_a_damaged_conversion_is_named(tmp_path, damage):
             b'experts.down.payload":{"dtype":"U8","shape":[4,24,32]',
         ),
         "missing": (b"experts.down.global_scale", b"experts.down.global_scalf"),
+        "unexplained": (b"mlp.gate.weight", b"mlp.experts.wei"),
+        "nan": (np.asarray(experts.down.global_scale).tobytes(), np.full(4, np.nan, np.float32).tobytes()),
+        "nan_scale": (np.asarray(experts.down.block_scale[3]).tobytes(), bytes([0x7F] * 96)),
     }[damage]
     assert old in raw
+    assert len(old) == len(new)
     file.write_bytes(raw.replace(old, new))
     with pytest.raises(checkpoints.CheckpointError, match=str(tmp_path)):
         checkpoints.load_experts(tmp_path / "out", 0)

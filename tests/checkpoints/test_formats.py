@@ -235,8 +235,8 @@ def test_no_shared_expert(tmp_path):
     ],
 )
 def test_routing_rule_and_k_from_the_config(tmp_path, family, config, method):
-    writer.checkpoint(tmp_path, family)
-    config = writer.config_of(family, 4, 32, 48) | config | {"num_experts_per_tok": 3}
+    writer.checkpoint(tmp_path, family, experts=8)
+    config = writer.config_of(family, 8, 32, 48) | config | {"num_experts_per_tok": 3}
     (tmp_path / "config.json").write_text(json.dumps(config))
     router = checkpoints.load_router(tmp_path, 0)
     assert router.method == method
@@ -344,11 +344,112 @@ def test_mxfp4_nan_scale_is_an_error(tmp_path):
         mxfp4(tmp_path, np.full((32, 2), 128))
 
 
+def test_mxfp4_of_deepseek_v4_for_each_expert(tmp_path):
+    """Two codes in an I8, and scales of dtype F8_E8M0."""
+    rng = np.random.default_rng(0)
+    tensors, want = writer.router("deepseek_v3", 0, 2, 32), {}
+    for expert in range(2):
+        for name, (rows, contraction) in {"gate_proj": (64, 32), "up_proj": (64, 32), "down_proj": (32, 64)}.items():
+            at = f"model.layers.0.mlp.experts.{expert}.{name}."
+            payload = rng.integers(0, 256, (rows, contraction // 2), dtype=np.uint8)
+            exponents = rng.integers(-9, 8, (rows, contraction // 32))
+            scale = (exponents + 127).astype(np.uint8).view(ml_dtypes.float8_e8m0fnu)
+            tensors |= {at + "weight": payload.view(np.int8), at + "scale": scale}
+            want[expert, name] = mx_values(payload, exponents)
+    writer.write(tmp_path, writer.config_of("deepseek_v3", 2, 32, 64), tensors)
+    got = checkpoints.load_experts(tmp_path, 0)
+    for expert in range(2):
+        for part, name in enumerate(("gate_proj", "up_proj")):
+            leaves = (
+                leaf[expert, part] for leaf in (got.gate_up.payload, got.gate_up.block_scale, got.gate_up.global_scale)
+            )
+            np.testing.assert_array_equal(nvfp4.dequantize(*leaves), want[expert, name])
+        leaves = (leaf[expert] for leaf in (got.down.payload, got.down.block_scale, got.down.global_scale))
+        np.testing.assert_array_equal(nvfp4.dequantize(*leaves), want[expert, "down_proj"])
+
+
+# --- layers that are not in 4 bits --------------------------------------------------------------------------------
+
+
+def dense_layer(directory, model_type: str, stored: str, *, bias: bool = False) -> dict[str, np.ndarray]:
+    """One layer in bf16 or FP8; returns its weights ``[E, N, C]`` and biases ``[E, N]`` in bfloat16, by projection."""
+    rng = np.random.default_rng(0)
+    names = writer.PROJECTIONS.get(model_type, ("gate_proj", "up_proj", "down_proj"))
+    tensors, dense = writer.router(model_type, 0, 4, 32), {}
+    for name in names:
+        shape = (32, 48) if name == names[-1] else (48, 32)
+        matrices, biases = [], []
+        for expert in range(4):
+            at = f"{writer.BLOCKS[model_type].format(0)}.experts.{expert}.{name}."
+            weight = rng.normal(size=shape).astype(writer.BF16)
+            if stored == "fp8":
+                codes, scale = weight.astype(writer.E4M3), rng.random((shape[0], 1)).astype(np.float32)
+                weight = (codes.astype(np.float32) * scale).astype(writer.BF16)
+                tensors |= {at + "weight": codes, at + "weight_scale": scale}
+            else:
+                tensors[at + "weight"] = weight
+            matrices.append(weight)
+            biases.append(rng.normal(size=shape[0]).astype(writer.BF16))
+            if bias:
+                tensors[at + "bias"] = biases[-1]
+        dense |= {name: np.stack(matrices), f"{name}.bias": np.stack(biases)}
+    writer.write(directory, writer.config_of(model_type, 4, 32, 48), tensors)
+    return dense
+
+
+@pytest.mark.parametrize("stored", ["bf16", "fp8"])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "nemotron_h"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_dense_layer_is_quantised_as_quantize_experts_would(tmp_path, stored, model_type, bias):
+    dense = dense_layer(tmp_path, model_type, stored, bias=bias)
+    *gate, up, down = writer.PROJECTIONS.get(model_type, ("gate_proj", "up_proj", "down_proj"))
+    biases = {"up_bias": dense[f"{up}.bias"], "down_bias": dense[f"{down}.bias"]} if bias else {}
+    if bias and gate:
+        biases["gate_bias"] = dense[f"{gate[0]}.bias"]
+    want = jax_moe.quantize_experts(dense[gate[0]] if gate else None, dense[up], dense[down], **biases)
+    assert_same(checkpoints.load_experts(tmp_path, 0, quantize=True), want)
+    part = checkpoints.load_experts(tmp_path, 0, quantize=True, experts=slice(1, 3))
+    assert_same(part, jax.tree.map(lambda leaf: leaf[1:3], want))
+    with pytest.raises(checkpoints.CheckpointError, match=r"not in NVFP4 or MXFP4; load_experts\(..., quantize=True\)"):
+        checkpoints.load_experts(tmp_path, 0)
+
+
+def test_quantize_leaves_a_layer_in_4_bits_as_it_is(tmp_path):
+    layer = writer.checkpoint(tmp_path)[0]
+    assert_same(checkpoints.load_experts(tmp_path, 0, quantize=True), expected(layer, range(4)))
+
+
+@pytest.mark.parametrize("damage", ["missing", "shape", "nan", "unexplained", "one bias", "int8"])
+def test_a_dense_layer_that_does_not_fit_is_named(tmp_path, damage):
+    dense_layer(tmp_path, "qwen3_moe", "bf16")
+    at, config = "model.layers.0.mlp.experts.2.up_proj", writer.config_of("qwen3_moe", 4, 32, 48)
+    tensors = {
+        f"model.layers.0.mlp.experts.{e}.{name}.weight": np.ones(
+            (32, 48) if name == "down_proj" else (48, 32), writer.BF16
+        )
+        for e in range(4)
+        for name in ("gate_proj", "up_proj", "down_proj")
+    }
+    tensors |= {
+        "missing": {},
+        "shape": {f"{at}.weight": np.ones((32, 48), writer.BF16)},
+        "nan": {f"{at}.weight": np.full((48, 32), np.nan, writer.BF16)},
+        "unexplained": {f"{at}.pre_quant_scale": np.ones(32, np.float32)},
+        "one bias": {f"{at}.bias": np.ones(48, np.float32)},
+        "int8": {f"{at}.weight": np.ones((48, 32), np.int64)},
+    }[damage]
+    if damage == "missing":
+        del tensors[f"{at}.weight"]
+    writer.write(tmp_path, config, tensors)
+    with pytest.raises(checkpoints.CheckpointError, match=at.replace(".", r"\.")):
+        checkpoints.load_experts(tmp_path, 0, quantize=True)
+
+
 def test_a_router_made_by_hand_is_checked_when_it_is_called():
     router = checkpoints.Router(jnp.ones((4, 32)), k=2)
     assert router(jnp.ones((3, 32), jnp.bfloat16)).expert_ids.shape == (3, 2)
     for x, error, message in (
-        (jnp.ones((3, 16)), ValueError, r"x: got shape \(3, 16\), needs \[T, 32\]"),
+        (jnp.ones((3, 16)), ValueError, r"x: got shape \(3, 16\), needs \[..., 32\]"),
         (jnp.ones((3, 32), jnp.int32), TypeError, "x: got dtype int32, needs floats"),
         ([1.0], TypeError, "x: got list, needs an array"),
     ):
@@ -366,7 +467,7 @@ def test_a_shared_expert_is_checked_when_it_is_called():
     shared = checkpoints.SharedExpert(jnp.ones((2, 16, 32)), jnp.ones((32, 16)))
     x, activation = jnp.ones((3, 32)), jax_moe.SwiGLU()
     assert shared(x, activation).shape == x.shape
-    with pytest.raises(ValueError, match=r"^x: got shape \(3, 16\), needs \[T, 32\]"):
+    with pytest.raises(ValueError, match=r"^x: got shape \(3, 16\), needs \[..., 32\]"):
         shared(x[:, :16], activation)
     with pytest.raises(ValueError, match=r"^SharedExpert.gate_up: got shape \(2, 16, 32\), needs \[1, I, H\]"):
         shared(x, jax_moe.ReLU2())

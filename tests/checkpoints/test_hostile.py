@@ -173,6 +173,80 @@ TENSORS = {
 }
 
 
+def with_byte(array: np.ndarray, byte: int) -> np.ndarray:
+    """A copy of an array of bytes, the last of which is another."""
+    copy = np.array(array, order="C")
+    copy.reshape(-1).view(np.uint8)[-1] = byte
+    return copy
+
+
+BLOCK_SCALES = {0x7F: "nan", 0xFF: "nan", 0x81: "-0.00", 0xFE: "-448"}
+
+
+@pytest.mark.parametrize("byte", BLOCK_SCALES)
+@pytest.mark.parametrize("tool", [*writer.SUFFIXES, "fused"])
+@pytest.mark.parametrize("projection", ["gate_up", "down"])
+def test_a_block_scale_that_is_no_scale_is_named(tmp_path, tool, byte, projection):
+    """NaN, and numbers below zero: Blackwell reads scales without their sign, other arithmetic with it."""
+    model_type = "llama4_text" if tool == "fused" else "qwen3_moe"
+    of_an_expert = {"gate_up": "3.up_proj.weight_scale", "down": "3.down_proj.weight_scale"}[projection]
+    last = f"{projection}_proj_weight_scale" if tool == "fused" else of_an_expert
+    name = f"{writer.BLOCKS[model_type].format(0)}.experts.{last}"
+    edit_tensors(tmp_path, lambda t: t.update({name: with_byte(t[name], byte)}), model_type, tool)
+    for load in (
+        lambda: checkpoints.load_experts(tmp_path, 0),
+        lambda: checkpoints.load_experts(tmp_path, 0, experts=slice(3, 4)),
+        lambda: checkpoints.convert(tmp_path, tmp_path / "out"),
+    ):
+        reason = f"expert 3: found a block scale of {BLOCK_SCALES[byte]}"
+        with pytest.raises(checkpoints.CheckpointError, match=reason) as error:
+            load()
+        assert f"{tmp_path / FILE}: {name}: " in str(error.value)
+    assert not list((tmp_path / "out").glob("layer-*"))
+    checkpoints.load_experts(tmp_path, 0, experts=slice(0, 3))  # the others are whole
+
+
+@pytest.mark.parametrize("byte", [0x00, 0x80])
+def test_a_block_scale_of_zero_is_a_scale(tmp_path, byte):
+    name = GATE + "weight_scale"
+    edit_tensors(tmp_path, lambda t: t.update({name: with_byte(t[name], byte)}))
+    assert np.asarray(checkpoints.load_experts(tmp_path, 0).gate_up.block_scale)[1, 0, -1, -1] == 0
+
+
+# A global scale of compressed-tensors is divided by: of zero and infinity, and of numbers with no float32 reciprocal.
+@pytest.mark.parametrize("scale", [0.0, -0.0, np.inf, -np.inf, np.nan, -2.0, 1e-39, 1e-45])
+def test_a_scale_without_a_reciprocal_is_named(tmp_path, scale):
+    value = np.full((1,), scale, np.float32)
+    name = GATE + "weight_global_scale"
+    edit_tensors(tmp_path, lambda t: swap(t, name, value), tool="compressed-tensors")
+    with pytest.raises(checkpoints.CheckpointError, match=r"found a scale of .* \(its reciprocal is") as error:
+        checkpoints.load_experts(tmp_path, 0)
+    assert name in str(error.value)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_bias_that_is_not_finite_is_named(tmp_path, fused, value):
+    tool, name = ("fused", "down_proj_bias") if fused else ("modelopt", "2.down_proj.bias")
+    prefix = "model.layers.0.mlp.experts."
+    experts = {f"{e}.{n}_proj.bias": (s,) for e in range(4) for n, s in (("gate", 48), ("up", 48), ("down", 32))}
+    shapes = {"gate_up_proj_bias": (4, 96), "down_proj_bias": (4, 32)} if fused else experts
+
+    def edit(tensors: dict) -> None:
+        tensors |= {prefix + n: np.zeros(shape, writer.BF16) for n, shape in shapes.items()}
+        tensors[prefix + name].reshape(-1)[-1] = value
+
+    edit_tensors(tmp_path, edit, "gpt_oss", tool)
+    with pytest.raises(checkpoints.CheckpointError, match=rf"{name}: found {value}, expected finite"):
+        checkpoints.load_experts(tmp_path, 0)
+
+
+def test_a_bias_of_one_expert_only_is_an_error(tmp_path):
+    edit_tensors(tmp_path, lambda t: t.update({GATE + "bias": np.zeros(48, np.float32)}))
+    with pytest.raises(checkpoints.CheckpointError, match=r"experts\.0\.gate_proj\.bias: found no such tensor"):
+        checkpoints.load_experts(tmp_path, 0)
+
+
 @pytest.mark.parametrize("name", HEADERS)
 def test_a_malformed_file_is_named(tmp_path, name):
     writer.checkpoint(tmp_path)

@@ -1,0 +1,187 @@
+"""Linear layers beside the experts: every format, dequantised; nothing left out, nothing that is not a number."""
+
+import json
+
+import checkpoint_writer as writer
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+import jax_moe
+from jax_moe import checkpoints
+
+MODULE = "model.layers.0.self_attn.q_proj"
+N, C = 200, 320  # of no block size a multiple, but of 16 and 32
+E8M0 = ml_dtypes.float8_e8m0fnu
+
+
+def codes(rng, shape=(N, C)) -> np.ndarray:
+    """Every e4m3 number, at random."""
+    finite = np.array([code for code in range(256) if code & 0x7F != 0x7F], np.uint8)
+    return rng.choice(finite, shape).view(writer.E4M3)
+
+
+def powers(rng, shape) -> np.ndarray:
+    return rng.integers(110, 130, shape, dtype=np.uint8)
+
+
+def scales(rng, shape) -> np.ndarray:
+    return np.exp(rng.normal(-5, 1, shape)).astype(np.float32)
+
+
+# The scale's name, its values, and how many rows and columns of the weight each is for.
+FP8 = {
+    "per tensor": ("weight_scale", lambda rng: scales(rng, ()), (N, C)),
+    "per tensor, one value": ("weight_scale", lambda rng: scales(rng, (1,)), (N, C)),
+    "per channel": ("weight_scale", lambda rng: scales(rng, (N,)), (1, C)),
+    "per channel, a column": ("weight_scale", lambda rng: scales(rng, (N, 1)), (1, C)),
+    "per channel, bf16": ("weight_scale", lambda rng: scales(rng, (N, 1)).astype(writer.BF16), (1, C)),
+    "blocks (DeepSeek-V3)": ("weight_scale_inv", lambda rng: scales(rng, (2, 3)), (128, 128)),
+    "blocks, bf16": ("weight_scale_inv", lambda rng: scales(rng, (2, 3)).astype(writer.BF16), (128, 128)),
+    "blocks (ModelOpt)": ("weight_scale", lambda rng: scales(rng, (2, 1, 3, 1)), (128, 128)),
+    "blocks, e8m0 (DeepSeek-V4)": ("scale", lambda rng: powers(rng, (2, 3)).view(E8M0), (128, 128)),
+    "MXFP8": ("weight_scale", lambda rng: powers(rng, (N, C // 32)), (1, 32)),
+    "MXFP8, inverse by name": ("weight_scale_inv", lambda rng: powers(rng, (N, C // 32)), (1, 32)),
+}
+
+
+def in_float64(scale: np.ndarray) -> np.ndarray:
+    return np.exp2(scale.astype(np.float64) - 127) if scale.dtype == np.uint8 else scale.astype(np.float64)
+
+
+def spread(scale: np.ndarray, block: tuple[int, int], shape=(N, C)) -> np.ndarray:
+    """float64 scales of every value."""
+    grid = in_float64(scale).reshape([-(-n // b) for n, b in zip(shape, block, strict=True)])
+    return np.kron(grid, np.ones(block))[: shape[0], : shape[1]]
+
+
+def rounded(values: np.ndarray) -> np.ndarray:
+    return values.astype(np.float32).astype(writer.BF16)
+
+
+def write(directory, tensors, config=None) -> None:
+    config = writer.config_of("qwen3_moe", 4, 32, 48) if config is None else config
+    writer.write(directory, config, {f"{MODULE}.{name}": np.asarray(value) for name, value in tensors.items()})
+
+
+def assert_bits(got: jax.Array, want: np.ndarray) -> None:
+    assert isinstance(got, jax.Array)
+    assert got.dtype == want.dtype
+    assert got.shape == want.shape
+    assert np.asarray(got).tobytes() == want.tobytes()
+
+
+@pytest.mark.parametrize("kind", FP8)
+def test_fp8_is_code_times_scale(tmp_path, kind):
+    rng = np.random.default_rng(0)
+    name, draw, block = FP8[kind]
+    weight, scale = codes(rng), draw(rng)
+    write(tmp_path, {"weight": weight, name: scale, "input_scale": np.float32(0.5)})
+    assert_bits(checkpoints.load_linear(tmp_path, MODULE), rounded(weight.astype(np.float64) * spread(scale, block)))
+
+
+def test_fp8_of_many_rows_is_read_in_pieces(tmp_path):
+    rng = np.random.default_rng(1)
+    weight, scale = codes(rng, (2500, 16)), scales(rng, (20, 1))
+    write(tmp_path, {"weight": weight, "weight_scale_inv": scale})
+    want = rounded(weight.astype(np.float64) * spread(scale, (128, 128), weight.shape))
+    assert_bits(checkpoints.load_linear(tmp_path, MODULE), want)
+
+
+@pytest.mark.parametrize("tool", writer.SUFFIXES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_nvfp4_with_and_without_a_bias(tmp_path, tool, bias):
+    rng = np.random.default_rng(2)
+    matrix = writer.random_matrix(rng, 96, 64)
+    scale = 1 / matrix.global_scale if tool == "compressed-tensors" else matrix.global_scale
+    tensors = dict(
+        zip(writer.SUFFIXES[tool], (matrix.payload, matrix.block_scale, np.float32(scale), np.float32(1)), strict=True)
+    )
+    values = rng.normal(size=96).astype(writer.BF16)
+    write(tmp_path, tensors | ({"bias": values} if bias else {}))
+    pairs = np.stack([matrix.payload & 15, matrix.payload >> 4], -1).reshape(96, 64)
+    dense = pairs.view(ml_dtypes.float4_e2m1fn).astype(np.float64) * spread(matrix.block_scale, (1, 16), (96, 64))
+    assert_bits(checkpoints.load_linear(tmp_path, MODULE), rounded(dense * float(matrix.global_scale)))
+    if bias:  # the documented way to it
+        assert_bits(checkpoints.load_tensor(tmp_path, f"{MODULE}.bias"), values)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, writer.BF16])
+def test_floats_are_rounded_once(tmp_path, dtype):
+    weight = np.random.default_rng(3).normal(size=(2500, 20)).astype(dtype)
+    write(tmp_path, {"weight": weight, "bias": np.zeros(2500, dtype), "k_scale": np.float32(1)})
+    assert_bits(checkpoints.load_linear(tmp_path, MODULE), weight.astype(writer.BF16))
+
+
+def changed(array, index, value) -> np.ndarray:
+    array = np.array(array)
+    array[index] = value
+    return array
+
+
+RNG = np.random.default_rng(4)
+GOOD = {"weight": codes(RNG), "weight_scale": scales(RNG, (N, 1))}
+BF16 = {"weight": np.ones((N, C), writer.BF16)}
+MX = {"weight": codes(RNG), "weight_scale": powers(RNG, (N, C // 32))}
+WRONG = {
+    "a NaN weight": (GOOD | {"weight": changed(GOOD["weight"], (199, 3), np.nan)}, "weight", "NaN"),
+    "a NaN scale": (GOOD | {"weight_scale": changed(GOOD["weight_scale"], 5, np.nan)}, "weight_scale", "nan"),
+    "an infinite scale": (GOOD | {"weight_scale": changed(GOOD["weight_scale"], 5, np.inf)}, "weight_scale", "inf"),
+    "a NaN e8m0 scale": (MX | {"weight_scale": changed(MX["weight_scale"], (199, 9), 255)}, "weight_scale", "255"),
+    "a NaN bias": (GOOD | {"bias": changed(np.ones(N, np.float32), 7, np.nan)}, "bias", "nan"),
+    "a NaN bf16 weight": ({"weight": changed(BF16["weight"], (150, 1), np.nan)}, "weight", "nan"),
+    "an infinite bf16 weight": ({"weight": changed(BF16["weight"], (150, 1), -np.inf)}, "weight", "-inf"),
+    "a scale for every third row": (GOOD | {"weight_scale": scales(RNG, (67, 1))}, "weight_scale", r"F32 \[67, 1\]"),
+    "an integer scale": (GOOD | {"weight_scale": np.ones((), np.int64)}, "weight_scale", "I64"),
+    "no scale": ({"weight": GOOD["weight"]}, "weight", "with 0 scales"),
+    "two scales": (GOOD | {"weight_scale_inv": np.float32(1)}, "weight", "with 2 scales"),
+    "a bias of another size": (BF16 | {"bias": np.ones(C, np.float32)}, "bias", r"F32 \[320\]"),
+    "AWQ's scale of x": (GOOD | {"pre_quant_scale": np.ones(C, np.float32)}, "pre_quant_scale", "does not have"),
+    "a residual of low rank": (BF16 | {"svdquant_lora_a": np.ones((2, C), writer.BF16)}, "svdquant_lora_a", "does not"),
+    "a zero point": (GOOD | {"weight_zero_point": np.ones(N, np.float32)}, "weight_zero_point", "does not have"),
+    "int8": ({"weight": np.ones((N, C), np.int8), "weight_scale": scales(RNG, (N, 1))}, "weight", "I8"),
+    "one axis": ({"weight": np.ones(N, writer.BF16)}, "weight", r"BF16 \[200\]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_named(tmp_path, name):
+    tensors, tensor, reason = WRONG[name]
+    write(tmp_path, tensors)
+    with pytest.raises(checkpoints.CheckpointError, match=reason) as error:
+        checkpoints.load_linear(tmp_path, MODULE)
+    assert f"{tmp_path / 'model.safetensors'}: {MODULE}.{tensor}: " in str(error.value)
+
+
+def test_a_nvfp4_linear_with_a_nan_block_scale_is_named(tmp_path):
+    matrix = writer.random_matrix(np.random.default_rng(5), 96, 64)
+    scale = changed(matrix.block_scale.view(np.uint8), (95, 3), 0x7F).view(writer.E4M3)
+    write(tmp_path, {"weight": matrix.payload, "weight_scale": scale, "weight_scale_2": np.float32(1)})
+    with pytest.raises(checkpoints.CheckpointError, match=r"q_proj\.weight_scale: .*block scale of nan"):
+        checkpoints.load_linear(tmp_path, MODULE)
+
+
+def test_fp8_shared_experts_stand_beside_nvfp4_experts(tmp_path):
+    """Nemotron-3-Super's recipe: NVFP4 experts keep their input scales, the FP8 shared expert becomes bfloat16."""
+    rng = np.random.default_rng(6)
+    block = writer.BLOCKS["nemotron_h"].format(1)
+    layer = writer.random_layer(1, 4, 1, 32, 48)
+    tensors = writer.per_expert(layer, "nemotron_h", "modelopt", 1) | writer.router("nemotron_h", 1, 4, 32)
+    want = {}
+    for name, shape in (("up_proj", (80, 32)), ("down_proj", (32, 80))):
+        weight, scale = codes(rng, shape), scales(rng, ())
+        at = f"{block}.shared_experts.{name}."
+        tensors |= {at + "weight": weight, at + "weight_scale": scale, at + "input_scale": np.ones((), np.float32)}
+        want[name] = rounded(weight.astype(np.float64) * float(scale))
+    layers = {f"{block}.experts.{e}.{n}": {"quant_algo": "NVFP4"} for e in range(4) for n in ("up_proj", "down_proj")}
+    layers |= {f"{block}.shared_experts.{name}": {"quant_algo": "FP8"} for name in want}
+    writer.write(tmp_path, writer.config_of("nemotron_h", 4, 32, 48), tensors)
+    quantization = {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": quantization}))
+    shared = checkpoints.load_shared_expert(tmp_path, 1)
+    assert_bits(shared.gate_up, want["up_proj"][None])
+    assert_bits(shared.down, want["down_proj"])
+    scale = max(matrix.input_scale for matrices in layer.gate_up for matrix in matrices)
+    assert checkpoints.load_experts(tmp_path, 1).gate_up.input_scale == scale
+    assert checkpoints.moe_options(tmp_path)["activation"] == jax_moe.ReLU2()
