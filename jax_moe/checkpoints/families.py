@@ -165,10 +165,17 @@ def _step_activation(key: str) -> Callable[[Settings], activations.Activation]:
     return activation
 
 
+def _ernie(settings: Settings) -> routing.Method:
+    # The sum of the weights is at least moe_norm_min: no matter while that is far below any softmax that is chosen.
+    if settings.number("moe_norm_min", default=1e-12) > 1e-6:
+        raise settings.error("moe_norm_min", settings.value("moe_norm_min"), "a positive number of at most 1e-6")
+    return _biased(scores="softmax")(settings)
+
+
 def _phimoe(settings: Settings) -> routing.Method:
     if settings.integer(*TOP_K) != 2:
         raise settings.error(TOP_K[0], settings.integer(*TOP_K), "2 with SparseMixer")
-    return routing.SparseMixer(settings.number("router_jitter_noise", default=0.01))
+    return routing.SparseMixer(settings.number("router_jitter_noise", default=0.01, least=0))
 
 
 def _relu2(settings: Settings) -> activations.Activation:
@@ -304,8 +311,7 @@ FAMILIES = (
         model_types=("ernie4_5_moe",),
         blocks=("mlp",),
         intermediate_size="moe_intermediate_size",
-        # transformers divides by max(sum, 1e-12) instead: the same unless the chosen softmax values are below that.
-        method=_biased(scores="softmax"),
+        method=_ernie,
         selection_bias=("moe_statics.e_score_correction_bias", "gate.moe_statics.e_score_correction_bias"),
         shared_expert=("shared_experts",),
     ),
@@ -343,7 +349,7 @@ FAMILIES = (
         blocks=("", "moe"),
         intermediate_size="moe_intermediate_size",
         method=_renormalized,
-        activation=functools.partial(hidden_act, default="gelu_pytorch_tanh"),
+        activation=functools.partial(hidden_act, key="hidden_activation", default="gelu_pytorch_tanh"),
         router=("router", "../router"),
         normalized_router=True,
         apart=_gemma4,

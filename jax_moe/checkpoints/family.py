@@ -13,10 +13,10 @@ TOP_K = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "m
 GATED = ("gate_proj", "up_proj", "down_proj")
 
 
-def hidden_act(settings: Settings, default: str = "silu") -> activations.Activation:
-    """The activation that ``hidden_act`` (or ``hidden_activation``) names, or ``default``."""
+def hidden_act(settings: Settings, key: str = "hidden_act", default: str = "silu") -> activations.Activation:
+    """The activation that ``hidden_act`` names, or ``default``."""
     known = {"silu": activations.SwiGLU(), "swish": activations.SwiGLU(), "gelu_pytorch_tanh": activations.GeGLU()}
-    name = settings.choice("hidden_act", "hidden_activation", "mlp_hidden_act", known=tuple(known), default=default)
+    name = settings.choice(key, known=tuple(known), default=default)
     return known[name]
 
 

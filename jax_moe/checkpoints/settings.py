@@ -13,9 +13,9 @@ Config = dict[str, Any]
 class Settings:
     """The text model's part of ``config.json``, as one layer sees it.
 
-    Each reader takes the names that a setting has had, and the first that is there counts; a list has a value for each
-    layer. ``default`` is the value of a configuration without the setting; without a default it is required.
-    They raise CheckpointError, naming the file and the key, for a value of another type or out of range, null included.
+    Each reader takes the names that a setting has had; a list has a value for each layer. ``default`` is the value of a
+    configuration without the setting; without a default it is required. They raise CheckpointError, naming the file and
+    the key, for a value of another type or out of range, null included, and for two names with different values.
 
     Attributes:
       config: the settings.
@@ -34,11 +34,12 @@ class Settings:
             raise self.error(key, value, "a positive integer" if least == 1 else f"an integer of at least {least}")
         return value
 
-    def number(self, *keys: str, default: float | None = None) -> float:
-        """A positive, finite number."""
+    def number(self, *keys: str, default: float | None = None, least: float | None = None) -> float:
+        """A finite number, of at least ``least``; positive if that is None."""
         key, value = self._find(keys, default)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise self.error(key, value, "a positive number")
+        fits = type(value) in (int, float) and (value > 0 if least is None else least <= value) and value < math.inf
+        if not fits:
+            raise self.error(key, value, "a positive number" if least is None else f"a number of at least {least}")
         return float(value)
 
     def flag(self, *keys: str, default: bool | None = None) -> bool:
@@ -70,11 +71,14 @@ class Settings:
         return CheckpointError(f"{self.where}: {key}{layer}: found {brief(found)}, expected {expected}")
 
     def _find(self, keys: tuple[str, ...], default: Any) -> tuple[str, Any]:
-        key = next((key for key in keys if self.config.get(key) is not None), None)
-        if key is None:
+        given = [key for key in keys if self.config.get(key) is not None]
+        if not given:
             null = next((key for key in keys if key in self.config), None)
             return (keys[0], default) if null is None else (null, None)
-        value = self.config[key]
+        key, value = given[0], self.config[given[0]]
+        other = next((other for other in given if self.config[other] != value), None)
+        if other is not None:
+            raise self.error(other, self.config[other], f"{brief(value)} as in {key}, which is the same setting")
         if not isinstance(value, list):
             return key, value
         if self.layer is None:
