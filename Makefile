@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV ?= .venv
 # Optional dependencies of the tests; CI adds `kernels` (CuTe DSL) to compile every GPU kernel.
 EXTRAS ?= dev
+# For CI: a version of jax instead of the newest, and the tests to run instead of all.
+JAX ?=
+TESTS ?=
 BIN := $(VENV)/bin
 
 .PHONY: demo test install lint typecheck clean
@@ -13,7 +16,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/language_model.py --short
 
 test: install
-	$(BIN)/pytest
+	$(BIN)/pytest $(TESTS)
 
 install: $(VENV)/.installed-$(EXTRAS)
 
@@ -37,7 +40,7 @@ $(VENV)/.installed: $(BIN)/python $(SOURCES)
 	touch $@
 
 $(VENV)/.installed-$(EXTRAS): $(BIN)/python $(SOURCES)
-	$(BIN)/python -m pip install --quiet '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet '.[$(EXTRAS)]' $(if $(JAX),jax==$(JAX) jaxlib==$(JAX))
 	touch $@
 
 clean:

@@ -1,13 +1,16 @@
 """``jax_moe.nn.MoE``: the module is its parts, alone and over a mesh, and it comes from a checkpoint in one call."""
 
+import contextlib
 from pathlib import Path
 
 import helpers
 import jax
+import jax.export
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 import pytest
+import statement
 
 import jax_moe
 from jax_moe import checkpoints
@@ -220,3 +223,178 @@ def test_the_decoder_layer_example_agrees_with_transformers():
     printed = helpers.run_python(f"import runpy; runpy.run_path({str(example)!r}, run_name='__main__')", COLUMNS="200")
     error = float(printed.split("relative error")[1].split()[0])
     assert 0 < error < 3 * 2**-8  # inputs, gate, up and intermediate are rounded to bfloat16, over a residual
+
+
+def a_module(experts: jax_moe.Experts, seed: int = 0, **options) -> MoE:
+    """E = 4, I = 32, H = 64, with a shared expert of I' = 32 that tensor parallelism splits."""
+    keys = jax.random.split(jax.random.key(seed), 3)
+    shapes = (4, 64), (2, 32, 64), (64, 32)
+    weight, gate_up, down = (np.asarray(jax.random.normal(k, s)) * 0.1 for k, s in zip(keys, shapes, strict=True))
+    router = checkpoints.Router(jnp.asarray(weight), k=2)
+    return MoE(experts, router, checkpoints.SharedExpert(jnp.asarray(gate_up), jnp.asarray(down)), **options)
+
+
+def definition(module: MoE, x) -> np.ndarray:
+    """The layer in NumPy's float64; only the intermediate of the experts is rounded, to bfloat16."""
+    shape, x = x.shape, np.asarray(x, np.float64).reshape(-1, x.shape[-1])
+    logits = x @ np.asarray(module.router.weight[...], np.float64).T
+    ids = np.argsort(-logits, axis=-1)[:, :2]
+    weights = np.exp(np.take_along_axis(logits, ids, -1))
+    routing = jax_moe.Routing(ids, weights / weights.sum(-1, keepdims=True))
+    is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
+    experts = jax.tree.map(lambda variable: np.asarray(variable[...]), module.experts, is_leaf=is_variable)
+    y, _ = statement.moe(x, experts, routing, activation=jax_moe.SwiGLU(), precision="w4a16")
+    gate, up = np.asarray(module.shared_expert.gate_up[...], np.float64)
+    h = statement.activate(jax_moe.SwiGLU(), x @ gate.T, x @ up.T)
+    return (y + h @ np.asarray(module.shared_expert.down[...], np.float64).T).reshape(shape)
+
+
+def assert_is_the_layer(y, module: MoE, x) -> None:
+    want = definition(module, x)
+    assert y.shape == x.shape
+    # Where the intermediate lies between two bfloat16 values it may round to the other one, 2^-8 away.
+    assert np.linalg.norm(np.asarray(y, np.float64) - want) <= 2**-8 * np.linalg.norm(want)
+
+
+@pytest.fixture
+def module(experts) -> MoE:
+    return a_module(experts)
+
+
+def exact(*shape: int) -> jax.Array:
+    """float32 values that bfloat16 has too: the module rounds nothing of them."""
+    return tokens(int(np.prod(shape[:-1]))).astype(jnp.float32).reshape(shape)
+
+
+def test_a_graph_is_a_value(experts, module):
+    """Two layers of one architecture have one GraphDef, and programs are found again by it."""
+    graph, state = nnx.split(module)
+    same, other = nnx.split(a_module(experts, seed=1))[0], nnx.split(a_module(experts, combine="ordered"))[0]
+    assert graph == same
+    assert hash(graph) == hash(same)
+    assert graph != other
+    x, traced = exact(5, 64), []
+
+    def layer(graph, state, x):
+        traced.append(graph)
+        return nnx.merge(graph, state)(x)
+
+    for run in (jax.jit(layer), jax.jit(layer, static_argnums=0)):
+        traced.clear()
+        assert_is_the_layer(run(graph, state, x), module, x)
+        run(same, nnx.split(a_module(experts, seed=1))[1], x)
+        assert len(traced) == 1
+        run(other, state, x)
+        assert len(traced) == 2
+    assert jax.eval_shape(lambda module, x: module(x), module, x).shape == x.shape
+    assert_is_the_layer(jax.jit(lambda module, x: module(x))(module, x), module, x)
+    assert_is_the_layer(nnx.clone(module)(x), module, x)
+
+
+@pytest.mark.parametrize("how", ["lax.scan", "nnx.scan"])
+def test_layers_in_a_scan(experts, how):
+    modules = [a_module(experts, seed) for seed in range(3)]
+    graph, states = nnx.split(modules[0])[0], [nnx.split(module)[1] for module in modules]
+    stacked, x = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states), exact(5, 64)
+    if how == "lax.scan":
+        outs = jax.lax.scan(lambda x, state: (x, nnx.merge(graph, state)(x)), x, stacked)[1]
+    else:
+        scan = nnx.scan(lambda x, module: (x, module(x)), in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))
+        outs = scan(x, nnx.merge(graph, stacked))[1]
+    for y, module in zip(outs, modules, strict=True):
+        assert_is_the_layer(y, module, x)
+
+
+def test_an_exported_program_takes_the_state_as_a_dict_of_arrays(module):
+    graph, state = nnx.split(module)
+    x = exact(5, 64)
+
+    @jax.jit
+    def layer(arrays, x):
+        nnx.replace_by_pure_dict(inner := jax.tree.map(lambda leaf: leaf, state), arrays)
+        return nnx.merge(graph, inner)(x)
+
+    arrays = nnx.to_pure_dict(state)
+    exported = jax.export.export(layer, disabled_checks=jax_moe.export_checks())(arrays, x)
+    assert_is_the_layer(jax.export.deserialize(exported.serialize()).call(arrays, x), module, x)
+
+
+MESHES = [{"expert": 2, "tensor": 2}, {"data": 2, "expert": 2}, {"data": 2, "tensor": 2}, {"data": 2}]
+
+
+def a_mesh(axes: dict[str, int], kind=AxisType.Auto) -> Mesh:
+    count = int(np.prod(list(axes.values())))
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), (kind,) * len(axes), devices=jax.devices()[:count])
+
+
+def placed(module: MoE, mesh: Mesh) -> MoE:
+    """By the specs that its variables carry, as far as the mesh has the axes."""
+    graph, state = nnx.split(module)
+    is_spec = lambda node: isinstance(node, PartitionSpec)  # noqa: E731
+    here = lambda axis: tuple(name for name in axis or () if name in mesh.axis_names) or None  # noqa: E731
+    sharding = lambda spec: NamedSharding(mesh, PartitionSpec(*map(here, spec)))  # noqa: E731
+    shardings = jax.tree.map(sharding, nnx.get_partition_spec(state), is_leaf=is_spec)
+    return nnx.merge(graph, jax.device_put(state, shardings))
+
+
+def call(module, x):
+    return module(x)
+
+
+@pytest.mark.parametrize("set_mesh", [False, True])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("axes", MESHES, ids=str)
+def test_placed_by_its_specs_it_runs_where_it_is(module, axes, kind, set_mesh):
+    """Without ``mesh=``; x whole or spread over batch or sequence; no tokens; eagerly and jitted."""
+    mesh, x = a_mesh(axes, kind), exact(2, 4, 64)
+    there, spreads = placed(module, mesh), [()] + [("data",), (None, "data")] * ("data" in axes)
+    payload = there.experts.down.payload[...].sharding
+    with jax.set_mesh(mesh) if set_mesh else contextlib.nullcontext():
+        for spread in spreads:
+            spread_x = jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spread)))
+            assert_is_the_layer(nnx.jit(call)(there, spread_x), module, x)
+        assert_is_the_layer(there(spread_x), module, x)
+        assert nnx.jit(call)(there, spread_x[:, :0]).shape == (2, 0, 64)
+    assert there.experts.down.payload[...].sharding.is_equivalent_to(payload, 3)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_tokens_over_the_devices_of_the_shared_expert(experts, kind):
+    mesh, x = a_mesh({"tensor": 2}, kind), exact(2, 4, 64)
+    module = a_module(experts, data_axis="tensor")
+    spread_x = jax.device_put(x, NamedSharding(mesh, PartitionSpec("tensor")))
+    assert_is_the_layer(nnx.jit(call)(placed(module, mesh), spread_x), module, x)
+
+
+@pytest.mark.parametrize("axes", MESHES, ids=str)
+def test_a_module_that_is_nowhere_runs_over_the_mesh_that_is_set(module, axes):
+    x = exact(2, 4, 64)
+    with jax.set_mesh(a_mesh(axes)):
+        assert_is_the_layer(jax.jit(call)(module, x), module, x)
+        assert_is_the_layer(jax.jit(lambda x: module(x))(x), module, x)
+        assert_is_the_layer(module(x), module, x)
+
+
+def test_a_mesh_of_other_axes(module):
+    """One device needs none of ours; of several an error tells which they could be. Eagerly it stays where it is."""
+    x = exact(5, 64)
+    with jax.set_mesh(a_mesh({"batch": 1})):
+        assert_is_the_layer(jax.jit(call)(module, x), module, x)
+    with jax.set_mesh(a_mesh({"batch": 2})):
+        assert_is_the_layer(module(x), module, x)
+        with pytest.raises(ValueError, match=r"^mesh: got axes \('batch',\), none of which is the expert_axis"):
+            jax.jit(call)(module, x)
+
+
+def test_inside_a_shard_map_it_is_a_part(module):
+    mesh, x = a_mesh({"data": 2}), exact(4, 64)
+    spec = PartitionSpec("data")
+    run = jax.shard_map(lambda x: module(x), mesh=mesh, in_specs=spec, out_specs=spec)
+    assert_is_the_layer(jax.jit(run)(x), module, x)
+
+
+def test_the_mesh_it_was_made_with_stays_its_own(experts):
+    mesh, x = a_mesh({"expert": 2}), exact(5, 64)
+    module = a_module(jax.device_put(experts, jax_moe.expert_shardings(experts, mesh)), mesh=mesh)
+    assert_is_the_layer(nnx.jit(call)(module, x), module, x)
+    assert module.mesh is mesh

@@ -98,7 +98,9 @@ def load_tensor(directory: Directory, name: str) -> jax.Array:
 
 
 def load_linear(directory: Directory, module: str) -> jax.Array:
-    """Loads the weight of any linear layer ("model.layers.0.self_attn.q_proj") in bfloat16, dequantised if it is 4-bit.
+    """Loads the weight of any linear layer ("model.layers.0.self_attn.q_proj") in bfloat16: float, FP8, NVFP4 or MXFP4.
+
+    Its bias, if it has one, is ``load_tensor(directory, f"{module}.bias")``.
 
     Raises:
       CheckpointError: as :func:`load_experts`.

@@ -8,6 +8,7 @@ weights needs nothing.
 
 from collections.abc import Callable, Iterable, Iterator
 import fnmatch
+import functools
 import re
 from typing import Any
 
@@ -64,13 +65,13 @@ def algorithms(files: Files, module: str) -> set[str]:
 
 
 def refuse_online_transforms(files: Files, linears: Iterable[str], containers: Iterable[str] = ()) -> None:
-    """Refuses a checkpoint that wants the activations of a module transformed at run time.
+    """Refuses a checkpoint that wants the activations of a module transformed at run time, or its scales read otherwise.
 
     Args:
       files: the checkpoint.
       linears: the linear layers that are loaded ("model.layers.0.mlp.experts.2.up_proj").
       containers: the modules around them. A pattern that matches a linear layer means those, as in compressed-tensors,
-        which rotates nothing else; one that matches only a container is taken at its word.
+        which by itself rotates nothing else; one that matches only a container is taken at its word.
 
     Raises:
       CheckpointError: naming the file, the key and the value; also for settings that cannot be understood.
@@ -81,8 +82,8 @@ def refuse_online_transforms(files: Files, linears: Iterable[str], containers: I
             reason = _UNDERSTOOD.get(key, _unknown)(value, linears, containers)
             if reason is not None:
                 raise CheckpointError(
-                    f"{where}: {'.'.join((*path, key))}: found {brief(value)}, {reason}, expected nothing that "
-                    f"transforms the activations of {containers[0] if containers else linears[0]} at run time"
+                    f"{where}: {'.'.join((*path, key))}: found {brief(value)}, {reason}; expected "
+                    f"{containers[0] if containers else linears[0]} to be all in its weights and scales"
                 )
 
 
@@ -152,11 +153,29 @@ def _targeted(target: str, ignore: list[str], linears: list[str], containers: li
 def _matches(target: str, module: str) -> bool:
     """compressed-tensors' rule for names: the module's own, or a pattern that fits from its start."""
     if not target.startswith("re:"):
-        return target == module
+        return target in _names(module)
     try:
-        return re.match(target[3:], module) is not None
+        pattern = re.compile(target[3:])
     except re.error:
         raise CheckpointError(f"transform_config: found {brief(target)}, expected a regular expression") from None
+    return any(pattern.match(name) for name in _names(module))
+
+
+@functools.lru_cache(maxsize=2**14)
+def _names(module: str) -> frozenset[str]:
+    """What a module in a file may have been called in memory, where the tool matched it.
+
+    transformers renames on saving: roots, Mixtral's, Kimi Linear's and DeepSeek-V4's blocks and their projections, and
+    Gemma 4's experts, which have no block of their own there.
+    """
+    parts = re.fullmatch(r"(?:[\w.]+\.)?(layers\.\d+)((?:\.\w+)*)", module)
+    if parts is None:
+        return frozenset([module])
+    inner = {parts[2], re.sub(r"^\.(block_sparse_moe|ffn|moe)\b", ".mlp", parts[2]), re.sub(r"^\.moe\b", "", parts[2])}
+    for stored, in_memory in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj")):
+        inner |= {re.sub(rf"\.{stored}$", f".{in_memory}", name) for name in inner}
+    roots = ("model.", "model.language_model.", "language_model.model.", "")
+    return frozenset([module, *(f"{root}{parts[1]}{name}" for root in roots for name in inner)])
 
 
 def _autoround(value: Any, linears: list[str], containers: list[str]) -> str | None:
@@ -200,6 +219,11 @@ def _quark(value: Any, linears: list[str], containers: list[str]) -> str | None:
     return None
 
 
+def _scale_format(value: Any, linears: list[str], containers: list[str]) -> str | None:
+    """Quark's AMD FP4: block scales in bytes of E5M3, which look like MXFP4's in a file."""
+    return "scales that neither NVFP4 nor MXFP4 has" if "e5m3" in str(value).lower() else None
+
+
 def _unknown(value: Any, linears: list[str], containers: list[str]) -> str | None:
     return "a setting that is not known here and may be about activations"
 
@@ -209,4 +233,6 @@ _UNDERSTOOD: dict[str, Callable[[Any, list[str], list[str]], str | None]] = {
     "rotation_config": _autoround,
     "spinquant_config": _spinquant,
     "algo_config": _quark,
+    "scale_format": _scale_format,
+    "scale_type": _scale_format,
 }

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
 
 from jax_moe import arguments, pytree, routing
@@ -54,7 +55,7 @@ class Router:
         chosen = routing.route(self.logits(x), self.k, self.method, bias=self.selection_bias)
         if self.expert_scale is None:
             return chosen
-        return dataclasses.replace(chosen, weights=chosen.weights * self.expert_scale[chosen.expert_ids])
+        return dataclasses.replace(chosen, weights=chosen.weights * _take(self.expert_scale, chosen.expert_ids))
 
 
 @pytree.register
@@ -84,10 +85,11 @@ class HashRouter:
         arguments.array("token_ids", token_ids, None, x.shape[:-1])
         if not jnp.issubdtype(token_ids.dtype, jnp.integer):
             raise TypeError(f"token_ids: got dtype {token_ids.dtype}, needs integers")
+        token_ids = jnp.asarray(token_ids)
         arguments.array("HashRouter.token_table", self.token_table, jnp.int32, ("V", "K"))
         arguments.instance("HashRouter.method", self.method, routing.DeepSeekV3)
         known = (token_ids >= 0) & (token_ids < self.token_table.shape[0])
-        chosen = jnp.where(known[..., None], jnp.take(self.token_table, token_ids, axis=0, mode="clip"), -1)
+        chosen = jnp.where(known[..., None], _take(self.token_table, token_ids), -1)
         scores = routing.score(logits, self.method.scores)
         return routing.Routing(
             chosen, routing.weigh(scores, chosen, self.method.renormalize, self.method.scaling_factor)
@@ -101,6 +103,15 @@ def _logits(x: jax.Array, weight: jax.Array, norm_eps: float | None) -> jax.Arra
     if norm_eps is not None:
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + norm_eps)
     return jnp.dot(x, weight.T, precision=jax.lax.Precision.HIGHEST)
+
+
+def _take(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """``table[ids]``; on an explicit mesh it lies where ``ids`` do."""
+    place = jax.typeof(ids).sharding
+    explicit = AxisType.Explicit in place.mesh.axis_types
+    rest = (None,) * (table.ndim - 1)
+    out_sharding = NamedSharding(place.mesh, PartitionSpec(*place.spec, *rest)) if explicit else None
+    return table.at[ids].get(mode="clip", out_sharding=out_sharding)
 
 
 def open_router(model: Model, layer: int) -> Router | HashRouter:

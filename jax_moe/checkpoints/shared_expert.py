@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
 
 from jax_moe import activations, arguments, pytree
@@ -54,22 +55,29 @@ class SharedExpert:
             if getattr(self, name) is not None:
                 arguments.floats(f"SharedExpert.{name}", getattr(self, name), shape)
         arguments.floats("x", x, ("...", hidden))
-        narrow = x.astype(self.gate_up.dtype)
-        parts = [
-            _linear(narrow, self.gate_up[part], None if self.gate_up_bias is None else self.gate_up_bias[part])
-            for part in range(num_parts)
-        ]
-        y = _linear(activation(*parts).astype(self.down.dtype), self.down, self.down_bias)
-        if self.gate is None:
-            return y
-        precise = jax.lax.Precision.HIGHEST
-        gate = jnp.dot(x.astype(jnp.float32), self.gate.astype(jnp.float32).T, precision=precise)
-        return y * jax.nn.sigmoid(gate)
+        scale = None if self.gate is None else jax.nn.sigmoid(_dot(x.astype(jnp.float32), self.gate))
+        out_sharding = None
+        if AxisType.Explicit in (mesh := jax.typeof(self.down).sharding.mesh).axis_types:
+            # The sum over I goes to where x is. What shares the devices of I is gathered from them first.
+            spread, tokens = jax.typeof(self.down).sharding.spec[1], jax.typeof(x).sharding.spec
+            out_sharding = NamedSharding(mesh, tokens)
+            x = jax.reshard(x, NamedSharding(mesh, PartitionSpec(*(None if a == spread else a for a in tokens))))
+        parts = jnp.einsum(
+            "...h,pih->p...i", x.astype(self.gate_up.dtype), self.gate_up, preferred_element_type=jnp.float32
+        )
+        biases = [None] * num_parts if self.gate_up_bias is None else self.gate_up_bias
+        h = activation(*map(_add, parts, biases)).astype(self.down.dtype)
+        y = jnp.einsum("...i,hi->...h", h, self.down, preferred_element_type=jnp.float32, out_sharding=out_sharding)
+        y = _add(y, self.down_bias)
+        return y if scale is None else y * scale
 
 
-def _linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
-    y = jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=jnp.float32)
-    return y if bias is None else y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
+def _dot(x: jax.Array, weight: jax.Array) -> jax.Array:
+    return jnp.dot(x, weight.astype(jnp.float32).T, precision=jax.lax.Precision.HIGHEST)
+
+
+def _add(x: jax.Array, bias: jax.Array | None) -> jax.Array:
+    return x if bias is None else x + jnp.broadcast_to(bias.astype(jnp.float32), x.shape)
 
 
 def open_shared_expert(model: Model, layer: int) -> SharedExpert | None:

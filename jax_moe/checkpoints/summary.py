@@ -59,7 +59,7 @@ class Summary:
 
 
 def summarize(directory: str | os.PathLike[str]) -> Summary:
-    """Reads headers and scales of every MoE layer.
+    """Reads headers, scales and biases of every MoE layer: all of the experts but their codes.
 
     Raises:
       CheckpointError: the directory, its config or its index cannot be read.
@@ -81,6 +81,9 @@ def _summarize_layer(number: int, format: str, leaves: Experts, sizes) -> LayerS
     gate_up, down = leaves.gate_up.global_scale.read(), leaves.down.global_scale.read()
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = gate_up.max(1) / gate_up.min(1)
+    for leaf in (leaves.gate_up.block_scale, leaves.down.block_scale, leaves.gate_up.bias, leaves.down.bias):
+        for expert in range(0 if leaf is None else leaf.shape[0]):
+            leaf.row(expert, (slice(None),) * (len(leaf.shape) - 1))  # which checks what it reads
     nbytes = 0
     for projection in (leaves.gate_up, leaves.down):
         for field in dataclasses.fields(projection):

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 from typing import Annotated
+import warnings
 
 import typer
 
 from jax_moe import checkpoints
-from jax_moe.cli import show
+from jax_moe.cli import options, show
 from jax_moe.experts import CANONICAL
 
 
@@ -16,13 +17,21 @@ def convert(
     layout: Annotated[
         str, typer.Option(help="canonical (CPUs; `prepare` repacks it for a GPU), or sm_90a (H100, H200).")
     ] = CANONICAL,
+    layers: Annotated[
+        str | None, typer.Option(help="Only these, as 0,3-5. By default all that are in NVFP4 or MXFP4.")
+    ] = None,
 ) -> None:
-    """Convert the experts of all layers, one file a layer, safe to interrupt at any time."""
+    """Convert the experts of each layer, one file a layer, safe to interrupt at any time."""
     try:
-        written = checkpoints.convert(directory, output, layout=layout)
+        numbers = None if layers is None else options.numbers("--layers", layers, least=0)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            written = checkpoints.convert(directory, output, layers=numbers, layout=layout)
         total = len(checkpoints.list_layers(output))
     except ValueError as error:
         show.error(str(error))
         raise typer.Exit(1) from None
+    for warning in caught:
+        show.warning(str(warning.message))
     complete = total - len(written)
     typer.echo(f"{output}: {total} layers, {len(written)} written by this run, {complete} were complete")

@@ -36,3 +36,8 @@ def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) ->
 def error(message: str) -> None:
     """Prints ``error:`` and the message, on standard error."""
     console(stderr=True).print(Text.assemble(("error:", "red"), f" {message}"), soft_wrap=True)
+
+
+def warning(message: str) -> None:
+    """Prints ``warning:`` and the message, on standard error."""
+    console(stderr=True).print(Text.assemble(("warning:", "yellow"), f" {message}"), soft_wrap=True)

@@ -1,16 +1,18 @@
 """``MoE``: router, NVFP4 experts and an optional shared expert as one flax.nnx module."""
 
+import dataclasses
 import functools
 import os
 from typing import Any
 
 from flax import nnx
 import jax
+import jax.core
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_moe import activations, arguments, checkpoints, moe, parallel, plan
-from jax_moe.checkpoints import CheckpointError, Router, SharedExpert
+from jax_moe.checkpoints import CheckpointError, load, Router, SharedExpert
 from jax_moe.experts import CANONICAL, Experts
 from jax_moe.prepare import prepare
 
@@ -19,12 +21,33 @@ class Quantized(nnx.Variable):
     """A leaf of ``Experts``: not a parameter, because NVFP4 codes have no gradient to follow."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a :class:`MoE` computes: arguments of :func:`jax_moe.fused_moe`, hashable as a flax ``GraphDef`` must be."""
+
+    activation: activations.Activation
+    precision: plan.Precision
+    combine: plan.Combine
+    weight_on: plan.WeightOn
+    command_buffer: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """Over which mesh axes a :class:`MoE` is spread: arguments of :func:`jax_moe.sharded_moe`."""
+
+    expert_axis: parallel.Axis
+    tensor_axis: parallel.Axis
+    data_axis: parallel.Axis
+
+
 class MoE(nnx.Module):
     """A mixture-of-experts layer for inference.
 
     ``module(x)`` routes ``x``, runs the chosen experts in one custom call and adds the shared expert. On a mesh the
     experts stay where they are (:func:`jax_moe.sharded_moe`). Every variable carries its ``PartitionSpec``, so
-    ``nnx.get_partition_spec(nnx.state(module))`` gives the specs of the whole module.
+    ``nnx.get_partition_spec(nnx.state(module))`` gives the specs of the whole module; placed by them, it runs on the
+    mesh that it was placed on.
 
     :meth:`from_checkpoint` makes one in one call. From weights of one's own it is, with ``gate`` and ``up``
     ``[E, I, H]``, ``down`` ``[E, H, I]`` and the router's ``weight`` ``[E, H]``::
@@ -37,6 +60,9 @@ class MoE(nnx.Module):
       experts: the :class:`jax_moe.Experts`, each leaf in a :class:`Quantized` variable.
       router: the :class:`jax_moe.checkpoints.Router`, each leaf in an ``nnx.Param``.
       shared_expert: the :class:`jax_moe.checkpoints.SharedExpert`, likewise, or None.
+      options: the :class:`Options`.
+      mesh: the mesh that it was made with, or None.
+      axes: the :class:`Axes`.
     """
 
     def __init__(
@@ -64,7 +90,8 @@ class MoE(nnx.Module):
           shared_expert: a :class:`jax_moe.checkpoints.SharedExpert` with weights ``[P, I', H]`` and ``[H, I']``, I' its
             own; or None.
           activation, precision, combine, weight_on, command_buffer: as for :func:`jax_moe.fused_moe`.
-          mesh: run over this mesh; None for one device.
+          mesh: run over this mesh. None is the mesh that the experts, or else ``x``, are placed on when the module is
+            called, or in ``jax.jit`` the one that ``jax.set_mesh`` has set; without any, one device.
           expert_axis, tensor_axis, data_axis: as for :func:`jax_moe.sharded_moe`.
 
         Raises:
@@ -74,20 +101,14 @@ class MoE(nnx.Module):
         arguments.instance("experts", experts, Experts)
         arguments.instance("router", router, Router)
         arguments.instance("shared_expert", shared_expert, SharedExpert | None)
-        self.options: dict[str, Any] = {
-            "activation": activation,
-            "precision": precision,
-            "combine": combine,
-            "weight_on": weight_on,
-            "command_buffer": command_buffer,
-        }
+        self.options = Options(activation, precision, combine, weight_on, command_buffer)
         self.mesh = mesh
-        self.axes: dict[str, Any] = {"expert_axis": expert_axis, "tensor_axis": tensor_axis, "data_axis": data_axis}
+        self.axes = Axes(expert_axis, tensor_axis, data_axis)
         specs = _expert_specs(experts, mesh, expert_axis, tensor_axis)
         _check(experts, router, shared_expert, self.options)
         self.experts = nnx.data(_variables(Quantized, experts, specs))
         self.router = nnx.data(_variables(nnx.Param, router, jax.tree.map(lambda _: PartitionSpec(), router)))
-        shared_specs = None if shared_expert is None else _shared_specs(mesh, tensor_axis)
+        shared_specs = None if shared_expert is None else _shared_specs(shared_expert, mesh, tensor_axis)
         self.shared_expert = nnx.data(_variables(nnx.Param, shared_expert, shared_specs))
 
     @classmethod
@@ -114,28 +135,30 @@ class MoE(nnx.Module):
           options: the constructor's other options; ``activation`` and ``weight_on`` take the place of the family's.
 
         Raises:
-          CheckpointError: as :func:`jax_moe.load_experts`, or the experts work on another size than the layer.
+          CheckpointError: as :func:`jax_moe.load_experts`, or the layer is more than a router, experts and a shared
+            expert of one x.
           TypeError, ValueError: as :func:`jax_moe.load_experts`, :func:`jax_moe.prepare` and the constructor.
         """
         axes: dict[str, Any] = {"expert_axis": expert_axis, "tensor_axis": tensor_axis}
+        load.check_whole_block(directory, layer)
         router = checkpoints.load_router(directory, layer)
+        if not isinstance(router, Router):
+            raise CheckpointError(
+                f"{directory}: layer {layer}: found a router by token ids, expected one by x; load_experts, "
+                "load_router and load_shared_expert load the parts of the layer one by one"
+            )
         experts = checkpoints.load_experts(directory, layer, mesh=mesh, progress=progress, **axes)
         shared_expert = checkpoints.load_shared_expert(directory, layer)
-        if experts.layout == CANONICAL and experts.down.payload.shape[1] != router.weight.shape[1]:
-            raise CheckpointError(
-                f"{directory}: layer {layer}: found experts of H = {experts.down.payload.shape[1]} behind a "
-                f"projection from {router.weight.shape[1]}; MoE has no such projection, load_experts loads them alone"
-            )
         if experts.layout == CANONICAL or target is not None:
             experts = prepare(experts, target, progress=progress)
         if mesh is not None:
             router = jax.device_put(router, NamedSharding(mesh, PartitionSpec()))
         if mesh is not None and shared_expert is not None:
-            specs = _shared_specs(mesh, tensor_axis)
+            specs = _shared_specs(shared_expert, mesh, tensor_axis)
             shared_expert = jax.tree.map(
                 lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec)), shared_expert, specs
             )
-        options = checkpoints.moe_options(directory) | options
+        options = checkpoints.moe_options(directory, layer) | options
         return cls(experts, router, shared_expert, mesh=mesh, **axes, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -148,23 +171,39 @@ class MoE(nnx.Module):
         experts, router, shared_expert = map(_arrays, (self.experts, self.router, self.shared_expert))
         hidden = router.weight.shape[1]
         arguments.floats("x", x, (*getattr(x, "shape", ())[:-1], hidden))
-        run = moe.fused_moe if self.mesh is None else parallel.sharded_moe
-        placement = {} if self.mesh is None else {"mesh": self.mesh, **self.axes}
-        run = functools.partial(run, **self.options, **placement)
-        return _layer(run, x.reshape(-1, hidden), experts, router, shared_expert).reshape(x.shape)
+        options, mesh = vars(self.options), self.mesh or _mesh_of(experts, x, self.axes)
+        if mesh is None:
+            run = functools.partial(moe.fused_moe, **options)
+        else:
+            run = functools.partial(parallel.sharded_moe, mesh=mesh, **vars(self.axes), **options)
+        return _layer(run, x, experts, router, shared_expert)
+
+
+def _mesh_of(experts: Experts, x: jax.Array, axes: Axes) -> Mesh | AbstractMesh | None:
+    """The mesh that a call must be split over; None on one device, and inside a ``shard_map``."""
+    arrays = experts.down.payload, x
+    seen = [jax.typeof(a).sharding.mesh for a in arrays]  # jax.jit tells it of what it traces too
+    if any(isinstance(a, jax.core.Tracer) for a in arrays):  # jax.jit spreads what is nowhere yet over the mesh set
+        seen.append(jax.sharding.get_abstract_mesh())
+    mesh = next((mesh for mesh in seen if not mesh.empty), None)
+    if mesh is None or AxisType.Manual in mesh.axis_types:
+        return None
+    names = {name for axis in vars(axes).values() for name in parallel.axis_names(axis)}
+    # Of several devices without an axis of ours: sharded_moe says so.
+    return mesh if mesh.size > 1 or names & set(mesh.axis_names) else None
 
 
 def _layer(
     run: functools.partial, x: jax.Array, experts: Experts, router: Router, shared_expert: SharedExpert | None
 ) -> jax.Array:
-    """``x`` ``[T, H]`` to the same shape and dtype; ``run`` is ``fused_moe`` or ``sharded_moe`` with its options."""
+    """``x`` ``[..., H]`` to the same shape and dtype; ``run`` is ``fused_moe`` or ``sharded_moe`` with its options."""
     y = run(x.astype(jnp.bfloat16), experts, router(x), out_dtype=jnp.float32)
     if shared_expert is not None:
         y = y + shared_expert(x, run.keywords["activation"])
     return y.astype(x.dtype)
 
 
-def _check(experts: Experts, router: Router, shared_expert: SharedExpert | None, options: dict[str, Any]) -> None:
+def _check(experts: Experts, router: Router, shared_expert: SharedExpert | None, options: Options) -> None:
     """Raises what a call would raise about anything but its ``x``."""
     num_experts, hidden = experts.down.payload.shape[:2]
     if experts.layout != CANONICAL:
@@ -175,7 +214,7 @@ def _check(experts: Experts, router: Router, shared_expert: SharedExpert | None,
     # Without shardings: the placement of weights is for the mesh to judge, and that of x is not known yet.
     x = jax.ShapeDtypeStruct((0, hidden), jnp.bfloat16)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (experts, router, shared_expert))
-    jax.eval_shape(functools.partial(_layer, functools.partial(moe.fused_moe, **options)), x, *shapes)
+    jax.eval_shape(functools.partial(_layer, functools.partial(moe.fused_moe, **vars(options))), x, *shapes)
 
 
 def _variables(kind: type[nnx.Variable], tree: Any, specs: Any) -> Any:
@@ -197,13 +236,20 @@ def _expert_specs(
     return parallel.partition_specs(experts, target, expert_axis=expert_axis, tensor_axis=tensor_axis)
 
 
-def _shared_specs(mesh: Mesh | None, tensor_axis: parallel.Axis) -> Any:
+def _shared_specs(shared_expert: SharedExpert, mesh: Mesh | None, tensor_axis: parallel.Axis) -> Any:
     """A ``SharedExpert`` of specs: I over the tensor axis."""
     names = (
         tuple(name for name in _names("tensor_axis", tensor_axis) if mesh is None or name in mesh.axis_names) or None
     )
-    specs: Any = PartitionSpec(None, names, None), PartitionSpec(None, names)
-    return SharedExpert(*specs)
+    specs: Any = {
+        "gate_up": PartitionSpec(None, names, None),
+        "down": PartitionSpec(None, names),
+        "gate_up_bias": PartitionSpec(None, names),
+        "down_bias": PartitionSpec(),
+        "gate": PartitionSpec(),
+    }
+    present = {name: spec for name, spec in specs.items() if getattr(shared_expert, name) is not None}
+    return dataclasses.replace(shared_expert, **present)
 
 
 def _names(argument: str, axis: parallel.Axis) -> tuple[str, ...]:

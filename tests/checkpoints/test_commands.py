@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import checkpoint_writer as writer
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -60,3 +61,41 @@ def test_convert_continues_and_reports_errors(tmp_path):
     assert status == 1
     assert "jax_moe.json: layout" in output
     assert run("convert", tmp_path / "in", tmp_path / "other", "--layout", "what")[0] == 1
+
+
+def test_convert_takes_some_layers(tmp_path):
+    writer.checkpoint(tmp_path / "in", layers=(0, 1, 3, 4))
+    status, output = run("convert", tmp_path / "in", tmp_path / "out", "--layers", "0,3-4")
+    assert (status, "3 layers, 3 written" in output) == (0, True)
+    assert checkpoints.list_layers(tmp_path / "out") == [0, 3, 4]
+    status, output = run("convert", tmp_path / "in", tmp_path / "out", "--layers", "1-2")
+    assert (status, "no experts in layer 2" in output) == (1, True)
+    status, output = run("convert", tmp_path / "in", tmp_path / "out", "--layers", "-1")
+    assert (status, "--layers: got '-1', needs numbers from 0" in output) == (1, True)
+
+
+def test_a_layer_in_another_format_is_shown_and_left_out(tmp_path):
+    layer = writer.per_expert(writer.random_layer(0, 4, 2, 32, 48), "qwen3_moe", "modelopt", 0)
+    for name in [name for name in layer if name.endswith(".weight")]:
+        shape = (32, 48) if "down_proj" in name else (48, 32)
+        layer[name.replace("layers.0", "layers.1")] = np.ones(shape, writer.BF16)
+    writer.write(tmp_path / "in", writer.config_of("qwen3_moe", 4, 32, 48), layer)
+    status, output = run("convert", tmp_path / "in", tmp_path / "out")
+    assert status == 0
+    assert "warning: layers left out: 1; " in output
+    assert "1 layers, 1 written" in output
+    status, output = run("inspect", tmp_path / "in")
+    assert status == 1
+    assert "│ 0 " in output
+    assert "the experts of model.layers.1.mlp are not in NVFP4 or MXFP4" in output
+
+
+def test_inspect_names_a_block_scale_that_is_no_number(tmp_path):
+    tensors = writer.per_expert(writer.random_layer(0, 4, 2, 32, 48), "qwen3_moe", "modelopt", 0)
+    name = "model.layers.0.mlp.experts.3.down_proj.weight_scale"
+    tensors[name] = np.array(tensors[name])
+    tensors[name][5, 2] = np.nan
+    writer.write(tmp_path, writer.config_of("qwen3_moe", 4, 32, 48), tensors)
+    status, output = run("inspect", tmp_path)
+    assert status == 1
+    assert f"{name}: expert 3: found a block scale of nan" in output

@@ -103,6 +103,30 @@ def test_what_is_in_the_weights_or_in_the_attention_needs_nothing(tmp_path, loca
 
 
 @pytest.mark.parametrize(
+    ("targets", "ignore", "loads"),
+    [
+        (["re:.*mlp.*"], [], False),
+        ([r"re:model\.layers\.0\.mlp\.experts\.3\.down_proj$"], [], False),
+        (["model.layers.0.mlp.experts.3.down_proj"], [], False),
+        (["re:.*w2$"], [], False),
+        (["Linear"], ["re:.*mlp.*"], True),
+        (["Linear"], ["re:.*block_sparse_moe.*"], True),
+        (["re:.*mlp.experts.4.*", "re:model.layers.1.*", "re:.*self_attn"], [], True),
+    ],
+)
+def test_modules_go_by_their_names_in_memory_too(tmp_path, targets, ignore, loads):
+    """transformers calls Mixtral's ``block_sparse_moe.experts.3.w2`` ``mlp.experts.3.down_proj``; tools match that."""
+    tensors = writer.per_expert(writer.random_layer(0, 4, 2, 32, 48), "mixtral", "modelopt", 0)
+    config = writer.config_of("mixtral", 4, 32, 48) | {"quantization_config": transform(targets, ignore)}
+    writer.write(tmp_path, config, tensors)
+    if loads:
+        checkpoints.load_experts(tmp_path, 0)
+    else:
+        with pytest.raises(checkpoints.CheckpointError, match="transform_config: found"):
+            checkpoints.load_experts(tmp_path, 0)
+
+
+@pytest.mark.parametrize(
     "setting",
     ["R4", [], {"config_groups": []}, {"groups": {}}, {"config_groups": {"R4": {"apply": "down_proj"}}}],
 )
@@ -144,6 +168,8 @@ SECTIONS = {
         },
         {"experts"},
     ),
+    "Quark, e8m0": ({"global_quant_config": {"weight": {"dtype": "fp4", "scale_format": "e8m0"}}}, set()),
+    "Quark, e5m3": ({"global_quant_config": {"weight": [{"dtype": "fp4", "scale_format": "e5m3"}]}}, ALL),
     "GPTQModel": ({"rotation": "hadamard"}, ALL),
     "nobody's": ({"extra": {"activations": {"online_hadamard": True}}}, ALL),
     "nobody's, off": ({"extra": {"rotation": False, "smooth_quant": None, "hadamard": {}}}, set()),
