@@ -1,6 +1,8 @@
 """Linear layers beside the experts: every format, dequantised; nothing left out, nothing that is not a number."""
 
+import hashlib
 import json
+from pathlib import Path
 
 import checkpoint_writer as writer
 import jax
@@ -87,6 +89,16 @@ def test_fp8_of_many_rows_is_read_in_pieces(tmp_path):
     write(tmp_path, {"weight": weight, "weight_scale_inv": scale})
     want = rounded(weight.astype(np.float64) * spread(scale, (128, 128), weight.shape))
     assert_bits(checkpoints.load_linear(tmp_path, MODULE), want)
+
+
+def test_compressed_tensors_own_files():
+    """As it wrote them (generate_linears.py), against its own decompression."""
+    data = Path(__file__).parent / "linears"
+    digests = json.loads((data / "expected.json").read_text())["sha256"]
+    for module, digest in digests.items():
+        weight = checkpoints.load_linear(data, module)
+        assert hashlib.sha256(np.asarray(weight).tobytes()).hexdigest() == digest, module
+    assert len(digests) == 3
 
 
 @pytest.mark.parametrize("tool", writer.SUFFIXES)
