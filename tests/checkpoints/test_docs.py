@@ -59,7 +59,7 @@ def test_every_call_gets_prepared_experts(tmp_path, monkeypatch):
         monkeypatch.setattr(jax_moe, name, stand_in)
     names = {"directory": shutil.copytree(TINY, tmp_path / "tiny"), "output": tmp_path / "out"}
     for snippet in snippets("python"):
-        if "flax" not in snippet:  # MoE.from_checkpoint prepares by itself: tests/test_nn.py
+        if "nnx" not in snippet:  # MoE.from_checkpoint prepares by itself: tests/test_nn.py
             exec(snippet, names)
     assert calls == ["prepared"] * 4
 
