@@ -15,7 +15,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 import jax.numpy as jnp
 
-from jax_moe import ffi, plan, reference
+from jax_moe import ffi, moe, plan, reference
 from jax_moe.experts import CANONICAL, Experts, Projection
 from jax_moe.prepare import unprepare
 
@@ -82,7 +82,7 @@ def _apply(*operands, problem: plan.Problem, transposed: bool, max_tiles: int | 
         return (totals[0].at[tokens].add(dy, mode="drop"),)
 
     shapes = [x.shape, (weights.size,)] if transposed else [x.shape]
-    totals = [jnp.zeros(shape, jnp.float32) for shape in shapes]
+    _, *totals = moe.vary_alike(x, *[jnp.zeros(shape, jnp.float32) for shape in shapes])
     totals = jax.lax.fori_loop(0, num_tiles if max_tiles is None else max_tiles, add_tile, tuple(totals))
     if transposed:
         return [totals[0].astype(x.dtype), totals[1].reshape(weights.shape)]

@@ -106,7 +106,7 @@ def test_debug_nans_finds_a_nan(way):
 
 @pytest.mark.parametrize("set_mesh", [False, True])
 def test_a_flax_module_on_two_gpus(poison, set_mesh):
-    nnx = pytest.importorskip("flax").nnx
+    nnx = pytest.importorskip("flax.nnx")
     from jax_moe.nn import MoE
 
     mesh = jax.make_mesh((2,), ("expert",), axis_types=(AxisType.Auto,), devices=calls.devices(2))
