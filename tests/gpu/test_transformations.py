@@ -109,7 +109,7 @@ def test_a_flax_module_on_two_gpus(poison, set_mesh):
     nnx = pytest.importorskip("flax.nnx")
     from jax_moe.nn import MoE
 
-    mesh = jax.make_mesh((2,), ("expert",), axis_types=(AxisType.Auto,), devices=calls.devices(2))
+    mesh = jax.make_mesh((2, 1), ("expert", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=calls.devices(2))
     case = helpers.make_case(5, **_SIZES)
     router = jax_moe.checkpoints.Router(jax.random.normal(jax.random.key(0), (8, 112)), k=3)
     on_one = MoE(_prepared(case).experts, router)
