@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+import helpers
 from helpers import ACTIVATIONS, make_case
 import jax
 import jax.numpy as jnp
@@ -74,9 +75,7 @@ def gradients(case, dy):
         a = statement.bfloat16(weight * x[token]).astype(np.float64) if weight_on == "input" else x[token]
         a = rounded(a, gate_up.input_scale)
         parts = [matrix(gate_up, expert, part) for part in range(gate_up.global_scale.shape[1])]
-        biases = [0.0 if gate_up.bias is None else np.asarray(gate_up.bias, np.float64)[expert, i] for i in range(2)][
-            : len(parts)
-        ]
+        biases = np.zeros(len(parts)) if gate_up.bias is None else np.asarray(gate_up.bias, np.float64)[expert]
         inputs = [part @ a + bias for part, bias in zip(parts, biases, strict=True)]
         h = rounded(statement.activate(options["activation"], *inputs), np.asarray(down.input_scale)[expert])
         y = matrix(down, expert) @ h + (0.0 if down.bias is None else np.asarray(down.bias, np.float64)[expert])
