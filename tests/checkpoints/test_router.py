@@ -109,9 +109,7 @@ def test_scoring_func_and_topk_method_are_honoured(tmp_path, rng, scores, topk_m
     ],
 )  # fmt: skip
 def test_router_settings_are_checked(tmp_path, rng, model_type, config, message):
-    (block,) = [
-        family.blocks[0] for family in jax_moe.checkpoints.families.FAMILIES if model_type in family.model_types
-    ]
+    (block,) = [family.blocks[0] for family in families.FAMILIES if model_type in family.model_types]
     groups = {"n_group": 1, "topk_group": 1} if model_type == "deepseek_v3" else {}
     write(tmp_path, model_type, f"layers.0.{block}", deepseek(rng), **DEEPSEEK, **groups | config)
     with pytest.raises(CheckpointError, match=f"config.json: {message}"):
