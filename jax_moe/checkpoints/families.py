@@ -132,6 +132,7 @@ def _clamped(*, alpha: float = 1.0, beta: float = 0.0, limit: float) -> Callable
     """SwiGLU clamped before the SiLU; alpha and limit are the values where the configuration does not say."""
 
     def activation(settings: Settings) -> activations.Activation:
+        settings.choice("hidden_act", known=("silu", "swigluoai"), default="silu")
         alpha_here = alpha if alpha == 1.0 else settings.number("swiglu_alpha", default=alpha)
         return activations.SwiGLU(alpha_here, beta, settings.number("swiglu_limit", default=limit))
 
@@ -177,11 +178,6 @@ def _phimoe(settings: Settings) -> routing.Method:
 def _relu2(settings: Settings) -> activations.Activation:
     settings.only("mlp_hidden_act", "relu2")
     return activations.ReLU2()
-
-
-def _latent(settings: Settings) -> str | None:
-    size = settings.value("moe_latent_size")
-    return None if size is None else f"the experts stand between projections to and from {brief(size)} values"
 
 
 def _gemma4(settings: Settings) -> str | None:
@@ -383,7 +379,6 @@ FAMILIES = (
         selection_bias=(_BIAS,),
         shared_expert=("shared_experts",),
         others=("fc1_latent_proj", "fc2_latent_proj"),
-        apart=_latent,
     ),
     Family(
         name="llama-4",

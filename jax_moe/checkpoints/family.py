@@ -16,8 +16,15 @@ GATED = ("gate_proj", "up_proj", "down_proj")
 def hidden_act(settings: Settings, key: str = "hidden_act", default: str = "silu") -> activations.Activation:
     """The activation that ``hidden_act`` names, or ``default``."""
     known = {"silu": activations.SwiGLU(), "swish": activations.SwiGLU(), "gelu_pytorch_tanh": activations.GeGLU()}
+    settings.only("swiglu_limit", None)
     name = settings.choice(key, known=tuple(known), default=default)
     return known[name]
+
+
+def latent(settings: Settings) -> str | None:
+    """Why the block is more than its parts if ``moe_latent_size`` is set (Nemotron 3), otherwise None."""
+    size = settings.value("moe_latent_size")
+    return None if size is None else f"the experts stand between projections to and from {size} values"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +76,7 @@ class Family:
     shared_expert_gate: str | None = None
     shared_activation: Callable[[Settings], activations.Activation] | None = None
     others: tuple[str, ...] = ()
-    apart: Callable[[Settings], str | None] = lambda settings: None
+    apart: Callable[[Settings], str | None] = latent
     roots: tuple[str, ...] = ()
     interleaved: bool = False
     weight_on: str = "output"
