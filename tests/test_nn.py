@@ -405,3 +405,33 @@ def test_the_mesh_it_was_made_with_stays_its_own(experts):
     module = a_module(jax.device_put(experts, jax_moe.expert_shardings(experts, mesh)), mesh=mesh)
     assert_is_the_layer(nnx.jit(call)(module, x), module, x)
     assert module.mesh is mesh
+
+
+BLOCK = Path(__file__).parent / "checkpoints" / "blocks" / "deepseek_v4-hash"
+
+
+@pytest.mark.parametrize("axes", [None, {"data": 2, "expert": 2}], ids=str)
+def test_a_layer_that_routes_by_token_ids(axes):
+    """What transformers computes, its tokens as a batch and spread over a mesh too."""
+    (layer,), expected = checkpoints.list_layers(BLOCK), np.load(BLOCK / "expected.npz")
+    mesh = axes and a_mesh(axes, AxisType.Explicit)
+    module = MoE.from_checkpoint(BLOCK, layer, mesh=mesh)
+    x, ids = (jnp.asarray(expected[name]) for name in ("x", "token_ids"))
+    x, ids = x.astype(jnp.bfloat16).astype(jnp.float32).reshape(2, -1, x.shape[-1]), ids.reshape(2, -1)
+    if mesh:
+        x, ids = jax.device_put((x, ids), NamedSharding(mesh, PartitionSpec("data")))
+    y = nnx.jit(lambda module, x, ids: module(x, ids))(module, x, ids)
+    want = expected["y"].reshape(x.shape)
+    assert np.linalg.norm(np.asarray(y) - want) < 2**-8 * np.linalg.norm(want)
+    table = module.router.token_table
+    assert not isinstance(table, nnx.Param)
+    assert hash(nnx.split(module)[0]) == hash(nnx.split(MoE.from_checkpoint(BLOCK, layer, mesh=mesh))[0])
+    with pytest.raises(TypeError, match=r"^token_ids: got NoneType, needs an array"):
+        module(x)
+    with pytest.raises(ValueError, match=r"^token_ids: got shape"):
+        module(x, ids[:, :1])
+
+
+def test_other_routers_do_not_look_at_token_ids(module):
+    x = exact(5, 64)
+    np.testing.assert_array_equal(module(x, jnp.arange(5)), module(x))
