@@ -225,7 +225,7 @@ def test_a_broken_layer_is_no_dense_one(tmp_path):
 def test_what_version_0_1_0_wrote_early_still_loads(tmp_path, layout):
     """Written at 9c126a9 from ``writer.checkpoint`` of these arguments; prepared experts had empty block scales."""
     old = Path(__file__).parent / "converted_by_9c126a9" / layout
-    writer.checkpoint(tmp_path, "deepseek_v3", layers=(1,), experts=2, hidden=64, intermediate=128)
+    writer.checkpoint(tmp_path, "deepseek_v3", layers=(1,), experts=4)
     want = converted(checkpoints.load_experts(tmp_path, 1), layout)
     assert_same(checkpoints.load_experts(old, 1), want)
     assert_same(checkpoints.load_router(old, 1), checkpoints.load_router(tmp_path, 1))
