@@ -9,7 +9,7 @@ import dataclasses
 import functools
 
 from jax_moe import activations, arguments, routing
-from jax_moe.checkpoints.family import Family as Family, GATED, hidden_act, NUM_EXPERTS as NUM_EXPERTS, TOP_K as TOP_K
+from jax_moe.checkpoints.family import Family as Family, GATED, hidden_act, NUM_EXPERTS as NUM_EXPERTS
 from jax_moe.checkpoints.files import brief, CheckpointError
 from jax_moe.checkpoints.settings import Config as Config, Settings
 
@@ -56,15 +56,13 @@ def _grouped(
         if rule != "greedy":
             number = settings.integer("n_group", "num_expert_group", default=groups)
             best = settings.integer("topk_group", default=top_groups)
-            experts, k = settings.integer(*NUM_EXPERTS), settings.integer(*TOP_K)
+            experts = settings.integer(*NUM_EXPERTS)
             if experts % number:
                 raise settings.error(
                     settings.key("n_group", "num_expert_group"), number, f"a divisor of the {experts} experts"
                 )
-            if best > number or k > best * (experts // number):
-                raise settings.error(
-                    "topk_group", best, f"at most {number} groups, with {k} of the {experts} experts in them"
-                )
+            if best > number:
+                raise settings.error("topk_group", best, f"at most the {number} groups")
         values = {
             "num_groups": number,
             "top_groups": best,
@@ -173,8 +171,6 @@ def _ernie(settings: Settings) -> routing.Method:
 
 
 def _phimoe(settings: Settings) -> routing.Method:
-    if settings.integer(*TOP_K) != 2:
-        raise settings.error(TOP_K[0], settings.integer(*TOP_K), "2 with SparseMixer")
     return routing.SparseMixer(settings.number("router_jitter_noise", default=0.01, least=0))
 
 
@@ -195,6 +191,7 @@ def _gemma4(settings: Settings) -> str | None:
 _DEEPSEEK_V3 = Family(
     name="deepseek-v3",
     model_types=("deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_k25"),
+    top_k=8,
     blocks=("mlp",),
     intermediate_size="moe_intermediate_size",
     method=_grouped(groups=8, top_groups=4, scaling_factor=2.5),
@@ -204,6 +201,7 @@ _DEEPSEEK_V3 = Family(
 _QWEN3_MOE = Family(
     name="qwen3-moe",
     model_types=("qwen3_moe",),
+    top_k=8,
     blocks=("mlp",),
     intermediate_size="moe_intermediate_size",
     method=_softmax(renormalize=False),
@@ -212,12 +210,14 @@ _QWEN2_MOE = dataclasses.replace(
     _QWEN3_MOE,
     name="qwen2-moe",
     model_types=("qwen2_moe",),
+    top_k=4,
     shared_expert=("shared_expert",),
     shared_expert_gate="shared_expert_gate",
 )
 _MIXTRAL_FAMILY = Family(
     name="mixtral",
     model_types=("mixtral", "minimax"),
+    top_k=2,
     blocks=("block_sparse_moe",),
     intermediate_size="intermediate_size",
     method=_renormalized,
@@ -227,12 +227,18 @@ _MIXTRAL_FAMILY = Family(
 FAMILIES = (
     _QWEN3_MOE,
     _QWEN2_MOE,
-    dataclasses.replace(_QWEN2_MOE, name="qwen3-next", model_types=("qwen3_next",), method=_softmax(renormalize=True)),
     dataclasses.replace(
-        _QWEN2_MOE, name="qwen3.5-moe", model_types=("qwen3_5_moe", "qwen3_5_moe_text"), method=_renormalized
+        _QWEN2_MOE, name="qwen3-next", model_types=("qwen3_next",), top_k=10, method=_softmax(renormalize=True)
     ),
     dataclasses.replace(
-        _QWEN3_MOE, name="qwen3-vl-moe", model_types=("qwen3_vl_moe", "qwen3_vl_moe_text"), method=_renormalized
+        _QWEN2_MOE, name="qwen3.5-moe", model_types=("qwen3_5_moe", "qwen3_5_moe_text"), top_k=8, method=_renormalized
+    ),
+    dataclasses.replace(
+        _QWEN3_MOE,
+        name="qwen3-vl-moe",
+        model_types=("qwen3_vl_moe", "qwen3_vl_moe_text"),
+        top_k=4,
+        method=_renormalized,
     ),
     dataclasses.replace(
         _QWEN3_MOE,
@@ -246,6 +252,7 @@ FAMILIES = (
         _DEEPSEEK_V3,
         name="deepseek-v2",
         model_types=("deepseek_v2",),
+        top_k=None,
         method=_deepseek_v2,
         selection_bias=(),
     ),
@@ -253,6 +260,7 @@ FAMILIES = (
     Family(
         name="deepseek-v4",
         model_types=("deepseek_v4",),
+        top_k=6,
         blocks=("ffn", "mlp"),
         intermediate_size="moe_intermediate_size",
         method=_deepseek_v4,
@@ -267,12 +275,15 @@ FAMILIES = (
         _DEEPSEEK_V3,
         name="glm4-moe-lite",
         model_types=("glm4_moe_lite",),
+        top_k=4,
         method=_grouped(scaling_factor=1.8),
     ),
     dataclasses.replace(
         _DEEPSEEK_V3, name="glm-moe-dsa", model_types=("glm_moe_dsa",), method=_grouped(scaling_factor=2.5)
     ),
-    dataclasses.replace(_DEEPSEEK_V3, name="dots1", model_types=("dots1",), method=_grouped(renormalize=False)),
+    dataclasses.replace(
+        _DEEPSEEK_V3, name="dots1", model_types=("dots1",), top_k=None, method=_grouped(renormalize=False)
+    ),
     dataclasses.replace(
         _DEEPSEEK_V3,
         name="exaone-moe",
@@ -293,6 +304,7 @@ FAMILIES = (
         _MIXTRAL_FAMILY,
         name="minimax-m2",
         model_types=("minimax_m2",),
+        top_k=8,
         method=_biased(),
         selection_bias=("e_score_correction_bias",),
     ),
@@ -300,6 +312,7 @@ FAMILIES = (
         _MIXTRAL_FAMILY,
         name="minimax-m3",
         model_types=("minimax_m3", "minimax_m3_vl", "minimax_m3_vl_text"),
+        top_k=4,
         blocks=("block_sparse_moe", "mlp"),
         method=_biased(scaling_factor="routed_scaling_factor", default=2.0),
         activation=_clamped(alpha=1.702, beta=1.0, limit=7.0),
@@ -309,6 +322,7 @@ FAMILIES = (
     Family(
         name="ernie4.5-moe",
         model_types=("ernie4_5_moe",),
+        top_k=6,
         blocks=("mlp",),
         intermediate_size="moe_intermediate_size",
         method=_ernie,
@@ -318,6 +332,7 @@ FAMILIES = (
     Family(
         name="step3.5",
         model_types=("step3p5", "step3p7"),
+        top_k=8,
         blocks=("moe", "mlp"),
         intermediate_size="moe_intermediate_size",
         method=_biased(scaling_factor="moe_router_scaling_factor"),
@@ -329,6 +344,7 @@ FAMILIES = (
     Family(
         name="phimoe",
         model_types=("phimoe",),
+        top_k=2,
         blocks=("block_sparse_moe", "mlp"),
         intermediate_size="intermediate_size",
         method=_phimoe,
@@ -338,6 +354,7 @@ FAMILIES = (
     Family(
         name="granitemoe",
         model_types=("granitemoe",),
+        top_k=2,
         blocks=("block_sparse_moe",),
         intermediate_size="intermediate_size",
         method=_renormalized,
@@ -357,6 +374,7 @@ FAMILIES = (
     Family(
         name="nemotron-h",
         model_types=("nemotron_h",),
+        top_k=2,
         blocks=("mixer",),
         intermediate_size="moe_intermediate_size",
         method=_grouped(),
@@ -370,6 +388,7 @@ FAMILIES = (
     Family(
         name="llama-4",
         model_types=("llama4", "llama4_text"),
+        top_k=1,
         blocks=("feed_forward",),
         intermediate_size="intermediate_size",
         method=lambda settings: routing.Llama4(),
@@ -380,6 +399,7 @@ FAMILIES = (
     Family(
         name="gpt-oss",
         model_types=("gpt_oss",),
+        top_k=4,
         blocks=("mlp",),
         intermediate_size="intermediate_size",
         method=_renormalized,

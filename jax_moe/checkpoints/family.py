@@ -31,6 +31,7 @@ class Family:
       name: for messages and tables.
       model_types: the ``model_type`` values of ``config.json``, or of the text model's part of it.
       blocks: the module of the MoE block within ``layers.N``, which has the ``experts``; "" is the layer itself.
+      top_k: experts per token, where the configuration does not say; None if it must.
       intermediate_size: key of I in the config; the dense layers' size often has the obvious one.
       method: the routing method, from the :class:`~jax_moe.checkpoints.settings.Settings` of a layer.
       activation: the experts' activation, likewise.
@@ -56,6 +57,7 @@ class Family:
     blocks: tuple[str, ...]
     intermediate_size: str
     method: Callable[[Settings], routing.Method]
+    top_k: int | None = None
     activation: Callable[[Settings], activations.Activation] = hidden_act
     projections: tuple[tuple[str, ...], ...] = (GATED,)
     router: tuple[str, ...] = ("gate",)

@@ -8,8 +8,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
 
 from jax_moe import arguments, pytree, routing
-from jax_moe.checkpoints.families import NUM_EXPERTS, TOP_K
-from jax_moe.checkpoints.family import module
+from jax_moe.checkpoints.family import module, NUM_EXPERTS, TOP_K
 from jax_moe.checkpoints.files import CheckpointError, Files, FLOATS, read_floats, read_rows
 from jax_moe.checkpoints.layer import Model
 
@@ -118,10 +117,13 @@ def open_router(model: Model, layer: int) -> Router | HashRouter:
     """See :func:`jax_moe.checkpoints.load_router`."""
     block, family, settings = model.block(layer), model.family, model.settings(layer)
     num_experts, hidden = settings.integer(*NUM_EXPERTS), settings.integer("hidden_size")
-    k = settings.integer(*TOP_K)
-    if k > num_experts:
-        raise settings.error(settings.key(*TOP_K), k, f"at most the {num_experts} experts")
-    method = family.method(settings)
+    k, method = settings.integer(*TOP_K, default=family.top_k), family.method(settings)
+    candidates = num_experts
+    if isinstance(method, routing.DeepSeekV2 | routing.DeepSeekV3):
+        candidates = num_experts // method.num_groups * method.top_groups
+    if k > candidates or (isinstance(method, routing.SparseMixer) and k != 2):
+        expected = "2" if isinstance(method, routing.SparseMixer) else f"at most the {candidates} experts of {method}"
+        raise settings.error(settings.key(*TOP_K), k, expected)
     tensors = _Tensors(model.files)
     name = router_module(model, layer)
     linear = f"{name}.proj" if family.normalized_router else name

@@ -57,7 +57,7 @@ def test_router_chooses_and_weighs_as_transformers(checkpoint, expected):
 
 def test_block_computes_what_transformers_computes(checkpoint, expected):
     layer, x = layer_of(checkpoint), jnp.asarray(expected["x"], jnp.bfloat16)
-    options = checkpoints.moe_options(checkpoint)
+    options = checkpoints.moe_options(checkpoint, layer)
     shared_expert = checkpoints.load_shared_expert(checkpoint, layer)
     y = jax_moe.fused_moe(
         jnp.asarray(expected.get("x_experts", x), jnp.bfloat16),
