@@ -7,7 +7,6 @@ from typing import Any
 
 from flax import nnx
 import jax
-import jax.core
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -91,7 +90,7 @@ class MoE(nnx.Module):
             own; or None.
           activation, precision, combine, weight_on, command_buffer: as for :func:`jax_moe.fused_moe`.
           mesh: run over this mesh. None is the mesh that the experts, or else ``x``, are placed on when the module is
-            called, or in ``jax.jit`` the one that ``jax.set_mesh`` has set; without any, one device.
+            called, or else the one that ``jax.set_mesh`` has set; without any, one device.
           expert_axis, tensor_axis, data_axis: as for :func:`jax_moe.sharded_moe`.
 
         Raises:
@@ -181,10 +180,8 @@ class MoE(nnx.Module):
 
 def _mesh_of(experts: Experts, x: jax.Array, axes: Axes) -> Mesh | AbstractMesh | None:
     """The mesh that a call must be split over; None on one device, and inside a ``shard_map``."""
-    arrays = experts.down.payload, x
-    seen = [jax.typeof(a).sharding.mesh for a in arrays]  # jax.jit tells it of what it traces too
-    if any(isinstance(a, jax.core.Tracer) for a in arrays):  # jax.jit spreads what is nowhere yet over the mesh set
-        seen.append(jax.sharding.get_abstract_mesh())
+    seen = [jax.typeof(a).sharding.mesh for a in (experts.down.payload, x)]  # jax.jit tells it of what it traces too
+    seen.append(jax.sharding.get_abstract_mesh())  # over which JAX spreads what is nowhere in particular
     mesh = next((mesh for mesh in seen if not mesh.empty), None)
     if mesh is None or AxisType.Manual in mesh.axis_types:
         return None
