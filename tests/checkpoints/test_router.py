@@ -14,7 +14,7 @@ from test_against_transformers import BLOCKS
 
 import jax_moe
 from jax_moe import checkpoints
-from jax_moe.checkpoints import CheckpointError, HashRouter, Router, SharedExpert
+from jax_moe.checkpoints import CheckpointError, families, HashRouter, Router, SharedExpert
 
 EXPERTS, HIDDEN, WIDTH, TOP, VOCABULARY = 8, 32, 48, 3, 20
 DEEPSEEK = {"n_routed_experts": EXPERTS, "moe_intermediate_size": WIDTH}
