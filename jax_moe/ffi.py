@@ -1,16 +1,19 @@
 """The FFI library: its targets, their registration, and the primitive that lowers to the one custom call.
 
 The primitive exists for what a bare ``jax.ffi.ffi_call`` cannot do: choose attributes and workspaces by
-platform when the program is *lowered*, and refuse, with a message, to be batched, differentiated, or partitioned by
-XLA.
+platform when the program is *lowered*, fold a mapped axis into tokens, have a derivative, and refuse, with a message,
+to be partitioned by XLA.
 """
 
+from collections.abc import Callable
 import ctypes
+import dataclasses
 import functools
 import math
 import os
 import pathlib
 import sysconfig
+from typing import Any
 
 import jax
 import jax.core
@@ -106,6 +109,9 @@ def export_checks() -> list[jax.export.DisabledSafetyCheck]:
     return [jax.export.DisabledSafetyCheck.custom_call(target) for target in (TARGET, NO_CAPTURE_TARGET)]
 
 
+NUM_TOKEN_OPERANDS = 3
+"""x, expert_ids and weights lead with tokens; then come expert_offset and the operands of each projection."""
+
 GATE_UP_BIAS, DOWN_BIAS = 8, 13
 """Positions of the optional biases among the operands."""
 
@@ -113,18 +119,47 @@ fused_moe_p = Primitive("jax_moe_fused_moe")
 """``out = fused_moe_p.bind(*operands, problem=...)``: as in ``ffi/decode.h``, but those in ``problem.absent``."""
 
 
-@fused_moe_p.def_impl
-def _run_eagerly(*operands, problem: plan.Problem):
+def run_eagerly(primitive: Primitive, *operands, **static):
+    """A primitive outside ``jax.jit``: a program of its own, as for those of JAX."""
     with jax.disable_jit(False):  # else the jitted function would come back here
-        return _jitted(problem)(*operands)
+        return as_one_op(primitive.name, _jitted(primitive, **static), *operands)
+
+
+def as_one_op(name: str, function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)``, looked at as a whole for what ``jax_debug_nans`` and ``jax_debug_infs`` are to find.
+
+    JAX itself, having found a NaN in what a program returns, runs the program again op by op. For our primitives that
+    is the same program again, and an eager ``jax.shard_map`` that is given a NaN comes back to itself: neither ends.
+
+    Raises:
+      FloatingPointError: found one.
+    """
+    config: Any = jax.config
+    tests = [("nan", jnp.isnan, config.jax_debug_nans), ("inf", jnp.isinf, config.jax_debug_infs)]
+    tests = [(kind, is_kind) for kind, is_kind, wanted in tests if wanted]
+    if not tests:
+        return function(*args)
+    with jax.debug_nans(False), jax.debug_infs(False):
+        results = function(*args)
+        for result in jax.tree.leaves(results):
+            if isinstance(result, jax.core.Tracer) or not jnp.issubdtype(result.dtype, jnp.floating):
+                continue
+            for kind, is_kind in tests:
+                if is_kind(result).any():
+                    raise FloatingPointError(f"invalid value ({kind}) encountered in {name}")
+    return results
 
 
 @functools.cache
-def _jitted(problem: plan.Problem):
-    def fused_moe(*operands):  # a function, for its name in logs and profiles
-        return fused_moe_p.bind(*operands, problem=problem)
+def _jitted(primitive: Primitive, **static):
+    def run(*operands):
+        return primitive.bind(*operands, **static)
 
-    return jax.jit(fused_moe)
+    run.__name__ = primitive.name.removeprefix("jax_moe_")  # in logs and profiles
+    return jax.jit(run)
+
+
+fused_moe_p.def_impl(functools.partial(run_eagerly, fused_moe_p))
 
 
 @fused_moe_p.def_abstract_eval
@@ -171,13 +206,13 @@ def _custom_call(ctx, target, operands, attributes, workspaces):
     (out,) = ctx.avals_out
     if out.size == 0:  # jaxlib 0.11.2 crashes where an operand without elements is sharded: no call, then
         return mlir.lower_fun(lambda *_: jnp.zeros(out.shape, out.dtype), multiple_results=False)(ctx, *operands)
-    _refuse_partitioning(ctx.module_context.axis_context)
+    refuse_partitioning(ctx.module_context.axis_context)
     results = [jax.core.ShapedArray(w.shape, w.dtype) for w in workspaces]
     rule = jax.ffi.ffi_lowering(target)
     return rule(ctx.replace(avals_out=[*ctx.avals_out, *results]), *operands, **attributes)[:1]
 
 
-def _refuse_partitioning(axis_context) -> None:
+def refuse_partitioning(axis_context) -> None:
     """Raises unless each device runs this call on arrays of its own.
 
     XLA cannot split a custom call: it would gather every operand, the weights included, on every device and
@@ -201,21 +236,44 @@ def num_partitions(axis_context) -> int:
     return math.prod(mesh.shape[axis] for axis in automatic)
 
 
-def _refuse_vmap(*_, **__):
-    raise NotImplementedError(
-        "fused_moe has no vmap rule. Tokens are already a batch: reshape x to [tokens, hidden] and call it once; "
-        "for several layers, use jax.lax.scan."
-    )
+def fold_into_tokens(primitive: Primitive, operands, axes, *, problem: plan.Problem, **static):
+    """Batching rule: the mapped axis becomes part of T. Operands behind the op's, and results, lead with tokens.
+
+    Raises:
+      NotImplementedError: an expert or expert_offset is mapped.
+    """
+    is_mapped = [axis is not None for axis in axes]
+    if any(is_mapped[NUM_TOKEN_OPERANDS : problem.num_operands]):
+        raise NotImplementedError(
+            "fused_moe: vmap over experts or expert_offset. x and routing may be mapped, because they become more "
+            "tokens of the same experts: give the experts in_axes=None. For several layers, use jax.lax.scan. A "
+            "lax.cond whose predicate is mapped maps what its branches close over: call fused_moe before it, and "
+            "select with jnp.where."
+        )
+    size = operands[is_mapped.index(True)].shape[axes[is_mapped.index(True)]]
+    num_tokens = size * problem.num_tokens
+
+    def fold(operand, axis):
+        mapped = (
+            jnp.broadcast_to(operand[None], (size, *operand.shape)) if axis is None else jnp.moveaxis(operand, axis, 0)
+        )
+        return mapped.reshape(num_tokens, mapped.shape[-1])
+
+    folded = list(operands)
+    for i in (*range(NUM_TOKEN_OPERANDS), *range(problem.num_operands, len(operands))):
+        folded[i] = fold(operands[i], axes[i])
+    results = primitive.bind(*folded, problem=dataclasses.replace(problem, num_tokens=num_tokens), **static)
+    results = jax.tree.map(lambda r: r.reshape(size, problem.num_tokens, r.shape[-1]), results)
+    return results, jax.tree.map(lambda _: 0, results)
 
 
-def _refuse_grad(*_, **__):
-    raise NotImplementedError(
-        "fused_moe has no derivative: NVFP4 weights are for inference. Train on the dense weights, stop the gradient "
-        "of its arguments (jax.lax.stop_gradient), or give a function that calls it a jax.custom_vjp of your own."
-    )
+def _jvp(primals, tangents, *, problem: plan.Problem):
+    from jax_moe import derivative  # here, because it needs prepare's inverse, which needs this module
+
+    return derivative.jvp(primals, tangents, problem=problem)
 
 
 mlir.register_lowering(fused_moe_p, _lower_cpu, platform="cpu")
 mlir.register_lowering(fused_moe_p, _lower_cuda, platform="cuda")
-batching.primitive_batchers[fused_moe_p] = _refuse_vmap
-ad.primitive_jvps[fused_moe_p] = _refuse_grad
+batching.primitive_batchers[fused_moe_p] = functools.partial(fold_into_tokens, fused_moe_p)
+ad.primitive_jvps[fused_moe_p] = _jvp

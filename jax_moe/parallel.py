@@ -9,7 +9,7 @@ import jax.core
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jax_moe import activations, arguments, check, moe, nvfp4, plan
+from jax_moe import activations, arguments, check, ffi, moe, nvfp4, plan
 from jax_moe.experts import CANONICAL, Experts, Projection
 from jax_moe.routing import Routing
 
@@ -114,7 +114,7 @@ def sharded_moe(
         x, experts, routing = jax.tree.map(lambda a, spec: jax.reshard(a, NamedSharding(mesh, spec)), *everything)
     if moe.debugging():  # a callback cannot run in a shard_map that runs eagerly
         run = jax.jit(run)
-    y = run(x, experts, routing)
+    y = ffi.as_one_op("sharded_moe", run, x, experts, routing)
     return y if y.shape == shape else y.reshape(shape)
 
 

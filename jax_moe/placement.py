@@ -74,7 +74,7 @@ class InPlace:
 
     def __call__(self, experts: Experts, *args: Any) -> Any:
         run, arguments = self._bind(experts, args)
-        return run(*arguments)
+        return ffi.as_one_op(self._verb, run, *arguments)
 
     def lower(self, experts: Experts, *args: Any) -> jax.stages.Lowered:
         """As the method of a jitted function: to see what the compiled program moves."""

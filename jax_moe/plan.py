@@ -45,6 +45,11 @@ class Problem:
         """(token, slot) pairs: T*K."""
         return self.num_tokens * self.top_k
 
+    @property
+    def num_operands(self) -> int:
+        """Those of the call that are given, of the 14 that ``ffi/decode.h`` lists."""
+        return 14 - len(self.absent)
+
     def attributes(self) -> dict[str, object]:
         """The custom call's attributes, as the handlers' ``ffi/decode.h`` decodes them."""
         alpha, beta, limit = activations.parameters(self.activation)

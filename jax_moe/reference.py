@@ -2,7 +2,8 @@
 
 It runs every token through every local expert and keeps what the routing asks for, so it is slow, needs no
 sorting and has no indices to get wrong. All arithmetic is float32 at the highest precision on dequantised
-weights; the rounding points are those of docs/numerics.md.
+weights; the rounding points are those of docs/numerics.md. Its derivative goes straight through the roundings, as the
+op's does: ``derivative.py`` is made of :func:`expert_mlp`.
 """
 
 import jax
@@ -37,7 +38,7 @@ def intermediate(
     input_scale: jax.Array | float = 1.0
     if precision == "w4a4":
         input_scale = _required(experts.gate_up.input_scale)
-        x = nvfp4.quantize_dequantize(x, input_scale)
+        x = _quantize_dequantize(x, input_scale)
     gate_up = _select(experts.gate_up, expert)
     num_parts = gate_up.global_scale.shape[0]
     return activation(*(project(x, _select(gate_up, part), input_scale) for part in range(num_parts)))
@@ -51,7 +52,7 @@ def expert_mlp(
     down = _select(experts.down, expert)
     if precision == "w4a4":
         scale = _required(down.input_scale)
-        return project(nvfp4.quantize_dequantize(h, scale), down, scale)
+        return project(_quantize_dequantize(h, scale), down, scale)
     return project(_round_to_bfloat16(h), down, 1.0)
 
 
@@ -107,8 +108,30 @@ def weighted_input(x: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def _round_to_bfloat16(values: jax.Array) -> jax.Array:
-    # Not by a cast alone: XLA's GPU backend drops a cast and the one back (xla_allow_excess_precision).
-    return jax.lax.reduce_precision(values, exponent_bits=8, mantissa_bits=7).astype(jnp.bfloat16)
+    """float32 that bfloat16 can hold."""
+    # Not by a cast: XLA's GPU backend drops a cast and the one back (xla_allow_excess_precision).
+    rounded = jax.lax.reduce_precision(jax.lax.stop_gradient(values), exponent_bits=8, mantissa_bits=7)
+    return _straight_through(values, rounded, jnp.float32(1))
+
+
+def _quantize_dequantize(values: jax.Array, scale: jax.Array) -> jax.Array:
+    """float32 values of what ``values`` become in NVFP4 under a global scale, without that scale."""
+    values = values.astype(jnp.float32)
+    rounded = nvfp4.quantize_dequantize(jax.lax.stop_gradient(values), scale)
+    return _straight_through(values, rounded.astype(jnp.float32), scale)
+
+
+@jax.custom_jvp
+def _straight_through(values: jax.Array, rounded: jax.Array, scale: jax.Array) -> jax.Array:
+    """``rounded``, with the derivative of ``values / scale``, which it is but for the rounding."""
+    del values, scale
+    return rounded
+
+
+@_straight_through.defjvp
+def _straight_through_jvp(primals, tangents):
+    _, rounded, scale = primals
+    return rounded, tangents[0] / scale
 
 
 def _select(tree, index):

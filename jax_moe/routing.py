@@ -22,6 +22,11 @@ class Routing:
     expert_ids: jax.Array
     weights: jax.Array
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``[..., K]``, of both."""
+        return self.expert_ids.shape
+
 
 @dataclasses.dataclass(frozen=True)
 class Softmax:

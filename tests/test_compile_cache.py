@@ -239,7 +239,8 @@ def test_processes_that_write_the_same_kernel_never_show_half_of_it(tmp_path):
     stop, file = tmp_path / "stop", tmp_path / "cache" / "shared.json"
     file.parent.mkdir()
     program = "import pathlib, sys, test_compile_cache as t; t.write_until(*map(pathlib.Path, sys.argv[1:3]), {})"
-    path = os.pathsep.join(map(str, [helpers.PACKAGE_FOLDER, pathlib.Path(__file__).parent]))
+    path = [helpers.PACKAGE_FOLDER, pathlib.Path(__file__).parent, os.environ.get("PYTHONPATH", "")]
+    path = os.pathsep.join(map(str, path))
     environment = os.environ | {"PYTHONPATH": path}
     writers = [
         subprocess.Popen([sys.executable, "-c", program.format(number), stop, file], env=environment)

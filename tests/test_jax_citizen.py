@@ -101,26 +101,6 @@ def test_donation(case, combine):
     assert x.is_deleted()
 
 
-def test_vmap_is_refused(case):
-    batch = jnp.stack([case.x, case.x])
-    with pytest.raises(NotImplementedError, match=r"fused_moe has no vmap rule.*reshape"):
-        jax.vmap(moe(case), (0, None, None))(batch, case.experts, case.routing)
-
-
-def test_grad_is_refused(case):
-    def loss(x):
-        return moe(case)(x, case.experts, case.routing).sum()
-
-    for differentiate in (
-        jax.grad(loss),
-        jax.jit(jax.grad(loss)),
-        lambda x: jax.jvp(loss, (x,), (x,)),
-        jax.hessian(loss),
-    ):
-        with pytest.raises(NotImplementedError, match="fused_moe has no derivative"):
-            differentiate(case.x)
-
-
 def test_grad_around_a_stopped_call(case):
     """What the error advises: gradients of everything else, with the call's inputs stopped."""
 
@@ -295,7 +275,7 @@ def test_logs_and_profiles_say_fused_moe():
         case.x, case.experts, case.routing, activation=jax_moe.SwiGLU(), precision="w4a16", combine="atomic",
         weight_on="output", expert_offset=0, num_experts=None, out_dtype=jnp.bfloat16, command_buffer=True,
     )  # fmt: skip
-    assert ffi._jitted(problem).__name__ == "fused_moe"
+    assert ffi._jitted(ffi.fused_moe_p, problem=problem).__name__ == "fused_moe"
 
 
 def test_two_threads_at_once():

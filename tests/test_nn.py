@@ -1,6 +1,5 @@
 """``jax_moe.nn.MoE``: the module is its parts, alone and over a mesh, and it comes from a checkpoint in one call."""
 
-import contextlib
 from pathlib import Path
 
 import helpers
@@ -341,20 +340,29 @@ def call(module, x):
     return module(x)
 
 
-@pytest.mark.parametrize("set_mesh", [False, True])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("axes", MESHES, ids=str)
-def test_placed_by_its_specs_it_runs_where_it_is(module, axes, kind, set_mesh):
-    """Without ``mesh=``; x whole or spread over batch or sequence; no tokens; eagerly and jitted."""
+def test_placed_by_its_specs_it_runs_where_it_is(module, axes, kind):
+    """Without ``mesh=``; x whole, or spread over batch or sequence; with and without ``jax.set_mesh``; no tokens."""
     mesh, x = a_mesh(axes, kind), exact(2, 4, 64)
-    there, spreads = placed(module, mesh), [()] + [("data",), (None, "data")] * ("data" in axes)
+    there, run = placed(module, mesh), jax.jit(call)
+    for spread in [()] + [("data",), (None, "data")] * ("data" in axes):
+        spread_x = jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spread)))
+        assert_is_the_layer(run(there, spread_x), module, x)
+    with jax.set_mesh(mesh):
+        assert_is_the_layer(run(there, spread_x), module, x)
+    no_tokens = jax.device_put(np.zeros((2, 0, 64), np.float32), spread_x.sharding)
+    assert run(there, no_tokens).shape == (2, 0, 64)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_placed_it_runs_eagerly_and_stays(module, kind):
+    mesh, x = a_mesh({"expert": 2, "tensor": 2}, kind), exact(2, 4, 64)
+    there = placed(module, mesh)
     payload = there.experts.down.payload[...].sharding
-    with jax.set_mesh(mesh) if set_mesh else contextlib.nullcontext():
-        for spread in spreads:
-            spread_x = jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spread)))
-            assert_is_the_layer(nnx.jit(call)(there, spread_x), module, x)
-        assert_is_the_layer(there(spread_x), module, x)
-        assert nnx.jit(call)(there, spread_x[:, :0]).shape == (2, 0, 64)
+    with jax.set_mesh(mesh):
+        assert_is_the_layer(there(x), module, x)
+        assert_is_the_layer(nnx.jit(call)(there, x), module, x)  # which writes the module's state back
     assert there.experts.down.payload[...].sharding.is_equivalent_to(payload, 3)
 
 
@@ -376,14 +384,13 @@ def test_a_module_that_is_nowhere_runs_over_the_mesh_that_is_set(module, axes):
 
 
 def test_a_mesh_of_other_axes(module):
-    """One device needs none of ours; of several an error tells which they could be. Eagerly it stays where it is."""
+    """One device needs none of ours; of several an error tells which they could be."""
     x = exact(5, 64)
     with jax.set_mesh(a_mesh({"batch": 1})):
         assert_is_the_layer(jax.jit(call)(module, x), module, x)
-    with jax.set_mesh(a_mesh({"batch": 2})):
-        assert_is_the_layer(module(x), module, x)
-        with pytest.raises(ValueError, match=r"^mesh: got axes \('batch',\), none of which is the expert_axis"):
-            jax.jit(call)(module, x)
+    error = pytest.raises(ValueError, match=r"^mesh: got axes \('batch',\), none of which is the expert_axis")
+    with jax.set_mesh(a_mesh({"batch": 2})), error:
+        jax.jit(call)(module, x)
 
 
 def test_inside_a_shard_map_it_is_a_part(module):
@@ -398,3 +405,33 @@ def test_the_mesh_it_was_made_with_stays_its_own(experts):
     module = a_module(jax.device_put(experts, jax_moe.expert_shardings(experts, mesh)), mesh=mesh)
     assert_is_the_layer(nnx.jit(call)(module, x), module, x)
     assert module.mesh is mesh
+
+
+BLOCK = Path(__file__).parent / "checkpoints" / "blocks" / "deepseek_v4-hash"
+
+
+@pytest.mark.parametrize("axes", [None, {"data": 2, "expert": 2}], ids=str)
+def test_a_layer_that_routes_by_token_ids(axes):
+    """What transformers computes, its tokens as a batch and spread over a mesh too."""
+    (layer,), expected = checkpoints.list_layers(BLOCK), np.load(BLOCK / "expected.npz")
+    mesh = axes and a_mesh(axes, AxisType.Explicit)
+    module = MoE.from_checkpoint(BLOCK, layer, mesh=mesh)
+    x, ids = (jnp.asarray(expected[name]) for name in ("x", "token_ids"))
+    x, ids = x.astype(jnp.bfloat16).astype(jnp.float32).reshape(2, -1, x.shape[-1]), ids.reshape(2, -1)
+    if mesh:
+        x, ids = jax.device_put((x, ids), NamedSharding(mesh, PartitionSpec("data")))
+    y = nnx.jit(lambda module, x, ids: module(x, ids))(module, x, ids)
+    want = expected["y"].reshape(x.shape)
+    assert np.linalg.norm(np.asarray(y) - want) < 2**-8 * np.linalg.norm(want)
+    table = module.router.token_table
+    assert not isinstance(table, nnx.Param)
+    assert hash(nnx.split(module)[0]) == hash(nnx.split(MoE.from_checkpoint(BLOCK, layer, mesh=mesh))[0])
+    with pytest.raises(TypeError, match=r"^token_ids: got NoneType, needs an array"):
+        module(x)
+    with pytest.raises(ValueError, match=r"^token_ids: got shape"):
+        module(x, ids[:, :1])
+
+
+def test_other_routers_do_not_look_at_token_ids(module):
+    x = exact(5, 64)
+    np.testing.assert_array_equal(module(x, jnp.arange(5)), module(x))

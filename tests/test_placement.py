@@ -17,12 +17,11 @@ from jax_moe import quantize
 from jax_moe.kernels.sm90 import layout
 
 prepare_module = importlib.import_module("jax_moe.prepare")  # jax_moe.prepare is the function
-AXIS_TYPES = [AxisType.Auto, AxisType.Explicit]
-MESHES = [(8, 1), (1, 2), (2, 2), (2, 4)]
-RELU2 = jax_moe.ReLU2()
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+SWIGLU, RELU2 = jax_moe.SwiGLU(), jax_moe.ReLU2()
 
 
-def place(experts, expert, tensor, axis_type=AxisType.Auto):
+def place(experts, expert, tensor, axis_type=AUTO):
     mesh = jax.make_mesh((expert, tensor), ("expert", "tensor"), axis_types=(axis_type,) * 2)
     return mesh, jax.device_put(experts, jax_moe.expert_shardings(experts, mesh))
 
@@ -43,9 +42,10 @@ def assert_placed_like(got, expected, mesh):
         assert a.sharding.is_equivalent_to(sharding, a.ndim), (a.sharding, sharding)
 
 
-@pytest.mark.parametrize("axis_type", AXIS_TYPES)
-@pytest.mark.parametrize(("expert", "tensor"), MESHES)
-@pytest.mark.parametrize("weight_on", ["output", "input"])
+@pytest.mark.parametrize(
+    ("expert", "tensor", "weight_on", "axis_type"),
+    [(8, 1, "output", AUTO), (1, 2, "output", EXPLICIT), (2, 2, "input", AUTO), (2, 4, "input", EXPLICIT)],
+)
 def test_calibrate(expert, tensor, weight_on, axis_type):
     """Every device's experts and slices of I count, and those of no token take the largest scale of all devices."""
     case = make_case(1, tokens=6, hidden=48, intermediate=128, num_experts=8, top_k=2, bias=True)
@@ -63,7 +63,7 @@ def test_calibrate(expert, tensor, weight_on, axis_type):
 def test_calibrate_on_tokens_that_are_spread_too():
     case = make_case(2, tokens=8, hidden=48, intermediate=64, num_experts=4)
     expected = jax_moe.calibrate(case.experts, case.x, case.routing)
-    for axis_type in AXIS_TYPES:
+    for axis_type in (AUTO, EXPLICIT):
         mesh, placed = place(case.experts, 4, 2, axis_type)
         x, routing = jax.device_put((case.x, case.routing), NamedSharding(mesh, P("expert", None)))
         got = jax_moe.calibrate(placed, x, routing)
@@ -71,9 +71,16 @@ def test_calibrate_on_tokens_that_are_spread_too():
         helpers.assert_bit_equal(got.gate_up.input_scale, expected.gate_up.input_scale)
 
 
-@pytest.mark.parametrize("axis_type", AXIS_TYPES)
-@pytest.mark.parametrize(("expert", "tensor"), MESHES)
-@pytest.mark.parametrize("activation", [jax_moe.SwiGLU(), RELU2], ids=str)
+@pytest.mark.parametrize(
+    ("expert", "tensor", "activation", "axis_type"),
+    [
+        (8, 1, SWIGLU, AUTO),
+        (1, 2, RELU2, EXPLICIT),
+        (2, 2, SWIGLU, EXPLICIT),
+        (2, 4, RELU2, AUTO),
+        (2, 4, SWIGLU, AUTO),
+    ],
+)
 def test_prepare_and_unprepare(expert, tensor, activation, axis_type):
     """I = 320 in 2 or 4 slices: 160 and 80 are no whole tiles of 64 or 128, so every slice is padded by itself."""
     hidden, intermediate = 80, 320
@@ -87,8 +94,11 @@ def test_prepare_and_unprepare(expert, tensor, activation, axis_type):
     assert moved(lowered) == []
 
 
-@pytest.mark.parametrize("activation", [jax_moe.SwiGLU(), RELU2], ids=str)
-@pytest.mark.parametrize(("intermediate", "slices"), [(160, 2), (192, 4), (704, 2), (1856, 2), (1856, 4)])
+@pytest.mark.parametrize(
+    ("intermediate", "slices", "activation"),
+    [(160, 2, SWIGLU), (192, 4, RELU2), (704, 2, SWIGLU), (704, 2, RELU2), (1856, 2, SWIGLU), (1856, 4, RELU2)],
+    ids=str,
+)
 def test_each_slice_is_prepared_as_if_it_were_the_whole(intermediate, slices, activation):
     """What a device holds is what it would hold of experts of its slice only, padded with zeros to whole tiles."""
     case = make_case(4, hidden=32, intermediate=intermediate, num_experts=2, activation=activation, bias=True)
@@ -141,7 +151,7 @@ def test_unprepare_refuses_another_size():
 
 def test_prepared_tiles_that_the_mesh_does_not_divide_say_what_to_do():
     experts = jax_moe.prepare(make_case(6, hidden=48, intermediate=704).experts, "sm_90a", progress=False)
-    mesh = jax.make_mesh((2,), ("tensor",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((2,), ("tensor",), axis_types=(AUTO,))
     with pytest.raises(ValueError, match=r"tensor_axis.*11 prepared tiles; place canonical experts, then prepare them"):
         jax_moe.expert_shardings(experts, mesh)
     canonical = jax_moe.unprepare(experts, 48, 704)  # the advice works
@@ -169,12 +179,12 @@ def test_under_jit_automatic_placements_are_not_seen_and_nothing_is_gathered(ver
 
 
 def test_under_jit_quantize_experts_gathers_nothing_either():
-    mesh = jax.make_mesh((4,), ("expert",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((4,), ("expert",), axis_types=(AUTO,))
     dense = [np.ones(shape, np.float32) for shape in ((4, 32, 48), (4, 32, 48), (4, 48, 32))]
     placed = jax.device_put(dense, NamedSharding(mesh, P("expert")))
     with pytest.raises(ValueError, match="quantize_experts: the program is spread over 4 devices"):
         jax.jit(jax_moe.quantize_experts)(*placed)
-    explicit = jax.make_mesh((4,), ("expert",), axis_types=(AxisType.Explicit,))
+    explicit = jax.make_mesh((4,), ("expert",), axis_types=(EXPLICIT,))
     with jax.set_mesh(explicit), pytest.raises(ValueError, match="gate: got an array spread over 4 devices"):
         jax.jit(jax_moe.quantize_experts)(*jax.device_put(dense, NamedSharding(explicit, P("expert"))))
 
@@ -184,7 +194,7 @@ def test_under_jit_explicit_placements_are_seen(verb):
     case = make_case(8, hidden=48, intermediate=32)
     function, experts = VERBS[verb](case, jax_moe.prepare(case.experts, "sm_90a", progress=False))
     expected = function(experts)
-    mesh, placed = place(experts, 4, 1, AxisType.Explicit)
+    mesh, placed = place(experts, 4, 1, EXPLICIT)
     with jax.set_mesh(mesh):
         run = jax.jit(function)
         got = run(placed)

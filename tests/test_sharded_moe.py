@@ -405,8 +405,11 @@ LEADING = [
 ]
 
 
-@pytest.mark.parametrize("axis_type", [AUTO, EXPLICIT], ids=["auto", "explicit"])
-@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    ("wrap", "axis_type"),
+    [(jax.jit, AUTO), (jax.jit, EXPLICIT), (lambda f: f, EXPLICIT)],
+    ids=["jit", "jit, explicit", "eager, explicit"],
+)
 @pytest.mark.parametrize(("leading", "spec", "axes", "names"), LEADING, ids=str)
 def test_tokens_of_any_leading_axes(leading, spec, axes, names, wrap, axis_type):
     """The same bits, wherever a batch or a sequence is sharded."""

@@ -172,8 +172,7 @@ def _path(target: Path, number: int) -> Path:
 def _digest(model: published.Model, number: int) -> str:
     """Of all that a layer's file is made of, down to the last byte: another training run has the same headers."""
     digest = hashlib.sha256()
-    experts = f"{model.block(number)}.experts."
-    for name in sorted({*model.beside(number), *(n for n in model.files.names() if n.startswith(experts))}):
+    for name in sorted({*model.beside(number), *model.files.under(f"{model.block(number)}.experts.")}):
         info = model.files.info(name)
         digest.update(repr((name, info.dtype, info.shape)).encode())
         for piece in read_bytes(info):
@@ -294,7 +293,7 @@ def open_experts(
             f"{metadata.get('layout')!r}, expected version {_VERSION} and a known layout"
         )
     expected = _expected(model, number, metadata["layout"])
-    unexplained = {name for name in model.files.names() if name.startswith(prefix)}
+    unexplained = model.files.under(prefix)
     for name, leaf in _named(expected):
         unexplained.discard(prefix + name)
         info = model.files.info(prefix + name)

@@ -8,7 +8,7 @@ import numpy as np
 
 from jax_moe.checkpoints.families import Family
 from jax_moe.checkpoints.files import CheckpointError, Files
-from jax_moe.checkpoints.linear import Linear, read_linear
+from jax_moe.checkpoints.linear import Linear, read_plain
 from jax_moe.quantize import quantize_matrix
 
 
@@ -72,7 +72,7 @@ class Dense:
         return f"{self.prefix}{expert}.{self.projections[part]}"
 
     def _read(self, expert: int, part: int) -> Linear:
-        linear = read_linear(self.files, self._module(expert, part))
+        linear = read_plain(self.files, self._module(expert, part))
         if linear.weight.shape != (self.num_rows, self.contraction):
             raise CheckpointError(
                 f"{self.files.directory}: {self._module(expert, part)}.weight: found {list(linear.weight.shape)}, "
@@ -99,7 +99,7 @@ def find(
       CheckpointError: there is no such layer, or one tensor too many.
     """
     prefix = f"{block}.experts."
-    present = {name for name in files.names() if name.startswith(prefix)}
+    present = files.under(prefix)
     for projections in family.projections:
         if f"{prefix}0.{projections[0]}.weight" in present:
             modules = {f"{prefix}{expert}.{name}" for expert in range(num_experts) for name in projections}

@@ -88,6 +88,13 @@ def _deepseek_v2(settings: Settings) -> routing.Method:
     return _grouped(**defaults, scores="softmax")(settings)
 
 
+def _dots1(settings: Settings) -> routing.Method:
+    # The published configuration has the name of the selection's method here; llama.cpp's converter knows no other.
+    if settings.config.get("scoring_func") == "noaux_tc":
+        settings = dataclasses.replace(settings, config=settings.config | {"scoring_func": "sigmoid"})
+    return _grouped(renormalize=False)(settings)
+
+
 def _biased(*, scaling_factor: float | str = 1.0, default: float = 1.0, scores: routing.Scores = "sigmoid") -> _Method:
     """The k largest biased scores, always renormalised, times a factor or the setting that has it."""
 
@@ -277,9 +284,7 @@ FAMILIES = (
     dataclasses.replace(
         _DEEPSEEK_V3, name="glm-moe-dsa", model_types=("glm_moe_dsa",), method=_grouped(scaling_factor=2.5)
     ),
-    dataclasses.replace(
-        _DEEPSEEK_V3, name="dots1", model_types=("dots1",), top_k=None, method=_grouped(renormalize=False)
-    ),
+    dataclasses.replace(_DEEPSEEK_V3, name="dots1", model_types=("dots1",), top_k=None, method=_dots1),
     dataclasses.replace(
         _DEEPSEEK_V3,
         name="exaone-moe",
@@ -433,14 +438,15 @@ def family_of(config: Config, where: str) -> tuple[Family, Config]:
         if not isinstance(config[part], dict):
             raise CheckpointError(f"{where}: {part}: found {type(config[part]).__name__}, expected an object")
         config = config[part]
-        types.insert(0, config.get("model_type"))
+        types.append(config.get("model_type"))
     families = (*_registered, *FAMILIES)
+    # The whole model's type first: it says how to read the text part, whatever type that part names.
     for model_type in types:
         for family in families:
             if model_type in family.model_types:
                 return family, config
     known = ", ".join(dict.fromkeys(model_type for family in families for model_type in family.model_types))
-    found = next((model_type for model_type in types if model_type is not None), None)
+    found = next((model_type for model_type in reversed(types) if model_type is not None), None)
     raise CheckpointError(
         f"{where}: model_type: found {brief(found)}, expected one of {known}, or one that register_family adds"
     )

@@ -6,6 +6,7 @@ order, without holes. The library's own numpy and flax readers refuse ``F8_E4M3`
 a header is checked against the file's size before anything is mapped.
 """
 
+import bisect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 import dataclasses
 import json
@@ -210,12 +211,20 @@ class Files:
             raise CheckpointError(f"{self.directory}: found no directory, expected one with a checkpoint")
         self._headers: dict[Path, tuple[dict[str, TensorInfo], dict[str, str]]] = {}
         self._json: dict[str, dict[str, Any] | None] = {}
+        self._sorted: list[str] | None = None
         index = self.directory / "model.safetensors.index.json"
         self._shard_of = self._read_index(index) if index.exists() else self._read_all_headers()
 
     def names(self) -> Mapping[str, Path]:
         """Every tensor's name, and the shard that should hold it."""
         return self._shard_of
+
+    def under(self, prefix: str) -> set[str]:
+        """The names that start with ``prefix``; found fast, for it is asked for each module of thousands."""
+        if self._sorted is None:
+            self._sorted = sorted(self._shard_of)
+        start, end = (bisect.bisect_left(self._sorted, bound) for bound in (prefix, prefix + chr(0x10FFFF)))
+        return set(self._sorted[start:end])
 
     def info(self, name: str) -> TensorInfo:
         """Looks a tensor up in its shard's header.

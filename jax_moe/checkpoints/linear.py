@@ -18,11 +18,11 @@ from jax_moe.checkpoints.files import CheckpointError, Files, FLOATS, read_float
 _FP8_SCALES = ("weight_scale", "weight_scale_inv", "scale")
 _FP8_SCALE_DTYPES = (*FLOATS, "F8_E8M0", "U8")
 
-# Scales of activations and of the key-value cache, by several tools: a product with bfloat16 activations has no use
-# for them. Anything else beside a weight is an error.
-_ACTIVATION_SCALES = {
+# What activations and the key-value cache are quantised with, by several tools: a product with bfloat16 activations has
+# no use for it. Anything else beside a weight is an error.
+_ACTIVATIONS = {
     "input_scale", "input_scale_2", "input_global_scale", "input_scale_ub", "output_scale", "q_scale", "k_scale",
-    "v_scale",
+    "v_scale", "k_bias", "v_bias",
 }  # fmt: skip
 
 _ROWS_AT_ONCE = 1024  # dequantised in float32; beside the result, memory holds that many rows
@@ -49,7 +49,12 @@ def read_linear(files: Files, module: str) -> Linear:
         or a weight, scale or bias that is not finite; or its activations would have to be transformed.
     """
     quantization.refuse_online_transforms(files, [module])
-    present = {name for name in files.names() if name.startswith(f"{module}.")}
+    return read_plain(files, module)
+
+
+def read_plain(files: Files, module: str) -> Linear:
+    """As :func:`read_linear`, where the configuration has been asked for transforms already."""
+    present = files.under(f"{module}.")
     weight = files.info(f"{module}.weight") if f"{module}.weight" in present else None
     if weight is None or weight.dtype in ("U8", "I8"):
         matrix, used = _four_bits(files, module)
@@ -58,7 +63,7 @@ def read_linear(files: Files, module: str) -> Linear:
     else:
         matrix, used = _floats(weight), {weight.name}
     bias = _bias(files, f"{module}.bias", matrix.shape[0])
-    unexplained = present - used - {f"{module}.{name}" for name in ("bias", *_ACTIVATION_SCALES)}
+    unexplained = present - used - {f"{module}.{name}" for name in ("bias", *_ACTIVATIONS)}
     if unexplained:
         raise CheckpointError(
             f"{files.info(min(unexplained))}: found a tensor that a linear layer in this format does not have; leaving "

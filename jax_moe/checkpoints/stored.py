@@ -320,7 +320,7 @@ def find(
         shape, or has a name that the format does not explain.
     """
     prefix = f"{block}.experts."
-    present = {name for name in files.names() if name.startswith(prefix)}
+    present = files.under(prefix)
     _check_four_bits(files, block, present)
 
     def stored(format: Format, projections: tuple[str, ...], num_rows: int, contraction: int) -> Stored:
@@ -375,7 +375,7 @@ def find_linear(files: Files, name: str) -> Stored:
     Raises:
       CheckpointError: it is not in a known 4-bit format, or its tensors do not have the format's dtypes and shapes.
     """
-    present = {tensor for tensor in files.names() if tensor.startswith(f"{name}.")}
+    present = files.under(f"{name}.")
     parent, _, projection = name.rpartition(".")
     module = f"{parent}." if parent else ""
     for format in _PER_EXPERT:

@@ -5,6 +5,7 @@ import math
 import os
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from jax_moe.checkpoints import conversion
@@ -81,8 +82,8 @@ def _summarize_layer(number: int, format: str, leaves: Experts, sizes) -> LayerS
     gate_up, down = leaves.gate_up.global_scale.read(), leaves.down.global_scale.read()
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = gate_up.max(1) / gate_up.min(1)
-    for leaf in (leaves.gate_up.block_scale, leaves.down.block_scale, leaves.gate_up.bias, leaves.down.bias):
-        for expert in range(0 if leaf is None else leaf.shape[0]):
+    for leaf in jax.tree.leaves([(p.block_scale, p.bias) for p in (leaves.gate_up, leaves.down)]):
+        for expert in range(leaf.shape[0]):
             leaf.row(expert, (slice(None),) * (len(leaf.shape) - 1))  # which checks what it reads
     nbytes = 0
     for projection in (leaves.gate_up, leaves.down):

@@ -1,5 +1,6 @@
 """``MoE``: router, NVFP4 experts and an optional shared expert as one flax.nnx module."""
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import os
@@ -7,12 +8,11 @@ from typing import Any
 
 from flax import nnx
 import jax
-import jax.core
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_moe import activations, arguments, checkpoints, moe, parallel, plan
-from jax_moe.checkpoints import CheckpointError, load, Router, SharedExpert
+from jax_moe.checkpoints import HashRouter, load, Router, SharedExpert
 from jax_moe.experts import CANONICAL, Experts
 from jax_moe.prepare import prepare
 
@@ -58,7 +58,8 @@ class MoE(nnx.Module):
 
     Attributes:
       experts: the :class:`jax_moe.Experts`, each leaf in a :class:`Quantized` variable.
-      router: the :class:`jax_moe.checkpoints.Router`, each leaf in an ``nnx.Param``.
+      router: the :class:`jax_moe.checkpoints.Router`, each leaf in an ``nnx.Param``; or a ``HashRouter``, likewise,
+        but for its table of integers, in an ``nnx.Variable``.
       shared_expert: the :class:`jax_moe.checkpoints.SharedExpert`, likewise, or None.
       options: the :class:`Options`.
       mesh: the mesh that it was made with, or None.
@@ -68,7 +69,7 @@ class MoE(nnx.Module):
     def __init__(
         self,
         experts: Experts,
-        router: Router,
+        router: Router | HashRouter,
         shared_expert: SharedExpert | None = None,
         *,
         activation: activations.Activation = activations.SwiGLU(),
@@ -86,12 +87,13 @@ class MoE(nnx.Module):
         Args:
           experts: all E experts of the layer, ``[E, P, I, H]`` and ``[E, H, I]``; on a GPU they must have gone through
             :func:`jax_moe.prepare`.
-          router: a :class:`jax_moe.checkpoints.Router` with float32 weights ``[E, H]``.
+          router: a :class:`jax_moe.checkpoints.Router`, or a :class:`jax_moe.checkpoints.HashRouter`, with float32
+            weights ``[E, H]``.
           shared_expert: a :class:`jax_moe.checkpoints.SharedExpert` with weights ``[P, I', H]`` and ``[H, I']``, I' its
             own; or None.
           activation, precision, combine, weight_on, command_buffer: as for :func:`jax_moe.fused_moe`.
           mesh: run over this mesh. None is the mesh that the experts, or else ``x``, are placed on when the module is
-            called, or in ``jax.jit`` the one that ``jax.set_mesh`` has set; without any, one device.
+            called, or else the one that ``jax.set_mesh`` has set; without any, one device.
           expert_axis, tensor_axis, data_axis: as for :func:`jax_moe.sharded_moe`.
 
         Raises:
@@ -99,7 +101,7 @@ class MoE(nnx.Module):
             the mesh does not divide the experts.
         """
         arguments.instance("experts", experts, Experts)
-        arguments.instance("router", router, Router)
+        arguments.instance("router", router, Router | HashRouter)
         arguments.instance("shared_expert", shared_expert, SharedExpert | None)
         self.options = Options(activation, precision, combine, weight_on, command_buffer)
         self.mesh = mesh
@@ -107,7 +109,7 @@ class MoE(nnx.Module):
         specs = _expert_specs(experts, mesh, expert_axis, tensor_axis)
         _check(experts, router, shared_expert, self.options)
         self.experts = nnx.data(_variables(Quantized, experts, specs))
-        self.router = nnx.data(_variables(nnx.Param, router, jax.tree.map(lambda _: PartitionSpec(), router)))
+        self.router = nnx.data(_variables(_parameter, router, jax.tree.map(lambda _: PartitionSpec(), router)))
         shared_specs = None if shared_expert is None else _shared_specs(shared_expert, mesh, tensor_axis)
         self.shared_expert = nnx.data(_variables(nnx.Param, shared_expert, shared_specs))
 
@@ -142,11 +144,6 @@ class MoE(nnx.Module):
         axes: dict[str, Any] = {"expert_axis": expert_axis, "tensor_axis": tensor_axis}
         load.check_whole_block(directory, layer)
         router = checkpoints.load_router(directory, layer)
-        if not isinstance(router, Router):
-            raise CheckpointError(
-                f"{directory}: layer {layer}: found a router by token ids, expected one by x; load_experts, "
-                "load_router and load_shared_expert load the parts of the layer one by one"
-            )
         experts = checkpoints.load_experts(directory, layer, mesh=mesh, progress=progress, **axes)
         shared_expert = checkpoints.load_shared_expert(directory, layer)
         if experts.layout == CANONICAL or target is not None:
@@ -161,12 +158,17 @@ class MoE(nnx.Module):
         options = checkpoints.moe_options(directory, layer) | options
         return cls(experts, router, shared_expert, mesh=mesh, **axes, **options)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, token_ids: jax.Array | None = None) -> jax.Array:
         """``x`` ``[..., H]`` of any float dtype to the same shape and dtype; the experts see it in bfloat16.
 
+        Args:
+          x: the tokens.
+          token_ids: their ids, integers ``[...]``. A ``HashRouter`` needs them, a ``Router`` does not look at them.
+
         Raises:
-          TypeError: ``x`` is not an array of floats.
-          ValueError: its last axis is not H, or the mesh's data axis does not divide its tokens.
+          TypeError: ``x`` is not an array of floats, or ``token_ids`` not one of integers where they are needed.
+          ValueError: the last axis of ``x`` is not H, the ids have not its leading axes, or the mesh's data axis does
+            not divide its tokens.
         """
         experts, router, shared_expert = map(_arrays, (self.experts, self.router, self.shared_expert))
         hidden = router.weight.shape[1]
@@ -176,15 +178,13 @@ class MoE(nnx.Module):
             run = functools.partial(moe.fused_moe, **options)
         else:
             run = functools.partial(parallel.sharded_moe, mesh=mesh, **vars(self.axes), **options)
-        return _layer(run, x, experts, router, shared_expert)
+        return _layer(run, x, token_ids, experts, router, shared_expert)
 
 
 def _mesh_of(experts: Experts, x: jax.Array, axes: Axes) -> Mesh | AbstractMesh | None:
     """The mesh that a call must be split over; None on one device, and inside a ``shard_map``."""
-    arrays = experts.down.payload, x
-    seen = [jax.typeof(a).sharding.mesh for a in arrays]  # jax.jit tells it of what it traces too
-    if any(isinstance(a, jax.core.Tracer) for a in arrays):  # jax.jit spreads what is nowhere yet over the mesh set
-        seen.append(jax.sharding.get_abstract_mesh())
+    seen = [jax.typeof(a).sharding.mesh for a in (experts.down.payload, x)]  # jax.jit tells it of what it traces too
+    seen.append(jax.sharding.get_abstract_mesh())  # over which JAX spreads what is nowhere in particular
     mesh = next((mesh for mesh in seen if not mesh.empty), None)
     if mesh is None or AxisType.Manual in mesh.axis_types:
         return None
@@ -194,16 +194,22 @@ def _mesh_of(experts: Experts, x: jax.Array, axes: Axes) -> Mesh | AbstractMesh 
 
 
 def _layer(
-    run: functools.partial, x: jax.Array, experts: Experts, router: Router, shared_expert: SharedExpert | None
+    run: functools.partial,
+    x: jax.Array,
+    token_ids: jax.Array | None,
+    experts: Experts,
+    router: Router | HashRouter,
+    shared_expert: SharedExpert | None,
 ) -> jax.Array:
     """``x`` ``[..., H]`` to the same shape and dtype; ``run`` is ``fused_moe`` or ``sharded_moe`` with its options."""
-    y = run(x.astype(jnp.bfloat16), experts, router(x), out_dtype=jnp.float32)
+    routing = router(x, token_ids) if isinstance(router, HashRouter) else router(x)
+    y = run(x.astype(jnp.bfloat16), experts, routing, out_dtype=jnp.float32)
     if shared_expert is not None:
         y = y + shared_expert(x, run.keywords["activation"])
     return y.astype(x.dtype)
 
 
-def _check(experts: Experts, router: Router, shared_expert: SharedExpert | None, options: Options) -> None:
+def _check(experts: Experts, router: Router | HashRouter, shared_expert: SharedExpert | None, options: Options) -> None:
     """Raises what a call would raise about anything but its ``x``."""
     num_experts, hidden = experts.down.payload.shape[:2]
     if experts.layout != CANONICAL:
@@ -212,12 +218,18 @@ def _check(experts: Experts, router: Router, shared_expert: SharedExpert | None,
     if shared_expert is not None:
         arguments.floats("shared_expert.gate_up", shared_expert.gate_up, ("P", "I", hidden))
     # Without shardings: the placement of weights is for the mesh to judge, and that of x is not known yet.
-    x = jax.ShapeDtypeStruct((0, hidden), jnp.bfloat16)
+    x, token_ids = jax.ShapeDtypeStruct((0, hidden), jnp.bfloat16), jax.ShapeDtypeStruct((0,), jnp.int32)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (experts, router, shared_expert))
-    jax.eval_shape(functools.partial(_layer, functools.partial(moe.fused_moe, **vars(options))), x, *shapes)
+    jax.eval_shape(functools.partial(_layer, functools.partial(moe.fused_moe, **vars(options))), x, token_ids, *shapes)
 
 
-def _variables(kind: type[nnx.Variable], tree: Any, specs: Any) -> Any:
+def _parameter(leaf: jax.Array, **metadata: Any) -> nnx.Variable:
+    """What ``jax.grad`` may ask a derivative for is an ``nnx.Param``; a table of integers is not."""
+    kind = nnx.Param if jnp.issubdtype(leaf.dtype, jnp.floating) else nnx.Variable
+    return kind(leaf, **metadata)
+
+
+def _variables(kind: Callable[..., nnx.Variable], tree: Any, specs: Any) -> Any:
     # The arrays are in place already: flax would otherwise want to move them, and need the mesh for it.
     return jax.tree.map(lambda leaf, spec: kind(leaf, out_sharding=spec, eager_sharding=False), tree, specs)
 

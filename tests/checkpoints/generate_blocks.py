@@ -9,7 +9,9 @@ Each case is a directory with
   and of the activation is the default of the family's configuration class;
 * ``model.safetensors``: the layer under the names that transformers saves, its experts in NVFP4 under ModelOpt's names;
 * ``expected.npz``: tokens ``x`` (and ``token_ids``), the router's ``ids`` (ascending) and ``weights``, the block's
-  output ``y``; where the experts read something else than the router does, that is ``x_experts``, and ``y`` is theirs.
+  output ``y``; where the experts read something else than the router does, that is ``x_experts``, and ``y`` is theirs;
+* ``variants.npz``: the same for some ``tokens`` where the config says something else, ``config_variants.VARIANTS``
+  in order, ``y`` where the activation is concerned; nothing for those that transformers refuses.
 
 The block's weights are the dequantised ones exactly and it runs in float64. x and the router's weights are small
 multiples of powers of two, so that logits have no rounding error in any order of summation, and no token stands where
@@ -18,12 +20,14 @@ a small change of x would change its experts. Needs torch and transformers; no G
 
 import dataclasses
 import importlib.metadata
+import inspect
 import json
 from pathlib import Path
 import re
 import sys
 
 import checkpoint_writer
+import config_variants
 import ml_dtypes
 import numpy as np
 
@@ -156,6 +160,7 @@ CASES = {
     "llama4": Case("llama4_text", _LOCAL | HEADS | dict(intermediate_size_mlp=96), block="feed_forward"),
     "gpt_oss": Case("gpt_oss", _LOCAL | HEADS),
 }
+K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "top_k_experts")
 ROLES = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1, "down_proj": 2, "w2": 2}
 
 
@@ -178,6 +183,45 @@ def make_model(case: Case):
             whole = CONFIG_MAPPING[case.wrap](text_config=config.to_dict())
             model = AutoModelForImageTextToText.from_config(whole, experts_implementation="eager")
     return model, model.config
+
+
+def variant(rng: np.random.Generator, case: Case, change: dict, block, arrays: dict) -> dict[str, np.ndarray]:
+    """What the layer computes for a few tokens under another config; nothing if transformers refuses it."""
+    from huggingface_hub.errors import StrictDataclassError
+    import torch
+    from transformers import CONFIG_MAPPING
+
+    try:
+        whole = minimal(case, change)
+        config = CONFIG_MAPPING[whole["model_type"]].from_dict(whole).get_text_config()
+        config._experts_implementation = "eager"
+        if case.block == "":
+            other, router = None, type(block.router)(config)
+        else:
+            layer = {"layer_idx": case.layer} if "layer_idx" in inspect.signature(type(block)).parameters else {}
+            other = type(block)(config, **layer).double().eval()
+            other.load_state_dict(block.state_dict())
+            router = router_of(other)
+        router = router.double()
+        router.load_state_dict(router_of(block).state_dict())
+        mask = steady(rng, router, other or block, arrays["x"].astype(np.float64))
+        tokens = np.arange(TOKENS)[mask][:4]
+        inputs = [torch.from_numpy(arrays[key][tokens]) for key in ("x", "token_ids") if key in arrays]
+        inputs[0] = inputs[0].double()
+        ids, weights = routing_of(router, other or block, *inputs)
+        found = {"tokens": tokens, "ids": ids.numpy().astype(np.int32), "weights": weights.double().numpy()}
+        if "x_experts" not in arrays and any("act" in key or "swiglu" in key for key in change):
+            y = other(*(value[None] for value in inputs))
+            y = y[0] if isinstance(y, tuple) else y
+            found["y"] = y.reshape(len(tokens), -1).numpy().astype(np.float32)
+    except (StrictDataclassError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as refusal:
+        print("  ", change, type(refusal).__name__, str(refusal).splitlines()[0][:90])
+        return {}
+    return found
+
+
+def router_of(block):
+    return block.gate if hasattr(block, "gate") else block.router
 
 
 def grid(rng: np.random.Generator, shape, step: float) -> np.ndarray:
@@ -268,22 +312,20 @@ def routing_of(router, block, *inputs):
     return ids, weights * block.routed_scaling_factor if outside else weights
 
 
-def steady_tokens(rng: np.random.Generator, router, block) -> np.ndarray:
-    """x [T, H] whose routing does not depend on the last bits of x."""
+def steady(rng: np.random.Generator, router, block, x: np.ndarray) -> np.ndarray:
+    """Which tokens keep their experts, and nearly their weights, where x [T, H] changes by about 1e-4 of itself."""
     import torch
 
-    x = grid(rng, (16 * TOKENS, HIDDEN), 1 / 4)
     if hasattr(router, "tid2eid"):
-        return x[:TOKENS]
+        return np.ones(len(x), bool)
     ids, weights = routing_of(router, block, torch.from_numpy(x))
-    steady = np.ones(len(x), bool)
+    mask = np.ones(len(x), bool)
     for _ in range(8):
         nudged = torch.from_numpy(x * (1 + 1e-4 * rng.normal(size=x.shape)))
         other_ids, other_weights = routing_of(router, block, nudged)
-        steady &= (other_ids == ids).all(1).numpy()
-        steady &= torch.isclose(weights, other_weights, rtol=0.05, atol=1e-3).all(1).numpy()
-    assert steady.sum() >= TOKENS, f"{steady.sum()} tokens are left"
-    return x[steady][:TOKENS]
+        mask &= (other_ids == ids).all(1).numpy()
+        mask &= torch.isclose(weights, other_weights, rtol=0.05, atol=1e-3).all(1).numpy()
+    return mask
 
 
 def stored_tensors(case: Case, model, name: str, block, layer: checkpoint_writer.Layer) -> dict[str, np.ndarray]:
@@ -351,9 +393,14 @@ def _as_saved(model, key: str, value: np.ndarray) -> np.ndarray:
     return stored
 
 
-def minimal(case: Case) -> dict:
-    """The config with sizes only."""
-    text = {"model_type": case.config, **case.sizes}
+def minimal(case: Case, change: dict = {}) -> dict:  # noqa: B006 (not changed)
+    """The config with sizes and the number of experts per token only, and a change."""
+    from transformers import CONFIG_MAPPING
+
+    defaults = CONFIG_MAPPING[case.config](**case.sizes).to_dict()
+    text = {key: defaults[key] for key in K_KEYS if key in defaults}
+    text = {"model_type": case.config} | case.sizes | text | change
+    text = {key: value for key, value in text.items() if value != config_variants.REMOVE}
     if case.wrap is None:
         return text
     if case.wrap == "qwen3_omni_moe":
@@ -371,12 +418,13 @@ def generate(name: str, out: Path) -> None:
     ending = f"layers.{case.layer}.{case.block}".rstrip(".")
     module, block = next((n, m) for n, m in model.named_modules() if n.endswith(ending) and hasattr(m, "experts"))
     block = block.to_empty(device="cpu").eval().double()
-    router = block.gate if hasattr(block, "gate") else block.router
+    router = router_of(block)
     text = model.config.get_text_config()
     arrays = {}
     with torch.no_grad():
         layer = fill(rng, block, len(block.experts.down_proj), getattr(router, "top_k", 0))
-        x = steady_tokens(rng, router, block)
+        x = grid(rng, (16 * TOKENS, HIDDEN), 1 / 4)
+        x = x[steady(rng, router, block, x)][:TOKENS]
         inputs = [torch.from_numpy(x)]
         if hasattr(router, "tid2eid"):
             arrays["token_ids"] = rng.integers(0, VOCAB, TOKENS)
@@ -398,6 +446,12 @@ def generate(name: str, out: Path) -> None:
     (out / "minimal.json").write_text(json.dumps(minimal(case), indent=1) + "\n")
     checkpoint_writer.write_file(out / "model.safetensors", tensors)
     np.savez_compressed(out / "expected.npz", **arrays)
+    variants = {}
+    with torch.no_grad():
+        for number, change in enumerate(config_variants.VARIANTS.get(name, ())):
+            found = variant(rng, case, change, block, arrays)
+            variants |= {f"{number}.{key}": value for key, value in found.items()}
+    np.savez_compressed(out / "variants.npz", **variants)
 
 
 def _input_size(layer: checkpoint_writer.Layer) -> int:

@@ -180,13 +180,11 @@ def test_some_layers_first_and_others_later(tmp_path):
         checkpoints.convert(source, out, layers=[])
 
 
-def with_a_dense_layer(directory: Path, number: int = 1) -> None:
+def with_a_dense_layer(directory: Path, number: int = 1, others: tuple[int, ...] = (0, 2)) -> None:
     """DeepSeek-V3 as ModelOpt leaves it: the layer that predicts further tokens stays in bfloat16."""
-    layers = {n: writer.random_layer(n, 4, 2, 32, 48) for n in (0, 1, 2)}
-    tensors = {}
-    for n, layer in layers.items():
-        if n != number:
-            tensors |= writer.per_expert(layer, "deepseek_v3", "modelopt", n)
+    tensors = writer.router("deepseek_v3", number, 4, 32)
+    for n in others:
+        tensors |= writer.per_expert(writer.random_layer(n, 4, 2, 32, 48), "deepseek_v3", "modelopt", n)
         tensors |= writer.router("deepseek_v3", n, 4, 32)
     for expert in range(4):
         for name, shape in (("gate_proj", (48, 32)), ("up_proj", (48, 32)), ("down_proj", (32, 48))):
@@ -209,11 +207,7 @@ def test_a_layer_in_bfloat16_is_left_out_with_a_warning(tmp_path):
 
 
 def test_a_checkpoint_of_nothing_but_bfloat16_is_refused(tmp_path):
-    with_a_dense_layer(tmp_path / "in")
-    raw = (tmp_path / "in" / "model.safetensors").read_bytes()
-    for number in (b"0", b"2"):  # names of the same length, of no layer
-        raw = raw.replace(b"model.layers." + number, b"model.strata." + number)
-    (tmp_path / "in" / "model.safetensors").write_bytes(raw)
+    with_a_dense_layer(tmp_path / "in", others=())
     with pytest.raises(checkpoints.CheckpointError, match="are not in NVFP4 or MXFP4"):
         checkpoints.convert(tmp_path / "in", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,6 +1,8 @@
 """Linear layers beside the experts: every format, dequantised; nothing left out, nothing that is not a number."""
 
+import hashlib
 import json
+from pathlib import Path
 
 import checkpoint_writer as writer
 import jax
@@ -89,6 +91,16 @@ def test_fp8_of_many_rows_is_read_in_pieces(tmp_path):
     assert_bits(checkpoints.load_linear(tmp_path, MODULE), want)
 
 
+def test_compressed_tensors_own_files():
+    """As it wrote them (generate_linears.py), against its own decompression."""
+    data = Path(__file__).parent / "linears"
+    digests = json.loads((data / "expected.json").read_text())["sha256"]
+    for module, digest in digests.items():
+        weight = checkpoints.load_linear(data, module)
+        assert hashlib.sha256(np.asarray(weight).tobytes()).hexdigest() == digest, module
+    assert len(digests) == 3
+
+
 @pytest.mark.parametrize("tool", writer.SUFFIXES)
 @pytest.mark.parametrize("bias", [False, True])
 def test_nvfp4_with_and_without_a_bias(tmp_path, tool, bias):
@@ -110,7 +122,9 @@ def test_nvfp4_with_and_without_a_bias(tmp_path, tool, bias):
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, writer.BF16])
 def test_floats_are_rounded_once(tmp_path, dtype):
     weight = np.random.default_rng(3).normal(size=(2500, 20)).astype(dtype)
-    write(tmp_path, {"weight": weight, "bias": np.zeros(2500, dtype), "k_scale": np.float32(1)})
+    write(
+        tmp_path, {"weight": weight, "bias": np.zeros(2500, dtype), "k_scale": np.float32(1), "k_bias": np.float32(1)}
+    )
     assert_bits(checkpoints.load_linear(tmp_path, MODULE), weight.astype(writer.BF16))
 
 

@@ -20,20 +20,37 @@ FFI = FOLDER.parents[1] / "ffi"
 
 
 COMPILE_ONLY = bool(os.environ.get("JAX_MOE_COMPILE_ONLY"))
-"""Fill the kernel cache where there is a compiler and no GPU, for a machine of which the opposite is true."""
+"""Fill the kernel cache, for a machine that has a GPU and no compiler."""
+
+
+@functools.cache
+def why_not_run() -> str | None:
+    """Why nothing can run here; None: it can.
+
+    Then every test of this folder goes as far as it can: handlers are patched and built, kernels compiled where there
+    is a compiler, programs lowered for a GPU. Only what would run is skipped, so that what only a GPU can run does not
+    rot where there is none.
+    """
+    if COMPILE_ONLY:
+        return "JAX_MOE_COMPILE_ONLY: compiled, not run"
+    try:
+        capability = jax.devices("gpu")[0].compute_capability
+    except RuntimeError:
+        return "needs an NVIDIA GPU of compute capability 9.0: lowered, not run"
+    return None if capability == "9.0" else f"needs a GPU of compute capability 9.0, this one has {capability}"
 
 
 def jit(function, compiler_options, **options):
-    """``jax.jit``; with COMPILE_ONLY a call lowers for a GPU, which compiles the kernels, and skips the test."""
+    """``jax.jit``; where nothing can run, a call lowers for a GPU, which compiles the kernels, and skips the test."""
     jitted = jax.jit(function, compiler_options=dict(compiler_options), **options)
-    if not COMPILE_ONLY:
+    if why_not_run() is None:
         return jitted
 
-    def compile_and_skip(*arguments):
+    def lower_and_skip(*arguments):
         lower(jitted, *arguments)
-        pytest.skip("JAX_MOE_COMPILE_ONLY: compiled, not run")
+        require_gpu()
 
-    return compile_and_skip
+    return lower_and_skip
 
 
 def lower(jitted, *arguments) -> None:
@@ -42,28 +59,30 @@ def lower(jitted, *arguments) -> None:
 
 
 def eager(function):
-    """The function itself; with COMPILE_ONLY as :func:`jit`."""
-    return jit(function, {}) if COMPILE_ONLY else function
+    """The function itself; where nothing can run, as :func:`jit`."""
+    return function if why_not_run() is None else jit(function, {})
 
 
 def devices(count: int) -> list[jax.Device]:
-    """The first GPUs, or skips the test; with COMPILE_ONLY the first devices of any kind."""
-    found = [device for device in jax.devices() if COMPILE_ONLY or device.platform == "gpu"]
+    """The first GPUs, or skips the test; where nothing can run, the first devices of any kind."""
+    found = [device for device in jax.devices() if why_not_run() or device.platform == "gpu"]
     if len(found) < count:
         pytest.skip(f"needs {count} GPUs")
     return found[:count]
 
 
 def require_gpu() -> None:
-    """Skips the rest of a test that has nothing to compile."""
-    if COMPILE_ONLY:
-        pytest.skip("JAX_MOE_COMPILE_ONLY: nothing to compile")
+    """Skips the rest of a test where nothing can run."""
+    if reason := why_not_run():
+        pytest.skip(reason)
 
 
 @functools.cache
 def launch_kernels(build_folder: pathlib.Path) -> bytes:
-    """launch_kernels.cu as a cubin."""
+    """launch_kernels.cu as a cubin; where nothing can run and there is no nvcc, a stand-in for one."""
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    if why_not_run() and not os.path.exists(nvcc):
+        return b"stand-in"
     image = build_folder / "launch_kernels.cubin"
     target = "arch=compute_90a,code=sm_90a"
     subprocess.run([nvcc, "-cubin", "-gencode", target, "-o", image, FOLDER / "launch_kernels.cu"], check=True)

@@ -226,7 +226,7 @@ def test_two_devices_at_once(poison, combine):
     """One jitted function from two threads, each with a device, weights and tokens of its own."""
     cases = [helpers.make_case(seed, tokens=64, hidden=256, intermediate=128, combine=combine) for seed in (12, 13)]
     op, prepared_cases, failures = _op(**cases[0].options), [_prepared(case) for case in cases], []
-    if calls.COMPILE_ONLY:
+    if calls.why_not_run():  # here, because a thread cannot skip a test
         op(prepared_cases[0].x, prepared_cases[0].experts, prepared_cases[0].routing)
     calls.devices(2)
 

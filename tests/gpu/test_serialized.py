@@ -39,7 +39,7 @@ _RUN = _CASE + "op(case.x, experts, case.routing).block_until_ready()"
 
 
 def _on_gpu(program: str, *args, **environment) -> str:
-    if calls.COMPILE_ONLY:  # the kernels of _CASE
+    if calls.why_not_run():  # the kernels of _CASE
         case = helpers.make_case(9, tokens=16, hidden=128, intermediate=64, combine="ordered")
         experts = helpers.jax_moe.prepare(case.experts, "sm_90a", progress=False)
         calls.jit(functools.partial(helpers.jax_moe.fused_moe, combine="ordered"), {})(case.x, experts, case.routing)
@@ -69,6 +69,7 @@ def _files(cache) -> set[str]:
 
 
 def test_a_missing_kernel_is_an_error_that_names_the_command(tmp_path, monkeypatch):
+    calls.require_gpu()
     if "nvidia-cutlass-dsl" in {d.name for d in importlib.metadata.distributions()}:
         pytest.skip("nvidia-cutlass-dsl is installed: nothing is ever missing")
     monkeypatch.setenv("JAX_MOE_CACHE_DIR", str(tmp_path))
