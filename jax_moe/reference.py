@@ -82,6 +82,7 @@ def fused_moe(
         )
     shape = x.shape
     x, routing = check.flatten(x, routing)
+    x = x.astype(jnp.float32)  # the same values, and the experts' parts of its derivative are added in float32
     num_experts = experts.down.global_scale.shape[0]
     num_slots = routing.expert_ids.shape[1]
 

@@ -413,7 +413,6 @@ def test_routers_and_shared_experts_go_along_in_a_conversion(tmp_path, name):
     [
         ("nemotron_h-latent", "the experts stand between projections to and from .* values"),
         ("gemma4", "the router sees the layer's residual and the experts a norm of it"),
-        ("deepseek_v4-hash", "a router by token ids"),
     ],
 )
 def test_a_module_of_a_block_that_is_no_function_of_one_x_is_refused(name, message):
