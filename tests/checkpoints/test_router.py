@@ -153,6 +153,7 @@ def test_a_selection_bias_that_is_missing_is_an_error(tmp_path, rng, config):
         ("qwen2_moe", "shared_experts.up_proj.weight", {}),
         ("glm4_moe", "e_score_correction_bias", {}),
         ("glm4_moe", "gate.tid2eid", {}),
+        ("deepseek_v3", "pre_quant_scale", {"n_group": 1, "topk_group": 1}),
     ],
 )
 def test_tensors_of_the_block_that_nothing_reads_are_refused(tmp_path, rng, model_type, extra, config):
@@ -237,13 +238,21 @@ def test_deepseek_v4_has_other_routers_after_its_hash_layers(tmp_path, rng):
     [
         (np.full((VOCABULARY, TOP), EXPERTS), r"found experts outside \[0, 8\)"),
         (np.full((VOCABULARY, TOP), -1), r"found experts outside \[0, 8\)"),
-        (np.zeros((VOCABULARY, TOP + 1), int), r"found I64 \[20, 4\], expected I64 or I32 \[vocabulary, 3\]"),
+        (np.zeros((VOCABULARY, TOP + 1), int), r"found I64 \[20, 4\], expected I64 or I32 \[V, 3\]"),
         (np.zeros((VOCABULARY, TOP), np.float32), r"found F32 \[20, 3\], expected I64"),
     ],
 )
 def test_tables_of_tokens_are_checked(tmp_path, rng, table, message):
     write(tmp_path, "deepseek_v4", "layers.0.ffn", v4(rng) | {"gate.tid2eid": table}, **DEEPSEEK)
     with pytest.raises(CheckpointError, match=rf"layers\.0\.ffn\.gate\.tid2eid: {message}"):
+        checkpoints.load_router(tmp_path, 0)
+
+
+def test_a_table_has_a_row_for_each_token_of_the_vocabulary(tmp_path, rng):
+    write(tmp_path, "deepseek_v4", "layers.0.ffn", v4(rng), vocab_size=VOCABULARY, **DEEPSEEK)
+    checkpoints.load_router(tmp_path, 0)
+    write(tmp_path, "deepseek_v4", "layers.0.ffn", v4(rng), vocab_size=VOCABULARY + 1, **DEEPSEEK)
+    with pytest.raises(CheckpointError, match=r"tid2eid: found I64 \[20, 3\], expected I64 or I32 \[21, 3\]"):
         checkpoints.load_router(tmp_path, 0)
 
 
@@ -413,7 +422,6 @@ def test_routers_and_shared_experts_go_along_in_a_conversion(tmp_path, name):
     [
         ("nemotron_h-latent", "the experts stand between projections to and from .* values"),
         ("gemma4", "the router sees the layer's residual and the experts a norm of it"),
-        ("deepseek_v4-hash", "a router by token ids"),
     ],
 )
 def test_a_module_of_a_block_that_is_no_function_of_one_x_is_refused(name, message):
