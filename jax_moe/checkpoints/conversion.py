@@ -141,9 +141,7 @@ def _checked(model: published.Model, layers: Iterable[int] | None, layout: str) 
             refuse_online_transforms(model.files, beside, [model.block(number)])
         numbers.append(int(number))
     if not numbers:
-        raise next(iter(skipped.values()), None) or CheckpointError(
-            f"{model.files.directory}: found no layer with experts, expected a mixture-of-experts checkpoint"
-        )
+        raise next(iter(skipped.values()))
     if skipped:
         warnings.warn(f"layers left out: {', '.join(map(str, skipped))}; {next(iter(skipped.values()))}", stacklevel=3)
     return numbers

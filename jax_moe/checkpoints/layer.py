@@ -54,8 +54,6 @@ class Model:
         """
         if not isinstance(layer, int | np.integer):
             raise TypeError(f"layer: got {type(layer).__name__}, needs an int")
-        if not self.blocks:
-            raise CheckpointError(f"{self.files.directory}: {_nothing(self.files, self.family)}")
         if layer not in self.blocks:
             layers = ", ".join(map(str, self.blocks))
             raise CheckpointError(
@@ -72,7 +70,8 @@ class Model:
         block, family = self.block(layer), self.family
         modules = [module(block, name) for name in (*family.router, *family.shared_expert)]
         # A block that is the layer itself has the layer's attention and norms in it.
-        prefixes = tuple(f"{name}." for name in (modules if "" in family.blocks else [block, *modules]))
+        own = [] if block.rpartition(".")[2].isdigit() else [block]
+        prefixes = tuple(f"{name}." for name in (*own, *modules))
         experts = f"{block}.experts."
         return sorted(name for name in self.files.names() if name.startswith(prefixes) and not name.startswith(experts))
 
@@ -81,13 +80,16 @@ def open_model(directory: Path) -> Model:
     """Reads the config and finds the MoE layers.
 
     Raises:
-      CheckpointError: there is no usable config or index, or the model family is unknown.
+      CheckpointError: there is no usable config or index, the model family is unknown, or there are no experts.
     """
     files = Files(directory)
     config_path = directory / "config.json"
     whole = read_json(config_path)
     family, config = family_of(whole, str(config_path))
-    return Model(files, family, config, _find_blocks(files, family, config))
+    blocks = _find_blocks(files, family, config)
+    if not blocks:
+        raise CheckpointError(f"{directory}: {_nothing(files, family)}")
+    return Model(files, family, config, blocks)
 
 
 def _find_blocks(files: Files, family: Family, config: Config) -> dict[int, str]:

@@ -132,7 +132,8 @@ def open_router(model: Model, layer: int) -> Router | HashRouter:
     if table is not None:
         if not isinstance(method, routing.DeepSeekV3):
             raise TypeError(f"{family.name}: got {method!r} beside a token table, needs DeepSeekV3")
-        ids = tensors.integers(module(block, table), k, num_experts)
+        vocabulary = settings.integer("vocab_size") if "vocab_size" in settings.config else None
+        ids = tensors.integers(module(block, table), vocabulary, k, num_experts)
         router = HashRouter(jax.device_put(weight), jax.device_put(ids), method=method)
     else:
         parts: dict[str, np.ndarray | float] = {}
@@ -187,11 +188,11 @@ class _Tensors:
         self.read.add(name)
         return read_floats(info).reshape(shapes[0])
 
-    def integers(self, name: str, columns: int, bound: int) -> np.ndarray:
-        """int32 ``[V, columns]``, each in ``[0, bound)``."""
+    def integers(self, name: str, rows: int | None, columns: int, bound: int) -> np.ndarray:
+        """int32 ``[rows, columns]`` (None: any number of rows), each in ``[0, bound)``."""
         info = self.files.info(name)
-        if info.dtype not in ("I64", "I32") or len(info.shape) != 2 or info.shape[1] != columns:
-            raise CheckpointError(f"{info}: found {info.summary}, expected I64 or I32 [vocabulary, {columns}]")
+        if info.dtype not in ("I64", "I32") or len(info.shape) != 2 or info.shape != (rows or info.shape[0], columns):
+            raise CheckpointError(f"{info}: found {info.summary}, expected I64 or I32 [{rows or 'V'}, {columns}]")
         values = read_rows(info)
         if ((values < 0) | (values >= bound)).any():
             raise CheckpointError(f"{info}: found experts outside [0, {bound}), expected their ids")

@@ -145,7 +145,7 @@ def test_two_roots_with_the_same_layer_are_refused(tmp_path):
 def test_where_no_experts_are_the_message_says_what_is(tmp_path, name, message):
     writer.write(tmp_path, config("qwen3_moe"), {name: np.zeros((2, 2), np.float32)})
     with pytest.raises(CheckpointError, match=message + r", expected the experts of qwen3-moe in layers\.N\."):
-        checkpoints.load_experts(tmp_path, 0)
+        checkpoints.list_layers(tmp_path)
 
 
 def test_lists_of_settings_have_a_value_for_each_layer(tmp_path):
@@ -217,7 +217,9 @@ def test_options_may_depend_on_the_layer(tmp_path):
     ],
 )
 def test_activations_that_the_family_is_not_known_with_are_refused(tmp_path, model_type, more, key):
-    writer.write(tmp_path, config(model_type, **more), {})
+    (block,) = [family.blocks[0] for family in families.FAMILIES if model_type in family.model_types]
+    name = ".".join(filter(None, ["layers.0", block, "experts.0.up_proj.weight"]))
+    writer.write(tmp_path, config(model_type, **more), {name: np.zeros((2, 2), np.uint8)})
     with pytest.raises(CheckpointError, match=f"config.json: {key}: found {more[key]!r}"):
         checkpoints.moe_options(tmp_path)
 

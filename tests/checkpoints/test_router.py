@@ -153,6 +153,7 @@ def test_a_selection_bias_that_is_missing_is_an_error(tmp_path, rng, config):
         ("qwen2_moe", "shared_experts.up_proj.weight", {}),
         ("glm4_moe", "e_score_correction_bias", {}),
         ("glm4_moe", "gate.tid2eid", {}),
+        ("deepseek_v3", "pre_quant_scale", {"n_group": 1, "topk_group": 1}),
     ],
 )
 def test_tensors_of_the_block_that_nothing_reads_are_refused(tmp_path, rng, model_type, extra, config):
@@ -199,11 +200,27 @@ def test_gemma_4_normalises_and_scales(tmp_path, rng, place):
     close(router(jnp.asarray(x, jnp.float32)), ids, weights / weights.sum(-1, keepdims=True) * factor[ids])
 
 
-def v4(rng, layer=0, **tensors):
+def test_no_tensor_of_gemma_4s_moe_is_left_out(tmp_path, rng):
+    """What stands in the layer beside it is the layer's: attention, norms, a dense MLP."""
+    config = {"num_experts": EXPERTS, "moe_intermediate_size": WIDTH, "top_k_experts": TOP}
+    router = {"router.proj.weight": (EXPERTS, HIDDEN), "router.scale": (HIDDEN,), "router.per_expert_scale": (EXPERTS,)}
+    tensors = {name: normal(rng, *shape) for name, shape in router.items()} | {"mlp.up_proj.weight": normal(rng, 2, 2)}
+    config |= {"model_type": "gemma4_text", "hidden_size": HIDDEN}
+    for place, extra in (("experts", "router.bias"), ("moe.experts", "moe.gate.weight")):
+        whole = tensors | {f"{place}.0.up_proj.weight": np.zeros((2, 2), np.uint8)}
+        writer.write(tmp_path, config, {f"layers.0.{name}": tensor for name, tensor in whole.items()})
+        checkpoints.load_router(tmp_path, 0)
+        whole[extra] = normal(rng, EXPERTS)
+        writer.write(tmp_path, config, {f"layers.0.{name}": tensor for name, tensor in whole.items()})
+        with pytest.raises(CheckpointError, match=rf"{extra}: .*could change the result"):
+            checkpoints.load_router(tmp_path, 0)
+
+
+def v4(rng):
     return {
         "gate.weight": normal(rng, EXPERTS, HIDDEN),
         "gate.tid2eid": rng.integers(0, EXPERTS, (VOCABULARY, TOP)),
-    } | tensors
+    }
 
 
 def test_hash_routing_is_by_token_id(tmp_path, rng):
@@ -237,13 +254,21 @@ def test_deepseek_v4_has_other_routers_after_its_hash_layers(tmp_path, rng):
     [
         (np.full((VOCABULARY, TOP), EXPERTS), r"found experts outside \[0, 8\)"),
         (np.full((VOCABULARY, TOP), -1), r"found experts outside \[0, 8\)"),
-        (np.zeros((VOCABULARY, TOP + 1), int), r"found I64 \[20, 4\], expected I64 or I32 \[vocabulary, 3\]"),
+        (np.zeros((VOCABULARY, TOP + 1), int), r"found I64 \[20, 4\], expected I64 or I32 \[V, 3\]"),
         (np.zeros((VOCABULARY, TOP), np.float32), r"found F32 \[20, 3\], expected I64"),
     ],
 )
 def test_tables_of_tokens_are_checked(tmp_path, rng, table, message):
     write(tmp_path, "deepseek_v4", "layers.0.ffn", v4(rng) | {"gate.tid2eid": table}, **DEEPSEEK)
     with pytest.raises(CheckpointError, match=rf"layers\.0\.ffn\.gate\.tid2eid: {message}"):
+        checkpoints.load_router(tmp_path, 0)
+
+
+def test_a_table_has_a_row_for_each_token_of_the_vocabulary(tmp_path, rng):
+    write(tmp_path, "deepseek_v4", "layers.0.ffn", v4(rng), vocab_size=VOCABULARY, **DEEPSEEK)
+    checkpoints.load_router(tmp_path, 0)
+    write(tmp_path, "deepseek_v4", "layers.0.ffn", v4(rng), vocab_size=VOCABULARY + 1, **DEEPSEEK)
+    with pytest.raises(CheckpointError, match=r"tid2eid: found I64 \[20, 3\], expected I64 or I32 \[21, 3\]"):
         checkpoints.load_router(tmp_path, 0)
 
 
