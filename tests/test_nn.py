@@ -374,6 +374,21 @@ def test_tokens_over_the_devices_of_the_shared_expert(experts, kind):
     assert_is_the_layer(nnx.jit(call)(placed(module, mesh), spread_x), module, x)
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_tokens_over_more_than_the_devices_of_the_shared_expert(experts, kind):
+    mesh, x = a_mesh({"data": 2, "tensor": 2}, kind), exact(8, 64)
+    module = a_module(experts, data_axis=("data", "tensor"))
+    spread_x = jax.device_put(x, NamedSharding(mesh, PartitionSpec(("data", "tensor"))))
+    assert_is_the_layer(jax.jit(call)(placed(module, mesh), spread_x), module, x)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_tokens_over_another_axis_than_the_data_axis(module, kind):
+    mesh, x = a_mesh({"data": 2, "tensor": 2}, kind), exact(8, 64)
+    spread_x = jax.device_put(x, NamedSharding(mesh, PartitionSpec("tensor")))
+    assert_is_the_layer(jax.jit(call)(placed(module, mesh), spread_x), module, x)
+
+
 @pytest.mark.parametrize("axes", MESHES, ids=str)
 def test_a_module_that_is_nowhere_runs_over_the_mesh_that_is_set(module, axes):
     x = exact(2, 4, 64)

@@ -205,7 +205,10 @@ def _layer(
     routing = router(x, token_ids) if isinstance(router, HashRouter) else router(x)
     y = run(x.astype(jnp.bfloat16), experts, routing, out_dtype=jnp.float32)
     if shared_expert is not None:
-        y = y + shared_expert(x, run.keywords["activation"])
+        dense, sharding = shared_expert(x, run.keywords["activation"]), jax.typeof(y).sharding
+        if AxisType.Explicit in sharding.mesh.axis_types:  # it is where x was, and y over the data axis
+            dense = jax.reshard(dense, sharding)
+        y = y + dense
     return y.astype(x.dtype)
 
 
