@@ -27,9 +27,8 @@ COMPILE_ONLY = bool(os.environ.get("JAX_MOE_COMPILE_ONLY"))
 def why_not_run() -> str | None:
     """Why nothing can run here; None: it can.
 
-    Then every test of this folder goes as far as it can: handlers are patched and built, kernels compiled where there
-    is a compiler, programs lowered for a GPU. Only what would run is skipped, so that what only a GPU can run does not
-    rot where there is none.
+    Then every test of this folder goes as far as it can: handlers are patched and built, programs lowered for a GPU.
+    Only what would run is skipped, so that what only a GPU can run does not rot where there is none.
     """
     if COMPILE_ONLY:
         return "JAX_MOE_COMPILE_ONLY: compiled, not run"
