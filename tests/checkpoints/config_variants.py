@@ -161,10 +161,9 @@ _REFUSED = {
     **dict.fromkeys(("qwen3_5_moe", "qwen3_vl_moe", "mixtral", "minimax", "minimax_m2"), (_IGNORED,)),
     **dict.fromkeys(("granitemoe", "gpt_oss"), (_IGNORED,)),
 }
-# Exceptions: another name has the value, the setting does not exist, and transformers' own default is null.
+# Exceptions: another name has the value, and transformers' own default is null.
 _TAKEN = {
     "kimi_linear": ({"num_experts_per_tok": None},),
-    "minimax_m3": (_UNKNOWN,),
     "step3p7": ({"swiglu_limits": None},),
 }
 

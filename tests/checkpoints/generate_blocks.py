@@ -153,7 +153,7 @@ CASES = {
     "step3p7": Case("step3p5", _STEP, wrap="step3p7", stored_experts="moe.experts"),
     "step3p7-limits": Case(
         "step3p5",
-        _STEP | dict(swiglu_limits=[0, 0, 0, 7], swiglu_limits_shared=[0, 0, 0, 16]),
+        _STEP | dict(swiglu_limits=[0, 0, 0, 7], swiglu_limits_shared=[0, 0, 0, 8]),
         wrap="step3p7",
         stored_experts="moe.experts",
     ),
@@ -288,6 +288,8 @@ def fill(rng: np.random.Generator, block, num_experts: int, k: int) -> checkpoin
             value = np.stack([rng.permutation(num_experts)[:k] for _ in range(shape[0])])
         elif name.endswith(("per_expert_scale", "router.scale")):
             value = 1 + grid(rng, shape, 1 / 32)
+        elif re.search(r"shared_experts?\.(gate|up)_proj", name):
+            value = grid(rng, shape, 1 / 32)  # to reach the clamps
         else:
             value = grid(rng, shape, 1 / 64)
         tensor.copy_(torch.from_numpy(np.asarray(value)))

@@ -37,6 +37,11 @@ def read_config(blocks, case, file):
     return json.loads((blocks / case / file).read_text())
 
 
+def text_part(config):
+    config = config.get("thinker_config", config)
+    return config.get("text_config", config)
+
+
 def results(blocks, case):
     return dict(np.load(blocks / case / "expected.npz"))
 
@@ -90,6 +95,19 @@ def test_router_chooses_and_weighs_as_transformers(tmp_path, case, config):
     check_routing(directory, results(BLOCKS, case))
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_number_of_experts_per_token_may_be_the_familys_default(tmp_path, case):
+    config = read_config(BLOCKS, case, "minimal.json")
+    (key,) = text_part(config).keys() & set(generate_blocks.K_KEYS)
+    del text_part(config)[key]
+    directory = checkpoint(BLOCKS, case, config, tmp_path)
+    if case in ("dots1", "gemma4"):  # their configuration classes have none
+        with pytest.raises(checkpoints.CheckpointError, match="num_experts_per_tok|top_k_experts"):
+            checkpoints.load_router(directory, layer_of(directory))
+    else:
+        check_routing(directory, results(BLOCKS, case))
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("case", CASES)
 def test_block_computes_what_transformers_computes(tmp_path, case, config):
@@ -126,15 +144,14 @@ def variants():
 def test_settings_mean_what_transformers_takes_them_for(tmp_path, case, change, found):
     """Or they are refused, by name: nulls, names that contradict each other, rules that we do not have."""
     config = read_config(BLOCKS, case, "minimal.json")
-    text = config.get("thinker_config", config)
-    text = text.get("text_config", text)
+    text = text_part(config)
     for key, value in change.items():
         text.pop(key, None)
         if value != config_variants.REMOVE:
             text[key] = value
     directory = checkpoint(BLOCKS, case, config, tmp_path)
     if config_variants.refused(case, change):
-        with pytest.raises(checkpoints.CheckpointError, match="|".join((*change, "topk_group"))):
+        with pytest.raises(checkpoints.CheckpointError, match="|".join((*change, "topk_group", "num_experts_per_tok"))):
             load_everything(directory)
         return
     tokens = results(BLOCKS, case)
