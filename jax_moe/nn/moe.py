@@ -196,7 +196,7 @@ def _mesh_of(experts: Experts, x: jax.Array, axes: Axes) -> Mesh | AbstractMesh 
 def _layer(
     run: functools.partial,
     x: jax.Array,
-    token_ids: jax.Array | None,
+    token_ids: Any,
     experts: Experts,
     router: Router | HashRouter,
     shared_expert: SharedExpert | None,
