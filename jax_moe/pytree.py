@@ -44,7 +44,9 @@ def register(cls: _Class) -> _Class:
 
 
 def _encode(value: Any) -> Any:
-    return {type(value).__name__: dataclasses.asdict(value)} if dataclasses.is_dataclass(value) else value
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    return {type(value).__name__: dataclasses.asdict(value)}
 
 
 def _decode(value: Any, annotation: Any) -> Any:

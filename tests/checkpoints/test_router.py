@@ -200,11 +200,27 @@ def test_gemma_4_normalises_and_scales(tmp_path, rng, place):
     close(router(jnp.asarray(x, jnp.float32)), ids, weights / weights.sum(-1, keepdims=True) * factor[ids])
 
 
-def v4(rng, layer=0, **tensors):
+def test_no_tensor_of_gemma_4s_moe_is_left_out(tmp_path, rng):
+    """What stands in the layer beside it is the layer's: attention, norms, a dense MLP."""
+    config = {"num_experts": EXPERTS, "moe_intermediate_size": WIDTH, "top_k_experts": TOP}
+    router = {"router.proj.weight": (EXPERTS, HIDDEN), "router.scale": (HIDDEN,), "router.per_expert_scale": (EXPERTS,)}
+    tensors = {name: normal(rng, *shape) for name, shape in router.items()} | {"mlp.up_proj.weight": normal(rng, 2, 2)}
+    config |= {"model_type": "gemma4_text", "hidden_size": HIDDEN}
+    for place, extra in (("experts", "router.bias"), ("moe.experts", "moe.gate.weight")):
+        whole = tensors | {f"{place}.0.up_proj.weight": np.zeros((2, 2), np.uint8)}
+        writer.write(tmp_path, config, {f"layers.0.{name}": tensor for name, tensor in whole.items()})
+        checkpoints.load_router(tmp_path, 0)
+        whole[extra] = normal(rng, EXPERTS)
+        writer.write(tmp_path, config, {f"layers.0.{name}": tensor for name, tensor in whole.items()})
+        with pytest.raises(CheckpointError, match=rf"{extra}: .*could change the result"):
+            checkpoints.load_router(tmp_path, 0)
+
+
+def v4(rng):
     return {
         "gate.weight": normal(rng, EXPERTS, HIDDEN),
         "gate.tid2eid": rng.integers(0, EXPERTS, (VOCABULARY, TOP)),
-    } | tensors
+    }
 
 
 def test_hash_routing_is_by_token_id(tmp_path, rng):
