@@ -102,7 +102,7 @@ def test_number_of_experts_per_token_may_be_the_familys_default(tmp_path, case):
     del text_part(config)[key]
     directory = checkpoint(BLOCKS, case, config, tmp_path)
     if case in ("dots1", "gemma4"):  # their configuration classes have none
-        with pytest.raises(checkpoints.CheckpointError, match="num_experts_per_tok|top_k_experts"):
+        with pytest.raises(checkpoints.CheckpointError, match=r"num_experts_per_tok|top_k_experts"):
             checkpoints.load_router(directory, layer_of(directory))
     else:
         check_routing(directory, results(BLOCKS, case))
