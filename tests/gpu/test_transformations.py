@@ -64,9 +64,13 @@ def test_gradients_on_a_mesh(poison, axes, axis_type):
         for _ in range(2):
             poison(0.25)
             dx, dweights = run(replicated[0], replicated[1], experts, replicated[2])
-    expected = derivative.gradients(case, dy)
-    derivative.assert_close(dx, expected[0])
-    derivative.assert_close(dweights, expected[1])
+    expected_x, expected_weights = derivative.gradients(case, dy)
+    derivative.assert_close(dweights, expected_weights)
+    if "data" in axes:
+        derivative.assert_close(dx, expected_x)
+    else:  # each device rounds its part of dx to bfloat16, and so is their sum: of parts that are no larger than a row
+        error = np.abs(np.asarray(dx, np.float64) - expected_x).max(1)
+        assert (error <= 2.0**-7 * np.abs(expected_x).max(1)).all()
 
 
 @pytest.mark.parametrize("combine", ["atomic", "ordered"])
