@@ -94,7 +94,7 @@ def test_exact_sums_have_the_bits_of_one_gpu(poison, name, precision, combine):
 
 
 @pytest.mark.parametrize("name", _MESHES)
-@pytest.mark.parametrize(("precision", "combine"), _MODES)
+@pytest.mark.parametrize(("precision", "combine"), [_MODES[0], _MODES[3]])
 def test_random_cases_match_the_definition(poison, name, precision, combine):
     """The bound is that of one device: sums in float32 in any order, rounded once, which holds for sums of sums too."""
     mesh, names = _mesh(name)
