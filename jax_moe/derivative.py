@@ -58,7 +58,7 @@ def _result_types(*operands, problem: plan.Problem, transposed: bool):
 
 def _apply(*operands, problem: plan.Problem, transposed: bool, max_tiles: int | None = None):
     """The linear map. ``max_tiles`` makes the number of tiles static, so that JAX can differentiate this in turn."""
-    x, expert_ids, weights, offset, *weight_operands = _with_absent(operands[: problem.num_operands], problem)
+    x, expert_ids, weights, offset, *weight_operands = _all_operands(operands[: problem.num_operands], problem)
     linear = operands[problem.num_operands :]
     if problem.num_tokens == 0:
         return [jnp.zeros_like(x), jnp.zeros_like(weights)] if transposed else [x.astype(problem.out_dtype)]
@@ -97,10 +97,10 @@ def _contribution(expert: Experts, problem: plan.Problem, x: jax.Array, weights:
     return weights[:, None] * mlp(x, expert, 0)
 
 
-def _with_absent(operands, problem: plan.Problem) -> list[Any]:
+def _all_operands(operands, problem: plan.Problem) -> list[Any]:
     """The 14 operands of the op: None for those that are not given."""
     given = iter(operands)
-    return [None if place in problem.absent else next(given) for place in range(14)]
+    return [None if place in problem.absent else next(given) for place in range(plan.NUM_OPERANDS)]
 
 
 def _one_expert(operands, expert: jax.Array, problem: plan.Problem) -> Experts:
@@ -132,8 +132,9 @@ def _tiles(expert_ids: jax.Array, offset: jax.Array, problem: plan.Problem):
     is_local = (ids >= offset) & (local >= 0) & (local < problem.num_experts)
     local = jnp.where(is_local, local, problem.num_experts)
     order = jnp.argsort(local)
-    starts = jnp.searchsorted(local[order], jnp.arange(problem.num_experts + 1, dtype=jnp.int32)).astype(jnp.int32)
-    tiles = -(-jnp.diff(starts) // rows)
+    counts = jnp.zeros(problem.num_experts, jnp.int32).at[local].add(1, mode="drop")
+    starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(counts, dtype=jnp.int32)])
+    tiles = -(-counts // rows)
     ends = jnp.cumsum(tiles, dtype=jnp.int32)
 
     def tile(index):

@@ -150,7 +150,7 @@ def as_one_op(name: str, function: Callable[..., Any], *args: Any) -> Any:
     return results
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)  # of eager calls: T is part of the problem, and every batch may have another
 def _jitted(primitive: Primitive, **static):
     def run(*operands):
         return primitive.bind(*operands, **static)

@@ -43,7 +43,8 @@ def sharded_moe(
     Args:
       x, experts, routing: global arrays as for ``fused_moe``; ids are global. :func:`expert_shardings` gives the
         shardings under which ``experts`` is used in place; give them to ``jax.jit``'s ``in_shardings`` or place the
-        weights so, because inside ``jax.jit`` other placements are not seen and XLA would move the weights.
+        weights so, because inside ``jax.jit``, over automatic mesh axes, other placements are not seen and XLA would
+        move the weights.
       mesh: the device mesh; None is the one that ``jax.set_mesh`` has set. A default axis name that it lacks is not
         used; at least one axis must be.
       expert_axis: shards E; its size must divide E.
@@ -110,6 +111,8 @@ def sharded_moe(
     run = jax.shard_map(local_moe, mesh=mesh, in_specs=(tokens, specs, tokens), out_specs=tokens)
     check_in_place(experts, specs, mesh)
     if AxisType.Explicit in mesh.axis_types:
+        if AxisType.Auto in mesh.axis_types:
+            raise ValueError(f"mesh: got axes of types {mesh.axis_types}, needs all automatic or all explicit")
         everything = (x, experts, routing), (tokens, specs, jax.tree.map(lambda _: tokens, routing))
         x, experts, routing = jax.tree.map(lambda a, spec: jax.reshard(a, NamedSharding(mesh, spec)), *everything)
     if moe.debugging():  # a callback cannot run in a shard_map that runs eagerly
@@ -200,16 +203,11 @@ def check_in_place(experts: Experts, specs: Experts, mesh: Mesh | AbstractMesh) 
     for (path, leaf), spec in zip(leaves, jax.tree.leaves(specs), strict=True):
         if not isinstance(leaf, jax.Array):  # a NumPy array is nowhere yet
             continue
-        if isinstance(leaf, jax.core.Tracer):
-            got = jax.typeof(leaf).sharding.spec
-            padded = (*spec, *[None] * (leaf.ndim - len(spec)))
-            fits = tuple(got) == padded or all(axis is None for axis in got)
-        else:
-            got = leaf.sharding
-            # An abstract mesh says nothing of devices: any that the leaf is on will do.
-            on = got.mesh if isinstance(got, NamedSharding) and got.mesh.abstract_mesh == mesh else mesh
-            wanted = NamedSharding(on, spec)
-            fits = got.is_fully_replicated or got.is_equivalent_to(wanted, leaf.ndim)
+        got: Any = jax.typeof(leaf).sharding if isinstance(leaf, jax.core.Tracer) else leaf.sharding
+        # An abstract mesh says nothing of devices, and the types of axes say nothing of placement.
+        is_named = isinstance(got, NamedSharding) and dict(got.mesh.shape) == dict(mesh.shape)
+        on = got.mesh if is_named and AbstractMesh in (type(mesh), type(got.mesh)) else mesh
+        fits = got.is_fully_replicated or got.is_equivalent_to(NamedSharding(on, spec), leaf.ndim)
         if not fits:
             name = "experts" + jax.tree_util.keystr(path)
             raise ValueError(f"{name}: got sharding {got}, needs {spec}; jax_moe.expert_shardings(...) gives it")
@@ -253,6 +251,8 @@ def _axes_in(mesh: Mesh | AbstractMesh, argument: str, axis: Axis) -> tuple[str,
     axes = axis_names(axis)
     if argument == f"{axis}_axis" and axis not in mesh.axis_names:
         return ()
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"{argument}: got {axis!r}, needs each mesh axis once")
     for name in axes:
         if name not in mesh.axis_names:
             raise ValueError(f"{argument}: got {axis!r}, but the mesh has the axes {mesh.axis_names}")

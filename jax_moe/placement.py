@@ -86,8 +86,7 @@ class InPlace:
         arrays, static = args[: self._num_arrays], args[self._num_arrays :]
         if placement.mesh is None:
             specs = out_specs = None
-            payload = refuse_to_gather(self._verb, experts.gate_up.payload)
-            experts = dataclasses.replace(experts, gate_up=dataclasses.replace(experts.gate_up, payload=payload))
+            experts = refuse_to_gather(self._verb, experts)
         else:
             specs, out_specs = placement.specs(experts), self._out_specs(placement, experts)
             arrays = _on_every_device(placement.mesh, arrays)
@@ -117,30 +116,40 @@ def _on_every_device(mesh: Mesh | AbstractMesh, arrays: Any) -> Any:
     return jax.tree.map(move, arrays)
 
 
-def refuse_to_gather(verb: str, array: Any) -> Any:
-    """``array``, in a program that XLA must not partition: lowering it for several devices raises.
+def refuse_to_gather(verb: str, arrays: Any) -> Any:
+    """``arrays``, in a program that XLA must not partition: lowering it for several devices raises.
 
-    Only what ``jax.jit`` traces over automatic mesh axes needs it: there, a placement is not seen.
+    Only traced ones need it, over whose automatic mesh axes ``jax.jit`` and ``jax.vmap`` show no placement.
     """
-    return in_one_place_p.bind(array, verb=verb) if isinstance(array, jax.core.Tracer) else array
+    return jax.tree.map(
+        lambda array: in_one_place_p.bind(array, verb=verb) if isinstance(array, jax.core.Tracer) else array, arrays
+    )
 
 
 in_one_place_p = Primitive("jax_moe_in_one_place")
 """The identity of an array, which raises when it is lowered where XLA would partition the program."""
 
-in_one_place_p.def_impl(lambda array, *, verb: array)
 in_one_place_p.def_abstract_eval(lambda array, *, verb: array)
 batching.primitive_batchers[in_one_place_p] = lambda args, dims, *, verb: (in_one_place_p.bind(*args, verb=verb), *dims)
 
 
-def _lower(ctx, array, *, verb: str):
-    count = ffi.num_partitions(ctx.module_context.axis_context)
-    if count != 1:
+def _refuse(verb: str, num_devices: int) -> None:
+    if num_devices != 1:
         raise ValueError(
-            f"{verb}: the program is spread over {count} devices. Inside jax.jit it is not seen where the weights are, "
-            f"and XLA would silently gather all of them on each device. Call {verb} outside jax.jit, where it keeps "
-            "them in place, or inside a jax.shard_map over all the mesh's axes."
+            f"{verb}: the program is spread over {num_devices} devices. Inside jax.jit or jax.vmap it is not seen "
+            f"where the weights are, and XLA would silently gather all of them on each device. Call {verb} outside, "
+            "for one layer, where it keeps them in place, or inside a jax.shard_map over all the mesh's axes."
         )
+
+
+@in_one_place_p.def_impl
+def _run(array, *, verb: str):  # eagerly, inside jax.vmap
+    _refuse(verb, 1 if array.sharding.is_fully_replicated else array.sharding.num_devices)
+    return array
+
+
+def _lower(ctx, array, *, verb: str):
+    _refuse(verb, ffi.num_partitions(ctx.module_context.axis_context))
     return [array]
 
 

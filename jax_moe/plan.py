@@ -13,6 +13,7 @@ Precision = Literal["w4a16", "w4a4"]
 Combine = Literal["atomic", "ordered"]
 WeightOn = Literal["output", "input"]
 OUT_DTYPES = (jnp.bfloat16, jnp.float32)
+NUM_OPERANDS = 14  # as ``ffi/decode.h`` lists them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +48,8 @@ class Problem:
 
     @property
     def num_operands(self) -> int:
-        """Those of the call that are given, of the 14 that ``ffi/decode.h`` lists."""
-        return 14 - len(self.absent)
+        """Those of the call that are given."""
+        return NUM_OPERANDS - len(self.absent)
 
     def attributes(self) -> dict[str, object]:
         """The custom call's attributes, as the handlers' ``ffi/decode.h`` decodes them."""

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -59,16 +60,24 @@ def prepare(experts: Experts, target: str | None = None, *, progress: bool = Tru
         raise ValueError(
             f"experts.layout: got {experts.layout!r}, needs {CANONICAL!r}: jax_moe.unprepare(experts, ...)"
         )
-    arguments.instance("experts.gate_up", experts.gate_up, Projection)
-    rank = len(getattr(experts.gate_up.payload, "shape", ()))
-    if rank != 4:
-        raise ValueError(
-            f"experts.gate_up.payload: got {rank} axes, needs [E, P, I, H/2], the experts of one layer; "
-            "jax.vmap(jax_moe.prepare) repacks stacked layers"
-        )
+    _check_rank(experts, "jax.vmap(jax_moe.prepare) repacks")
+    for name, projection in (("gate_up", experts.gate_up), ("down", experts.down)):
+        if projection.block_scale is None:
+            raise ValueError(f"experts.{name}.block_scale: got None, canonical experts need it")
     if placement.find(experts).mesh is not None:
         return _prepare_in_place(experts)
     return _prepare(experts, progress)
+
+
+def _check_rank(experts: Experts, advice: str) -> None:
+    """Raises unless the experts are those of one layer; ``advice`` says what does the same to stacked layers."""
+    for name, projection in (("gate_up", experts.gate_up), ("down", experts.down)):
+        arguments.instance(f"experts.{name}", projection, Projection)
+    rank = len(getattr(experts.gate_up.payload, "shape", ()))
+    if rank != 4:
+        raise ValueError(
+            f"experts.gate_up.payload: got {rank} axes, needs 4, the experts of one layer; {advice} stacked layers"
+        )
 
 
 def _prepare(experts: Experts, progress: bool, tensor_axes: tuple[str, ...] = ()) -> Experts:
@@ -149,25 +158,33 @@ def unprepare(experts: Experts, hidden_size: int, intermediate_size: int) -> Exp
     """The inverse of :func:`prepare`: canonical experts with the same values, bit for bit where no block scale was
     negative, NaN, or zero over nonzero codes.
 
-    On a mesh they stay where they are, as in :func:`prepare`.
+    On a mesh they stay where they are, as in :func:`prepare`. I must be in as many slices now as when it was prepared.
 
     Args:
-      experts: prepared for sm_90a.
+      experts: prepared for sm_90a, of one layer.
       hidden_size, intermediate_size: H and I without padding.
 
     Raises:
       TypeError: not Experts, or a size is not an int.
-      ValueError: the experts are not prepared, not of these sizes, or placed on a mesh in another way than
-        :func:`jax_moe.expert_shardings` says; traced for several devices outside ``jax.shard_map``.
+      ValueError: the experts are not prepared, not of these sizes, prepared in another number of slices of I (not seen
+        under ``jax.jit``), of several layers, or placed on a mesh in another way than :func:`jax_moe.expert_shardings`
+        says; traced for several devices outside ``jax.shard_map``.
     """
     arguments.instance("experts", experts, Experts)
     if experts.layout != SM_90A:
         raise ValueError(f"experts.layout: got {experts.layout!r}, needs {SM_90A!r}")
     hidden_size = arguments.integer("hidden_size", hidden_size)
     intermediate_size = arguments.integer("intermediate_size", intermediate_size)
+    _check_rank(experts, "jax.vmap(lambda e: jax_moe.unprepare(e, H, I)) unpacks")
     slices = placement.find(experts).slices
     _check_sizes(experts, hidden_size, intermediate_size, slices)
-    return _unprepare_in_place(experts, hidden_size, intermediate_size // slices)
+    canonical, cut = _unprepare_in_place(experts, hidden_size, intermediate_size // slices)
+    if not isinstance(cut, jax.core.Tracer) and cut.any():
+        raise ValueError(
+            f"intermediate_size: got {intermediate_size}, but weights stand where the padding of I in {slices} slices "
+            "would be: these experts were prepared in another number of slices"
+        )
+    return canonical
 
 
 def _check_sizes(experts: Experts, hidden_size: int, intermediate_size: int, slices: int) -> None:
@@ -191,11 +208,15 @@ def _check_sizes(experts: Experts, hidden_size: int, intermediate_size: int, sli
         )
 
 
-def _unprepare_local(where: placement.Placement, experts: Experts, hidden_size: int, intermediate_size: int) -> Experts:
+def _unprepare_local(
+    where: placement.Placement, experts: Experts, hidden_size: int, intermediate_size: int
+) -> tuple[Experts, jax.Array]:
+    """The canonical experts, and whether that cut off anything but padding: bool ``[1]``."""
     gate_up, down = experts.gate_up, experts.down
     projections = gate_up.global_scale.shape[1]
     codes, scales = jax.lax.map(functools.partial(_unpack_expert, projections=projections), gate_up.payload)
     bias = None if gate_up.bias is None else gate_up.bias[:, :, :intermediate_size]
+    cut = jnp.any(codes[:, :, intermediate_size:])[None]
     canonical_gate_up = dataclasses.replace(
         gate_up,
         payload=nvfp4.pack(codes[:, :, :intermediate_size, :hidden_size]),
@@ -208,24 +229,28 @@ def _unprepare_local(where: placement.Placement, experts: Experts, hidden_size: 
         payload=nvfp4.pack(codes[:, 0, :hidden_size, :intermediate_size]),
         block_scale=scales[:, 0, :hidden_size, : intermediate_size // nvfp4.BLOCK_SIZE],
     )
-    return Experts(gate_up=canonical_gate_up, down=canonical_down, layout=CANONICAL)
+    return Experts(gate_up=canonical_gate_up, down=canonical_down, layout=CANONICAL), cut
 
 
 _unprepare_in_place = placement.InPlace(
     "unprepare",
     _unprepare_local,
-    lambda where, experts: where.specs(
-        Experts(
-            *(dataclasses.replace(p, block_scale=p.payload) for p in (experts.gate_up, experts.down)), layout=CANONICAL
-        )
+    lambda where, experts: (
+        where.specs(
+            Experts(
+                *(dataclasses.replace(p, block_scale=p.payload) for p in (experts.gate_up, experts.down)),
+                layout=CANONICAL,
+            )
+        ),
+        jax.sharding.PartitionSpec((*where.expert_axes, *where.tensor_axes) or None),
     ),
 )
 
 
 def _prepare_projection(projection: Projection, gated: bool, indices: Iterable[int], tensor_axes) -> Projection:
     """``projection`` with leaves ``[E, P, N, C/2]`` and ``[E, P, N, C/16]``."""
-    payload = placement.refuse_to_gather("prepare", nvfp4.payload_bytes(projection.payload))
-    operands = payload, projection.block_scale
+    operands = nvfp4.payload_bytes(projection.payload), projection.block_scale
+    operands = placement.refuse_to_gather("prepare", operands)
     payload, nan = stacking.map_in_turn(lambda expert: _pack_expert(*expert, gated=gated), operands, indices)
     if tensor_axes:  # the other slices' scales count too
         nan = jax.lax.pmax(nan.astype(jnp.int32), tensor_axes) > 0

@@ -66,9 +66,12 @@ def quantize_experts(
     if gate is not None and (gate_bias is None) != (up_bias is None):
         raise ValueError("gate_bias, up_bias: got only one of them, needs both or neither")
 
-    for name, array in (("gate", gate), ("up", up), ("down", down)):
+    for name, array in (
+        ("gate", gate), ("up", up), ("down", down),
+        ("gate_bias", gate_bias), ("up_bias", up_bias), ("down_bias", down_bias),
+    ):  # fmt: skip
         arguments.in_one_place(name, array)
-    down = placement.refuse_to_gather("quantize_experts", down)
+    gate, up, down = placement.refuse_to_gather("quantize_experts", (gate, up, down))
 
     parts = (up,) if gate is None else (gate, up)
     biases = (up_bias,) if gate is None else (gate_bias, up_bias)

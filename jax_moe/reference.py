@@ -47,7 +47,7 @@ def intermediate(
 def expert_mlp(
     x: jax.Array, experts: Experts, expert: jax.Array | int, *, activation: activations.Activation, precision: str
 ) -> jax.Array:
-    """float32 ``[T, H]``: all rows of ``x`` (bf16 ``[T, H]``) through one local expert, unweighted."""
+    """float32 ``[T, H]``: all rows of ``x`` ``[T, H]``, values that bfloat16 can hold, through one local expert."""
     h = intermediate(x, experts, expert, activation=activation, precision=precision)
     down = _select(experts.down, expert)
     if precision == "w4a4":
@@ -68,7 +68,8 @@ def fused_moe(
     expert_offset: jax.Array | int = 0,
     out_dtype=jnp.bfloat16,
 ) -> jax.Array:
-    """What :func:`jax_moe.fused_moe` computes, up to the order of float32 sums; same arguments and result.
+    """What :func:`jax_moe.fused_moe` computes, up to the order of float32 sums; the same
+    arguments, except for ``num_experts`` and ``command_buffer``, and the same result.
 
     ``combine`` only chooses an order of summation, so it has no effect here.
 

@@ -6,6 +6,7 @@ import itertools
 import helpers
 from helpers import ACTIVATIONS, make_case
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -342,3 +343,24 @@ print("done")
 
 def test_through_sharded_moe():
     assert helpers.run_python(_SHARDED, JAX_NUM_CPU_DEVICES="8") == "done\n"
+
+
+def test_exported_for_any_number_of_tokens():
+    case = make_case(9, tokens=6, out_dtype=jnp.float32)
+
+    def gradient(x, ids, weights):
+        def loss(x, weights):
+            return jax_moe.fused_moe(x, case.experts, jax_moe.Routing(ids, weights), **case.options).sum()
+
+        return jax.grad(loss, (0, 1))(x, weights)
+
+    (tokens,) = jax.export.symbolic_shape("t")
+    shapes = [
+        jax.ShapeDtypeStruct((tokens, a.shape[1]), a.dtype)
+        for a in (case.x, case.routing.expert_ids, case.routing.weights)
+    ]
+    exported = jax.export.export(jax.jit(gradient), disabled_checks=jax_moe.export_checks())(*shapes)
+    dx, dweights = exported.call(case.x, case.routing.expert_ids, case.routing.weights)
+    expected_x, expected_weights = gradients(case, np.ones(case.x.shape))
+    assert_close(dx, expected_x)
+    assert_close(dweights, expected_weights)

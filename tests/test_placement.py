@@ -94,6 +94,23 @@ def test_prepare_and_unprepare(expert, tensor, activation, axis_type):
     assert moved(lowered) == []
 
 
+@pytest.mark.parametrize("intermediate", [96, 736])
+def test_another_number_of_slices_is_no_padding(intermediate):
+    """In one piece I is padded at its end, in two slices in the middle too: what is cut off there may be weights."""
+    case = make_case(12, hidden=32, intermediate=intermediate, num_experts=2)
+    mesh, placed = place(case.experts, 1, 2)
+    in_one_piece = jax_moe.prepare(case.experts, "sm_90a", progress=False)
+    in_two = jax_moe.prepare(placed, "sm_90a")
+    for experts in (
+        jax.device_put(in_one_piece, jax_moe.expert_shardings(in_one_piece, mesh)),
+        jax.device_put(in_two, jax.devices()[0]),
+    ):
+        with pytest.raises(
+            ValueError, match=r"intermediate_size: got \d+, (but weights stand where|needs a multiple of)"
+        ):
+            jax_moe.unprepare(experts, 32, intermediate)
+
+
 @pytest.mark.parametrize(
     ("intermediate", "slices", "activation"),
     [(160, 2, SWIGLU), (192, 4, RELU2), (704, 2, SWIGLU), (704, 2, RELU2), (1856, 2, SWIGLU), (1856, 4, RELU2)],
@@ -200,6 +217,26 @@ def test_under_jit_explicit_placements_are_seen(verb):
         got = run(placed)
     jax.tree.map(helpers.assert_bit_equal, got, expected)
     assert got.down.payload.sharding.spec[0] == "expert"
+
+
+def test_vmap_over_stacked_layers_that_are_spread_is_refused():
+    """Eagerly too: jax.vmap hides where the weights are."""
+    case = make_case(13, hidden=48, intermediate=32)
+    mesh = jax.make_mesh((4,), ("expert",), axis_types=(AUTO,))
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), helpers.without_input_scales(case.experts))
+    spread = jax.device_put(stacked, NamedSharding(mesh, P(None, "expert")))
+    with pytest.raises(ValueError, match="prepare: the program is spread over 4 devices"):
+        jax.vmap(lambda e: jax_moe.prepare(e, "sm_90a"))(spread)
+
+
+@pytest.mark.parametrize("leaf", ["gate", "up", "down"])
+def test_no_dense_weight_is_gathered_under_jit(leaf):
+    mesh = jax.make_mesh((4,), ("expert",), axis_types=(AUTO,))
+    dense = {"gate": np.ones((4, 32, 48), np.float32), "up": np.ones((4, 32, 48), np.float32),
+             "down": np.ones((4, 48, 32), np.float32)}  # fmt: skip
+    placed = jax.device_put(dense[leaf], NamedSharding(mesh, P("expert")))
+    with pytest.raises(ValueError, match="quantize_experts: the program is spread over 4 devices"):
+        jax.jit(lambda array: jax_moe.quantize_experts(**dense | {leaf: array}))(placed)
 
 
 @pytest.mark.parametrize("verb", ["prepare", "unprepare"])

@@ -388,6 +388,42 @@ def test_eager_weights_that_are_placed_otherwise_are_refused():
         jax_moe.sharded_moe(case.x, moved, case.routing, mesh=mesh)
 
 
+def test_an_axis_of_one_device_moves_nothing():
+    """Weights that are spread over experts only, on a mesh that has a tensor axis of size 1."""
+    case = make_exact_case(9)
+    mesh = make_mesh(EXPLICIT, expert=4, tensor=1)
+    shardings = jax_moe.expert_shardings(case.experts, mesh, tensor_axis=None)
+    experts = jax.device_put(case.experts, shardings)
+    with jax.set_mesh(mesh):
+        y = jax.jit(functools.partial(jax_moe.sharded_moe, **case.options))(case.x, experts, case.routing)
+    helpers.assert_bit_equal(y, case.run())
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_the_types_of_axes_are_no_placement(wrap):
+    """Weights that were placed on automatic axes, used where the same mesh is set with explicit ones."""
+    case = make_exact_case(10)
+    placed = jax.device_put(case.experts, jax_moe.expert_shardings(case.experts, make_mesh(expert=4)))
+    with jax.set_mesh(make_mesh(EXPLICIT, expert=4)):
+        y = wrap(functools.partial(jax_moe.sharded_moe, **case.options))(case.x, placed, case.routing)
+    helpers.assert_bit_equal(y, case.run())
+
+
+def test_axes_of_both_types_are_refused():
+    case = make_exact_case(11)
+    mesh = jax.make_mesh((2, 4), ("data", "expert"), axis_types=(AUTO, EXPLICIT))
+    with pytest.raises(ValueError, match=r"mesh: got axes of types .*, needs all automatic or all explicit"):
+        jax_moe.sharded_moe(case.x, case.experts, case.routing, mesh=mesh)
+
+
+def test_an_axis_that_is_named_twice_is_refused():
+    case = make_exact_case(12)
+    with pytest.raises(ValueError, match=r"data_axis: got .*, needs each mesh axis once"):
+        jax_moe.sharded_moe(
+            case.x, case.experts, case.routing, mesh=make_mesh(data=2, expert=4), data_axis=("data", "data")
+        )
+
+
 # --- Tokens over several axes ---------------------------------------------------------------------------------------
 
 LEADING = [

@@ -48,7 +48,7 @@ class Router:
             if getattr(self, name) is not None:
                 arguments.floats(f"Router.{name}", getattr(self, name), (num_experts,))
         logits = _logits(x, self.weight, self.norm_eps)
-        return logits if self.bias is None else logits + jnp.broadcast_to(self.bias, logits.shape)
+        return logits if self.bias is None else logits + jnp.broadcast_to(self.bias.astype(jnp.float32), logits.shape)
 
     def __call__(self, x: jax.Array) -> routing.Routing:
         chosen = routing.route(self.logits(x), self.k, self.method, bias=self.selection_bias)
@@ -85,6 +85,8 @@ class HashRouter:
         if not jnp.issubdtype(token_ids.dtype, jnp.integer):
             raise TypeError(f"token_ids: got dtype {token_ids.dtype}, needs integers")
         token_ids = jnp.asarray(token_ids)
+        if token_ids.dtype.itemsize < 4:  # too narrow for the vocabulary's size, which they are compared with
+            token_ids = token_ids.astype(jnp.int32)
         arguments.array("HashRouter.token_table", self.token_table, jnp.int32, ("V", "K"))
         arguments.instance("HashRouter.method", self.method, routing.DeepSeekV3)
         known = (token_ids >= 0) & (token_ids < self.token_table.shape[0])
@@ -101,7 +103,7 @@ def _logits(x: jax.Array, weight: jax.Array, norm_eps: float | None) -> jax.Arra
     x = x.astype(jnp.float32)
     if norm_eps is not None:
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + norm_eps)
-    return jnp.dot(x, weight.T, precision=jax.lax.Precision.HIGHEST)
+    return jnp.dot(x, weight.T.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
 
 def _take(table: jax.Array, ids: jax.Array) -> jax.Array:
@@ -110,7 +112,7 @@ def _take(table: jax.Array, ids: jax.Array) -> jax.Array:
     explicit = AxisType.Explicit in place.mesh.axis_types
     rest = (None,) * (table.ndim - 1)
     out_sharding = NamedSharding(place.mesh, PartitionSpec(*place.spec, *rest)) if explicit else None
-    return table.at[ids].get(mode="clip", out_sharding=out_sharding)
+    return jnp.asarray(table).at[ids].get(mode="clip", out_sharding=out_sharding)
 
 
 def open_router(model: Model, layer: int) -> Router | HashRouter:

@@ -12,7 +12,7 @@ from jax_moe.experts import CANONICAL
 
 
 def convert(
-    directory: Annotated[Path, typer.Argument(help="A ModelOpt, compressed-tensors or gpt-oss checkpoint.")],
+    directory: Annotated[Path, typer.Argument(help="A checkpoint with NVFP4 or MXFP4 experts.")],
     output: Annotated[Path, typer.Argument(help="The directory to write; an interrupted conversion is continued.")],
     layout: Annotated[
         str, typer.Option(help="canonical (CPUs; `prepare` repacks it for a GPU), or sm_90a (H100, H200).")

@@ -184,8 +184,10 @@ class MoE(nnx.Module):
 def _mesh_of(experts: Experts, x: jax.Array, axes: Axes) -> Mesh | AbstractMesh | None:
     """The mesh that a call must be split over; None on one device, and inside a ``shard_map``."""
     seen = [jax.typeof(a).sharding.mesh for a in (experts.down.payload, x)]  # jax.jit tells it of what it traces too
-    seen.append(jax.sharding.get_abstract_mesh())  # over which JAX spreads what is nowhere in particular
-    mesh = next((mesh for mesh in seen if not mesh.empty), None)
+    context = jax.sharding.get_abstract_mesh()  # over which JAX spreads what is nowhere in particular
+    mesh = next((mesh for mesh in (*seen, context) if not mesh.empty), None)
+    if mesh is not None and dict(mesh.shape) == dict(context.shape):
+        mesh = context  # the same, and its axes have the types that JAX computes with
     if mesh is None or AxisType.Manual in mesh.axis_types:
         return None
     names = {name for axis in vars(axes).values() for name in parallel.axis_names(axis)}

@@ -445,3 +445,21 @@ def test_a_module_of_a_block_that_is_no_function_of_one_x_is_refused(name, messa
     (layer,) = checkpoints.list_layers(BLOCKS / name)
     with pytest.raises(CheckpointError, match=f"{message}.*one by one"):
         nn.MoE.from_checkpoint(BLOCKS / name, layer)
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int8, jnp.uint16, jnp.int16, jnp.uint32, jnp.int32], ids=str)
+def test_token_ids_of_any_integer_type(dtype):
+    """A vocabulary is larger than a narrow type holds: comparing in that type would lose every expert."""
+    table = jnp.arange(70_000, dtype=jnp.int32)[:, None] % 4
+    router = HashRouter(jnp.ones((4, 32)), table, method=jax_moe.DeepSeekV3(1, 1))
+    ids = jnp.asarray([0, 3, 102], dtype)
+    routing = router(jnp.ones((3, 32)), ids)
+    np.testing.assert_array_equal(routing.expert_ids[:, 0], np.array([0, 3, 102]) % 4)
+
+
+def test_leaves_may_be_numpy_arrays():
+    x = jnp.ones((3, 32))
+    hashed = HashRouter(np.ones((4, 32), np.float32), np.zeros((9, 2), np.int32), method=jax_moe.DeepSeekV3(1, 1))
+    assert hashed(x, np.arange(3)).expert_ids.shape == (3, 2)
+    scaled = Router(np.ones((4, 32), np.float32), expert_scale=np.full(4, 2.0, np.float32), k=2)
+    assert scaled(x).weights.sum() == 6
