@@ -60,7 +60,7 @@ def prepare(experts: Experts, target: str | None = None, *, progress: bool = Tru
         raise ValueError(
             f"experts.layout: got {experts.layout!r}, needs {CANONICAL!r}: jax_moe.unprepare(experts, ...)"
         )
-    _check_rank(experts, "jax.vmap(jax_moe.prepare) repacks")
+    _check_rank(experts, "[E, P, I, H/2]", "jax.vmap(jax_moe.prepare) repacks")
     for name, projection in (("gate_up", experts.gate_up), ("down", experts.down)):
         if projection.block_scale is None:
             raise ValueError(f"experts.{name}.block_scale: got None, canonical experts need it")
@@ -69,14 +69,14 @@ def prepare(experts: Experts, target: str | None = None, *, progress: bool = Tru
     return _prepare(experts, progress)
 
 
-def _check_rank(experts: Experts, advice: str) -> None:
-    """Raises unless the experts are those of one layer; ``advice`` says what does the same to stacked layers."""
+def _check_rank(experts: Experts, shape: str, advice: str) -> None:
+    """Raises unless the experts are those of one layer; ``advice`` says what does the same to stacked ones."""
     for name, projection in (("gate_up", experts.gate_up), ("down", experts.down)):
         arguments.instance(f"experts.{name}", projection, Projection)
     rank = len(getattr(experts.gate_up.payload, "shape", ()))
     if rank != 4:
         raise ValueError(
-            f"experts.gate_up.payload: got {rank} axes, needs 4, the experts of one layer; {advice} stacked layers"
+            f"experts.gate_up.payload: got {rank} axes, needs {shape}, the experts of one layer; {advice} stacked layers"
         )
 
 
@@ -175,7 +175,7 @@ def unprepare(experts: Experts, hidden_size: int, intermediate_size: int) -> Exp
         raise ValueError(f"experts.layout: got {experts.layout!r}, needs {SM_90A!r}")
     hidden_size = arguments.integer("hidden_size", hidden_size)
     intermediate_size = arguments.integer("intermediate_size", intermediate_size)
-    _check_rank(experts, "jax.vmap(lambda e: jax_moe.unprepare(e, H, I)) unpacks")
+    _check_rank(experts, "[E, row_blocks, k_blocks, 4608]", "jax.vmap(lambda e: jax_moe.unprepare(e, H, I)) unpacks")
     slices = placement.find(experts).slices
     _check_sizes(experts, hidden_size, intermediate_size, slices)
     canonical, cut = _unprepare_in_place(experts, hidden_size, intermediate_size // slices)
