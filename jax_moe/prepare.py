@@ -76,7 +76,8 @@ def _check_rank(experts: Experts, shape: str, advice: str) -> None:
     rank = len(getattr(experts.gate_up.payload, "shape", ()))
     if rank != 4:
         raise ValueError(
-            f"experts.gate_up.payload: got {rank} axes, needs {shape}, the experts of one layer; {advice} stacked layers"
+            f"experts.gate_up.payload: got {rank} axes, needs {shape}, the experts of one layer; {advice} "
+            "stacked layers"
         )
 
 
