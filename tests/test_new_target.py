@@ -1,4 +1,4 @@
-"""A target and its layouts dropped in (``made_up/``): a folder and a row in each of two tables, and everything works."""
+"""A target and its layouts dropped in (``made_up/``): a folder, rows in two tables, and everything works."""
 
 import dataclasses
 import functools
@@ -8,7 +8,6 @@ import re
 import cuda_call
 import helpers
 import jax
-import jax.numpy as jnp
 from made_up.layout import MadeUpLayout
 from made_up.target import MADE_UP
 import numpy as np
@@ -58,7 +57,7 @@ def test_prepare_and_unprepare():
 
 def test_a_target_with_a_layout_for_each_precision_wants_to_know_which():
     experts = _case().experts
-    with pytest.raises(ValueError, match="precision: got None, but sm_77x has a layout for each .*choose one"):
+    with pytest.raises(ValueError, match=r"precision: got None, but sm_77x has a layout for each .*choose one"):
         jax_moe.prepare(experts, NAME)
     with pytest.raises(ValueError, match="precision: got 'w8', needs one of 'w4a16', 'w4a4'"):
         jax_moe.prepare(experts, NAME, "w8")
@@ -69,7 +68,7 @@ def test_the_default_device_chooses_the_target(monkeypatch):
     monkeypatch.setattr(targets, "_default_device", lambda: _Gpu("7.7"))
     assert jax_moe.prepare(_case().experts, precision="w4a16").layout == MADE_UP.layouts["w4a16"]
     monkeypatch.setattr(targets, "_default_device", lambda: _Gpu("6.6"))
-    with pytest.raises(ValueError, match="compute capability 6.6, kernels exist for 9.0, 7.7"):
+    with pytest.raises(ValueError, match=r"compute capability 6.6, kernels exist for 9.0, 7.7"):
         jax_moe.prepare(_case().experts)
 
 
@@ -88,7 +87,7 @@ def test_a_layout_is_only_taken_by_the_precision_that_it_is_for(compiler):
     case = _case()
     prepared = jax_moe.prepare(case.experts, NAME, "w4a4")
     traced = jax.jit(jax_moe.fused_moe).trace(case.x, prepared, case.routing)
-    with pytest.raises(ValueError, match="got 'made_up_fp4_v1', .* with precision='w4a16' needs prepared weights"):
+    with pytest.raises(ValueError, match=r"got 'made_up_fp4_v1', .* with precision='w4a16' needs prepared weights"):
         traced.lower(lowering_platforms=("cuda",))
 
 
@@ -109,9 +108,8 @@ def test_on_a_mesh_the_weights_stay_and_slices_are_padded(shape):
     placed = jax.device_put(experts, jax_moe.expert_shardings(experts, mesh))
     prepared = jax_moe.prepare(placed, NAME, "w4a16")
     wanted = jax_moe.expert_shardings(prepared, mesh)
-    jax.tree.map(
-        lambda leaf, sharding: leaf.sharding.is_equivalent_to(sharding, leaf.ndim) or pytest.fail(), prepared, wanted
-    )
+    for leaf, sharding in zip(jax.tree.leaves(prepared), jax.tree.leaves(wanted), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
     assert prepared.gate_up.payload.shape[1] == 32 * max(2, shape[1])
     _assert_equal(jax_moe.unprepare(prepared, experts.down.payload.shape[1], 64), experts)
 
