@@ -11,9 +11,8 @@ from jax_moe import parallel
 from jax_moe.checkpoints import conversion, leaves, linear, quantization, router, shared_expert
 from jax_moe.checkpoints.files import CheckpointError, Files, read_rows
 from jax_moe.checkpoints.layer import open_model
-from jax_moe.checkpoints.router import HashRouter, Router
-from jax_moe.checkpoints.shared_expert import SharedExpert
 from jax_moe.experts import Experts
+from jax_moe.layers import HashRouter, Router, SharedExpert
 
 Directory = str | os.PathLike[str]
 
