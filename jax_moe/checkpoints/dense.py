@@ -91,14 +91,14 @@ def _leaf(matrix: jax.Array, leaf: int) -> jax.Array:
 
 
 def find(
-    files: Files, block: str, family: Family, num_experts: int, hidden: int, intermediate: int
+    files: Files, module: str, family: Family, num_experts: int, hidden: int, intermediate: int
 ) -> tuple[Dense, Dense]:
-    """gate_up and down of the experts of ``block``, one linear layer for each expert and projection.
+    """gate_up and down of the experts of ``module``, one linear layer for each expert and projection.
 
     Raises:
       CheckpointError: there is no such layer, or one tensor too many.
     """
-    prefix = f"{block}.experts."
+    prefix = f"{module}.experts."
     present = files.under(prefix)
     for projections in family.projections:
         if f"{prefix}0.{projections[0]}.weight" in present:

@@ -6,15 +6,15 @@ import jax
 import numpy as np
 
 from jax_moe import routing
-from jax_moe.checkpoints.family import module, NUM_EXPERTS, TOP_K
+from jax_moe.checkpoints.family import full_name, NUM_EXPERTS, TOP_K
 from jax_moe.checkpoints.files import CheckpointError, Files, FLOATS, read_floats, read_rows
-from jax_moe.checkpoints.layer import Model
+from jax_moe.checkpoints.model import Model
 from jax_moe.layers import HashRouter, Router
 
 
 def open_router(model: Model, layer: int) -> Router | HashRouter:
     """See :func:`jax_moe.checkpoints.load_router`."""
-    block, family, settings = model.block(layer), model.family, model.settings(layer)
+    module, family, settings = model.module(layer), model.family, model.settings(layer)
     num_experts, hidden = settings.integer(*NUM_EXPERTS), settings.integer("hidden_size")
     k, method = settings.integer(*TOP_K, default=family.top_k), family.method(settings)
     candidates = num_experts
@@ -32,14 +32,14 @@ def open_router(model: Model, layer: int) -> Router | HashRouter:
         if not isinstance(method, routing.DeepSeekV3):
             raise TypeError(f"{family.name}: got {method!r} beside a token table, needs DeepSeekV3")
         vocabulary = settings.integer("vocab_size") if "vocab_size" in settings.config else None
-        ids = tensors.integers(module(block, table), vocabulary, k, num_experts)
+        ids = tensors.integers(full_name(module, table), vocabulary, k, num_experts)
         router = HashRouter(jax.device_put(weight), jax.device_put(ids), method=method)
     else:
         parts: dict[str, np.ndarray | float] = {}
         if family.router_bias:
             parts["bias"] = tensors.floats(f"{linear}.bias", (num_experts,))
         if family.selection_bias and isinstance(method, routing.DeepSeekV3):
-            candidates = [module(block, bias) for bias in family.selection_bias]
+            candidates = [full_name(module, bias) for bias in family.selection_bias]
             chosen = next((bias for bias in candidates if bias in model.files.names()), candidates[0])
             parts["selection_bias"] = tensors.floats(chosen, (num_experts,), (1, num_experts))
         if family.normalized_router:
@@ -54,21 +54,21 @@ def open_router(model: Model, layer: int) -> Router | HashRouter:
 
 def router_module(model: Model, layer: int) -> str:
     """The router's module in the files of a layer."""
-    candidates = [module(model.block(layer), name) for name in model.family.router]
+    candidates = [full_name(model.module(layer), name) for name in model.family.router]
     present = (name for name in candidates if any(tensor.startswith(f"{name}.") for tensor in model.files.names()))
     return next(present, candidates[0])
 
 
 def _check_explained(model: Model, layer: int, read: set[str]) -> None:
-    """Refuses tensors of the block that nothing reads: leaving one out could make another function of it."""
-    block, family = model.block(layer), model.family
+    """Refuses tensors of the MoE module that nothing reads: leaving one out could make another function of it."""
+    module, family = model.module(layer), model.family
     known = [*family.shared_expert, *family.others, *filter(None, [family.shared_expert_gate])]
-    others = tuple(f"{module(block, name)}." for name in known)
+    others = tuple(f"{full_name(module, name)}." for name in known)
     left = [name for name in model.beside(layer) if name not in read and not name.startswith(others)]
     if left:
         raise CheckpointError(
-            f"{model.files.info(left[0])}: found a tensor that the block of {family.name} does not have, or has no "
-            "use for with this configuration's routing; leaving it out could change the result"
+            f"{model.files.info(left[0])}: found a tensor that the MoE module of {family.name} does not have, "
+            "or has no use for with this configuration's routing; leaving it out could change the result"
         )
 
 

@@ -4,18 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_moe.checkpoints.family import GATED, module
+from jax_moe.checkpoints.family import full_name, GATED
 from jax_moe.checkpoints.files import CheckpointError
-from jax_moe.checkpoints.layer import Model
 from jax_moe.checkpoints.linear import Linear, read_linear
+from jax_moe.checkpoints.model import Model
 from jax_moe.layers import SharedExpert
 
 
 def open_shared_expert(model: Model, layer: int) -> SharedExpert | None:
     """See :func:`jax_moe.checkpoints.load_shared_expert`."""
-    block, family, settings = model.block(layer), model.family, model.settings(layer)
+    module, family, settings = model.module(layer), model.family, model.settings(layer)
     names = model.files.names()
-    candidates = [module(block, name) for name in family.shared_expert]
+    candidates = [full_name(module, name) for name in family.shared_expert]
     expert = next((name for name in candidates if any(tensor.startswith(f"{name}.") for tensor in names)), None)
     if expert is None:
         key = settings.key("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
@@ -43,7 +43,7 @@ def open_shared_expert(model: Model, layer: int) -> SharedExpert | None:
 
     gate = None
     if family.shared_expert_gate is not None:
-        name = module(block, family.shared_expert_gate)
+        name = full_name(module, family.shared_expert_gate)
         linear = read_linear(model.files, name)
         if linear.weight.shape != (1, hidden) or linear.bias is not None:
             raise CheckpointError(

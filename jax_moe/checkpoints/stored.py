@@ -310,18 +310,18 @@ def check_block_scale(scale: np.ndarray, where: str) -> None:
 
 
 def find(
-    files: Files, block: str, family: Family, num_experts: int, hidden: int, intermediate: int
+    files: Files, module: str, family: Family, num_experts: int, hidden: int, intermediate: int
 ) -> tuple[Stored, Stored]:
-    """Finds gate_up and down of the experts of ``block`` ("model.layers.3.mlp") and checks their headers.
+    """Finds gate_up and down of the experts of ``module`` ("model.layers.3.mlp") and checks their headers.
 
     Raises:
       OtherFormatError: the experts are not in a 4-bit format.
       CheckpointError: they are not in a known one, or a tensor is missing, has another dtype or
         shape, or has a name that the format does not explain.
     """
-    prefix = f"{block}.experts."
+    prefix = f"{module}.experts."
     present = files.under(prefix)
-    _check_four_bits(files, block, present)
+    _check_four_bits(files, module, present)
 
     def stored(format: Format, projections: tuple[str, ...], num_rows: int, contraction: int) -> Stored:
         fused = format in _FUSED
@@ -346,7 +346,7 @@ def find(
             continue
         if format in _PER_EXPERT and num_experts > len(present):
             raise CheckpointError(
-                f"{files.directory}: {block}: found {len(present)} tensors, expected {num_experts} experts"
+                f"{files.directory}: {module}: found {len(present)} tensors, expected {num_experts} experts"
             )
         gate_up = stored(format, projections[:-1], intermediate, hidden)
         down = stored(format, projections[-1:], hidden, intermediate)
@@ -355,16 +355,16 @@ def find(
         _check_explained(files, present - gate_up.expected_names() - down.expected_names(), format)
         return gate_up, down
     example = files.info(min(present))
-    raise CheckpointError(f"{example}: found {example.summary}, expected the experts of {block} in NVFP4 or MXFP4")
+    raise CheckpointError(f"{example}: found {example.summary}, expected the experts of {module} in NVFP4 or MXFP4")
 
 
-def _check_four_bits(files: Files, block: str, present: Set[str]) -> None:
+def _check_four_bits(files: Files, module: str, present: Set[str]) -> None:
     infos = [files.info(name) for name in sorted(present)]
     if any(info.dtype in ("U8", "I8") and "scale" not in info.name.rpartition(".")[2] for info in infos):
         return
     example = max(infos, key=lambda info: info.nbytes)
     raise OtherFormatError(
-        f"{example}: found {example.summary}, but the experts of {block} are not in NVFP4 or MXFP4; "
+        f"{example}: found {example.summary}, but the experts of {module} are not in NVFP4 or MXFP4; "
         "load_experts(..., quantize=True) can quantise what is in bfloat16 or FP8"
     )
 
