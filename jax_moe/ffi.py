@@ -25,6 +25,8 @@ import numpy as np
 from jax_moe import plan, settings
 from jax_moe.experts import CANONICAL
 
+__all__ = ["NO_CAPTURE_TARGET", "TARGET", "library_path"]
+
 TARGET = "jax_moe_fused_moe_v1"
 """Target of the custom call. The version is in the name because exported programs outlive this library."""
 

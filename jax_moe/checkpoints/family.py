@@ -24,7 +24,7 @@ def hidden_act(settings: Settings, key: str = "hidden_act", default: str = "silu
 def latent(settings: Settings) -> str | None:
     """Why the MoE module is more than its parts if ``moe_latent_size`` is set (Nemotron 3), otherwise None."""
     size = settings.value("moe_latent_size")
-    return None if size is None else f"the experts stand between projections to and from {size} values"
+    return None if size is None else f"the experts stand between linear layers to and from {size} values"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Family:
     """One entry of the table of model families; :func:`jax_moe.checkpoints.register_family` adds one.
 
     Names of modules are relative to the MoE module, "../" being the layer around it. Each entry of a tuple of names, or
-    of projections, is a possibility: writers and releases differ.
+    of ``projections``, is a possibility: writers and releases differ.
 
     Attributes:
       name: for messages and tables.
@@ -43,7 +43,7 @@ class Family:
       intermediate_size: key of I in the config; the dense layers' size often has the obvious one.
       method: the routing method, from the :class:`~jax_moe.checkpoints.settings.Settings` of a layer.
       activation: the experts' activation, likewise.
-      projections: names of gate and up (or only up) and down.
+      projections: names of an expert's linear layers: gate and up (or only up), and down.
       router: the router's module.
       router_bias: its linear layer has a bias.
       selection_bias: the tensor added to the scores for selection. DeepSeekV3's method needs it, others refuse it.

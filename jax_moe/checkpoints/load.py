@@ -34,7 +34,7 @@ def load_experts(
     Understands ModelOpt and compressed-tensors NVFP4, and MXFP4 where NVFP4 represents it exactly, of the families
     that ``docs/checkpoint-formats.md`` lists, and the directories that :func:`jax_moe.checkpoints.convert` writes.
     Everything that the files' headers say is checked before any weight is read. Weights are read through memory
-    maps, an expert at a time: beside the result, memory holds two experts.
+    maps, an expert at a time: memory holds the result and two experts.
 
     Args:
       directory: holds ``config.json`` and safetensors files, with or without an index.
@@ -89,7 +89,7 @@ def load_shared_expert(directory: Directory, layer: int) -> SharedExpert | None:
 
 
 def load_tensor(directory: Directory, name: str) -> jax.Array:
-    """Loads any tensor by its name in the files, as it is stored: for the parts of a model beside its MoE layers.
+    """Loads any tensor by its name in the files, as it is stored: for the parts of a model outside its MoE layers.
 
     Raises:
       CheckpointError: as :func:`load_experts`.

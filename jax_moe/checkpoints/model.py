@@ -1,6 +1,7 @@
 """A checkpoint's model: its files, its family, where its MoE modules are and of what sizes."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 import re
 
@@ -148,6 +149,6 @@ def refuse_online_transforms(model: Model, layer: int) -> None:
     module = model.module(layer)
     experts = [f"{module}.experts.{expert}" for expert in range(sizes(model, layer).num_experts)]
     # By every name that the family's experts have anywhere: converted files no longer show which ones were stored.
-    projections = {"gate_up_proj", "down_proj", *(name for names in model.family.projections for name in names)}
-    linears = [f"{parent}.{name}" for parent in (f"{module}.experts", *experts) for name in sorted(projections)]
+    names = {"gate_up_proj", "down_proj", *itertools.chain.from_iterable(model.family.projections)}
+    linears = [f"{parent}.{name}" for parent in (f"{module}.experts", *experts) for name in sorted(names)]
     quantization.refuse_online_transforms(model.files, linears, (module, f"{module}.experts", *experts))

@@ -65,7 +65,7 @@ def algorithms(files: Files, module: str) -> set[str]:
 
 
 def refuse_online_transforms(files: Files, linears: Iterable[str], containers: Iterable[str] = ()) -> None:
-    """Refuses what a file alone does not show: activations to transform at run time, or scales to read otherwise.
+    """Refuses what the files of weights do not show: activations to transform at run time, or scales to read otherwise.
 
     Args:
       files: the checkpoint.

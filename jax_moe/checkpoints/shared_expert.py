@@ -23,10 +23,10 @@ def open_shared_expert(model: Model, layer: int) -> SharedExpert | None:
             raise settings.error(key, settings.value(key), f"none, because there is no {candidates[0]} in the files")
         return None
 
-    projections = [names_ for names_ in (*family.projections, GATED) if len(names_) == len(family.projections[0])]
+    linears = [each for each in (*family.projections, GATED) if len(each) == len(family.projections[0])]
     chosen = next(
-        (each for each in projections if any(tensor.startswith(f"{expert}.{each[0]}.") for tensor in names)),
-        projections[0],
+        (each for each in linears if any(tensor.startswith(f"{expert}.{each[0]}.") for tensor in names)),
+        linears[0],
     )
     *parts, down = (read_linear(model.files, f"{expert}.{name}") for name in chosen)
     hidden, intermediate = settings.integer("hidden_size"), parts[0].weight.shape[0]
