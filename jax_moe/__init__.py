@@ -5,6 +5,7 @@ from jax_moe.activations import Activation as Activation, GeGLU as GeGLU, ReLU2 
 from jax_moe.checkpoints import load_experts as load_experts
 from jax_moe.experts import Experts as Experts, Projection as Projection
 from jax_moe.ffi import export_checks as export_checks
+from jax_moe.layers import HashRouter as HashRouter, Router as Router, SharedExpert as SharedExpert
 from jax_moe.moe import fused_moe as fused_moe
 from jax_moe.parallel import expert_shardings as expert_shardings, sharded_moe as sharded_moe
 from jax_moe.plan import Combine as Combine, Precision as Precision, WeightOn as WeightOn

@@ -10,7 +10,6 @@ import ctypes
 import dataclasses
 import functools
 import math
-import os
 import pathlib
 import sysconfig
 from typing import Any
@@ -23,8 +22,10 @@ from jax.interpreters import ad, batching, mlir
 import jax.numpy as jnp
 import numpy as np
 
-from jax_moe import plan
+from jax_moe import plan, settings
 from jax_moe.experts import CANONICAL
+
+__all__ = ["NO_CAPTURE_TARGET", "TARGET", "library_path"]
 
 TARGET = "jax_moe_fused_moe_v1"
 """Target of the custom call. The version is in the name because exported programs outlive this library."""
@@ -39,8 +40,8 @@ def library_path() -> pathlib.Path:
     Raises:
       ImportError: no library there.
     """
-    if override := os.environ.get("JAX_MOE_FFI_LIBRARY"):
-        candidates = [pathlib.Path(override)]
+    if override := settings.ffi_library():
+        candidates = [override]
     else:
         # The second is for Python started in a source checkout, whose jax_moe/ hides the installed one.
         folders = (pathlib.Path(__file__).parent, pathlib.Path(sysconfig.get_path("platlib"), "jax_moe"))

@@ -2,13 +2,12 @@
 
 import dataclasses
 import functools
-import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_moe import activations, check, ffi, nvfp4, plan
+from jax_moe import activations, check, ffi, nvfp4, plan, settings
 from jax_moe.experts import Experts, Projection
 from jax_moe.routing import Routing
 
@@ -76,7 +75,7 @@ def fused_moe(
         x, experts, routing, activation=activation, precision=precision, combine=combine, weight_on=weight_on,
         expert_offset=expert_offset, num_experts=num_experts, out_dtype=out_dtype, command_buffer=command_buffer,
     )  # fmt: skip
-    if debugging():
+    if settings.debugging():
         jax.debug.callback(functools.partial(_raise_on_bad_id, num_experts=num_experts), routing.expert_ids)
     flat_x, flat = check.flatten(x, routing)
     tokens = (flat_x, flat.expert_ids, flat.weights, jnp.asarray(expert_offset, jnp.int32))
@@ -84,11 +83,6 @@ def fused_moe(
     absent = tuple(place for place, operand in enumerate(tokens + weights) if operand is None)
     operands = vary_alike(*(jnp.asarray(operand) for operand in tokens + weights if operand is not None))
     return ffi.fused_moe_p.bind(*operands, problem=dataclasses.replace(problem, absent=absent)).reshape(x.shape)
-
-
-def debugging() -> bool:
-    """Whether ``JAX_MOE_DEBUG`` is set."""
-    return os.environ.get("JAX_MOE_DEBUG", "") not in ("", "0")
 
 
 def _raise_on_bad_id(expert_ids: np.ndarray, num_experts: int | None) -> None:

@@ -13,6 +13,11 @@ it with ``ml_dtypes`` over every code, tie and special value.
 import jax
 import jax.numpy as jnp
 
+__all__ = [
+    "BLOCK_SIZE", "E2M1_MAX", "E4M3_MAX", "amax", "dequantize", "e2m1_from_float", "e2m1_to_float", "global_scale_for",
+    "pack", "payload_bytes", "quantize", "quantize_dequantize", "unpack",
+]  # fmt: skip
+
 BLOCK_SIZE = 16
 """Values that share one block scale (the NVFP4 definition)."""
 

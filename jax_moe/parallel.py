@@ -9,7 +9,7 @@ import jax.core
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jax_moe import activations, arguments, check, ffi, moe, nvfp4, plan
+from jax_moe import activations, arguments, check, ffi, moe, nvfp4, plan, settings
 from jax_moe.experts import CANONICAL, Experts, Projection
 from jax_moe.routing import Routing
 
@@ -115,7 +115,7 @@ def sharded_moe(
             raise ValueError(f"mesh: got axes of types {mesh.axis_types}, needs all automatic or all explicit")
         everything = (x, experts, routing), (tokens, specs, jax.tree.map(lambda _: tokens, routing))
         x, experts, routing = jax.tree.map(lambda a, spec: jax.reshard(a, NamedSharding(mesh, spec)), *everything)
-    if moe.debugging():  # a callback cannot run in a shard_map that runs eagerly
+    if settings.debugging():  # a callback cannot run in a shard_map that runs eagerly
         run = jax.jit(run)
     y = ffi.as_one_op("sharded_moe", run, x, experts, routing)
     return y if y.shape == shape else y.reshape(shape)

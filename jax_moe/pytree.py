@@ -13,11 +13,12 @@ _Class = TypeVar("_Class", bound=type)
 
 
 def register(cls: _Class) -> _Class:
-    """Class decorator for a dataclass; its static fields hold JSON scalars or dataclasses of them.
+    """Class decorator for a dataclass.
 
-    ``jax.tree_util.register_dataclass`` alone is not enough to serialise an exported function that takes one. A static
-    dataclass (a routing method) is written as its class name and fields; the field's annotation says which classes a
-    file may name.
+    Its static fields, whose metadata say so, may hold what JSON has a scalar for (None, bools, numbers, NumPy's too,
+    strings) and dataclasses of such scalars (a routing method, an activation). A dataclass is written as its class name
+    and fields; the field's annotation says which classes a file may name. ``jax.tree_util.register_dataclass`` does not
+    say how to write them, so by itself it does not let an exported function that takes one be serialised.
     """
     data = [field.name for field in dataclasses.fields(cls) if not field.metadata.get("static")]
     static = [field.name for field in dataclasses.fields(cls) if field.metadata.get("static")]

@@ -13,6 +13,8 @@ from jax_moe import activations, check, nvfp4
 from jax_moe.experts import CANONICAL, Experts, Projection
 from jax_moe.routing import Routing
 
+__all__ = ["fused_moe"]
+
 
 def project(x: jax.Array, weights: Projection, input_scale: jax.Array | float) -> jax.Array:
     """``input_scale * global_scale * (x @ W.T) + bias`` in float32.

@@ -1,4 +1,4 @@
-"""The layer shapes of published models: one list for the tests, the benchmarks and the tuned tables."""
+"""The layer shapes of published models: one list for the tests, the benchmarks and the command line."""
 
 import dataclasses
 

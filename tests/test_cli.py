@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 import jax_moe
-from jax_moe import activations
+from jax_moe import activations, settings
 from jax_moe.__main__ import app
 from jax_moe.cli import bench, doctor, options, show
 from jax_moe.kernels import compile as kernels, lowering, specs
@@ -92,8 +92,8 @@ def test_doctor_examines_an_installation_that_does_not_start():
 
 
 def test_doctor_shows_the_kernel_cache_and_what_the_environment_sets(tmp_path, monkeypatch):
-    for name in doctor.ENVIRONMENT:
-        monkeypatch.delenv(name, raising=False)
+    for setting in settings.SETTINGS:
+        monkeypatch.delenv(setting.name, raising=False)
     (tmp_path / "kernels").mkdir()
     for name in ("a.json", "b.json", ".unfinished.tmp"):
         (tmp_path / "kernels" / name).touch()

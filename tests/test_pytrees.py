@@ -1,7 +1,10 @@
 """``Experts`` and ``Routing`` as pytrees: jit, scan, sharding, checkpoints."""
 
 import dataclasses
+import importlib
+import math
 import pickle
+import pkgutil
 
 import helpers
 from helpers import make_case
@@ -13,7 +16,6 @@ import numpy as np
 import pytest
 
 import jax_moe
-from jax_moe.checkpoints import Router, SharedExpert
 
 
 def assert_trees_bit_equal(actual, expected):
@@ -127,7 +129,7 @@ def exported(function, *operands):
 def test_a_function_of_a_router_is_exported_with_its_rule(method):
     """The rule is static: it travels in the file, and a router with another rule does not fit."""
     rng = np.random.default_rng(0)
-    router = Router(jnp.asarray(rng.standard_normal((8, 16)), jnp.float32), k=np.int32(3), method=method)
+    router = jax_moe.Router(jnp.asarray(rng.standard_normal((8, 16)), jnp.float32), k=np.int32(3), method=method)
     x = jnp.asarray(rng.standard_normal((5, 16)), jnp.float32)
     loaded, expected = exported(lambda router, x: router(x), router, x)
     assert_trees_bit_equal(loaded.call(router, x), expected)
@@ -135,8 +137,58 @@ def test_a_function_of_a_router_is_exported_with_its_rule(method):
         loaded.call(dataclasses.replace(router, method=jax_moe.Sigmoid()), x)
 
 
-def test_a_function_of_a_shared_expert_is_exported():
-    shared = SharedExpert(jnp.ones((2, 32, 16), jnp.bfloat16), jnp.ones((16, 32), jnp.bfloat16))
-    x = jnp.ones((3, 16))
-    loaded, expected = exported(lambda shared, x: shared(x, jax_moe.SwiGLU()), shared, x)
-    assert_trees_bit_equal(loaded.call(shared, x), expected)
+def pytree_classes() -> list[type]:
+    """Every dataclass of the package that JAX takes apart, however it is registered."""
+    classes = set()
+    for found in pkgutil.walk_packages(jax_moe.__path__, "jax_moe."):
+        try:
+            module = importlib.import_module(found.name)
+        except ModuleNotFoundError as error:
+            if error.name in ("cuda", "cutlass", "flax"):  # optional, and what needs them cannot be made without them
+                continue
+            raise
+        classes |= {value for value in vars(module).values() if isinstance(value, type) and _is_pytree(value)}
+    return sorted(classes, key=lambda cls: cls.__name__)
+
+
+def _is_pytree(cls: type) -> bool:
+    if not dataclasses.is_dataclass(cls) or not cls.__module__.startswith("jax_moe."):
+        return False
+    instance = object.__new__(cls)
+    for field in dataclasses.fields(cls):
+        object.__setattr__(instance, field.name, None)
+    return not jax.tree_util.all_leaves([instance])
+
+
+def _array(*shape: int, dtype=jnp.float32) -> jax.Array:
+    return jnp.arange(math.prod(shape)).reshape(shape).astype(dtype)
+
+
+PROJECTION = jax_moe.Projection(_array(2, 3, dtype=jnp.uint8), None, _array(2), bias=_array(2, 3))
+METHOD = jax_moe.DeepSeekV3(4, 2, 1.5, scores="sqrtsoftplus")
+EXAMPLES = [
+    PROJECTION,
+    jax_moe.Experts(PROJECTION, PROJECTION, layout="another"),
+    jax_moe.Routing(_array(3, 2, dtype=jnp.int32), _array(3, 2)),
+    jax_moe.Router(_array(8, 4), expert_scale=_array(8), k=3, method=METHOD, norm_eps=1e-6),
+    jax_moe.HashRouter(_array(8, 4), _array(9, 3, dtype=jnp.int32), method=METHOD),
+    jax_moe.SharedExpert(_array(2, 6, 4), _array(4, 6), gate=_array(1, 4), activation=jax_moe.SwiGLU(limit=7.0)),
+]
+
+
+@pytest.mark.parametrize("cls", pytree_classes(), ids=lambda cls: cls.__name__)
+def test_a_function_of_each_pytree_of_the_package_is_exported(cls):
+    """Its static fields travel in the file, those that have no default too."""
+    (example,) = (example for example in EXAMPLES if type(example) is cls)
+    for field in dataclasses.fields(cls):
+        if field.metadata.get("static"):
+            assert getattr(example, field.name) != field.default, f"{field.name}: the default would prove nothing"
+    loaded, expected = exported(lambda tree: jax.tree.map(lambda leaf: leaf[::-1], tree), example)
+    result = loaded.call(example)
+    assert type(result) is cls
+    assert_trees_bit_equal(result, expected)
+
+
+def test_the_pytrees_of_the_package_are_found():
+    assert {jax_moe.Experts, jax_moe.Router} <= set(pytree_classes())
+    assert not {jax_moe.SwiGLU, jax_moe.DeepSeekV3} & set(pytree_classes())

@@ -16,7 +16,6 @@ from jax_moe.checkpoints.load import (
     load_tensor as load_tensor,
     moe_options as moe_options,
 )
-from jax_moe.checkpoints.router import HashRouter as HashRouter, Router as Router
 from jax_moe.checkpoints.settings import Settings as Settings
-from jax_moe.checkpoints.shared_expert import SharedExpert as SharedExpert
 from jax_moe.checkpoints.summary import LayerSummary as LayerSummary, summarize as summarize, Summary as Summary
+from jax_moe.layers import HashRouter as HashRouter, Router as Router, SharedExpert as SharedExpert

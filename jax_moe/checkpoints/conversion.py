@@ -8,7 +8,6 @@ of the file. ``jax_moe.json`` and a digest in each file say what was converted: 
 
 from collections.abc import Iterable, Iterator
 import contextlib
-import dataclasses
 import fcntl
 import functools
 import gc
@@ -19,35 +18,30 @@ from pathlib import Path
 from typing import BinaryIO
 import warnings
 
-import jax
 import numpy as np
 
-from jax_moe import nvfp4, progress
-from jax_moe.checkpoints import layer as published, leaves
+from jax_moe import progress
+from jax_moe.checkpoints import leaves
+from jax_moe.checkpoints.converted import layout_named, named_leaves, VERSION
 from jax_moe.checkpoints.files import (
     brief,
     CheckpointError,
-    Files,
     read_bytes,
-    read_floats,
     read_header,
     read_json,
     read_rows,
     TEMPORARY_SUFFIX,
-    TensorInfo,
     write_atomically,
     write_tensors,
 )
-from jax_moe.checkpoints.leaves import Leaf
+from jax_moe.checkpoints.layer import open_experts
+from jax_moe.checkpoints.model import Model, open_model
 from jax_moe.checkpoints.quantization import CONFIG_FILES, refuse_online_transforms
-from jax_moe.checkpoints.stored import check_block_scale, OtherFormatError
-from jax_moe.experts import CANONICAL, Experts, Projection, SM_90A
+from jax_moe.checkpoints.stored import OtherFormatError
+from jax_moe.experts import CANONICAL, SM_90A
 from jax_moe.prepare import prepare
 
 MANIFEST = "jax_moe.json"
-_VERSION = "1"
-"""Of a layer's file."""
-
 _MANIFEST_VERSION = "2"
 """Of the manifest: 1 had a digest of the headers, which two checkpoints of one model have in common."""
 
@@ -88,7 +82,7 @@ def convert(
     if layout not in (CANONICAL, SM_90A):
         raise ValueError(f"layout: got {layout!r}, needs {CANONICAL!r} or {SM_90A!r}")
     source, target = Path(directory), Path(output)
-    model = published.open_model(source)
+    model = open_model(source)
     numbers = _checked(model, layers, layout)
     target.mkdir(parents=True, exist_ok=True)
     if not (target / MANIFEST).exists() and any(target.glob("*.safetensors*")):
@@ -116,14 +110,14 @@ def convert(
     return written
 
 
-def _checked(model: published.Model, layers: Iterable[int] | None, layout: str) -> list[int]:
+def _checked(model: Model, layers: Iterable[int] | None, layout: str) -> list[int]:
     """The layers to convert: nothing is written before each of them has passed."""
     numbers, skipped = [], {}
     if layers is not None:
         layers = list(layers)
         if not layers:
             raise ValueError("layers: got none, needs at least one, or None for every layer in NVFP4 or MXFP4")
-    for number in model.blocks if layers is None else dict.fromkeys(layers):  # each once
+    for number in model.modules if layers is None else dict.fromkeys(layers):  # each once
         try:
             found = open_experts(model, number).layout
         except OtherFormatError as error:
@@ -138,7 +132,7 @@ def _checked(model: published.Model, layers: Iterable[int] | None, layout: str) 
             )
         beside = {name.rpartition(".")[0] for name in model.beside(number)}
         if beside:
-            refuse_online_transforms(model.files, beside, [model.block(number)])
+            refuse_online_transforms(model.files, beside, [model.module(number)])
         numbers.append(int(number))
     if not numbers:
         raise next(iter(skipped.values()))
@@ -147,15 +141,15 @@ def _checked(model: published.Model, layers: Iterable[int] | None, layout: str) 
     return numbers
 
 
-def _write_layer(model: published.Model, number: int, path: Path, layout: str) -> None:
+def _write_layer(model: Model, number: int, path: Path, layout: str) -> None:
     digest = _digest(model, number)
     source = open_experts(model, number)
     experts = leaves.to_jax(source.leaves(range(source.num_experts)), None, None, None, False)
     if layout != experts.layout:
         experts = prepare(experts, layout, progress=False)
-    tensors = {f"{model.block(number)}.experts.{name}": np.asarray(leaf) for name, leaf in _named(experts)}
+    tensors = {f"{model.module(number)}.experts.{name}": np.asarray(leaf) for name, leaf in named_leaves(experts)}
     tensors |= {name: read_rows(model.files.info(name)) for name in model.beside(number)}
-    metadata = {"format": "jax_moe", "version": _VERSION, "layout": layout, "digest": digest}
+    metadata = {"format": "jax_moe", "version": VERSION, "layout": layout, "digest": digest}
     write_atomically(path, functools.partial(write_tensors, tensors=tensors, metadata=metadata))
 
 
@@ -167,10 +161,10 @@ def _path(target: Path, number: int) -> Path:
     return target / f"layer-{number:05d}.safetensors"
 
 
-def _digest(model: published.Model, number: int) -> str:
+def _digest(model: Model, number: int) -> str:
     """Of all that a layer's file is made of, down to the last byte: another training run has the same headers."""
     digest = hashlib.sha256()
-    for name in sorted({*model.beside(number), *model.files.under(f"{model.block(number)}.experts.")}):
+    for name in sorted({*model.beside(number), *model.files.under(f"{model.module(number)}.experts.")}):
         info = model.files.info(name)
         digest.update(repr((name, info.dtype, info.shape)).encode())
         for piece in read_bytes(info):
@@ -178,7 +172,7 @@ def _digest(model: published.Model, number: int) -> str:
     return digest.hexdigest()
 
 
-def _complete(model: published.Model, target: Path, progress_bar: bool) -> set[int]:
+def _complete(model: Model, target: Path, progress_bar: bool) -> set[int]:
     """The layers that are there, whole, and of this checkpoint.
 
     Raises:
@@ -190,7 +184,7 @@ def _complete(model: published.Model, target: Path, progress_bar: bool) -> set[i
             _, metadata = read_header(path)
         except CheckpointError:
             continue  # cut off, by a disk that failed: it is written again
-        number = next((number for number in model.blocks if path == _path(target, number)), None)
+        number = next((number for number in model.modules if path == _path(target, number)), None)
         if number is None or metadata.get("digest") != _digest(model, number):
             raise CheckpointError(
                 f"{path}: found a layer that was not made from what {model.files.directory} holds now; convert into "
@@ -204,6 +198,7 @@ def _check_manifest(path: Path, manifest: dict) -> None:
     if not path.exists():
         return
     found = read_json(path)
+    found["layout"] = layout_named(found.get("layout"))
     for key in ("version", "layout", "config"):
         if found.get(key) != manifest[key]:
             raise CheckpointError(
@@ -220,116 +215,3 @@ def _locked(target: Path) -> Iterator[None]:
         except BlockingIOError:
             raise CheckpointError(f"{target}: found another conversion at work in it, expected none") from None
         yield
-
-
-def _named(experts: Experts) -> list[tuple[str, jax.Array]]:
-    return [(jax.tree_util.keystr(path)[1:], leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(experts)]
-
-
-@dataclasses.dataclass(frozen=True)
-class ConvertedLayer:
-    """The experts of a layer that ``convert`` wrote."""
-
-    files: Files
-    block: str
-    expected: Experts
-    sizes: published.Sizes
-
-    @property
-    def num_experts(self) -> int:
-        return self.sizes.num_experts
-
-    @property
-    def format(self) -> str:
-        return f"jax_moe, {self.layout}"
-
-    @property
-    def layout(self) -> str:
-        return self.expected.layout
-
-    def leaves(self, experts: range) -> Experts:
-        """As :meth:`jax_moe.checkpoints.layer.ExpertLayer.leaves`."""
-
-        def leaf(path, shape: jax.ShapeDtypeStruct) -> Leaf:
-            info = self.files.info(f"{self.block}.experts.{jax.tree_util.keystr(path)[1:]}")
-
-            def row(index: int, inner: tuple[slice, ...]) -> np.ndarray:
-                if not info.shape:
-                    return read_floats(info)
-                values = read_rows(info, experts[index], experts[index] + 1)[0][inner]
-                _check_values(values, info)
-                return values
-
-            lead = (len(experts),) if info.shape else ()
-            return Leaf((*lead, *info.shape[1:]), np.dtype(shape.dtype), row, info.name)
-
-        return jax.tree_util.tree_map_with_path(leaf, self.expected)
-
-
-def _check_values(values: np.ndarray, info: TensorInfo) -> None:
-    if info.dtype == "F8_E4M3":
-        check_block_scale(values, str(info))
-    elif info.dtype == "F32" and not np.isfinite(values).all():
-        raise CheckpointError(f"{info}: found a number that is not finite, expected finite scales and biases")
-
-
-def open_experts(
-    model: published.Model, number: int, *, quantize: bool = False
-) -> "published.ExpertLayer | ConvertedLayer":
-    """The experts of a layer, published or converted; ``quantize``: also those that do not have 4 bits.
-
-    Raises:
-      CheckpointError: see :func:`jax_moe.load_experts`.
-    """
-    prefix = f"{model.block(number)}.experts."
-    if f"{prefix}gate_up.payload" not in model.files.names():
-        return published.open_experts(model, number, quantize=quantize)
-    metadata = model.files.metadata(f"{prefix}gate_up.payload")
-    if metadata.get("version") != _VERSION or metadata.get("layout") not in (CANONICAL, SM_90A):
-        raise CheckpointError(
-            f"{model.files.info(prefix + 'gate_up.payload')}: found version {metadata.get('version')!r} and layout "
-            f"{metadata.get('layout')!r}, expected version {_VERSION} and a known layout"
-        )
-    expected = _expected(model, number, metadata["layout"])
-    unexplained = model.files.under(prefix)
-    for name, leaf in _named(expected):
-        unexplained.discard(prefix + name)
-        info = model.files.info(prefix + name)
-        if info.shape != leaf.shape or info.numpy_dtype != leaf.dtype:
-            raise CheckpointError(f"{info}: found {info.summary}, expected {leaf.dtype} {list(leaf.shape)}")
-    # Prepared experts once had block scales of no elements.
-    left = sorted(name for name in unexplained if model.files.info(name).nbytes)
-    if left:
-        raise CheckpointError(f"{model.files.info(left[0])}: found a tensor that converted experts do not have")
-    published.refuse_online_transforms(model, number)  # the configuration came along
-    return ConvertedLayer(model.files, model.block(number), expected, published.sizes(model, number))
-
-
-def _expected(model: published.Model, number: int, layout: str) -> Experts:
-    """Shapes and dtypes of the leaves, from the config."""
-    prefix, sizes = f"{model.block(number)}.experts.", published.sizes(model, number)
-    parts = 2 if model.family.activation(model.settings(number)).gated else 1
-
-    def projection(
-        name: str, rows: int, contraction: int, lead: tuple[int, ...], input_shape: tuple[int, ...]
-    ) -> Projection:
-        def shape(dtype, *axes: int, kind: str | None = None):
-            present = kind is None or f"{prefix}{name}.{kind}" in model.files.names()
-            return jax.ShapeDtypeStruct(axes, dtype) if present else None
-
-        return Projection(
-            payload=shape(np.uint8, *lead, rows, contraction // 2),
-            block_scale=shape(jax.numpy.float8_e4m3fn, *lead, rows, contraction // nvfp4.BLOCK_SIZE),
-            global_scale=shape(np.float32, *lead),
-            input_scale=shape(np.float32, *input_shape, kind="input_scale"),
-            bias=shape(np.float32, *lead, rows, kind="bias"),
-        )
-
-    experts = sizes.num_experts
-    canonical = Experts(
-        gate_up=projection("gate_up", sizes.intermediate, sizes.hidden, (experts, parts), ()),
-        down=projection("down", sizes.hidden, sizes.intermediate, (experts,), (experts,)),
-    )
-    if layout == CANONICAL:
-        return canonical
-    return jax.eval_shape(functools.partial(prepare, target=layout, progress=False), canonical)

@@ -18,13 +18,13 @@ class Dense:
 
     Attributes:
       files, prefix: the checkpoint, and what stands before an expert's number ("model.layers.3.mlp.experts.").
-      projections: a name for each part.
+      parts: the name of the linear layer of each part.
       num_experts, num_rows, contraction: E, N and C.
     """
 
     files: Files
     prefix: str
-    projections: tuple[str, ...]
+    parts: tuple[str, ...]
     num_experts: int
     num_rows: int
     contraction: int
@@ -34,7 +34,7 @@ class Dense:
 
     @property
     def num_parts(self) -> int:
-        return len(self.projections)
+        return len(self.parts)
 
     @property
     def has_bias(self) -> bool:
@@ -69,7 +69,7 @@ class Dense:
         return bias
 
     def _module(self, expert: int, part: int) -> str:
-        return f"{self.prefix}{expert}.{self.projections[part]}"
+        return f"{self.prefix}{expert}.{self.parts[part]}"
 
     def _read(self, expert: int, part: int) -> Linear:
         linear = read_plain(self.files, self._module(expert, part))
@@ -91,26 +91,26 @@ def _leaf(matrix: jax.Array, leaf: int) -> jax.Array:
 
 
 def find(
-    files: Files, block: str, family: Family, num_experts: int, hidden: int, intermediate: int
+    files: Files, module: str, family: Family, num_experts: int, hidden: int, intermediate: int
 ) -> tuple[Dense, Dense]:
-    """gate_up and down of the experts of ``block``, one linear layer for each expert and projection.
+    """gate_up and down of the experts of ``module``, one linear layer for each part of each expert.
 
     Raises:
       CheckpointError: there is no such layer, or one tensor too many.
     """
-    prefix = f"{block}.experts."
+    prefix = f"{module}.experts."
     present = files.under(prefix)
-    for projections in family.projections:
-        if f"{prefix}0.{projections[0]}.weight" in present:
-            modules = {f"{prefix}{expert}.{name}" for expert in range(num_experts) for name in projections}
+    for linears in family.projections:
+        if f"{prefix}0.{linears[0]}.weight" in present:
+            modules = {f"{prefix}{expert}.{name}" for expert in range(num_experts) for name in linears}
             unexplained = {name for name in present if name.rpartition(".")[0] not in modules}
             if unexplained:
                 raise CheckpointError(f"{files.info(min(unexplained))}: found a tensor that is of none of the experts")
             return (
-                Dense(files, prefix, projections[:-1], num_experts, intermediate, hidden),
-                Dense(files, prefix, projections[-1:], num_experts, hidden, intermediate),
+                Dense(files, prefix, linears[:-1], num_experts, intermediate, hidden),
+                Dense(files, prefix, linears[-1:], num_experts, hidden, intermediate),
             )
     raise CheckpointError(
         f"{files.info(min(present))}: found no {prefix}0.{family.projections[0][0]}.weight, expected a matrix for each "
-        "expert and projection: only these are quantised on loading"
+        "linear layer of each expert: only these are quantised on loading"
     )

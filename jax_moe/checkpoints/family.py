@@ -22,27 +22,28 @@ def hidden_act(settings: Settings, key: str = "hidden_act", default: str = "silu
 
 
 def latent(settings: Settings) -> str | None:
-    """Why the block is more than its parts if ``moe_latent_size`` is set (Nemotron 3), otherwise None."""
+    """Why the MoE module is more than its parts if ``moe_latent_size`` is set (Nemotron 3), otherwise None."""
     size = settings.value("moe_latent_size")
-    return None if size is None else f"the experts stand between projections to and from {size} values"
+    return None if size is None else f"the experts stand between linear layers to and from {size} values"
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
     """One entry of the table of model families; :func:`jax_moe.checkpoints.register_family` adds one.
 
-    Names of modules are relative to the MoE block, "../" being the layer around it. Each entry of a tuple of names, or
-    of projections, is a possibility: writers and releases differ.
+    Names of modules are relative to the MoE module, "../" being the layer around it. Each entry of a tuple of names, or
+    of ``projections``, is a possibility: writers and releases differ.
 
     Attributes:
       name: for messages and tables.
       model_types: the ``model_type`` values of ``config.json``, or of the text model's part of it.
-      blocks: the module of the MoE block within ``layers.N``, which has the ``experts``; "" is the layer itself.
+      blocks: the MoE module within ``layers.N`` (a sparse MoE block in transformers), which has the ``experts``; "" is
+        the layer itself.
       top_k: experts per token, where the configuration does not say; None if it must.
       intermediate_size: key of I in the config; the dense layers' size often has the obvious one.
       method: the routing method, from the :class:`~jax_moe.checkpoints.settings.Settings` of a layer.
       activation: the experts' activation, likewise.
-      projections: names of gate and up (or only up) and down.
+      projections: names of an expert's linear layers: gate and up (or only up), and down.
       router: the router's module.
       router_bias: its linear layer has a bias.
       selection_bias: the tensor added to the scores for selection. DeepSeekV3's method needs it, others refuse it.
@@ -52,8 +53,8 @@ class Family:
       shared_expert: the module of the expert that every token visits; () if the family has none.
       shared_expert_gate: the linear layer to one number whose sigmoid multiplies the shared expert, or None.
       shared_activation: the shared expert's activation; None if it is that of the experts.
-      others: further modules of the block, which are left to the caller.
-      apart: why router, experts and shared expert do not make up the block by themselves, or None if they do.
+      others: further modules in the MoE module, which are left to the caller.
+      apart: why router, experts and shared expert do not make up the MoE module by themselves, or None if they do.
       roots: where the text model's layers stand, if another model in the same files has experts too.
       interleaved: a fused ``gate_up`` tensor alternates gate and up, instead of gate first.
       weight_on: where the routing weight is applied, as in :func:`jax_moe.fused_moe`.
@@ -82,6 +83,6 @@ class Family:
     weight_on: str = "output"
 
 
-def module(block: str, name: str) -> str:
-    """The full name of a module that a family names relative to its block."""
-    return f"{block.rpartition('.')[0]}.{name[3:]}" if name.startswith("../") else f"{block}.{name}"
+def full_name(module: str, name: str) -> str:
+    """Of a module that a family names relative to its MoE ``module``."""
+    return f"{module.rpartition('.')[0]}.{name[3:]}" if name.startswith("../") else f"{module}.{name}"

@@ -25,7 +25,7 @@ _ACTIVATIONS = {
     "v_scale", "k_bias", "v_bias",
 }  # fmt: skip
 
-_ROWS_AT_ONCE = 1024  # dequantised in float32; beside the result, memory holds that many rows
+_ROWS_AT_ONCE = 1024  # dequantised in float32; memory holds the result and that many rows
 
 
 @dataclasses.dataclass(frozen=True)

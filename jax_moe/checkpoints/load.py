@@ -8,12 +8,12 @@ import jax
 import numpy as np
 
 from jax_moe import parallel
-from jax_moe.checkpoints import conversion, leaves, linear, quantization, router, shared_expert
+from jax_moe.checkpoints import leaves, linear, quantization, router, shared_expert
 from jax_moe.checkpoints.files import CheckpointError, Files, read_rows
-from jax_moe.checkpoints.layer import open_model
-from jax_moe.checkpoints.router import HashRouter, Router
-from jax_moe.checkpoints.shared_expert import SharedExpert
+from jax_moe.checkpoints.layer import open_experts
+from jax_moe.checkpoints.model import open_model
 from jax_moe.experts import Experts
+from jax_moe.layers import HashRouter, Router, SharedExpert
 
 Directory = str | os.PathLike[str]
 
@@ -34,7 +34,7 @@ def load_experts(
     Understands ModelOpt and compressed-tensors NVFP4, and MXFP4 where NVFP4 represents it exactly, of the families
     that ``docs/checkpoint-formats.md`` lists, and the directories that :func:`jax_moe.checkpoints.convert` writes.
     Everything that the files' headers say is checked before any weight is read. Weights are read through memory
-    maps, an expert at a time: beside the result, memory holds two experts.
+    maps, an expert at a time: memory holds the result and two experts.
 
     Args:
       directory: holds ``config.json`` and safetensors files, with or without an index.
@@ -58,7 +58,7 @@ def load_experts(
       TypeError: ``layer`` is not an int, or ``experts`` neither slice nor range.
       ValueError: ``experts`` is not a contiguous part of the layer's experts, or the mesh does not divide E or I.
     """
-    source = conversion.open_experts(open_model(Path(directory)), layer, quantize=quantize)
+    source = open_experts(open_model(Path(directory)), layer, quantize=quantize)
     chosen = _chosen(experts, source.num_experts)
     return leaves.to_jax(source.leaves(chosen), mesh, expert_axis, tensor_axis, progress)
 
@@ -75,7 +75,7 @@ def load_router(directory: Directory, layer: int) -> Router | HashRouter:
     """
     model = open_model(Path(directory))
     name = router.router_module(model, layer)
-    quantization.refuse_online_transforms(model.files, [name], [model.block(layer)])
+    quantization.refuse_online_transforms(model.files, [name], [model.module(layer)])
     return router.open_router(model, layer)
 
 
@@ -89,7 +89,7 @@ def load_shared_expert(directory: Directory, layer: int) -> SharedExpert | None:
 
 
 def load_tensor(directory: Directory, name: str) -> jax.Array:
-    """Loads any tensor by its name in the files, as it is stored: for the parts of a model beside its MoE layers.
+    """Loads any tensor by its name in the files, as it is stored: for the parts of a model outside its MoE layers.
 
     Raises:
       CheckpointError: as :func:`load_experts`.
@@ -121,12 +121,12 @@ def moe_options(directory: Directory, layer: int | None = None) -> dict[str, Any
     """
     model = open_model(Path(directory))
     if layer is not None:
-        model.block(layer)
+        model.module(layer)
     return {"activation": model.family.activation(model.settings(layer)), "weight_on": model.family.weight_on}
 
 
-def check_whole_block(directory: Directory, layer: int) -> None:
-    """Refuses a layer whose MoE block has more to it than a router, experts and a shared expert of one x.
+def check_whole_module(directory: Directory, layer: int) -> None:
+    """Refuses a layer whose MoE module has more to it than a router, experts and a shared expert of one x.
 
     Raises:
       CheckpointError: the reason, and what can be loaded.
@@ -135,8 +135,8 @@ def check_whole_block(directory: Directory, layer: int) -> None:
     reason = model.family.apart(model.settings(layer))
     if reason is not None:
         raise CheckpointError(
-            f"{directory}: layer {layer} of {model.family.name}: found that {reason}, expected a block that is a "
-            "function of one x; load_experts, load_router and load_shared_expert load its parts one by one"
+            f"{directory}: layer {layer} of {model.family.name}: found that {reason}, expected a module that "
+            "is a function of one x; load_experts, load_router and load_shared_expert load its parts one by one"
         )
 
 
@@ -146,7 +146,7 @@ def list_layers(directory: Directory) -> list[int]:
     Raises:
       CheckpointError: as :func:`load_experts`.
     """
-    return list(open_model(Path(directory)).blocks)
+    return list(open_model(Path(directory)).modules)
 
 
 def _chosen(experts: slice | range | None, num_experts: int) -> range:

@@ -65,7 +65,7 @@ def algorithms(files: Files, module: str) -> set[str]:
 
 
 def refuse_online_transforms(files: Files, linears: Iterable[str], containers: Iterable[str] = ()) -> None:
-    """Refuses what a file alone does not show: activations to transform at run time, or scales to read otherwise.
+    """Refuses what the files of weights do not show: activations to transform at run time, or scales to read otherwise.
 
     Args:
       files: the checkpoint.
@@ -165,8 +165,8 @@ def _matches(target: str, module: str) -> bool:
 def _names(module: str) -> frozenset[str]:
     """What a module in a file may have been called in memory, where the tool matched it.
 
-    transformers renames on saving: roots, Mixtral's, Kimi Linear's and DeepSeek-V4's blocks and their projections, and
-    Gemma 4's experts, which have no block of their own there.
+    transformers renames on saving: roots, Mixtral's, Kimi Linear's and DeepSeek-V4's MoE modules and their linear
+    layers, and Gemma 4's experts, which have no module around them there.
     """
     parts = re.fullmatch(r"(?:[\w.]+\.)?(layers\.\d+)((?:\.\w+)*)", module)
     if parts is None:

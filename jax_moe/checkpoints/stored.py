@@ -1,6 +1,6 @@
 """How published checkpoints spell and store one projection of all experts: names, orientation, 4-bit format.
 
-Two things vary. *Where*: a tensor for each expert and projection, or one tensor for all of them. *What*: NVFP4 with
+Two things vary. *Where*: a tensor for each part of each expert, or one tensor for all of them. *What*: NVFP4 with
 a global scale that is multiplied (ModelOpt) or divided by (compressed-tensors), or MXFP4. :func:`find` recognises a
 combination by its tensor names and checks every header against it, so that whatever is read later has the right type
 and shape. ``docs/checkpoint-formats.md`` has the tables.
@@ -70,7 +70,7 @@ FUSED_MX = Format("MXFP4, fused", "_blocks", "_scales")
 # Formats that extend others come first: they are told apart by the tensors that only they have.
 _PER_EXPERT = (QUARK, MODELOPT, COMPRESSED_TENSORS, COMPRESSED_TENSORS_MX, MODELOPT_MX, DEEPSEEK_MX)
 _FUSED = (FUSED_MODELOPT, FUSED_MX)
-_FUSED_PROJECTIONS = ("gate_up_proj", "down_proj")
+_FUSED_LINEARS = ("gate_up_proj", "down_proj")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +80,8 @@ class Stored:
     Attributes:
       files: the checkpoint.
       format: of its tensors.
-      module: the module that holds the projections, where ``{}`` stands for the expert.
-      projections: a name for each part, or the one of a fused tensor.
+      module: the module that holds the linear layers, where ``{}`` stands for the expert.
+      parts: the name of the linear layer of each part, or the one of a fused tensor.
       num_experts, num_parts, num_rows, contraction: E, P, N and C.
       fused: one tensor holds all experts, on its first axis, and all parts.
       interleaved: in a fused tensor, parts alternate row by row instead of following each other.
@@ -91,7 +91,7 @@ class Stored:
     files: Files
     format: Format
     module: str
-    projections: tuple[str, ...]
+    parts: tuple[str, ...]
     num_experts: int
     num_parts: int
     num_rows: int
@@ -166,7 +166,7 @@ class Stored:
         return self._split(read_floats(info, expert, expert + 1)[0], part)
 
     def check(self) -> None:
-        """Checks the dtype and shape of every tensor, from the headers alone.
+        """Checks the dtype and shape of every tensor, from the headers only.
 
         Raises:
           CheckpointError: a tensor is missing or has another dtype or shape.
@@ -212,8 +212,8 @@ class Stored:
 
     def _name(self, suffix: str, expert: int, part: int) -> str:
         if self.fused:
-            return f"{self.module}{self.projections[0]}{suffix}"
-        return f"{self.module.replace('{}', str(expert))}{self.projections[part]}.{suffix}"
+            return f"{self.module}{self.parts[0]}{suffix}"
+        return f"{self.module.replace('{}', str(expert))}{self.parts[part]}.{suffix}"
 
     def _info(self, suffix: str, expert: int, part: int) -> TensorInfo:
         return self.files.info(self._name(suffix, expert, part))
@@ -310,28 +310,28 @@ def check_block_scale(scale: np.ndarray, where: str) -> None:
 
 
 def find(
-    files: Files, block: str, family: Family, num_experts: int, hidden: int, intermediate: int
+    files: Files, module: str, family: Family, num_experts: int, hidden: int, intermediate: int
 ) -> tuple[Stored, Stored]:
-    """Finds gate_up and down of the experts of ``block`` ("model.layers.3.mlp") and checks their headers.
+    """Finds gate_up and down of the experts of ``module`` ("model.layers.3.mlp") and checks their headers.
 
     Raises:
       OtherFormatError: the experts are not in a 4-bit format.
       CheckpointError: they are not in a known one, or a tensor is missing, has another dtype or
         shape, or has a name that the format does not explain.
     """
-    prefix = f"{block}.experts."
+    prefix = f"{module}.experts."
     present = files.under(prefix)
-    _check_four_bits(files, block, present)
+    _check_four_bits(files, module, present)
 
-    def stored(format: Format, projections: tuple[str, ...], num_rows: int, contraction: int) -> Stored:
+    def stored(format: Format, linears: tuple[str, ...], num_rows: int, contraction: int) -> Stored:
         fused = format in _FUSED
         return Stored(
             files=files,
             format=format,
             module=prefix if fused else prefix + "{}.",
-            projections=projections,
+            parts=linears,
             num_experts=num_experts,
-            num_parts=2 if projections == _FUSED_PROJECTIONS[:1] else len(projections),
+            num_parts=2 if linears == _FUSED_LINEARS[:1] else len(linears),
             num_rows=num_rows,
             contraction=contraction,
             fused=fused,
@@ -339,32 +339,32 @@ def find(
             has_bias=any(name.endswith("_bias" if fused else ".bias") for name in present),
         )
 
-    candidates = [(format, projections) for projections in family.projections for format in _PER_EXPERT]
-    candidates += [(format, _FUSED_PROJECTIONS) for format in _FUSED]
-    for format, projections in candidates:
-        if not _is_recognised(format, projections, prefix, present):
+    candidates = [(format, linears) for linears in family.projections for format in _PER_EXPERT]
+    candidates += [(format, _FUSED_LINEARS) for format in _FUSED]
+    for format, linears in candidates:
+        if not _is_recognised(format, linears, prefix, present):
             continue
         if format in _PER_EXPERT and num_experts > len(present):
             raise CheckpointError(
-                f"{files.directory}: {block}: found {len(present)} tensors, expected {num_experts} experts"
+                f"{files.directory}: {module}: found {len(present)} tensors, expected {num_experts} experts"
             )
-        gate_up = stored(format, projections[:-1], intermediate, hidden)
-        down = stored(format, projections[-1:], hidden, intermediate)
+        gate_up = stored(format, linears[:-1], intermediate, hidden)
+        down = stored(format, linears[-1:], hidden, intermediate)
         gate_up.check()
         down.check()
         _check_explained(files, present - gate_up.expected_names() - down.expected_names(), format)
         return gate_up, down
     example = files.info(min(present))
-    raise CheckpointError(f"{example}: found {example.summary}, expected the experts of {block} in NVFP4 or MXFP4")
+    raise CheckpointError(f"{example}: found {example.summary}, expected the experts of {module} in NVFP4 or MXFP4")
 
 
-def _check_four_bits(files: Files, block: str, present: Set[str]) -> None:
+def _check_four_bits(files: Files, module: str, present: Set[str]) -> None:
     infos = [files.info(name) for name in sorted(present)]
     if any(info.dtype in ("U8", "I8") and "scale" not in info.name.rpartition(".")[2] for info in infos):
         return
     example = max(infos, key=lambda info: info.nbytes)
     raise OtherFormatError(
-        f"{example}: found {example.summary}, but the experts of {block} are not in NVFP4 or MXFP4; "
+        f"{example}: found {example.summary}, but the experts of {module} are not in NVFP4 or MXFP4; "
         "load_experts(..., quantize=True) can quantise what is in bfloat16 or FP8"
     )
 
@@ -376,17 +376,17 @@ def find_linear(files: Files, name: str) -> Stored:
       CheckpointError: it is not in a known 4-bit format, or its tensors do not have the format's dtypes and shapes.
     """
     present = files.under(f"{name}.")
-    parent, _, projection = name.rpartition(".")
+    parent, _, linear = name.rpartition(".")
     module = f"{parent}." if parent else ""
     for format in _PER_EXPERT:
-        if _is_recognised(format, (projection,), module, present, expert=""):
+        if _is_recognised(format, (linear,), module, present, expert=""):
             payload = files.info(f"{name}.{format.payload}")
             num_rows, half = payload.shape if len(payload.shape) == 2 else (0, 0)
             linear = Stored(
                 files=files,
                 format=format,
                 module=module,
-                projections=(projection,),
+                parts=(linear,),
                 num_experts=1,
                 num_parts=1,
                 num_rows=num_rows,
@@ -412,12 +412,12 @@ def _check_explained(files: Files, unexplained: Set[str], format: Format) -> Non
 
 
 def _is_recognised(
-    format: Format, projections: tuple[str, ...], prefix: str, present: Set[str], expert: str = r"\d+\."
+    format: Format, linears: tuple[str, ...], prefix: str, present: Set[str], expert: str = r"\d+\."
 ) -> bool:
-    """Whether any expert has, for any projection, each of the tensors that tell this format from the others."""
+    """Whether any expert has, for any of ``linears``, each of the tensors that tell this format from the others."""
     telling = format.telling or (format.payload, format.block_scale, format.global_scale)
     expert, separator = ("", "") if format in _FUSED else (expert, r"\.")
-    names = "|".join(map(re.escape, projections))
+    names = "|".join(map(re.escape, linears))
     return all(
         any(
             re.fullmatch(f"{re.escape(prefix)}{expert}({names}){separator}{re.escape(suffix)}", name)

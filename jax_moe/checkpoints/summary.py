@@ -8,9 +8,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jax_moe.checkpoints import conversion
 from jax_moe.checkpoints.files import CheckpointError
-from jax_moe.checkpoints.layer import open_model
+from jax_moe.checkpoints.layer import open_experts
+from jax_moe.checkpoints.model import open_model
 from jax_moe.experts import Experts
 
 Range = tuple[float, float]
@@ -67,9 +67,9 @@ def summarize(directory: str | os.PathLike[str]) -> Summary:
     """
     model = open_model(Path(directory))
     layers: dict[int, LayerSummary | CheckpointError] = {}
-    for number in model.blocks:
+    for number in model.modules:
         try:
-            source = conversion.open_experts(model, number)
+            source = open_experts(model, number)
             layers[number] = _summarize_layer(
                 number, source.format, source.leaves(range(source.num_experts)), source.sizes
             )

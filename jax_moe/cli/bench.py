@@ -15,7 +15,7 @@ from jax_moe.cli import options, show, timing
 from jax_moe.kernels import compile as kernels
 
 _CHAIN = 16
-"""Calls in a program on a GPU; on a CPU one call is long enough to be timed alone."""
+"""Calls in a program on a GPU; on a CPU one call is long enough to be timed by itself."""
 
 _MODEL = f"one of {', '.join(shapes.MODELS)}, or E,K,H,I"
 

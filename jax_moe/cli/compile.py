@@ -33,7 +33,7 @@ def compile(
         str,
         typer.Option(help=f"{', '.join(options.ACTIVATIONS)}, with alpha,beta,limit behind it where it takes them."),
     ] = "SwiGLU",
-    gate_up_bias: Annotated[bool, typer.Option("--gate-up-bias", help="The gate/up projection has a bias.")] = False,
+    gate_up_bias: Annotated[bool, typer.Option("--gate-up-bias", help="The gate_up projection has a bias.")] = False,
     down_bias: Annotated[bool, typer.Option("--down-bias", help="The down projection has a bias.")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Processes that compile.")] = 1,
     check: Annotated[bool, typer.Option("--check", help="Fail if a kernel spills, or a GEMM has no wgmma.")] = False,

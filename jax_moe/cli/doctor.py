@@ -13,9 +13,7 @@ from rich.text import Text
 import jax_moe
 from jax_moe.cli import show
 from jax_moe.kernels import compile as kernels
-
-ENVIRONMENT = ("JAX_MOE_CACHE_DIR", "JAX_MOE_DEBUG", "JAX_MOE_FFI_LIBRARY")
-"""Variables that change what the library does; shown where they are set."""
+from jax_moe.settings import SETTINGS
 
 
 def doctor() -> None:
@@ -37,9 +35,9 @@ def doctor() -> None:
     facts.add_row("command buffers", _command_buffers())
     cache = kernels.cache_folder()
     facts.add_row("kernel cache", f"{cache}: {len(list(cache.glob('*.json')))} kernels, of this and other versions")
-    for name in ENVIRONMENT:
-        if name in os.environ:
-            facts.add_row(name, os.environ[name])
+    for setting in SETTINGS:
+        if (value := setting.value()) is not None:
+            facts.add_row(setting.name, value)
     console.print(facts)
 
     targets = Table("target", "runs here", "why", title="What this machine can run")

@@ -74,6 +74,6 @@ def activation(option: str, text: str) -> activations.Activation:
         if activations.parameters(function) == (alpha, beta, limit):  # else it takes no such number
             return function
     raise ValueError(
-        f"{option}: got {text!r}, needs one of {', '.join(ACTIVATIONS)}, alone or with alpha,beta,limit behind it: "
+        f"{option}: got {text!r}, needs one of {', '.join(ACTIVATIONS)}, by itself or with alpha,beta,limit behind it: "
         "three numbers, 0,0,inf where it takes none"
     )

@@ -142,7 +142,7 @@ class MoE(nnx.Module):
           TypeError, ValueError: as :func:`jax_moe.load_experts`, :func:`jax_moe.prepare` and the constructor.
         """
         axes: dict[str, Any] = {"expert_axis": expert_axis, "tensor_axis": tensor_axis}
-        load.check_whole_block(directory, layer)
+        load.check_whole_module(directory, layer)
         router = checkpoints.load_router(directory, layer)
         experts = checkpoints.load_experts(directory, layer, mesh=mesh, progress=progress, **axes)
         shared_expert = checkpoints.load_shared_expert(directory, layer)

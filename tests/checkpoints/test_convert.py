@@ -174,7 +174,7 @@ def test_some_layers_first_and_others_later(tmp_path):
         assert_same(checkpoints.load_experts(out, layer), checkpoints.load_experts(source, layer))
     with pytest.raises(checkpoints.CheckpointError, match="no experts in layer 3"):
         checkpoints.convert(source, out, layers=[3])
-    with pytest.raises(TypeError, match="layer: got str, needs an int"):
+    with pytest.raises(TypeError, match="layer: got '1', needs an int"):
         checkpoints.convert(source, out, layers=["1"])
     with pytest.raises(ValueError, match="layers: got none"):
         checkpoints.convert(source, out, layers=[])
@@ -234,6 +234,24 @@ def test_what_version_0_1_0_wrote_early_still_loads(tmp_path, layout):
     copy = shutil.copytree(old, tmp_path / "copy")
     with pytest.raises(checkpoints.CheckpointError, match=r"jax_moe\.json: version: found '1', expected '2'"):
         checkpoints.convert(tmp_path, copy, layout=layout)
+
+
+def test_a_layout_may_be_renamed(tmp_path, monkeypatch):
+    """Files and manifests keep the names that layouts had when they were written."""
+    source, out = tmp_path / "in", tmp_path / "out"
+    writer.checkpoint(source, layers=(1, 2), experts=4)
+    checkpoints.convert(source, out, layers=[1], layout="sm_90a")
+    want = checkpoints.load_experts(out, 1)
+    renamed = [path for path in out.iterdir() if path.suffix in (".json", ".safetensors")]
+    for path in renamed:
+        path.write_bytes(path.read_bytes().replace(want.layout.encode(), b"x" * len(want.layout)))
+    with pytest.raises(checkpoints.CheckpointError, match=r"layer-00001.*layout 'x+', expected .* a known layout"):
+        checkpoints.load_experts(out, 1)
+    with pytest.raises(checkpoints.CheckpointError, match=r"jax_moe\.json: layout: found 'x+'"):
+        checkpoints.convert(source, out, layout="sm_90a")
+    monkeypatch.setitem(checkpoints.converted._FORMER_LAYOUTS, "x" * len(want.layout), want.layout)
+    assert_same(checkpoints.load_experts(out, 1), want)
+    assert checkpoints.convert(source, out, layout="sm_90a") == [2]
 
 
 def test_what_cannot_be_converted_leaves_no_output(tmp_path):

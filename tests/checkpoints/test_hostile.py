@@ -390,8 +390,8 @@ def test_no_directory_no_config_no_experts_no_layer(tmp_path):
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3"])  # without and with a shared expert
 def test_a_layer_is_a_number_of_a_moe_layer(tmp_path, load, model_type):
     writer.checkpoint(tmp_path, model_type, layers=(1,))
-    for layer in ("1", 1.0, None):
-        with pytest.raises(TypeError, match=f"^layer: got {type(layer).__name__}, needs an int$"):
+    for layer in ("1", 1.0, None, True):
+        with pytest.raises(TypeError, match=f"^layer: got {layer!r}, needs an int$"):
             load(tmp_path, layer)
     with pytest.raises(checkpoints.CheckpointError, match=r"no experts in layer 0, .*\(1\)"):
         load(tmp_path, 0)

@@ -436,7 +436,7 @@ def test_routers_and_shared_experts_go_along_in_a_conversion(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nemotron_h-latent", "the experts stand between projections to and from .* values"),
+        ("nemotron_h-latent", "the experts stand between linear layers to and from .* values"),
         ("gemma4", "the router sees the layer's residual and the experts a norm of it"),
     ],
 )
