@@ -8,26 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_moe import activations, arguments, nvfp4, plan
+from jax_moe import activations, arguments, nvfp4
 from jax_moe.experts import CANONICAL, Experts, Projection, SM_90A
 from jax_moe.kernels.sm90 import layout
+from jax_moe.operands import expert_operands
+from jax_moe.problem import Combine, Options, OUT_DTYPES, Precision, Problem, WeightOn
 from jax_moe.routing import Routing
 
 
-def check(
-    x,
-    experts,
-    routing,
-    *,
-    activation,
-    precision,
-    combine,
-    weight_on,
-    expert_offset,
-    num_experts,
-    out_dtype,
-    command_buffer,
-) -> plan.Problem:
+def check(x, experts, routing, options: Options, *, expert_offset, num_experts) -> Problem:
     """Checks the arguments of :func:`jax_moe.fused_moe` and returns what is static about them.
 
     Raises:
@@ -35,13 +24,7 @@ def check(
     """
     arguments.instance("experts", experts, Experts)
     arguments.instance("routing", routing, Routing)
-    arguments.instance("activation", activation, activations.Activation)
-    _check_activation(activation)
-    arguments.choice("precision", precision, plan.Precision)
-    arguments.choice("combine", combine, plan.Combine)
-    arguments.choice("weight_on", weight_on, plan.WeightOn)
-    arguments.instance("command_buffer", command_buffer, bool)
-    out_dtype = arguments.dtype("out_dtype", out_dtype, plan.OUT_DTYPES)
+    options = _check_options(options)
 
     *leading, hidden = arguments.array("x", x, jnp.bfloat16, ("...", "H"))
     *routed, slots = arguments.array("routing.expert_ids", routing.expert_ids, jnp.int32, ("...", "K"))
@@ -58,8 +41,8 @@ def check(
     elif not 0 <= arguments.integer("expert_offset", expert_offset) < 2**31:
         raise ValueError(f"expert_offset: got {expert_offset}, needs 0 <= expert_offset < 2**31")
 
-    local_experts, intermediate = _check_experts(experts, hidden, activation)
-    if precision == "w4a4":
+    local_experts, intermediate = _check_experts(experts, hidden, options.activation)
+    if options.precision == "w4a4":
         for name, projection in (("gate_up", experts.gate_up), ("down", experts.down)):
             if projection.input_scale is None:
                 raise ValueError(
@@ -72,20 +55,16 @@ def check(
         if num_experts < first + local_experts:
             needs = f"L = {local_experts}" + (f" after expert_offset = {first}" if first else "")
             raise ValueError(f"num_experts: got {num_experts}, needs at least {needs}")
-    return plan.Problem(
+    return Problem(
+        **vars(options),
         num_tokens=math.prod(leading),
         top_k=slots,
-        num_experts=local_experts,
+        local_experts=local_experts,
+        num_experts=num_experts,
         hidden_size=hidden,
         intermediate_size=intermediate,
-        activation=activation,
-        precision=precision,
-        combine=combine,
-        weight_on=weight_on,
-        out_dtype=out_dtype,
         layout=experts.layout,
-        command_buffer=command_buffer,
-        total_experts=num_experts,
+        absent=tuple(name for name, leaf in expert_operands(experts).items() if leaf is None),
     )
 
 
@@ -93,6 +72,17 @@ def flatten(x: jax.Array, routing: Routing) -> tuple[jax.Array, Routing]:
     """``[T, H]`` and leaves ``[T, K]`` of arrays that passed :func:`check`: every leading axis is one of tokens."""
     num_tokens = math.prod(x.shape[:-1])
     return jax.tree.map(lambda array: array.reshape(num_tokens, array.shape[-1]), (x, routing))
+
+
+def _check_options(options: Options) -> Options:
+    """The same, with ``out_dtype`` as a NumPy dtype."""
+    arguments.instance("activation", options.activation, activations.Activation)
+    _check_activation(options.activation)
+    arguments.choice("precision", options.precision, Precision)
+    arguments.choice("combine", options.combine, Combine)
+    arguments.choice("weight_on", options.weight_on, WeightOn)
+    arguments.instance("command_buffer", options.command_buffer, bool)
+    return dataclasses.replace(options, out_dtype=arguments.dtype("out_dtype", options.out_dtype, OUT_DTYPES))
 
 
 def _check_activation(activation: activations.Activation) -> None:

@@ -9,8 +9,9 @@ import jax.core
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jax_moe import activations, arguments, check, ffi, moe, nvfp4, plan
+from jax_moe import activations, arguments, check, ffi, moe, nvfp4
 from jax_moe.experts import CANONICAL, Experts, Projection
+from jax_moe.problem import Combine, Options, Precision, WeightOn
 from jax_moe.routing import Routing
 
 Axis = str | tuple[str, ...] | None
@@ -27,9 +28,9 @@ def sharded_moe(
     tensor_axis: Axis = "tensor",
     data_axis: Axis = "data",
     activation: activations.Activation = activations.SwiGLU(),
-    precision: plan.Precision = "w4a16",
-    combine: plan.Combine = "atomic",
-    weight_on: plan.WeightOn = "output",
+    precision: Precision = "w4a16",
+    combine: Combine = "atomic",
+    weight_on: WeightOn = "output",
     out_dtype=jnp.bfloat16,
     command_buffer: bool = True,
 ) -> jax.Array:
@@ -63,9 +64,11 @@ def sharded_moe(
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
             raise ValueError("mesh: got None, and jax.set_mesh has set none")
-    options: dict[str, Any] = dict(activation=activation, precision=precision, combine=combine)
-    options |= dict(weight_on=weight_on, command_buffer=command_buffer)
-    problem = check.check(x, experts, routing, **options, expert_offset=0, num_experts=None, out_dtype=out_dtype)
+    options = Options(
+        activation=activation, precision=precision, combine=combine, weight_on=weight_on, out_dtype=out_dtype,
+        command_buffer=command_buffer,
+    )  # fmt: skip
+    problem = check.check(x, experts, routing, options, expert_offset=0, num_experts=None)
     specs = partition_specs(experts, mesh, expert_axis=expert_axis, tensor_axis=tensor_axis)
     expert_axes = _axes_in(mesh, "expert_axis", expert_axis)
     tensor_axes = _axes_in(mesh, "tensor_axis", tensor_axis)
@@ -77,7 +80,7 @@ def sharded_moe(
         )
     _check_divides(mesh, "data_axis", data_axes, "T", problem.num_tokens)
 
-    num_experts = problem.num_experts
+    num_experts = problem.local_experts
     reduced = expert_axes + tensor_axes
     gathered = tuple(axis for axis in data_axes if axis in reduced)
     summed = tuple(axis for axis in reduced if axis not in gathered)
@@ -98,10 +101,8 @@ def sharded_moe(
         offset = jax.lax.axis_index(expert_axes) * experts.down.global_scale.shape[0] if expert_axes else 0
         if tensor_axes:
             experts = _bias_on_first(experts, jax.lax.axis_index(tensor_axes) == 0)
-        partial_dtype = jnp.float32 if reduced else out_dtype
-        y = moe.fused_moe(
-            x, experts, routing, **options, expert_offset=offset, num_experts=num_experts, out_dtype=partial_dtype
-        )
+        partial = dataclasses.replace(options, out_dtype=jnp.float32) if reduced else options
+        y = moe.fused_moe(x, experts, routing, **vars(partial), expert_offset=offset, num_experts=num_experts)
         if summed:
             y = jax.lax.psum(y, summed)
         if gathered:

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 import jax_moe
-from jax_moe import activations, plan
+from jax_moe import activations
 from jax_moe.kernels import compile as kernels, lowering
+from jax_moe.problem import Problem
 
 PARAMETER_BYTES = {"sort": (8,) * 8 + (4,), "prepare": (8,) * 4 + (4,) * 3, "gemm1": (8,) * 10 + (4,) * 5,
                    "gemm2": (8,) * 10 + (4,) * 6, "combine": (8,) * 4 + (4,) * 4}  # fmt: skip
@@ -36,18 +37,21 @@ def stand_in_compiler(monkeypatch):
     return asked
 
 
-def problem(**changes) -> plan.Problem:
-    original = plan.Problem(
-        num_tokens=40, top_k=4, num_experts=16, hidden_size=2880, intermediate_size=2880,
+def problem(*, biases=(False, False), **changes) -> Problem:
+    """A call on Hopper; ``biases``: whether gate_up and down have one."""
+    absent = [name for name, is_given in zip(("gate_up.bias", "down.bias"), biases, strict=True) if not is_given]
+    original = Problem(
+        num_tokens=40, top_k=4, local_experts=16, hidden_size=2880, intermediate_size=2880,
         activation=activations.SwiGLU(), precision="w4a16", combine="atomic", weight_on="output",
         out_dtype=jnp.dtype(jnp.bfloat16), layout="sm_90a", command_buffer=True,
+        absent=tuple(absent),
     )  # fmt: skip
     return dataclasses.replace(original, **changes)
 
 
-def kernels_of(call: plan.Problem, biases=(False, False)):
+def kernels_of(call: Problem):
     """The attribute ``kernels`` of a call, and its workspaces."""
-    lowered = lowering.cuda_call(call, biases=biases)
+    lowered = lowering.cuda_call(call)
     return lowered.attributes["kernels"], lowered.workspaces
 
 

@@ -13,14 +13,15 @@ from jax_moe import activations
 from jax_moe.kernels import lowering, specs
 from jax_moe.kernels.common import plan as common_plan
 from jax_moe.kernels.sm90 import plan as sm90_plan
+from jax_moe.operands import OPERANDS
 
 compiler = pytest.fixture(autouse=True)(cuda_call.stand_in_compiler)
 
 _DECODE = (pathlib.Path(__file__).parents[1] / "ffi/decode.h").read_text()
-OPERANDS = re.findall(r'"([\w.]+)"', re.search(r"kOperandNames\[kNumOperands\] = \{(.*?)\}", _DECODE, re.DOTALL)[1])
+_DECODED = re.findall(r'"([\w.]+)"', re.search(r"kOperandNames\[kNumOperands\] = \{(.*?)\}", _DECODE, re.DOTALL)[1])
 # ABI.md, of a call in which no two sizes are alike.
-_ALL = dict(num_tokens=40, top_k=4, num_experts=16, total_experts=64, hidden_size=576, intermediate_size=192,
-            activation=activations.ReLU2(), precision="w4a4", combine="ordered")  # fmt: skip
+_ALL = dict(num_tokens=40, top_k=4, local_experts=16, num_experts=64, hidden_size=576, intermediate_size=192,
+            activation=activations.ReLU2(), precision="w4a4", combine="ordered", biases=(True, True))  # fmt: skip
 _TILE_MAP = "expert_tiles tile_expert row_route row_weight"
 _SORT = f"expert_ids routing_weights expert_offset {_TILE_MAP} block_counts 160"
 _ROWS = "row_route tile_expert expert_tiles"
@@ -44,24 +45,28 @@ _ABI = [
 ]  # fmt: skip
 
 
+def test_operands_are_those_that_the_handlers_decode():
+    assert list(OPERANDS) == _DECODED
+
+
 @pytest.mark.parametrize(("changes", "expected"), _ABI, ids=["w4a4 ordered", "weight on input"])
 def test_arguments_are_those_of_the_abi(changes, expected):
     problem = cuda_call.problem(**{**_ALL, **changes})
-    results = ["out", *lowering._Call(problem, (True, True)).workspaces]
+    results = ["out", *lowering._Call(problem).workspaces]
 
     def named(argument):
         kind, _, value = argument.partition(":")
         buffers = {"operand": OPERANDS, "result": results}
         return buffers[kind][int(value)] if kind in buffers else value or kind
 
-    attributes, _ = cuda_call.kernels_of(problem, (True, True))
+    attributes, _ = cuda_call.kernels_of(problem)
     for step, wanted in expected.items():
         assert " ".join(map(named, attributes[step]["arguments"].split())) == wanted, step
 
 
 def test_workspaces_are_those_of_the_abi():
     problem = cuda_call.problem(**_ALL)
-    call = lowering._Call(problem, (True, True))
+    call = lowering._Call(problem)
     tile, tiles = call.plan.token_tile, call.max_tiles
     assert tiles == common_plan.max_tiles(160, 16, tile)
     shapes = {name: (w.shape, jnp.dtype(w.dtype).name) for name, w in call.workspaces.items()}
@@ -71,17 +76,15 @@ def test_workspaces_are_those_of_the_abi():
         "block_counts": ((1, 16), "int32"), "h": ((tiles, 4, tile, 64), "bfloat16"),
         "x_rows": ((40, 576), "bfloat16"), "contributions": ((160, 576), "float32"),
     }  # fmt: skip
-    many = lowering._Call(
-        cuda_call.problem(**{**_ALL, "num_tokens": 8192, "weight_on": "input"}), (True, True)
-    ).workspaces
+    many = lowering._Call(cuda_call.problem(**{**_ALL, "num_tokens": 8192, "weight_on": "input"})).workspaces
     assert many["block_counts"].shape == (8, 16)
     assert many["x_rows"].shape == (8192 * 4, 576)
 
 
 def test_launches_have_their_grids_and_attributes():
-    problem = cuda_call.problem(**{**_ALL, "num_tokens": 8192})
+    problem = cuda_call.problem(**{**_ALL, "num_tokens": 8192, "biases": (False, False)})
     attributes, _ = cuda_call.kernels_of(problem)
-    ctas = sm90_plan.plan(problem, biases=(False, False)).gemm1.tile.ctas_per_sm
+    ctas = sm90_plan.plan(problem).gemm1.tile.ctas_per_sm
     names = ("grid", "block", "cluster", "shared", "overlap")
     got = {step: tuple(int(attributes[step][name]) for name in names) for step in _ABI[0][1]}
     assert got == {
@@ -89,20 +92,20 @@ def test_launches_have_their_grids_and_attributes():
         "gemm1": (132 * ctas, 128, 1, 1024, 1), "gemm2": (132 * ctas, 128, 1, 1024, 1),
         "combine": (8192 * 144 // 128, 128, 1, 1024, 0),
     }  # fmt: skip
-    assert lowering.launches(cuda_call.problem(num_tokens=1), biases=(False, False))[1].grid == 264  # two blocks an SM
+    assert lowering.launches(cuda_call.problem(num_tokens=1))[1].grid == 264  # two blocks an SM
     assert [specs.RowsSpec(True, False).grid(rows, 16) for rows in (1, 256, 257)] == [1, 1, 2]
     assert [specs.CombineSpec("float32").grid(rows, 16) for rows in (1, 32, 33)] == [1, 1, 2]
 
 
 def test_specs_say_what_the_call_says():
     swiglu = activations.SwiGLU(1.5, 2.5, 7.0)
-    plan = sm90_plan.plan(cuda_call.problem(activation=swiglu, combine="ordered"), biases=(True, False))
+    plan = sm90_plan.plan(cuda_call.problem(activation=swiglu, combine="ordered", biases=(True, False)))
     assert (plan.gemm1.alpha, plan.gemm1.beta, plan.gemm1.limit) == (1.5, 2.5, 7.0)
     assert (plan.gemm1.has_bias, plan.gemm2.has_bias) == (True, False)
     assert (plan.gemm2.out_dtype, plan.combine.out_dtype) == ("float32", "bfloat16")
-    assert sm90_plan.plan(cuda_call.problem(), biases=(False, True)).gemm2.out_dtype == "bfloat16"
+    assert sm90_plan.plan(cuda_call.problem(biases=(False, True))).gemm2.out_dtype == "bfloat16"
     for weight_on in ("output", "input"):
-        call = lowering._Call(cuda_call.problem(precision="w4a4", weight_on=weight_on), (False, False))
+        call = lowering._Call(cuda_call.problem(precision="w4a4", weight_on=weight_on))
         assert call.sort.weighted == (weight_on == "output")
         assert (call.rows.quantise, call.rows.per_route) == (True, weight_on == "input")
 
@@ -127,9 +130,7 @@ def test_each_bias_is_found_among_the_operands(present):
 
 def test_only_the_sort_cares_for_the_experts_elsewhere():
     """Kernels index by L; E only chooses the tile."""
-    few, many = (
-        cuda_call.kernels_of(cuda_call.problem(**{**_ALL, "total_experts": e}), (True, True))[0] for e in (None, 17)
-    )
+    few, many = (cuda_call.kernels_of(cuda_call.problem(**{**_ALL, "num_experts": e}))[0] for e in (None, 17))
     for step in _ABI[0][1]:
         assert few[step]["arguments"] == many[step]["arguments"]
 

@@ -33,30 +33,33 @@ SWIGLU = activations.SwiGLU()
 GPT_OSS = activations.SwiGLU(alpha=1.702, beta=1.0, limit=7.0)
 
 
-def problem(model, tokens, precision="w4a16", combine="atomic", activation=SWIGLU, out_dtype=jnp.bfloat16):
+def problem(model, tokens, precision="w4a16", combine="atomic", activation=SWIGLU, out_dtype=jnp.bfloat16, **changes):
     layer = shapes.MODELS[model]
     return cuda_call.problem(
-        num_tokens=tokens, **dataclasses.asdict(layer), activation=activation, precision=precision, combine=combine,
-        out_dtype=jnp.dtype(out_dtype),
+        num_tokens=tokens, local_experts=layer.num_experts, top_k=layer.top_k, hidden_size=layer.hidden_size,
+        intermediate_size=layer.intermediate_size, activation=activation, precision=precision, combine=combine,
+        out_dtype=jnp.dtype(out_dtype), **changes,
     )  # fmt: skip
 
 
 def planned_specs():
     """All that the shapes launch in every precision and combine, each tile in these, other options for some shapes."""
     calls = [
-        (problem(model, tokens, precision, combine), (False, False))
+        problem(model, tokens, precision, combine)
         for model in shapes.MODELS
         for tokens in shapes.TOKENS
         for precision, combine in MODES
     ]
     for activation in (GPT_OSS, activations.GeGLU(), activations.ReLU2(), activations.SiTU()):
         for tokens, precision in ((32, "w4a16"), (512, "w4a4"), (8192, "w4a4")):
-            calls.append((problem("gpt-oss-120b", tokens, precision, "atomic", activation, jnp.float32), (True, True)))
+            calls.append(
+                problem("gpt-oss-120b", tokens, precision, "atomic", activation, jnp.float32, biases=(True, True))
+            )
     for model, tokens, precision in itertools.product(shapes.MODELS, shapes.TOKENS, ("w4a16", "w4a4")):
-        calls.append((dataclasses.replace(problem(model, tokens, precision), weight_on="input"), (False, False)))
-    specs = {launch.spec for call, biases in calls for launch in lowering.launches(call, biases=biases)}
-    for tile, (call, biases) in itertools.product(sm90_plan.TILES, calls[: len(MODES)]):
-        plan = common_plan.with_tile(call, tile, biases)
+        calls.append(problem(model, tokens, precision, weight_on="input"))
+    specs = {launch.spec for call in calls for launch in lowering.launches(call)}
+    for tile, call in itertools.product(sm90_plan.TILES, calls[: len(MODES)]):
+        plan = common_plan.with_tile(call, tile)
         specs |= {plan.gemm1, plan.gemm2}
     return sorted(specs, key=lambda spec: spec.name)
 
@@ -132,10 +135,10 @@ def test_tiles_fit_and_grow_with_the_routes():
 def test_experts_elsewhere_have_their_share_of_the_routes():
     """Under expert parallelism most routes are not local: the tile is that of the whole layer."""
     whole = problem("qwen3-235b-a22b", 512)
-    local = dataclasses.replace(whole, num_experts=16, total_experts=128)
-    tiles = [sm90_plan.plan(call, biases=(False, False)).gemm1.tile for call in (whole, local)]
+    local = dataclasses.replace(whole, local_experts=16, num_experts=128)
+    tiles = [sm90_plan.plan(call).gemm1.tile for call in (whole, local)]
     assert tiles[0] == tiles[1]
-    assert sm90_plan.plan(dataclasses.replace(local, total_experts=None), biases=(False, False)).gemm1.tile != tiles[0]
+    assert sm90_plan.plan(dataclasses.replace(local, num_experts=None)).gemm1.tile != tiles[0]
 
 
 def test_the_cost_of_an_expert_is_that_of_all_its_tiles():
@@ -155,9 +158,9 @@ def test_one_expert_gets_the_cheapest_tile_for_just_its_rows(rows):
 def test_names_tell_specs_apart():
     specs = planned_specs()
     assert len({spec.name for spec in specs}) == len(specs)
-    infinite = sm90_plan.plan(problem("mixtral-8x7b", 8), biases=(False, False)).gemm1
+    infinite = sm90_plan.plan(problem("mixtral-8x7b", 8)).gemm1
     assert math.isinf(infinite.limit)
-    clamped = sm90_plan.plan(problem("mixtral-8x7b", 8, activation=GPT_OSS), biases=(False, False)).gemm1
+    clamped = sm90_plan.plan(problem("mixtral-8x7b", 8, activation=GPT_OSS)).gemm1
     assert infinite.name != clamped.name
 
 

@@ -40,7 +40,7 @@ def test_each_mode_launches_its_kernels(changes, steps):
 
 def test_arguments_name_buffers_that_are_there():
     for changes, _ in _STEPS_OF_MODES:
-        attributes, workspaces = cuda_call.kernels_of(cuda_call.problem(**changes), biases=(True, True))
+        attributes, workspaces = cuda_call.kernels_of(cuda_call.problem(**changes, biases=(True, True)))
         for step in cuda_call.PARAMETER_BYTES:
             for argument in attributes.get(step, {"arguments": ""})["arguments"].split():
                 kind, _, value = argument.partition(":")
@@ -48,15 +48,15 @@ def test_arguments_name_buffers_that_are_there():
                 assert int(value or 0) < limit, (step, argument)
 
 
-def _arguments(problem, step, biases=(False, False)):
-    return cuda_call.kernels_of(problem, biases)[0][step]["arguments"].split()
+def _arguments(problem, step):
+    return cuda_call.kernels_of(problem)[0][step]["arguments"].split()
 
 
 def test_what_is_absent_is_null_and_what_is_there_is_not():
     assert _arguments(cuda_call.problem(), "gemm1")[6:9] == ["null"] * 3
-    quantised = _arguments(cuda_call.problem(precision="w4a4"), "gemm1", biases=(True, False))
+    quantised = _arguments(cuda_call.problem(precision="w4a4", biases=(True, False)), "gemm1")
     assert quantised[6:9] == ["operand:7", "operand:8", "operand:12"]
-    assert _arguments(cuda_call.problem(), "gemm2", biases=(False, True))[7:9] == ["null", "operand:13"]
+    assert _arguments(cuda_call.problem(biases=(False, True)), "gemm2")[7:9] == ["null", "operand:13"]
 
 
 def test_gemm1_reads_x_or_what_the_pass_over_x_made():
@@ -104,7 +104,7 @@ def test_a_symbolic_number_of_tokens_is_refused():
 
 def test_without_tokens_nothing_is_launched():
     for changes in ({}, {"precision": "w4a4"}, {"weight_on": "input"}):
-        assert lowering.launches(cuda_call.problem(num_tokens=0, **changes), biases=(False, False)) == []
+        assert lowering.launches(cuda_call.problem(num_tokens=0, **changes)) == []
 
 
 def test_lowering_is_deterministic():
@@ -118,44 +118,44 @@ def test_lowering_is_deterministic():
 
 def test_weights_that_are_not_prepared_are_refused():
     with pytest.raises(ValueError, match=r"experts.layout: got 'canonical', .* jax_moe.prepare\(experts, 'sm_90a'\)"):
-        lowering.cuda_call(cuda_call.problem(layout="canonical"), biases=(False, False))
+        lowering.cuda_call(cuda_call.problem(layout="canonical"))
 
 
 def test_sizes_that_the_kernels_cannot_count_are_refused():
     with pytest.raises(ValueError, match="local experts, the GPU kernels take at most 512"):
-        lowering.cuda_call(cuda_call.problem(num_experts=513), biases=(False, False))
+        lowering.cuda_call(cuda_call.problem(local_experts=513))
     with pytest.raises(ValueError, match="int32"):
-        lowering.cuda_call(cuda_call.problem(num_tokens=2**29, top_k=16), biases=(False, False))
+        lowering.cuda_call(cuda_call.problem(num_tokens=2**29, top_k=16))
     for combine in ("atomic", "ordered"):  # combine.py counts the output's vectors of four
         problem = cuda_call.problem(num_tokens=2**20, hidden_size=2**13, combine=combine)
         with pytest.raises(ValueError, match="int32"):
-            lowering.cuda_call(problem, biases=(False, False))
+            lowering.cuda_call(problem)
 
 
 def test_a_kernel_that_takes_other_parameters_is_refused(monkeypatch):
     monkeypatch.setitem(cuda_call.PARAMETER_BYTES, "gemm1", (8,) * 10 + (4,) * 4)
     with pytest.raises(RuntimeError, match="takes parameters of"):
-        lowering.cuda_call(cuda_call.problem(), biases=(False, False))
+        lowering.cuda_call(cuda_call.problem())
 
 
 @pytest.mark.parametrize("changes", [
     {},
     {"num_tokens": 8192, "combine": "ordered", "out_dtype": jnp.dtype(jnp.float32)},
     {"precision": "w4a4", "weight_on": "input", "activation": activations.SwiGLU(1.702, 1.0, 7.0)},
-    {"activation": activations.SiTU(beta=2.5, linear_beta=None), "num_experts": 3},
+    {"activation": activations.SiTU(beta=2.5, linear_beta=None), "local_experts": 3},
     {"activation": activations.GeGLU(), "hidden_size": 64, "intermediate_size": 128},
     {"activation": activations.ReLU2(), "top_k": 1},
-    {"num_tokens": 512, "total_experts": 128},
-    {"activation": activations.SwiGLU(1.702, 1, 7), "total_experts": 17, "top_k": 20},
+    {"num_tokens": 512, "num_experts": 128},
+    {"activation": activations.SwiGLU(1.702, 1, 7), "num_experts": 17, "top_k": 20},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("biases", [(False, False), (True, True), (True, False), (False, True)])
 def test_the_command_in_the_error_makes_the_kernels(compiler, monkeypatch, changes, biases):
     """Round trip: problem -> the error's command line -> the kernels that the problem needs."""
-    problem = cuda_call.problem(**changes)
-    wanted = {launch.spec for launch in lowering.launches(problem, biases=biases)}
+    problem = cuda_call.problem(**changes, biases=biases)
+    wanted = {launch.spec for launch in lowering.launches(problem)}
     app = typer.Typer()
     app.command()(command.compile)
-    arguments = ["--target", "sm_90a", *shlex.split(" ".join(lowering.command_arguments(problem, biases)))]
+    arguments = ["--target", "sm_90a", *shlex.split(" ".join(lowering.command_arguments(problem)))]
     ran = typer.testing.CliRunner().invoke(app, arguments)
     assert ran.exit_code == 0, ran.output
     # By repr, which names the file that the other machine looks for: 1 and 1.0 are equal.
@@ -167,12 +167,10 @@ def test_a_missing_kernel_says_which_command_makes_it(monkeypatch, tmp_path):
         raise kernels.MissingKernelError("kernel so-and-so is not there.")
 
     monkeypatch.setattr(kernels, "compiled", compiled)
-    problem = cuda_call.problem(total_experts=64)
+    problem = cuda_call.problem(num_experts=64, biases=(True, False))
     with pytest.raises(kernels.MissingKernelError) as error:
-        lowering.cuda_call(problem, biases=(True, False))
-    command_line = "python -m jax_moe compile --target sm_90a " + " ".join(
-        lowering.command_arguments(problem, (True, False))
-    )
+        lowering.cuda_call(problem)
+    command_line = " ".join(["python -m jax_moe compile --target sm_90a", *lowering.command_arguments(problem)])
     assert "kernel so-and-so is not there." in str(error.value)
     assert f"`{command_line}`" in str(error.value)
     assert "`pip install nvidia-cutlass-dsl`" in str(error.value)

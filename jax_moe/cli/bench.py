@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import typer
 
 import jax_moe
-from jax_moe import arguments, plan, progress, shapes
+from jax_moe import arguments, problem, progress, shapes
 from jax_moe.cli import options, show, timing
 from jax_moe.kernels import compile as kernels
 
@@ -35,8 +35,8 @@ def bench(
         if shape.top_k > shape.num_experts:
             raise ValueError(f"--model: got K = {shape.top_k}, needs at most E = {shape.num_experts}")
         counts = options.numbers("--tokens", tokens)
-        kinds = options.choices("--precision", precision, plan.Precision)
-        arguments.choice("--combine", combine, plan.Combine)
+        kinds = options.choices("--precision", precision, problem.Precision)
+        arguments.choice("--combine", combine, problem.Combine)
         if output is not None:
             open(output, "a").close()  # whether it can be written is known before anything is measured
         experts = random_experts(shape, seed)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jax_moe import plan, progress, shapes
+from jax_moe import problem, progress, shapes
 from jax_moe.cli import options, show
 from jax_moe.kernels import compile as kernels, lowering
 from jax_moe.kernels.sm90 import layout
@@ -45,19 +45,19 @@ def compile(
         layers += [options.layer("--layer", text, "L,K,H,I") for text in layer or []]
         function = options.activation("--activation", activation)
         modes = itertools.product(
-            options.choices("--precision", precision, plan.Precision),
-            options.choices("--combine", combine, plan.Combine),
-            options.choices("--weight-on", weight_on, plan.WeightOn),
-            options.dtypes("--out-dtype", out_dtype, plan.OUT_DTYPES),
+            options.choices("--precision", precision, problem.Precision),
+            options.choices("--combine", combine, problem.Combine),
+            options.choices("--weight-on", weight_on, problem.WeightOn),
+            options.dtypes("--out-dtype", out_dtype, problem.OUT_DTYPES),
         )
         counts = options.numbers("--tokens", tokens)
+        biases = {"gate_up.bias": gate_up_bias, "down.bias": down_bias}
+        absent = tuple(name for name, is_given in biases.items() if not is_given)
         # The batch may be any of these; each has its own kernels.
         specs: dict[kernels.Spec, None] = {}
         for one, mode, count in itertools.product(layers, modes, counts):
-            problem = _problem(one, count, num_experts, target, function, *mode)
-            specs |= dict.fromkeys(
-                launch.spec for launch in lowering.launches(problem, biases=(gate_up_bias, down_bias))
-            )
+            call = _problem(one, count, num_experts, target, absent, function, *mode)
+            specs |= dict.fromkeys(launch.spec for launch in lowering.launches(call))
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     if not specs:
@@ -84,15 +84,16 @@ def compile(
 
 
 def _problem(
-    layer: shapes.LayerShape, tokens, num_experts, target, activation, precision, combine, weight_on, out_dtype
+    layer: shapes.LayerShape, tokens, num_experts, target, absent, activation, precision, combine, weight_on, out_dtype
 ):
     if num_experts is not None and num_experts < layer.num_experts:
         raise ValueError(f"--num-experts: got {num_experts}, needs at least L = {layer.num_experts}")
     block = layout.BLOCK_K  # jax_moe.prepare pads to whole ones
-    return plan.Problem(
+    return problem.Problem(
         num_tokens=tokens,
         top_k=layer.top_k,
-        num_experts=layer.num_experts,
+        local_experts=layer.num_experts,
+        num_experts=num_experts,
         hidden_size=layer.hidden_size,
         intermediate_size=-(-layer.intermediate_size // block) * block,
         activation=activation,
@@ -102,7 +103,7 @@ def _problem(
         out_dtype=out_dtype,
         layout=target,
         command_buffer=True,
-        total_experts=num_experts,
+        absent=absent,
     )
 
 

@@ -13,7 +13,7 @@ from jax_moe import activations
 from jax_moe.kernels import compile, specs
 from jax_moe.kernels.common import plan as common_plan
 from jax_moe.kernels.sm90 import layout, plan as sm90_plan
-from jax_moe.plan import Problem
+from jax_moe.problem import Problem
 
 MULTIPROCESSORS = {"sm_90a": 132}
 """Of the largest GPU of a target; on a smaller one the surplus blocks run last (``common/schedule.py``)."""
@@ -39,12 +39,11 @@ class Launch:
     arguments: tuple[str, ...]
 
 
-def cuda_call(problem: Problem, *, biases: tuple[bool, bool]) -> CudaCall:
+def cuda_call(problem: Problem) -> CudaCall:
     """The launches of ``problem``, compiled or taken from the cache.
 
     Args:
       problem: of the call; ``problem.layout`` names the target.
-      biases: whether gate_up and down have one.
 
     Raises:
       ValueError: the experts are not prepared for a GPU, or a size is beyond what the kernels take.
@@ -60,12 +59,12 @@ def cuda_call(problem: Problem, *, biases: tuple[bool, bool]) -> CudaCall:
             f"x: got T = {problem.num_tokens}, which is symbolic; GPU kernels are chosen for a number of tokens: "
             "export a program for each"
         )
-    call = _Call(problem, biases)
+    call = _Call(problem)
     launches = call.launches()
     try:
         kernels: dict[str, object] = {launch.step: _kernel_attributes(launch, problem.layout) for launch in launches}
     except compile.MissingKernelError as error:
-        command = " ".join(["python -m jax_moe compile --target", problem.layout, *command_arguments(problem, biases)])
+        command = " ".join(["python -m jax_moe compile --target", problem.layout, *command_arguments(problem)])
         raise compile.MissingKernelError(
             f"{error} Either `pip install {compile.COMPILER}`, or run `{command}` on a machine that has it (no GPU "
             "needed) and copy its folder of kernels here (JAX_MOE_CACHE_DIR names another place)."
@@ -76,16 +75,16 @@ def cuda_call(problem: Problem, *, biases: tuple[bool, bool]) -> CudaCall:
     return CudaCall({"kernels": kernels}, list(call.workspaces.values()))
 
 
-def launches(problem: Problem, *, biases: tuple[bool, bool]) -> list[Launch]:
+def launches(problem: Problem) -> list[Launch]:
     """The kernels that :func:`cuda_call` would compile, in launch order."""
-    return _Call(problem, biases).launches()
+    return _Call(problem).launches()
 
 
-def command_arguments(problem: Problem, biases: tuple[bool, bool]) -> list[str]:
+def command_arguments(problem: Problem) -> list[str]:
     """Arguments with which ``python -m jax_moe compile`` makes the kernels of ``problem``."""
     alpha, beta, limit = activations.parameters(problem.activation)
     arguments = [
-        f"--layer {problem.num_experts},{problem.top_k},{problem.hidden_size},{problem.intermediate_size}",
+        f"--layer {problem.local_experts},{problem.top_k},{problem.hidden_size},{problem.intermediate_size}",
         f"--tokens {problem.num_tokens}",
         f"--precision {problem.precision}",
         f"--combine {problem.combine}",
@@ -93,11 +92,11 @@ def command_arguments(problem: Problem, biases: tuple[bool, bool]) -> list[str]:
         f"--out-dtype {jnp.dtype(problem.out_dtype).name}",
         f"--activation {type(problem.activation).__name__},{alpha!r},{beta!r},{limit!r}",
     ]
-    if problem.total_experts is not None:
-        arguments.append(f"--num-experts {problem.total_experts}")
-    if biases[0]:
+    if problem.num_experts is not None:
+        arguments.append(f"--num-experts {problem.num_experts}")
+    if problem.has_gate_up_bias:
         arguments.append("--gate-up-bias")
-    if biases[1]:
+    if problem.has_down_bias:
         arguments.append("--down-bias")
     return arguments
 
@@ -105,9 +104,8 @@ def command_arguments(problem: Problem, biases: tuple[bool, bool]) -> list[str]:
 class _Call:
     """One call: its workspaces by name, and the launches over them."""
 
-    def __init__(self, problem: Problem, biases: tuple[bool, bool]):
+    def __init__(self, problem: Problem):
         self.problem = problem
-        self.gate_up_bias, self.down_bias = biases
         self.parts = 2 if problem.activation.gated else 1
         # Blocks of the prepared weights (jax_moe/prepare.py): rows and contraction of gate_up and of down.
         rows, width = layout.BLOCK_ROWS, layout.BLOCK_K
@@ -117,15 +115,15 @@ class _Call:
         self.down_columns = _blocks(problem.intermediate_size, width)
         self.h_blocks = self.gate_up_rows * rows // self.parts // width
         # Without tokens nothing is launched, and any plan will do.
-        self.plan = sm90_plan.plan(dataclasses.replace(problem, num_tokens=max(1, problem.num_tokens)), biases=biases)
+        self.plan = sm90_plan.plan(dataclasses.replace(problem, num_tokens=max(1, problem.num_tokens)))
         self.sort = specs.sort_spec(
-            problem.num_routes, problem.num_experts, self.plan.token_tile, weighted=problem.weight_on == "output"
+            problem.num_routes, problem.local_experts, self.plan.token_tile, weighted=problem.weight_on == "output"
         )
         self.rows = None
         if problem.precision == "w4a4" or problem.weight_on == "input":
             self.rows = specs.RowsSpec(quantise=problem.precision == "w4a4", per_route=problem.weight_on == "input")
         self.num_rows = problem.num_routes if problem.weight_on == "input" else problem.num_tokens
-        self.max_tiles = common_plan.max_tiles(problem.num_routes, problem.num_experts, self.plan.token_tile)
+        self.max_tiles = common_plan.max_tiles(problem.num_routes, problem.local_experts, self.plan.token_tile)
         self.workspaces = self._workspaces()
 
     def shape(self) -> list[int]:
@@ -133,22 +131,22 @@ class _Call:
         p = self.problem
         padded = self.h_blocks * layout.BLOCK_K
         out_bytes = jnp.dtype(p.out_dtype).itemsize
-        return [p.num_tokens, p.top_k, p.num_experts, self.parts, p.hidden_size, padded, out_bytes]
+        return [p.num_tokens, p.top_k, p.local_experts, self.parts, p.hidden_size, padded, out_bytes]
 
     def weight_bytes(self) -> list[int]:
         """Of gate_up's payload and block scales, and of down's: a prepared payload has the scales inside."""
-        block = self.problem.num_experts * layout.BLOCK_BYTES
+        block = self.problem.local_experts * layout.BLOCK_BYTES
         return [block * self.gate_up_rows * self.gate_up_columns, 0, block * self.down_rows * self.down_columns, 0]
 
     def _workspaces(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Results 1, 2, ... of the call. The kernels write all that they read, so they may hold anything."""
         p, tile = self.problem, self.plan.token_tile
         sizes: dict[str, tuple[tuple[int, ...], object]] = {
-            "expert_tiles": ((p.num_experts + 1 + specs.WORK_COUNTERS,), jnp.int32),
+            "expert_tiles": ((p.local_experts + 1 + specs.WORK_COUNTERS,), jnp.int32),
             "tile_expert": ((self.max_tiles,), jnp.int32),
             "row_route": ((self.max_tiles * tile,), jnp.int32),
             "row_weight": ((self.max_tiles * tile,), jnp.float32),
-            "block_counts": ((self.sort.cluster, p.num_experts), jnp.int32),
+            "block_counts": ((self.sort.cluster, p.local_experts), jnp.int32),
             "h": ((self.max_tiles, self.h_blocks, tile, layout.BLOCK_K), jnp.bfloat16),
         }
         if self.rows is not None:
@@ -199,8 +197,8 @@ class _Call:
             "operand:0" if self.rows is None else self._result("x_rows"),
             *(self._result(name) for name in ("row_route", "tile_expert", "expert_tiles")),
             "operand:4", "operand:6", "operand:7" if quantised else "null",
-            "operand:8" if self.gate_up_bias else "null", "operand:12" if quantised else "null", self._result("h"),
-            f"i32:{p.hidden_size}", f"i32:{1 if p.weight_on == 'input' else p.top_k}", f"i32:{p.num_experts}",
+            "operand:8" if p.has_gate_up_bias else "null", "operand:12" if quantised else "null", self._result("h"),
+            f"i32:{p.hidden_size}", f"i32:{1 if p.weight_on == 'input' else p.top_k}", f"i32:{p.local_experts}",
             f"i32:{self.gate_up_rows}", f"i32:{self.gate_up_columns}",
         )  # fmt: skip
         return Launch("gemm1", self.plan.gemm1, self._persistent(self.plan.gemm1.tile), arguments)
@@ -211,8 +209,8 @@ class _Call:
         arguments = (
             *(self._result(name) for name in ("h", "row_route", "row_weight", "tile_expert", "expert_tiles")),
             "operand:9", "operand:11", "operand:12" if p.precision == "w4a4" else "null",
-            "operand:13" if self.down_bias else "null", self._result("contributions") if ordered else "result:0",
-            f"i32:{p.hidden_size}", f"i32:{1 if ordered else p.top_k}", f"i32:{p.num_experts}",
+            "operand:13" if p.has_down_bias else "null", self._result("contributions") if ordered else "result:0",
+            f"i32:{p.hidden_size}", f"i32:{1 if ordered else p.top_k}", f"i32:{p.local_experts}",
             f"i32:{self.down_rows}", f"i32:{self.down_columns}", f"i32:{self.h_blocks}",
         )  # fmt: skip
         return Launch("gemm2", self.plan.gemm2, self._persistent(self.plan.gemm2.tile), arguments)
@@ -221,7 +219,7 @@ class _Call:
         p = self.problem
         arguments = (
             self._result("contributions"), "operand:1", "operand:3", "result:0",
-            f"i32:{p.num_tokens}", f"i32:{p.top_k}", f"i32:{p.hidden_size}", f"i32:{p.num_experts}",
+            f"i32:{p.num_tokens}", f"i32:{p.top_k}", f"i32:{p.hidden_size}", f"i32:{p.local_experts}",
         )  # fmt: skip
         return Launch("combine", spec, spec.grid(p.num_tokens, p.hidden_size), arguments)
 

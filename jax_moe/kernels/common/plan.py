@@ -11,7 +11,7 @@ from typing import Any, Protocol, TYPE_CHECKING, TypeVar
 from jax_moe.kernels import specs
 
 if TYPE_CHECKING:
-    from jax_moe.plan import Problem
+    from jax_moe.problem import Problem
 
 
 class Tile(Protocol):
@@ -112,19 +112,18 @@ def max_tiles(num_routes: int, num_experts: int, token_tile: int) -> int:
     return min(num_routes, (num_routes + num_experts * (token_tile - 1)) // token_tile)
 
 
-def with_tile(problem: "Problem", tile: Tile, biases: tuple[bool, bool]) -> Plan:
-    """The kernels of ``problem`` if its tiles are ``tile``; ``biases``: whether gate_up and down have one."""
+def with_tile(problem: "Problem", tile: Tile) -> Plan:
+    """The kernels of ``problem`` if its tiles are ``tile``."""
     from jax_moe import activations
 
     alpha, beta, limit = activations.parameters(problem.activation)
     out_dtype = str(problem.out_dtype) if problem.combine == "atomic" else "float32"
-    return Plan(
-        Gemm1Spec(
-            tile, problem.precision, problem.activation.kind, problem.activation.gated, alpha, beta, limit, biases[0]
-        ),
-        Gemm2Spec(tile, problem.precision, problem.combine, out_dtype, biases[1]),
-        specs.CombineSpec(str(problem.out_dtype)) if problem.combine == "ordered" else None,
-    )
+    gemm1 = Gemm1Spec(
+        tile, problem.precision, problem.activation.kind, problem.activation.gated, alpha, beta, limit,
+        problem.has_gate_up_bias,
+    )  # fmt: skip
+    gemm2 = Gemm2Spec(tile, problem.precision, problem.combine, out_dtype, problem.has_down_bias)
+    return Plan(gemm1, gemm2, specs.CombineSpec(str(problem.out_dtype)) if problem.combine == "ordered" else None)
 
 
 _TileT = TypeVar("_TileT", bound=Tile)

@@ -8,7 +8,7 @@ from jax_moe.kernels.common import plan as common
 from jax_moe.kernels.sm90 import layout
 
 if TYPE_CHECKING:
-    from jax_moe.plan import Problem
+    from jax_moe.problem import Problem
 
 SHARED_MEMORY = 232_448
 """Bytes of shared memory one thread block may use on sm_90."""
@@ -129,12 +129,7 @@ def _cost(rows: int, tile: Tile) -> float:
     return cost + nanoseconds[next(width for width in tile.widths if width >= rest)] if rest else cost
 
 
-def plan(problem: "Problem", *, biases: tuple[bool, bool]) -> common.Plan:
-    """The kernels of ``problem``, chosen from its shapes alone.
-
-    Args:
-      problem: of the call.
-      biases: whether gate_up and down have one.
-    """
-    tile = best_tile(problem.num_tokens, problem.top_k, problem.total_experts or problem.num_experts)
-    return common.with_tile(problem, tile, biases)
+def plan(problem: "Problem") -> common.Plan:
+    """The kernels of ``problem``, chosen from its shapes alone."""
+    tile = best_tile(problem.num_tokens, problem.top_k, problem.num_experts or problem.local_experts)
+    return common.with_tile(problem, tile)
