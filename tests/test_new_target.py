@@ -37,7 +37,7 @@ class _Gpu:
 
 
 def _case(**options):
-    return helpers.make_case(intermediate_size=48, bias=True, **options)
+    return helpers.make_case(intermediate=48, bias=True, **options)
 
 
 def _assert_equal(got, wanted):
@@ -103,7 +103,7 @@ def test_the_card_at_hand_chooses_kernels_and_grid(monkeypatch, compiler):
 
 @pytest.mark.parametrize("shape", [(2, 2), (1, 4), (4, 1)])
 def test_on_a_mesh_the_weights_stay_and_slices_are_padded(shape):
-    experts = helpers.make_case(num_experts=4, intermediate_size=64, bias=True).experts
+    experts = helpers.make_case(experts=4, intermediate=64, bias=True).experts
     mesh = jax.make_mesh(shape, ("expert", "tensor"), devices=jax.devices()[:4])
     placed = jax.device_put(experts, jax_moe.expert_shardings(experts, mesh))
     prepared = jax_moe.prepare(placed, NAME, "w4a16")

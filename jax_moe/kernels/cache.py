@@ -23,8 +23,7 @@ import tokenize
 from typing import Any
 import warnings
 
-import platformdirs
-
+from jax_moe import settings
 from jax_moe.kernels import compiler
 from jax_moe.kernels.compiler import CompiledKernel
 from jax_moe.kernels.specs import Spec
@@ -38,8 +37,7 @@ class MissingKernelError(RuntimeError):
 
 def cache_folder() -> pathlib.Path:
     """Where kernels are kept: ``$JAX_MOE_CACHE_DIR/kernels``, or in the user's cache folder."""
-    root = os.environ.get("JAX_MOE_CACHE_DIR") or platformdirs.user_cache_dir("jax_moe")
-    return pathlib.Path(root) / "kernels"
+    return settings.cache_folder() / "kernels"
 
 
 def compiled(spec: Spec, target: str) -> CompiledKernel:

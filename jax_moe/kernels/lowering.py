@@ -118,7 +118,7 @@ def _kernel_attributes(launch: Launch, program: Program, problem: Problem, targe
         "shared": kernel.shared_bytes,
         "overlap": spec.overlap,
     }
-    return {"image": kernel.image, "name": kernel.symbol, "arguments": " ".join(arguments)} | _int64s(numbers)
+    return {"image": kernel.image, "name": kernel.symbol, "arguments": " ".join(arguments), **_int64s(numbers)}
 
 
 _OPERAND_TYPES = {

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 import dataclasses
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 MAX_EXPERTS = 512
 """Local experts that the sort has room for: a counter for each in each warp's part of shared memory."""
@@ -76,12 +76,15 @@ class SortSpec:
     weighted: bool
 
     implementation = "jax_moe.kernels.device.sort:Sort"
-    parameters: ClassVar[dict[str, str]] = {
-        "expert_ids": "i32*", "routing_weights": "f32*", "expert_offset": "i32*", **TILE_MAP, "cta_counts": "i32*",
-        "num_routes": "i32",
-    }  # fmt: skip
     overlap = False
     tensor_core_ptx = None
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        return {
+            "expert_ids": "i32*", "routing_weights": "f32*", "expert_offset": "i32*", **TILE_MAP, "cta_counts": "i32*",
+            "num_routes": "i32",
+        }  # fmt: skip
 
     @property
     def name(self) -> str:
@@ -121,14 +124,17 @@ class XRowsSpec:
     per_route: bool
 
     implementation = "jax_moe.kernels.device.x_rows:XRows"
-    parameters: ClassVar[dict[str, str]] = {
-        "x": "bf16*", "routing_weights": "f32*", "input_scale": "f32*", "x_rows": "bf16*", "num_rows": "i32",
-        "row_divisor": "i32", "row_blocks": "i32",
-    }  # fmt: skip
     threads = 256
     cluster = 1
     overlap = False
     tensor_core_ptx = None
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        return {
+            "x": "bf16*", "routing_weights": "f32*", "input_scale": "f32*", "x_rows": "bf16*", "num_rows": "i32",
+            "row_divisor": "i32", "row_blocks": "i32",
+        }  # fmt: skip
 
     @property
     def name(self) -> str:

@@ -1,6 +1,6 @@
 """The table of targets, and which of them a device, a layout or a user's word stands for."""
 
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 
@@ -13,8 +13,10 @@ from jax_moe.problem import Precision
 TARGETS: dict[str, Target] = {target.name: target for target in (SM90,)}
 
 
-def layout_for(name: str | None, precision: Precision | None) -> layouts.Layout:
+def layout_for(name: str | None, precision: Precision | None, argument: str = "target") -> layouts.Layout:
     """The layout that weights need on a target; ``name`` may also be a layout's own, None is JAX's default device.
+
+    ``argument``: what a caller calls ``name``.
 
     Raises:
       ValueError: no such target or precision, no kernels for the device, or the target needs to know the precision.
@@ -32,7 +34,7 @@ def layout_for(name: str | None, precision: Precision | None) -> layouts.Layout:
         target = TARGETS[name]
     else:
         known = ", ".join(map(repr, (*TARGETS, *layouts.LAYOUTS)))
-        raise ValueError(f"target: got {name!r}, needs one of {known}")
+        raise ValueError(f"{argument}: got {name!r}, needs one of {known}")
     wanted = set(target.layouts.values()) if precision is None else {target.layouts[precision]}
     if len(wanted) > 1:
         raise ValueError(
@@ -41,7 +43,7 @@ def layout_for(name: str | None, precision: Precision | None) -> layouts.Layout:
     return layouts.get(wanted.pop())
 
 
-def for_device(device: jax.Device) -> Target:
+def for_device(device: Any) -> Target:
     """The target whose kernels run on a GPU.
 
     Raises:
@@ -63,7 +65,11 @@ def for_call(layout: str, precision: Precision) -> tuple[Target, Card]:
     """
     fitting = [target for target in TARGETS.values() if target.layouts[precision] == layout]
     if not fitting:
-        advice = ", or ".join(f"jax_moe.prepare(experts, {name!r}, {precision!r})" for name in TARGETS)
+        advice = ", or ".join(
+            f"jax_moe.prepare(experts, {target.name!r}"
+            + (f", {precision!r})" if len(set(target.layouts.values())) > 1 else ")")
+            for target in TARGETS.values()
+        )
         raise ValueError(
             f"experts.layout: got {layout!r}, on a GPU fused_moe with precision={precision!r} needs prepared weights: "
             f"{advice}"
@@ -79,10 +85,10 @@ def _card_of(target: Target, device_kind: str) -> Card:
     return next((card for card in target.cards if card.name in device_kind), target.cards[0])
 
 
-def _default_device() -> jax.Device:
+def _default_device() -> Any:
     device = jax.config.jax_default_device or jax.devices()[0]  # pyright: ignore[reportAttributeAccessIssue]
     return jax.devices(device)[0] if isinstance(device, str) else device
 
 
-def _gpus() -> list[jax.Device]:
+def _gpus() -> list[Any]:
     return [device for device in jax.devices() if device.platform == "gpu"]

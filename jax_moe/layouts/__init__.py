@@ -1,8 +1,10 @@
-"""How weights lie in memory: one object for each layout, and the table of them. Nothing else asks."""
+"""How weights lie in memory: one object for each layout, and the table of them."""
 
-from jax_moe.layouts.base import Layout
-from jax_moe.layouts.canonical import Canonical
+from typing import Any
+
 from jax_moe.kernels.sm90.layout import Wgmma
+from jax_moe.layouts.base import E as E, I as I, Layout as Layout
+from jax_moe.layouts.canonical import Canonical
 
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (Canonical(), Wgmma())}
 
@@ -18,6 +20,6 @@ def get(name: str) -> Layout:
     return LAYOUTS[name]
 
 
-def current_name(name: str) -> str:
+def current_name(name: Any) -> Any:
     """What a layout that an earlier version called ``name`` is called now; ``name`` itself where it is not known."""
     return next((layout.name for layout in LAYOUTS.values() if name in layout.former_names), name)

@@ -13,7 +13,7 @@ class Canonical:
     """Rows of codes, packed along the contraction, and their block scales: see :class:`jax_moe.Projection`."""
 
     name = CANONICAL
-    former_names = ()
+    former_names: tuple[str, ...] = ()
     partition = Experts(
         Projection((E, None, I, None), (E, None, I, None), (E, None), (), (E, None, I)),
         Projection((E, None, I), (E, None, I), (E,), (E,), (E, None)),

@@ -32,7 +32,7 @@ class Wgmma:
     """Whole 128 x 64 blocks, so that the kernels need not branch on a size."""
 
     name = "wgmma_v1"
-    former_names = ("sm_90a",)
+    former_names: tuple[str, ...] = ("sm_90a",)
     partition = Experts(
         Projection((E, I, None, None), None, (E, None), (), (E, None, I)),
         Projection((E, None, I, None), None, (E,), (E,), (E, None)),
@@ -109,8 +109,8 @@ class Wgmma:
         part = intermediate_size // slices
         if intermediate_size % (slices * size) or not least <= part <= most or -(-part // tile) != tiles:
             raise ValueError(
-                f"intermediate_size: got {intermediate_size}, needs a multiple of {slices * size} from {slices * least} "
-                f"to {slices * most}"
+                f"intermediate_size: got {intermediate_size}, needs a multiple of {slices * size} "
+                f"from {slices * least} to {slices * most}"
             )
 
     def unpack(self, experts: Experts, hidden_size: int, intermediate_size: int) -> tuple[Experts, jax.Array]:

@@ -1,7 +1,6 @@
 """The GEMMs of sm_90a, and how their CTAs are put together: frozen values, importable without the DSL."""
 
 import dataclasses
-from typing import ClassVar
 
 from jax_moe.kernels.sm90.device import weight_block
 
@@ -110,11 +109,14 @@ class Gemm1Spec(_Gemm):
     has_bias: bool
 
     implementation = "jax_moe.kernels.sm90.device.gemm1:Gemm1"
-    parameters: ClassVar[dict[str, str]] = {
-        "x": "bf16*", "row_route": "i32*", "tile_expert": "i32*", "expert_tiles": "i32*", "payload": "u8*",
-        "global_scale": "f32*", "input_scale": "f32*", "bias": "f32*", "down_input_scale": "f32*", "h": "bf16*",
-        "hidden_size": "i32", "row_divisor": "i32", "local_experts": "i32", "m_blocks": "i32", "k_blocks": "i32",
-    }  # fmt: skip
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        return {
+            "x": "bf16*", "row_route": "i32*", "tile_expert": "i32*", "expert_tiles": "i32*", "payload": "u8*",
+            "global_scale": "f32*", "input_scale": "f32*", "bias": "f32*", "down_input_scale": "f32*", "h": "bf16*",
+            "hidden_size": "i32", "row_divisor": "i32", "local_experts": "i32", "m_blocks": "i32", "k_blocks": "i32",
+        }  # fmt: skip
 
     @property
     def name(self) -> str:

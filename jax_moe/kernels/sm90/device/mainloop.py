@@ -8,11 +8,11 @@ tells the consumers with a unit's first stage what the unit is; a stage of no un
 
 A stage is ``config.stage_blocks`` weight blocks for each m warpgroup and as many blocks of tokens. Who waits for whom:
 
-    barrier                 waits                     arrives, and how often in one phase
-    full[stage]  mbarrier   every consumer            GEMM1: 1 thread (weights, with their bytes) + 4 producer warps (tokens)
-                                                      GEMM2: 1 thread (weights and tokens, with their bytes)
-    empty[stage] mbarrier   GEMM1: all producers      each consumer warp, when the products of the stage are complete
-                            GEMM2: its one thread     (the first round of stages starts empty: producers wait at parity 1)
+    barrier                 waits                  arrives, and how often in one phase
+    full[stage]  mbarrier   every consumer         GEMM1: a thread (weights with their bytes), 4 producer warps (tokens)
+                                                   GEMM2: a thread (weights and tokens, with their bytes)
+    empty[stage] mbarrier   GEMM1: all producers   each consumer warp, when the products of the stage are complete
+                            GEMM2: one thread      (at first all stages are empty: producers begin with parity 1)
     REDUCTION_EMPTY, _FULL  k warpgroups > 1: warpgroup 0 lets the others write their sums, they let it read them
     NEXT_UNIT               GEMM1: the producers, once a unit: thread 0 has taken the next one
     EPILOGUE + m warpgroup  GEMM2: one warpgroup: rows and weights of the unit may be, then are, written
