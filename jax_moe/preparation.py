@@ -63,10 +63,11 @@ def _check_one_layer(experts: Experts, layout: layouts.Layout, advice: str) -> N
     """Raises unless the experts are those of one layer; ``advice`` says what does the same to stacked ones."""
     for name, projection in (("gate_up", experts.gate_up), ("down", experts.down)):
         arguments.instance(f"experts.{name}", projection, Projection)
-    rank, needed = len(getattr(experts.gate_up.payload, "shape", ())), len(layout.partition.gate_up.payload)
-    if rank != needed:
+    rank, axes = len(getattr(experts.gate_up.payload, "shape", ())), layout.partition.gate_up.payload
+    if rank != len(axes):
+        shape = ", ".join(axis or "*" for axis in axes)
         raise ValueError(
-            f"experts.gate_up.payload: got {rank} axes, needs {needed}, the experts of one layer; "
+            f"experts.gate_up.payload: got {rank} axes, needs [{shape}], the experts of one layer; "
             f"{advice} stacked layers"
         )
 

@@ -15,7 +15,8 @@ import pytest
 import jax_moe
 from jax_moe import nvfp4
 from jax_moe.experts import Experts, Projection
-from jax_moe.kernels.sm90 import layout
+from jax_moe.kernels import targets
+from jax_moe.kernels.sm90.device import weight_block
 from jax_moe.preparation import prepare, unprepare
 
 GATED = (2, 96, 80)
@@ -143,7 +144,7 @@ def test_every_code_and_scale():
 def test_round_trip(projections, intermediate, hidden):
     experts = random_experts(np.random.default_rng(1), 3, projections, intermediate, hidden, bias=True)
     prepared = prepare(experts, "sm_90a", progress=False)
-    assert prepared.layout == "sm_90a"
+    assert prepared.layout == "wgmma_v1"
     assert prepared.gate_up.payload.shape == (3, -(-projections * intermediate // 128), -(-hidden // 64), 4608)
     assert prepared.down.payload.shape == (3, -(-hidden // 128), -(-intermediate // 64), 4608)
     assert prepared.gate_up.bias.shape[2] * projections == 128 * prepared.gate_up.payload.shape[1]
@@ -193,9 +194,9 @@ def test_errors():
     with pytest.raises(ValueError, match="target: got 'sm_80'"):
         prepare(experts, "sm_80")
     prepared = prepare(experts, "sm_90a", progress=False)
-    with pytest.raises(ValueError, match=r"experts.layout: got 'sm_90a', needs 'canonical'"):
+    with pytest.raises(ValueError, match=r"experts.layout: got 'wgmma_v1', needs 'canonical'"):
         prepare(prepared, "canonical")
-    with pytest.raises(ValueError, match=r"experts.layout: got 'sm_90a', needs 'canonical'"):
+    with pytest.raises(ValueError, match=r"experts.layout: got 'wgmma_v1', needs 'canonical'"):
         prepare(prepared)  # the default device is a CPU
     with pytest.raises(ValueError, match=r"experts\.layout: got 'canonical', needs 'sm_90a'"):
         unprepare(experts, 16, 16)
@@ -210,7 +211,7 @@ def test_errors():
 def test_stacked_layers_are_refused_and_vmap_prepares_them():
     layers = [random_experts(np.random.default_rng(seed), 2, *GATED[:1], 96, 80) for seed in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-    with pytest.raises(ValueError, match=r"experts\.gate_up\.payload: got 5 axes, needs \[E, P, I, H/2\], .*jax\.vmap"):
+    with pytest.raises(ValueError, match=r"experts\.gate_up\.payload: got 5 axes, needs \[E, \*, I, \*\], .*jax\.vmap"):
         prepare(stacked, "sm_90a")
     together = jax.vmap(lambda experts: prepare(experts, "sm_90a"))(stacked)
     for layer, experts in enumerate(layers):
@@ -225,11 +226,11 @@ def test_spread_never_carries():
             (bits >> i & 1) << (b, b + 16)[half]
             for i, (b, half) in enumerate((b, h) for h in (0, 1) for b in (0, 1, 3, 4))
         )
-        got = (word & layout.SPREAD_MASK) * layout.SPREAD_FACTOR & layout.PAIR_MASK
+        got = (word & weight_block.SPREAD_MASK) * weight_block.SPREAD_FACTOR & weight_block.PAIR_MASK
         want = 0
         for half in range(2):
             for bit, target in enumerate((6, 7, 8, 15)):
-                want |= (word >> layout.code_bit(3, half, bit) & 1) << (target + 16 * half)
+                want |= (word >> weight_block.code_bit(3, half, bit) & 1) << (target + 16 * half)
         assert got == want
 
 
@@ -250,15 +251,14 @@ def test_the_default_device_may_be_chosen(monkeypatch, default):
         devices=lambda platform=None: [cpu if platform == "cpu" else gpu],
         config=types.SimpleNamespace(jax_default_device=default),
     )
-    module = importlib.import_module("jax_moe.prepare")
-    monkeypatch.setattr(module, "jax", found)
-    assert module._default_target() == ("canonical" if default == "cpu" else "sm_90a")
+    monkeypatch.setattr(targets, "jax", found)
+    assert targets.layout_for(None, None).name == ("canonical" if default == "cpu" else "wgmma_v1")
     found.config.jax_default_device = cpu
-    assert module._default_target() == "canonical"
+    assert targets.layout_for(None, None).name == "canonical"
     gpu.compute_capability = "10.0"
     found.config.jax_default_device = gpu
-    with pytest.raises(ValueError, match=r"compute capability 10\.0, kernels exist for 9\.0 alone"):
-        module._default_target()
+    with pytest.raises(ValueError, match=r"compute capability 10\.0, kernels exist for 9\.0"):
+        targets.layout_for(None, None)
 
 
 @pytest.mark.parametrize("nan", [0x7F, 0xFF])
@@ -288,9 +288,9 @@ def test_what_is_not_repacked_is_kept():
 def test_the_reference_says_what_it_needs():
     case = helpers.make_case()
     prepared = dataclasses.replace(case, experts=prepare(case.experts, "sm_90a", progress=False))
-    with pytest.raises(ValueError, match=r"experts\.layout: got 'sm_90a', the reference needs 'canonical'"):
+    with pytest.raises(ValueError, match=r"experts\.layout: got 'wgmma_v1', the reference needs 'canonical'"):
         prepared.run(jax_moe.reference.fused_moe)
-    with pytest.raises(ValueError, match=r"experts\.layout: got 'sm_90a', but on a CPU fused_moe needs 'canonical'"):
+    with pytest.raises(ValueError, match=r"experts\.layout: got 'wgmma_v1', but on a CPU fused_moe needs 'canonical'"):
         prepared.run()
 
 
