@@ -16,8 +16,10 @@ import pathlib
 import sys
 
 from gemm_problem import Driver, make_layer, Op, quantise, random_prepared_layer
-from gemm_suites import ACTIVATIONS, CASES, compile, MODES, resolve, shapes, suite_specs, tile, timed
+from gemm_suites import ACTIVATIONS, CASES, MODES, resolve, shapes, suite_specs, tile, timed
 from gpu_op import floor_seconds
+
+from jax_moe.kernels import compile
 
 
 def build(folder, suites):

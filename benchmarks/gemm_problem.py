@@ -5,7 +5,11 @@ import dataclasses
 import json
 import types
 
-from gemm_suites import common_plan, gemm1, gemm2, import_without_library, specs
+from gemm_suites import common_plan, gemm1, gemm2, specs
+
+import jax_moe
+from jax_moe import nvfp4
+from jax_moe.kernels.sm90 import layout
 
 
 class Driver:
@@ -105,9 +109,6 @@ def make_layer(torch, L, P, H, inner, seed, dense, exact=False):
     import jax
     import jax.numpy as jnp
 
-    nvfp4 = import_without_library("jax_moe.nvfp4")
-    experts = import_without_library("jax_moe.experts")
-    preparation = import_without_library("jax_moe.prepare")
     keys = iter(jax.random.split(jax.random.key(seed), 16))
 
     def projection(lead, rows, columns):
@@ -118,7 +119,7 @@ def make_layer(torch, L, P, H, inner, seed, dense, exact=False):
                 | jax.random.bits(next(keys), (*lead, rows, columns), jnp.uint8) & 8
             )
             scales = jnp.ones((*lead, rows, columns // 16), jnp.float8_e4m3fn)
-            return experts.Projection(
+            return jax_moe.Projection(
                 codes,
                 scales,
                 jnp.full(lead, 0.5, jnp.float32),
@@ -132,10 +133,10 @@ def make_layer(torch, L, P, H, inner, seed, dense, exact=False):
         input_scale = (
             jnp.float32(0.002) if len(lead) == 2 else jax.random.uniform(next(keys), lead, jnp.float32, 1e-3, 2e-2)
         )
-        return experts.Projection(codes, scales, global_scale, input_scale, bias)
+        return jax_moe.Projection(codes, scales, global_scale, input_scale, bias)
 
-    canonical = experts.Experts(gate_up=projection((L, P), inner, H), down=projection((L,), H, inner))
-    prepared = preparation.prepare(canonical, "sm_90a", progress=False)
+    canonical = jax_moe.Experts(gate_up=projection((L, P), inner, H), down=projection((L,), H, inner))
+    prepared = jax_moe.prepare(canonical, "sm_90a", progress=False)
 
     def to_torch(array):
         return torch.from_dlpack(jnp.asarray(array).block_until_ready()).clone()
@@ -154,8 +155,7 @@ def make_layer(torch, L, P, H, inner, seed, dense, exact=False):
 
 
 def random_prepared_layer(torch, L, P, H, inner, seed):
-    """Prepared weights with random codes and block scales from 2**-6 to 2**3: for timing, no jax needed."""
-    layout = import_without_library("jax_moe.kernels.sm90.layout")
+    """Prepared weights with random codes and block scales from 2**-6 to 2**3: for timing."""
     g = torch.Generator("cuda").manual_seed(seed)
 
     def projection(lead, rows, columns):
@@ -182,7 +182,6 @@ def quantise(values, scale):
     import jax.numpy as jnp
     import torch
 
-    nvfp4 = import_without_library("jax_moe.nvfp4")
     rows = -(-values.shape[0] // 64) * 64  # few shapes, few compilations
     padded = torch.nn.functional.pad(values, (0, 0, 0, rows - values.shape[0]))
     rounded = nvfp4.quantize_dequantize(

@@ -1,30 +1,14 @@
 """What benchmarks/device_gemm.py builds and runs: the tiles, cases and kernels of each suite."""
 
-import importlib
 import math
-import pathlib
 import re
-import sys
-import types
+
+from jax_moe import shapes
+from jax_moe.kernels import specs
+from jax_moe.kernels.common import plan as common_plan
+from jax_moe.kernels.sm90 import plan
 
 INF = math.inf
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-
-
-def import_without_library(name):
-    """Modules of jax_moe without its __init__, which wants the compiled FFI library."""
-    if "jax_moe" not in sys.modules:
-        package = types.ModuleType("jax_moe")
-        package.__path__ = [str(ROOT / "jax_moe")]
-        sys.modules["jax_moe"] = package
-    return importlib.import_module(name)
-
-
-compile = import_without_library("jax_moe.kernels.compile")
-common_plan = import_without_library("jax_moe.kernels.common.plan")
-plan = import_without_library("jax_moe.kernels.sm90.plan")
-specs = import_without_library("jax_moe.kernels.specs")
-shapes = import_without_library("jax_moe.shapes")
 
 
 def tile(text):

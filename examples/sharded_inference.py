@@ -57,11 +57,7 @@ def sharded_moe(mesh: Mesh) -> MoE:
 def place(params: Params, mesh: Mesh) -> Params:
     """Puts the experts' slices on their devices, and everything else, which is small, on all of them."""
     stacked = params["layers"]["experts"]
-    one_layer = jax.tree.map(lambda leaf: leaf[0], stacked)
-    shardings = jax.tree.map(
-        lambda sharding: NamedSharding(mesh, PartitionSpec(None, *sharding.spec)),  # None: the axis of layers
-        jax_moe.expert_shardings(one_layer, mesh),
-    )
+    shardings = jax_moe.expert_shardings(stacked, mesh)
     everywhere = jax.device_put(with_experts(params, None), NamedSharding(mesh, PartitionSpec()))
     return with_experts(everywhere, jax.device_put(stacked, shardings))
 

@@ -7,7 +7,7 @@ from jax_moe.experts import Experts as Experts, Projection as Projection
 from jax_moe.ffi import export_checks as export_checks
 from jax_moe.layers import HashRouter as HashRouter, Router as Router, SharedExpert as SharedExpert
 from jax_moe.moe import fused_moe as fused_moe
-from jax_moe.parallel import expert_shardings as expert_shardings, sharded_moe as sharded_moe
+from jax_moe.placement import expert_shardings as expert_shardings
 from jax_moe.preparation import prepare as prepare, unprepare as unprepare
 from jax_moe.problem import Combine as Combine, Precision as Precision, WeightOn as WeightOn
 from jax_moe.quantize import calibrate as calibrate, quantize_experts as quantize_experts
@@ -21,6 +21,8 @@ from jax_moe.routing import (
     Softmax as Softmax,
     SparseMixer as SparseMixer,
 )
+from jax_moe.sharded import sharded_moe as sharded_moe
 
 __version__ = "0.1.0"
-ffi.register()
+if ffi.is_built():
+    ffi.register()

@@ -14,7 +14,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 import jax.numpy as jnp
 
-from jax_moe import ffi, moe, reference
+from jax_moe import eager, primitive, reference
 from jax_moe.experts import CANONICAL, Experts, Projection
 from jax_moe.operands import fill, OPERANDS
 from jax_moe.preparation import unprepare
@@ -29,13 +29,13 @@ derivative_p.multiple_results = True
 
 
 def jvp(primals, tangents, *, problem: Problem):
-    """The rule of ``ffi.fused_moe_p``.
+    """The rule of ``primitive.fused_moe_p``.
 
     Raises:
       NotImplementedError: anything but x and the routing weights has a tangent.
     """
     _refuse_others(tangents, (_X, _WEIGHTS))
-    y = ffi.fused_moe_p.bind(*primals, problem=problem)
+    y = primitive.fused_moe_p.bind(*primals, problem=problem)
     linear = [ad.instantiate_zeros(tangents[i]) for i in (_X, _WEIGHTS)]
     return y, derivative_p.bind(*primals, *linear, problem=problem, transposed=False)[0]
 
@@ -83,7 +83,7 @@ def _apply(*operands, problem: Problem, transposed: bool, max_tiles: int | None 
         return (totals[0].at[tokens].add(dy, mode="drop"),)
 
     shapes = [x.shape, (weights.size,)] if transposed else [x.shape]
-    _, *totals = moe.vary_alike(x, *[jnp.zeros(shape, jnp.float32) for shape in shapes])
+    _, *totals = primitive.vary_alike(x, *[jnp.zeros(shape, jnp.float32) for shape in shapes])
     totals = jax.lax.fori_loop(0, num_tiles if max_tiles is None else max_tiles, add_tile, tuple(totals))
     if transposed:
         return [totals[0].astype(x.dtype), totals[1].reshape(weights.shape)]
@@ -174,13 +174,13 @@ def _transpose(cotangents, *operands, problem: Problem, transposed: bool):
 
 
 def _lower(ctx, *operands, problem: Problem, transposed: bool):
-    ffi.refuse_partitioning(ctx.module_context.axis_context)
+    primitive.refuse_partitioning(ctx.module_context.axis_context)
     apply = functools.partial(_apply, problem=problem, transposed=transposed)
     return mlir.lower_fun(apply, multiple_results=True)(ctx, *operands)
 
 
-derivative_p.def_impl(functools.partial(ffi.run_eagerly, derivative_p))
+derivative_p.def_impl(functools.partial(eager.run_eagerly, derivative_p))
 mlir.register_lowering(derivative_p, _lower)
-batching.primitive_batchers[derivative_p] = functools.partial(ffi.fold_into_tokens, derivative_p)
+batching.primitive_batchers[derivative_p] = functools.partial(primitive.fold_into_tokens, derivative_p)
 ad.primitive_jvps[derivative_p] = _second_jvp
 ad.primitive_transposes[derivative_p] = _transpose

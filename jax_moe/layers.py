@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jax_moe import activations, arguments, parallel, pytree, routing
+from jax_moe import activations, arguments, placement, pytree, routing
 
 
 @pytree.register
@@ -160,9 +160,9 @@ class SharedExpert:
         out_sharding = None
         if AxisType.Explicit in (mesh := jax.typeof(self.down).sharding.mesh).axis_types:
             # The sum over I goes to where x is. What shares the devices of I is gathered from them first.
-            spread, tokens = parallel.axis_names(jax.typeof(self.down).sharding.spec[1]), jax.typeof(x).sharding.spec
+            spread, tokens = placement.axis_names(jax.typeof(self.down).sharding.spec[1]), jax.typeof(x).sharding.spec
             out_sharding = NamedSharding(mesh, tokens)
-            rest = [tuple(name for name in parallel.axis_names(a) if name not in spread) or None for a in tokens]
+            rest = [tuple(name for name in placement.axis_names(a) if name not in spread) or None for a in tokens]
             x = jax.reshard(x, NamedSharding(mesh, PartitionSpec(*rest)))
         parts = jnp.einsum(
             "...h,pih->p...i", x.astype(self.gate_up.dtype), self.gate_up, preferred_element_type=jnp.float32

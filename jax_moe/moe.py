@@ -3,10 +3,11 @@
 import functools
 
 import jax
+from jax.interpreters import ad
 import jax.numpy as jnp
 import numpy as np
 
-from jax_moe import activations, check, ffi, nvfp4, settings
+from jax_moe import activations, check, derivative, nvfp4, primitive, settings
 from jax_moe.experts import Experts
 from jax_moe.operands import expert_operands
 from jax_moe.problem import Combine, Options, Precision, Problem, WeightOn
@@ -77,8 +78,7 @@ def fused_moe(
         command_buffer=command_buffer,
     )  # fmt: skip
     problem = check.check(x, experts, routing, options, expert_offset=expert_offset, num_experts=num_experts)
-    if settings.debugging():
-        jax.debug.callback(functools.partial(_raise_on_bad_id, num_experts=num_experts), routing.expert_ids)
+    debug_ids(routing, num_experts)
     return bind(problem, x, experts, routing, expert_offset)
 
 
@@ -89,8 +89,14 @@ def bind(problem: Problem, x: jax.Array, experts: Experts, routing: Routing, exp
     for name in ("gate_up.payload", "down.payload"):
         weights[name] = nvfp4.payload_bytes(weights[name])
     given = (flat_x, flat.expert_ids, flat.weights, jnp.asarray(expert_offset, jnp.int32), *weights.values())
-    operands = vary_alike(*(jnp.asarray(operand) for operand in given if operand is not None))
-    return ffi.fused_moe_p.bind(*operands, problem=problem).reshape(x.shape)
+    operands = primitive.vary_alike(*(jnp.asarray(operand) for operand in given if operand is not None))
+    return primitive.fused_moe_p.bind(*operands, problem=problem).reshape(x.shape)
+
+
+def debug_ids(routing: Routing, num_experts: int | None) -> None:
+    """If ``JAX_MOE_DEBUG`` is set, makes the program raise where it meets an id that no expert has."""
+    if settings.debugging():
+        jax.debug.callback(functools.partial(_raise_on_bad_id, num_experts=num_experts), routing.expert_ids)
 
 
 def _raise_on_bad_id(expert_ids: np.ndarray, num_experts: int | None) -> None:
@@ -104,11 +110,4 @@ def _raise_on_bad_id(expert_ids: np.ndarray, num_experts: int | None) -> None:
         )
 
 
-def vary_alike(*operands: jax.Array) -> tuple[jax.Array, ...]:
-    """Inside ``shard_map``, marks every operand as varying over each mesh axis that any of them varies over."""
-    varying = [frozenset(jax.typeof(operand).mat.varying) for operand in operands]
-    union = frozenset().union(*varying)
-    return tuple(
-        jax.lax.pcast(operand, tuple(union - axes), to="varying") if union - axes else operand
-        for operand, axes in zip(operands, varying, strict=True)
-    )
+ad.primitive_jvps[primitive.fused_moe_p] = derivative.jvp  # here, because the derivative is made of the primitive

@@ -1,8 +1,9 @@
-"""Functions of one layer's experts that run where the experts are, so that no weight moves."""
+"""Where the weights of a layer lie on a mesh, and functions that run there, so that no weight moves."""
 
 from collections.abc import Callable
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -11,8 +12,134 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jax_moe import ffi, parallel
-from jax_moe.experts import Experts
+from jax_moe import arguments, eager, layouts
+from jax_moe.experts import Experts, Projection
+
+Axis = str | tuple[str, ...] | None
+"""One mesh axis, several that act as one, or none."""
+
+
+def expert_shardings(
+    experts: Experts, mesh: Mesh | AbstractMesh, *, expert_axis: Axis = "expert", tensor_axis: Axis = "tensor"
+) -> Experts:
+    """The ``NamedSharding`` of every leaf of ``experts``, for ``jax.device_put(experts, ...)`` or ``in_shardings``.
+
+    Layers that are stacked, for ``jax.lax.scan`` say, lead with further axes, ``[..., E, ...]``: every device has its
+    part of all of them.
+
+    Raises:
+      ValueError: the mesh does not divide E or I.
+    """
+    specs = partition_specs(experts, mesh, expert_axis=expert_axis, tensor_axis=tensor_axis)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
+
+def partition_specs(
+    experts: Experts, mesh: Mesh | AbstractMesh, *, expert_axis: Axis = "expert", tensor_axis: Axis = "tensor"
+) -> Experts:
+    """The ``PartitionSpec`` of every leaf of ``experts``: E over ``expert_axis``, I over ``tensor_axis``.
+
+    Raises:
+      ValueError: the mesh does not divide E or I, or lacks an axis that is not the default one.
+    """
+    arguments.instance("mesh", mesh, Mesh | AbstractMesh)
+    expert_axes = axes_in(mesh, "expert_axis", expert_axis)
+    tensor_axes = axes_in(mesh, "tensor_axis", tensor_axis)
+    if shared := set(expert_axes) & set(tensor_axes):
+        raise ValueError(f"expert_axis, tensor_axis: both got {sorted(shared)}, need different mesh axes")
+    *_, num_experts = arguments.array("experts.down.global_scale", experts.down.global_scale, None, ("...", "E"))
+    check_divides(mesh, "expert_axis", expert_axes, "E", num_experts)
+    slices = axes_size(mesh, tensor_axes)
+    if reason := layouts.get(experts.layout).why_not_sliced(experts, slices):
+        raise ValueError(f"tensor_axis: {tensor_axes} has {slices} devices, which does not divide {reason}")
+    return specs_of(experts, expert_axes, tensor_axes)
+
+
+def specs_of(experts: Experts, expert_axes: tuple[str, ...], tensor_axes: tuple[str, ...]) -> Experts:
+    """The ``PartitionSpec`` of every leaf, whether or not a mesh divides it."""
+    mesh_axes = {layouts.E: expert_axes or None, layouts.I: tensor_axes or None, None: None}
+    layers = (None,) * _num_leading_axes(experts)
+
+    def specs(projection: Projection, partition: Projection) -> Projection:
+        is_absent = {name: getattr(projection, name) is None for name in ("input_scale", "bias")}
+        return Projection(
+            **{
+                name: None
+                if axes is None or is_absent.get(name)
+                else PartitionSpec(*layers, *(mesh_axes[a] for a in axes))
+                for name, axes in vars(partition).items()
+            }
+        )
+
+    partition = layouts.get(experts.layout).partition
+    return Experts(
+        specs(experts.gate_up, partition.gate_up), specs(experts.down, partition.down), layout=experts.layout
+    )
+
+
+def model_axes(experts: Experts, spec: PartitionSpec) -> tuple[Axis, Axis]:
+    """The mesh axes over E and over I, from the spec of ``experts.gate_up.payload``."""
+    axes = (*spec, *[None] * experts.gate_up.payload.ndim)[_num_leading_axes(experts) :]
+    partition = layouts.get(experts.layout).partition.gate_up.payload
+    return axes[partition.index(layouts.E)], axes[partition.index(layouts.I)]
+
+
+def _num_leading_axes(experts: Experts) -> int:
+    """Of stacked layers; 0 of one layer."""
+    return experts.down.global_scale.ndim - 1
+
+
+def check_in_place(experts: Experts, specs: Experts, mesh: Mesh | AbstractMesh) -> None:
+    """Raises where weights would have to move, as far as their placement is known; slicing a replicated array is free.
+
+    It is not known of what ``jax.jit`` traces over automatic mesh axes.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(experts)
+    for (path, leaf), spec in zip(leaves, jax.tree.leaves(specs), strict=True):
+        if not isinstance(leaf, jax.Array):  # a NumPy array is nowhere yet
+            continue
+        got: Any = jax.typeof(leaf).sharding if isinstance(leaf, jax.core.Tracer) else leaf.sharding
+        # An abstract mesh says nothing of devices, and the types of axes say nothing of placement.
+        is_named = isinstance(got, NamedSharding) and dict(got.mesh.shape) == dict(mesh.shape)
+        on = got.mesh if is_named and AbstractMesh in (type(mesh), type(got.mesh)) else mesh
+        fits = got.is_fully_replicated or got.is_equivalent_to(NamedSharding(on, spec), leaf.ndim)
+        if not fits:
+            name = "experts" + jax.tree_util.keystr(path)
+            raise ValueError(f"{name}: got sharding {got}, needs {spec}; jax_moe.expert_shardings(...) gives it")
+
+
+def axes_in(mesh: Mesh | AbstractMesh, argument: str, axis: Axis) -> tuple[str, ...]:
+    """The mesh axes that ``argument`` names; none where it has its default and the mesh has no such axis."""
+    if not isinstance(axis, str | tuple | None):
+        raise TypeError(f"{argument}: got {axis!r}, needs a mesh axis, a tuple of them, or None")
+    axes = axis_names(axis)
+    if argument == f"{axis}_axis" and axis not in mesh.axis_names:
+        return ()
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"{argument}: got {axis!r}, needs each mesh axis once")
+    for name in axes:
+        if name not in mesh.axis_names:
+            raise ValueError(f"{argument}: got {axis!r}, but the mesh has the axes {mesh.axis_names}")
+    return axes
+
+
+def axis_names(axis: Axis) -> tuple[str, ...]:
+    """The mesh axes that ``axis`` is made of."""
+    return () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
+
+
+def axes_size(mesh: Mesh | AbstractMesh, axes: tuple[str, ...]) -> int:
+    """Over how many devices these axes spread an array."""
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def check_divides(mesh: Mesh | AbstractMesh, argument: str, axes: tuple[str, ...], name: str, size: int) -> None:
+    """Raises unless the ``axes`` that ``argument`` names split ``size``, the value of ``name``, into equal slices."""
+    parts = axes_size(mesh, axes)
+    if size % parts:
+        raise ValueError(
+            f"{argument}: {axes} has {parts} devices, which does not divide {name} = {size} into equal slices"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +158,11 @@ class Placement:
     @property
     def slices(self) -> int:
         """In how many slices I is."""
-        return parallel.axes_size(self.mesh, self.tensor_axes) if self.mesh else 1
+        return axes_size(self.mesh, self.tensor_axes) if self.mesh else 1
 
     def specs(self, experts: Experts) -> Experts:
         """The ``PartitionSpec`` of every leaf that ``experts``, so placed, have."""
-        return parallel.specs_of(experts, self.expert_axes, self.tensor_axes)
+        return specs_of(experts, self.expert_axes, self.tensor_axes)
 
 
 def find(experts: Experts) -> Placement:
@@ -53,11 +180,11 @@ def find(experts: Experts) -> Placement:
         return Placement()
     if not isinstance(sharding, NamedSharding):
         raise ValueError(f"experts.gate_up.payload: got sharding {sharding}, needs a NamedSharding")
-    expert_axis, tensor_axis = parallel.model_axes(experts, sharding.spec)
+    expert_axis, tensor_axis = model_axes(experts, sharding.spec)
     mesh = sharding.mesh
-    specs = parallel.partition_specs(experts, mesh, expert_axis=expert_axis, tensor_axis=tensor_axis)
-    parallel.check_in_place(experts, specs, mesh)
-    return Placement(mesh, parallel.axis_names(expert_axis), parallel.axis_names(tensor_axis))
+    specs = partition_specs(experts, mesh, expert_axis=expert_axis, tensor_axis=tensor_axis)
+    check_in_place(experts, specs, mesh)
+    return Placement(mesh, axis_names(expert_axis), axis_names(tensor_axis))
 
 
 class InPlace:
@@ -74,7 +201,7 @@ class InPlace:
 
     def __call__(self, experts: Experts, *args: Any) -> Any:
         run, arguments = self._bind(experts, args)
-        return ffi.as_one_op(self._verb, run, *arguments)
+        return eager.as_one_op(self._verb, run, *arguments)
 
     def lower(self, experts: Experts, *args: Any) -> jax.stages.Lowered:
         """As the method of a jitted function: to see what the compiled program moves."""
@@ -148,8 +275,17 @@ def _run(array, *, verb: str):  # eagerly, inside jax.vmap
     return array
 
 
+def num_partitions(axis_context) -> int:
+    """Into how many parts XLA may split what is lowered in this context."""
+    mesh = getattr(axis_context, "mesh", None)
+    if mesh is None:
+        return getattr(axis_context, "num_devices", 1)
+    automatic = set(mesh.axis_names) - set(axis_context.manual_axes)
+    return math.prod(mesh.shape[axis] for axis in automatic)
+
+
 def _lower(ctx, array, *, verb: str):
-    _refuse(verb, ffi.num_partitions(ctx.module_context.axis_context))
+    _refuse(verb, num_partitions(ctx.module_context.axis_context))
     return [array]
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from raw_call import raw_call
 
-from jax_moe import kernels
+from jax_moe import ffi
 
 _FFI = pathlib.Path(__file__).parents[1] / "ffi"
 _COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
@@ -233,4 +233,4 @@ def test_a_malformed_attribute_is_named(echo_target):
 
 def test_the_counters_are_readable_without_a_gpu():
     """The library opens without CUDA; and nothing that ran on a CPU counts."""
-    assert kernels.counters() == kernels.Counters(eager=0, captured=0, forked=0)
+    assert ffi.counters() == ffi.Counters(eager=0, captured=0, forked=0)

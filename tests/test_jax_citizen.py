@@ -5,6 +5,7 @@ import statistics
 import subprocess
 import sys
 
+import cuda_call
 import helpers
 from helpers import make_case
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 import jax_moe
-from jax_moe import ffi
+from jax_moe import eager, ffi, primitive
 
 
 @pytest.fixture(scope="module")
@@ -268,14 +269,7 @@ def test_disable_jit_runs_the_op_all_the_same():
 
 
 def test_logs_and_profiles_say_fused_moe():
-    from jax_moe import check, ffi
-
-    case = make_case(1)
-    problem = check.check(
-        case.x, case.experts, case.routing, activation=jax_moe.SwiGLU(), precision="w4a16", combine="atomic",
-        weight_on="output", expert_offset=0, num_experts=None, out_dtype=jnp.bfloat16, command_buffer=True,
-    )  # fmt: skip
-    assert ffi._jitted(ffi.fused_moe_p, problem=problem).__name__ == "fused_moe"
+    assert eager._jitted(primitive.fused_moe_p, problem=cuda_call.problem()).__name__ == "fused_moe"
 
 
 def test_two_threads_at_once():
@@ -298,13 +292,23 @@ def test_two_threads_at_once():
             future.result()
 
 
-def test_a_missing_library_is_an_import_error_that_says_so(tmp_path):
-    program = "import jax_moe"
-    ran = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        env={"PYTHONPATH": str(helpers.PACKAGE_FOLDER), "JAX_MOE_FFI_LIBRARY": str(tmp_path / "none.so"), "PATH": ""},
-    )
-    assert ran.returncode != 0
-    assert "ImportError: jax_moe: the FFI library is missing" in ran.stderr
+def test_without_a_library_all_but_the_op_works(tmp_path):
+    """A checkout that is not built can be read in a REPL; the op says what is missing."""
+    program = """
+import jax.numpy as jnp, numpy as np
+import jax_moe
+experts = jax_moe.quantize_experts(np.ones((4, 16, 16)), np.ones((4, 16, 16)), np.ones((4, 16, 16)), progress=False)
+jax_moe.prepare(experts, "sm_90a", progress=False)
+x, routing = jnp.ones((3, 16), jnp.bfloat16), jax_moe.route(jnp.zeros((3, 4)), 2)
+jax_moe.reference.fused_moe(x, experts, routing)
+print("imported")
+jax_moe.fused_moe(x, experts, routing)
+"""
+    environment = {
+        "PYTHONPATH": str(helpers.PACKAGE_FOLDER),
+        "JAX_MOE_FFI_LIBRARY": str(tmp_path / "no.so"),
+        "PATH": "",
+    }
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert (ran.returncode, ran.stdout) == (1, "imported\n")
+    assert f"ImportError: jax_moe: the FFI library is missing, looked in {tmp_path / 'no.so'}." in ran.stderr

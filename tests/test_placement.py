@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import jax_moe
-from jax_moe import quantize
+from jax_moe import placement, quantize
 from jax_moe.kernels.sm90 import layout
 
 prepare_module = importlib.import_module("jax_moe.prepare")  # jax_moe.prepare is the function
@@ -247,6 +247,66 @@ def test_vmap_over_stacked_layers(verb):
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), experts)
     got = jax.vmap(function)(stacked)
     jax.tree.map(lambda a, b: helpers.assert_bit_equal(a[1], b), got, function(experts))
+
+
+def stacked_layers(layout, mesh):
+    """Three layers on the mesh one by one, and as one stack where ``expert_shardings`` puts it."""
+    cases = [make_case(seed, hidden=48, intermediate=128, num_experts=4, tokens=6, bias=True) for seed in (20, 21, 22)]
+    placed = [jax.device_put(case.experts, jax_moe.expert_shardings(case.experts, mesh)) for case in cases]
+    if layout != "canonical":
+        placed = [jax_moe.prepare(experts, layout) for experts in placed]
+    stack = jax.tree.map(lambda *leaves: np.stack(leaves), *placed)
+    return cases, placed, jax.device_put(stack, jax_moe.expert_shardings(stack, mesh))
+
+
+@pytest.mark.parametrize("layout", ["canonical", "sm_90a"])
+def test_stacked_layers_have_the_placement_of_each(layout):
+    """However many axes lead: each device holds of the stack what it would hold of every layer."""
+    mesh = jax.make_mesh((2, 2), ("expert", "tensor"), axis_types=(AUTO,) * 2)
+    _, layers, stack = stacked_layers(layout, mesh)
+    for leaf, *parts in zip(jax.tree.leaves(stack), *map(jax.tree.leaves, layers), strict=True):
+        for shard in leaf.addressable_shards:
+            held = [next(s.data for s in part.addressable_shards if s.device == shard.device) for part in parts]
+            helpers.assert_bit_equal(shard.data, jnp.stack([jax.device_put(part, shard.device) for part in held]))
+    deeper = jax.tree.map(lambda leaf: np.asarray(leaf)[None], stack)
+    for leaf, sharding in zip(
+        jax.tree.leaves(stack), jax.tree.leaves(jax_moe.expert_shardings(deeper, mesh)), strict=True
+    ):
+        assert sharding.is_equivalent_to(NamedSharding(mesh, P(None, *leaf.sharding.spec)), leaf.ndim + 1)
+    with pytest.raises(ValueError, match=r"expert_axis: \('all',\) has 8 devices, which does not divide E = 4"):
+        jax_moe.expert_shardings(stack, jax.make_mesh((8,), ("all",), axis_types=(AUTO,)), expert_axis="all")
+
+
+def test_a_scan_over_stacked_layers_moves_no_weight():
+    mesh = jax.make_mesh((2, 2), ("expert", "tensor"), axis_types=(AUTO,) * 2)
+    cases, layers, stack = stacked_layers("canonical", mesh)
+    x, routing = cases[0].x, cases[0].routing
+
+    def layer(x, experts):
+        return jax_moe.sharded_moe(x, experts, routing, mesh=mesh), None
+
+    run = jax.jit(lambda x, stack: jax.lax.scan(layer, x, stack)[0])
+    expected = x
+    for experts in layers:
+        expected = jax.jit(layer)(expected, experts)[0]
+    helpers.assert_bit_equal(run(x, stack), expected)
+    assert moved(run.lower(x, stack)) == []
+    assert "all-gather" not in run.lower(x, stack).compile().as_text()
+
+
+def test_a_scan_over_stacked_prepared_layers_moves_no_weight():
+    """Unpacked inside ``shard_map``, each device its part of each layer: what the layers were made of."""
+    mesh = jax.make_mesh((2, 2), ("expert", "tensor"), axis_types=(AUTO,) * 2)
+    cases, _, stack = stacked_layers("sm_90a", mesh)
+    wanted = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(case.experts for case in cases))
+    specs = [placement.partition_specs(experts, mesh) for experts in (stack, wanted)]
+
+    def local(stack):
+        return jax.lax.scan(lambda _, experts: (None, jax_moe.unprepare(experts, 48, 64)), None, stack)[1]
+
+    run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(specs[0],), out_specs=specs[1]))
+    jax.tree.map(helpers.assert_bit_equal, run(stack), wanted)
+    assert moved(run.lower(stack)) == []
 
 
 def test_one_compilation_serves_every_layer():

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import jax_moe
-from jax_moe import ffi
+from jax_moe import ffi, moe, primitive
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 
@@ -81,6 +81,50 @@ def test_the_mesh_may_be_the_one_that_is_set(monkeypatch, wrap, debug, axis_type
     with jax.set_mesh(mesh):
         got = wrap(functools.partial(jax_moe.sharded_moe, **case.options))(case.x, experts, case.routing)
     helpers.assert_bit_equal(got, case.run())
+
+
+@pytest.mark.parametrize("axes", [{"expert": 4}, {"data": 2, "tensor": 2}], ids=str)
+def test_the_local_op_knows_how_many_experts_there_are_in_all(axes):
+    """A GPU's kernels are chosen for T*K/E tokens an expert, and E is not what a device holds."""
+    case, mesh = make_case(num_experts=8), make_mesh(**axes)
+    traced = jax.make_jaxpr(functools.partial(jax_moe.sharded_moe, mesh=mesh))(case.x[:4], case.experts, jax.tree.map(
+        lambda leaf: leaf[:4], case.routing))  # fmt: skip
+    (run,) = [e.params["jaxpr"] for e in traced.eqns if e.primitive.name == "shard_map"]
+    (problem,) = [e.params["problem"] for e in run.eqns if e.primitive is primitive.fused_moe_p]
+    assert (problem.local_experts, problem.num_experts) == (8 // axes.get("expert", 1), 8)
+
+
+@pytest.mark.parametrize("axis_type", [AUTO, EXPLICIT])
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("axes", [{"expert": 4}, {"data": 2, "tensor": 2}], ids=str)
+def test_debug_mode_looks_at_all_ids_once(monkeypatch, axes, wrap, axis_type):
+    """Not on every device again, and not only at those of its tokens."""
+    seen = []
+    monkeypatch.setenv("JAX_MOE_DEBUG", "1")
+    monkeypatch.setattr(moe, "_raise_on_bad_id", lambda ids, num_experts: seen.append((np.array(ids), num_experts)))
+    mesh, case = Layout(axes).place(make_case(num_experts=8, tokens=4), axis_type)
+    with jax.set_mesh(mesh):
+        jax.block_until_ready(wrap(jax_moe.sharded_moe)(case.x, case.experts, case.routing))
+    jax.effects_barrier()
+    ((ids, num_experts),) = seen
+    assert np.array_equal(ids, case.routing.expert_ids)
+    assert num_experts == 8
+
+
+def test_debug_mode_names_the_token_of_all_and_the_number_of_all_experts():
+    program = """
+import jax, jax_moe, helpers
+case = helpers.make_case(0, tokens=8, num_experts=8)
+mesh = jax.make_mesh((2, 2), ("data", "expert"))
+routing = jax_moe.Routing(case.routing.expert_ids.at[6, 1].set(8), case.routing.weights)
+try:
+    jax.block_until_ready(jax_moe.sharded_moe(case.x, case.experts, routing, mesh=mesh))
+    jax.effects_barrier()
+except Exception as error:
+    assert "routing.expert_ids: got 8 for token 6, slot 1 (1 such ids), needs 0 <= id < E = 8" in str(error), error
+    print("reported")
+"""
+    assert helpers.run_python(program, JAX_MOE_DEBUG="1", JAX_NUM_CPU_DEVICES="4") == "reported\n"
 
 
 def test_without_any_mesh_it_says_so():

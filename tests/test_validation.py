@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jax_moe
-from jax_moe import activations, ffi, reference
+from jax_moe import activations, primitive, reference
 from jax_moe.problem import Options
 
 T, H, I, E, K = 5, 48, 32, 4, 2  # noqa: E741
@@ -393,7 +393,7 @@ def nothing_is_bound(monkeypatch):
     def reached(*_, **__):
         raise AssertionError("a bad argument reached the custom call")
 
-    monkeypatch.setattr(ffi.fused_moe_p, "bind", reached)
+    monkeypatch.setattr(primitive.fused_moe_p, "bind", reached)
 
 
 @pytest.mark.usefixtures("nothing_is_bound")

@@ -7,7 +7,7 @@ import math
 import jax
 import numpy as np
 
-from jax_moe import parallel, progress
+from jax_moe import placement, progress
 from jax_moe.experts import Experts
 
 _ALIGNMENT = 64  # of a host buffer that jax.device_put uses in place on the CPU
@@ -44,15 +44,15 @@ class Leaf:
 def to_jax(
     leaves: Experts,
     mesh: jax.sharding.Mesh | None,
-    expert_axis: parallel.Axis,
-    tensor_axis: parallel.Axis,
+    expert_axis: placement.Axis,
+    tensor_axis: placement.Axis,
     show_progress: bool,
 ) -> Experts:
     """Reads every leaf: onto the default device, or each device's part of it onto ``mesh``."""
     if mesh is None:
         return jax.tree.map(lambda leaf: jax.device_put(leaf.read(show_progress=show_progress)), leaves)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), leaves)
-    shardings = parallel.expert_shardings(shapes, mesh, expert_axis=expert_axis, tensor_axis=tensor_axis)
+    shardings = placement.expert_shardings(shapes, mesh, expert_axis=expert_axis, tensor_axis=tensor_axis)
     return jax.tree.map(
         lambda leaf, sharding: jax.make_array_from_callback(
             leaf.shape, sharding, lambda index: leaf.read(index, show_progress=show_progress)

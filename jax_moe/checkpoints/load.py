@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_moe import parallel
+from jax_moe import placement
 from jax_moe.checkpoints import leaves, linear, quantization, router, shared_expert
 from jax_moe.checkpoints.files import CheckpointError, Files, read_rows
 from jax_moe.checkpoints.layer import open_experts
@@ -24,8 +24,8 @@ def load_experts(
     *,
     experts: slice | range | None = None,
     mesh: jax.sharding.Mesh | None = None,
-    expert_axis: parallel.Axis = "expert",
-    tensor_axis: parallel.Axis = "tensor",
+    expert_axis: placement.Axis = "expert",
+    tensor_axis: placement.Axis = "tensor",
     quantize: bool = False,
     progress: bool = True,
 ) -> Experts:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jax_moe import activations, arguments, checkpoints, moe, parallel
+from jax_moe import activations, arguments, checkpoints, moe, placement, sharded
 from jax_moe.checkpoints import HashRouter, load, Router, SharedExpert
 from jax_moe.experts import CANONICAL, Experts
 from jax_moe.preparation import prepare
@@ -26,9 +26,9 @@ class Quantized(nnx.Variable):
 class Axes:
     """Over which mesh axes a :class:`MoE` is spread: arguments of :func:`jax_moe.sharded_moe`."""
 
-    expert_axis: parallel.Axis
-    tensor_axis: parallel.Axis
-    data_axis: parallel.Axis
+    expert_axis: placement.Axis
+    tensor_axis: placement.Axis
+    data_axis: placement.Axis
 
 
 class MoE(nnx.Module):
@@ -68,9 +68,9 @@ class MoE(nnx.Module):
         weight_on: WeightOn = "output",
         command_buffer: bool = True,
         mesh: Mesh | None = None,
-        expert_axis: parallel.Axis = "expert",
-        tensor_axis: parallel.Axis = "tensor",
-        data_axis: parallel.Axis = "data",
+        expert_axis: placement.Axis = "expert",
+        tensor_axis: placement.Axis = "tensor",
+        data_axis: placement.Axis = "data",
     ):
         """Wraps arrays that are where they should be: see :meth:`from_checkpoint`, or ``jax_moe.expert_shardings``.
 
@@ -114,8 +114,8 @@ class MoE(nnx.Module):
         *,
         target: str | None = None,
         mesh: Mesh | None = None,
-        expert_axis: parallel.Axis = "expert",
-        tensor_axis: parallel.Axis = "tensor",
+        expert_axis: placement.Axis = "expert",
+        tensor_axis: placement.Axis = "tensor",
         progress: bool = True,
         **options: Any,
     ) -> "MoE":
@@ -170,7 +170,7 @@ class MoE(nnx.Module):
         if mesh is None:
             run = functools.partial(moe.fused_moe, **options)
         else:
-            run = functools.partial(parallel.sharded_moe, mesh=mesh, **vars(self.axes), **options)
+            run = functools.partial(sharded.sharded_moe, mesh=mesh, **vars(self.axes), **options)
         return _layer(run, x, token_ids, experts, router, shared_expert)
 
 
@@ -183,7 +183,7 @@ def _mesh_of(experts: Experts, x: jax.Array, axes: Axes) -> Mesh | AbstractMesh 
         mesh = context  # the same, and its axes have the types that JAX computes with
     if mesh is None or AxisType.Manual in mesh.axis_types:
         return None
-    names = {name for axis in vars(axes).values() for name in parallel.axis_names(axis)}
+    names = {name for axis in vars(axes).values() for name in placement.axis_names(axis)}
     # Of several devices without an axis of ours: sharded_moe says so.
     return mesh if mesh.size > 1 or names & set(mesh.axis_names) else None
 
@@ -238,15 +238,15 @@ def _arrays(tree: Any) -> Any:
 
 
 def _expert_specs(
-    experts: Experts, mesh: Mesh | None, expert_axis: parallel.Axis, tensor_axis: parallel.Axis
+    experts: Experts, mesh: Mesh | None, expert_axis: placement.Axis, tensor_axis: placement.Axis
 ) -> Experts:
     names = tuple(dict.fromkeys(_names("expert_axis", expert_axis) + _names("tensor_axis", tensor_axis)))
     # Without a mesh the specs still name the axes, for one that comes later.
     target: Any = mesh or AbstractMesh((1,) * len(names), names)
-    return parallel.partition_specs(experts, target, expert_axis=expert_axis, tensor_axis=tensor_axis)
+    return placement.partition_specs(experts, target, expert_axis=expert_axis, tensor_axis=tensor_axis)
 
 
-def _shared_specs(shared_expert: SharedExpert, mesh: Mesh | None, tensor_axis: parallel.Axis) -> Any:
+def _shared_specs(shared_expert: SharedExpert, mesh: Mesh | None, tensor_axis: placement.Axis) -> Any:
     """A ``SharedExpert`` of specs: I over the tensor axis."""
     names = (
         tuple(name for name in _names("tensor_axis", tensor_axis) if mesh is None or name in mesh.axis_names) or None
@@ -262,6 +262,6 @@ def _shared_specs(shared_expert: SharedExpert, mesh: Mesh | None, tensor_axis: p
     return dataclasses.replace(shared_expert, **present)
 
 
-def _names(argument: str, axis: parallel.Axis) -> tuple[str, ...]:
+def _names(argument: str, axis: placement.Axis) -> tuple[str, ...]:
     arguments.instance(argument, axis, str | tuple | None)
-    return parallel.axis_names(axis)
+    return placement.axis_names(axis)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_moe import ffi, kernels
+from jax_moe import ffi
 
 _TOKENS, _HIDDEN = 2048, 16384  # f32: 128 MiB, some 35 us of memset
 _CAPTURE = {"xla_gpu_graph_min_graph_size": 1}
@@ -53,7 +53,7 @@ def _wrong(out) -> int:
 
 
 def _counters() -> np.ndarray:
-    return np.array(kernels.counters())
+    return np.array(ffi.counters())
 
 
 @pytest.mark.parametrize("combine", ["atomic", "ordered"])

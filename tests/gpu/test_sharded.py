@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import jax_moe
-from jax_moe import kernels
+from jax_moe import ffi
 
 _CAPTURE = {"xla_gpu_graph_min_graph_size": 1}
 
@@ -84,9 +84,9 @@ def test_exact_sums_have_the_bits_of_one_gpu(poison, name, precision, combine):
     placed = _place(case, mesh, names)
     run = calls.jit(functools.partial(jax_moe.sharded_moe, mesh=mesh, **names, **case.options), _CAPTURE)
     expected = _on_one_gpu(case)
-    before = kernels.counters()
+    before = ffi.counters()
     got = _call(run, placed, poison)
-    after = kernels.counters()
+    after = ffi.counters()
     _same_bits(got, expected)
     captured = after.captured - before.captured
     assert captured >= mesh.size
