@@ -10,13 +10,13 @@ import jax_moe
 from jax_moe import activations, plan
 from jax_moe.kernels import compile as kernels, lowering
 
-PARAMETER_BYTES = {"sort": (8,) * 8 + (4,), "prepare": (8,) * 4 + (4,) * 3, "gemm1": (8,) * 10 + (4,) * 5,
+PARAMETER_BYTES = {"sort": (8,) * 8 + (4,), "x_rows": (8,) * 4 + (4,) * 3, "gemm1": (8,) * 10 + (4,) * 5,
                    "gemm2": (8,) * 10 + (4,) * 6, "combine": (8,) * 4 + (4,) * 4}  # fmt: skip
 """Of each step's kernel, as ABI.md lists them."""
 
 _STEPS = {
     "SortSpec": "sort",
-    "RowsSpec": "prepare",
+    "RowsSpec": "x_rows",
     "Gemm1Spec": "gemm1",
     "Gemm2Spec": "gemm2",
     "CombineSpec": "combine",

@@ -27,7 +27,7 @@ _ROWS = "row_route tile_expert expert_tiles"
 _ABI = [
     ({}, {
         "sort": _SORT,
-        "prepare": "x routing_weights gate_up.input_scale x_rows 40 1 36",
+        "x_rows": "x routing_weights gate_up.input_scale x_rows 40 1 36",
         "gemm1": f"x_rows {_ROWS} gate_up.payload gate_up.global_scale gate_up.input_scale gate_up.bias "
                  "down.input_scale h 576 4 16 2 9",
         "gemm2": "h row_route row_weight tile_expert expert_tiles down.payload down.global_scale down.input_scale "
@@ -36,7 +36,7 @@ _ABI = [
     }),
     ({"weight_on": "input", "combine": "atomic", "precision": "w4a16"}, {
         "sort": _SORT,
-        "prepare": "x routing_weights null x_rows 160 4 36",
+        "x_rows": "x routing_weights null x_rows 160 4 36",
         "gemm1": f"x_rows {_ROWS} gate_up.payload gate_up.global_scale null gate_up.bias null h 576 1 16 2 9",
         "gemm2": "h row_route row_weight tile_expert expert_tiles down.payload down.global_scale null down.bias out "
                  "576 4 16 5 3 4",
@@ -82,10 +82,10 @@ def test_launches_have_their_grids_and_attributes():
     problem = cuda_call.problem(**{**_ALL, "num_tokens": 8192})
     attributes, _ = cuda_call.kernels_of(problem)
     ctas = sm90_plan.plan(problem, biases=(False, False)).gemm1.tile.ctas_per_sm
-    names = ("grid", "block", "cluster", "shared", "overlap")
+    names = ("grid", "threads", "cluster", "shared", "overlap")
     got = {step: tuple(int(attributes[step][name]) for name in names) for step in _ABI[0][1]}
     assert got == {
-        "sort": (8, 128, 8, 1024, 0), "prepare": (8192 * 36 // 256, 128, 1, 1024, 0),
+        "sort": (8, 128, 8, 1024, 0), "x_rows": (8192 * 36 // 256, 128, 1, 1024, 0),
         "gemm1": (132 * ctas, 128, 1, 1024, 1), "gemm2": (132 * ctas, 128, 1, 1024, 1),
         "combine": (8192 * 144 // 128, 128, 1, 1024, 0),
     }  # fmt: skip
@@ -109,8 +109,8 @@ def test_specs_say_what_the_call_says():
 
 def test_the_target_says_whether_the_call_may_be_captured():
     case = helpers.make_case()
-    assert "@jax_moe_fused_moe_v1(" in cuda_call.lowered(case)
-    assert "@jax_moe_fused_moe_v1_no_capture(" in cuda_call.lowered(case, command_buffer=False)
+    assert "@jax_moe_fused_moe_v2(" in cuda_call.lowered(case)
+    assert "@jax_moe_fused_moe_v2_no_capture(" in cuda_call.lowered(case, command_buffer=False)
 
 
 @pytest.mark.parametrize("present", [(True, False), (False, True)])

@@ -1,5 +1,6 @@
 """What a call lowers to on CUDA, without a GPU or the DSL: launches, workspaces, attributes, errors, the CLI."""
 
+import re
 import shlex
 
 import cuda_call
@@ -21,10 +22,10 @@ compiler = pytest.fixture(autouse=True)(cuda_call.stand_in_compiler)
 
 _STEPS_OF_MODES = [
     ({}, ["sort", "gemm1", "gemm2"]),
-    ({"precision": "w4a4"}, ["sort", "prepare", "gemm1", "gemm2"]),
-    ({"weight_on": "input"}, ["sort", "prepare", "gemm1", "gemm2"]),
+    ({"precision": "w4a4"}, ["sort", "x_rows", "gemm1", "gemm2"]),
+    ({"weight_on": "input"}, ["sort", "x_rows", "gemm1", "gemm2"]),
     ({"combine": "ordered"}, ["sort", "gemm1", "gemm2", "combine"]),
-    ({"combine": "ordered", "precision": "w4a4"}, ["sort", "prepare", "gemm1", "gemm2", "combine"]),
+    ({"combine": "ordered", "precision": "w4a4"}, ["sort", "x_rows", "gemm1", "gemm2", "combine"]),
     ({"num_tokens": 0}, []),
 ]
 
@@ -33,6 +34,8 @@ _STEPS_OF_MODES = [
 def test_each_mode_launches_its_kernels(changes, steps):
     attributes, workspaces = cuda_call.kernels_of(cuda_call.problem(**changes))
     assert [step for step in cuda_call.PARAMETER_BYTES if step in attributes] == steps
+    assert attributes["launches"].split() == steps
+    assert attributes["adds"] == ("gemm2" if steps and changes.get("combine") != "ordered" else "")
     assert len(attributes["workspace_bytes"]) == len(workspaces)
     for workspace, size in zip(workspaces, attributes["workspace_bytes"], strict=True):
         assert workspace.size * workspace.dtype.itemsize == size
@@ -63,7 +66,7 @@ def test_gemm1_reads_x_or_what_the_pass_over_x_made():
     assert _arguments(cuda_call.problem(), "gemm1")[0] == "operand:0"
     for changes, divisor in (({"precision": "w4a4"}, "i32:4"), ({"weight_on": "input"}, "i32:1")):
         problem = cuda_call.problem(**changes)
-        x_rows = _arguments(problem, "prepare")[3]
+        x_rows = _arguments(problem, "x_rows")[3]
         gemm1 = _arguments(problem, "gemm1")
         assert (gemm1[0], gemm1[11]) == (x_rows, divisor)
 
@@ -82,10 +85,21 @@ def test_sizes_of_the_prepared_weights_are_those_that_prepare_makes():
         case = helpers.make_case(hidden=112, intermediate=176, activation=activation, bias=True)
         prepared = helpers.jax_moe.prepare(case.experts, "sm_90a", progress=False)
         text = cuda_call.lowered(case, activation=activation)
-        sizes = [p.payload.nbytes for p in (prepared.gate_up, prepared.down)]
-        assert f"weight_bytes = dense<[{sizes[0]}, 0, {sizes[1]}, 0]>" in text
-        padded = prepared.gate_up.bias.shape[2]
-        assert f"shape = dense<[5, 2, 4, {2 if activation.gated else 1}, 112, {padded}, 2]>" in text
+        weights = (("gate_up", prepared.gate_up), ("down", prepared.down))
+        assert _dictionary(text, "weight_bytes") == {
+            **{f"{name}.payload": weight.payload.nbytes for name, weight in weights},
+            **{f"{name}.block_scale": 0 for name, _ in weights},
+        }
+        assert _dictionary(text, "sizes") == {
+            "num_tokens": 5, "top_k": 2, "local_experts": 4, "num_parts": 2 if activation.gated else 1,
+            "hidden_size": 112, "intermediate_size": prepared.gate_up.bias.shape[2], "out_bytes": 2,
+        }  # fmt: skip
+
+
+def _dictionary(text: str, name: str) -> dict[str, int]:
+    """The dictionary of sizes of that name in a program's text."""
+    found = re.search(rf"\b{name} = {{(.*?)}}", text)
+    return {key.strip('"'): int(value) for key, value in re.findall(r"([\w.\"]+) = (\d+) : i64", found[1])}
 
 
 def test_a_symbolic_number_of_tokens_is_refused():

@@ -70,8 +70,10 @@ def cuda_call(problem: Problem, *, biases: tuple[bool, bool]) -> CudaCall:
             f"{error} Either `pip install {compile.COMPILER}`, or run `{command}` on a machine that has it (no GPU "
             "needed) and copy its folder of kernels here (JAX_MOE_CACHE_DIR names another place)."
         ) from None
-    kernels["shape"] = np.array(call.shape(), np.int64)
-    kernels["weight_bytes"] = np.array(call.weight_bytes(), np.int64)
+    kernels["launches"] = " ".join(launch.step for launch in launches)
+    kernels["adds"] = "gemm2" if launches and problem.combine == "atomic" else ""
+    kernels["sizes"] = {name: np.int64(size) for name, size in call.sizes().items()}
+    kernels["weight_bytes"] = {name: np.int64(size) for name, size in call.weight_bytes().items()}
     kernels["workspace_bytes"] = np.array([w.size * w.dtype.itemsize for w in call.workspaces.values()], np.int64)
     return CudaCall({"kernels": kernels}, list(call.workspaces.values()))
 
@@ -128,17 +130,22 @@ class _Call:
         self.max_tiles = common_plan.max_tiles(problem.num_routes, problem.num_experts, self.plan.token_tile)
         self.workspaces = self._workspaces()
 
-    def shape(self) -> list[int]:
-        """T, K, L, P, H, I and the bytes of an output element; I with the padding that a bias has."""
+    def sizes(self) -> dict[str, int]:
+        """As ``ffi/problem.h`` names them; I with the padding that a bias has."""
         p = self.problem
-        padded = self.h_blocks * layout.BLOCK_K
-        out_bytes = jnp.dtype(p.out_dtype).itemsize
-        return [p.num_tokens, p.top_k, p.num_experts, self.parts, p.hidden_size, padded, out_bytes]
+        return {
+            "num_tokens": p.num_tokens, "top_k": p.top_k, "local_experts": p.num_experts, "num_parts": self.parts,
+            "hidden_size": p.hidden_size, "intermediate_size": self.h_blocks * layout.BLOCK_K,
+            "out_bytes": jnp.dtype(p.out_dtype).itemsize,
+        }  # fmt: skip
 
-    def weight_bytes(self) -> list[int]:
-        """Of gate_up's payload and block scales, and of down's: a prepared payload has the scales inside."""
+    def weight_bytes(self) -> dict[str, int]:
+        """By operand: a prepared payload has the block scales inside."""
         block = self.problem.num_experts * layout.BLOCK_BYTES
-        return [block * self.gate_up_rows * self.gate_up_columns, 0, block * self.down_rows * self.down_columns, 0]
+        return {
+            "gate_up.payload": block * self.gate_up_rows * self.gate_up_columns, "gate_up.block_scale": 0,
+            "down.payload": block * self.down_rows * self.down_columns, "down.block_scale": 0,
+        }  # fmt: skip
 
     def _workspaces(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Results 1, 2, ... of the call. The kernels write all that they read, so they may hold anything."""
@@ -168,7 +175,7 @@ class _Call:
             return []
         steps = [self._sort(), self._gemm1(), self._gemm2()]
         if self.rows is not None:
-            steps.insert(1, self._prepare(self.rows))
+            steps.insert(1, self._x_rows(self.rows))
         if self.plan.combine is not None:
             steps.append(self._combine(self.plan.combine))
         return steps
@@ -184,13 +191,13 @@ class _Call:
         )  # fmt: skip
         return Launch("sort", self.sort, self.sort.grid, arguments)
 
-    def _prepare(self, spec: specs.RowsSpec) -> Launch:
+    def _x_rows(self, spec: specs.RowsSpec) -> Launch:
         p = self.problem
         arguments = (
             "operand:0", "operand:2", "operand:7" if spec.quantise else "null", self._result("x_rows"),
             f"i32:{self.num_rows}", f"i32:{self.num_rows // p.num_tokens}", f"i32:{p.hidden_size // 16}",
         )  # fmt: skip
-        return Launch("prepare", spec, spec.grid(self.num_rows, p.hidden_size), arguments)
+        return Launch("x_rows", spec, spec.grid(self.num_rows, p.hidden_size), arguments)
 
     def _gemm1(self) -> Launch:
         p = self.problem
@@ -248,7 +255,7 @@ def _kernel_attributes(launch: Launch, target: str) -> dict[str, object]:
         "image": kernel.image,
         "name": kernel.symbol,
         "grid": np.int64(launch.grid),
-        "block": np.int64(kernel.threads),
+        "threads": np.int64(kernel.threads),
         "cluster": np.int64(getattr(launch.spec, "cluster", 1)),
         "shared": np.int64(kernel.shared_bytes),
         "overlap": np.int64(getattr(launch.spec, "pdl", False)),
