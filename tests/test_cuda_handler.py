@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from raw_call import raw_call
 
-from jax_moe import kernels
+from jax_moe import ffi, kernels
 
 _FFI = pathlib.Path(__file__).parents[1] / "ffi"
 _COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
@@ -253,6 +253,24 @@ def test_the_same_call_lowers_to_the_same_bytes(echo_target):
 def test_a_malformed_attribute_is_named(echo_target):
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"kernels\.gemm\.threads: got 4096, needs 1\.\.1024"):
         _echo(echo_target, b"image", threads=np.int64(4096))()
+
+
+def test_version_1_is_registered_to_be_refused(monkeypatch):
+    """A program of version 1 is told to be exported again; XLA alone would find no implementation of its target."""
+    stages = {}
+
+    def register(target, handler, *, platform):
+        stages[target, platform] = handler
+
+    monkeypatch.setattr(jax.ffi, "pycapsule", lambda function: getattr(function, "__name__", None))
+    monkeypatch.setattr(jax.ffi, "register_ffi_type", lambda *_, **__: None)
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", register)
+    ffi.register()
+    for suffix in ("", "_no_capture"):
+        new, old = (stages[f"jax_moe_fused_moe_v{version}{suffix}", "CUDA"] for version in (2, 1))
+        assert new["instantiate"] == "JaxMoeFusedMoeCudaInstantiate"
+        assert old == new | {"instantiate": "JaxMoeFusedMoeCudaV1Instantiate"}
+    assert stages["jax_moe_fused_moe_v1", "cpu"] == stages["jax_moe_fused_moe_v2", "cpu"] == "JaxMoeFusedMoeCpu"
 
 
 def test_the_counters_are_readable_without_a_gpu():
