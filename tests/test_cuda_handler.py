@@ -56,7 +56,7 @@ _MUTANTS = {
     "what adds unchecked": ("cuda/program.cc", "if (adds == first_name)", "if (true)"),
     "ordered adds": ("cuda/program.cc", "if (options_.combine == Combine::kAtomic) first", "first"),
     "joined a launch too late": ("cuda/program.cc", "first_that_adds_ = first,", "first_that_adds_ = first + 1,"),
-    "another launch's function": ("cuda/stream_api.h", "functions_[index]", "functions_[0]"),
+    "another launch's function": ("cuda/stream_api.h", "functions[index]", "functions[0]"),
     "another launch named": ("cuda/handler.cc", "[launched.launch].name", "[0].name"),
     "version 1 decoded": (
         "cuda/handler.cc",

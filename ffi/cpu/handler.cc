@@ -86,7 +86,7 @@ ffi::Error FusedMoe(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remainin
   Call call = {};
   int64_t intermediate_size = 0;
   JAX_MOE_TRY(GetOperands(args, &operands));
-  JAX_MOE_TRY(GetResults(rets, kNumResults, " (out and the workspaces of plan.cpu_workspaces)", &results));
+  JAX_MOE_TRY(GetResults(rets, kNumResults, " (out and the workspaces of cpu_workspaces)", &results));
   JAX_MOE_TRY(DecodeOptions({attributes, ""}, &options));
   JAX_MOE_TRY(CanonicalIntermediateSize(operands, &intermediate_size));
   JAX_MOE_TRY(DecodeProblem(operands, results, options, intermediate_size, &call.problem));

@@ -9,7 +9,7 @@
 
 namespace jax_moe {
 
-// A Problem and its workspaces, which are results 1 to 6 of the custom call (plan.cpu_workspaces).
+// A Problem and its workspaces, which are results 1 to 6 of the custom call (cpu_workspaces in Python).
 struct Call {
   Problem problem;
   int32_t* route_order;     // [T*K]: permuted row -> route

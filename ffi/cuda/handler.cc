@@ -35,11 +35,7 @@ ffi::ErrorOr<const Driver*> RequireDriver() {
   return ffi::Unexpected(ffi::Error(ffi::ErrorCode::kFailedPrecondition, std::string("fused_moe: ") + reason));
 }
 
-bool HasBytes(const ffi::AnyBuffer& buffer, int64_t bytes) {
-  return static_cast<int64_t>(buffer.size_bytes()) == bytes;
-}
-
-[[gnu::cold]] ffi::Error RefuseBytes(const std::string& name, const ffi::AnyBuffer& buffer, int64_t bytes) {
+[[gnu::cold]] ffi::Error RefuseBytes(const std::string& name, const ffi::AnyBuffer& buffer, size_t bytes) {
   return Refuse(name + ": got " + Describe(buffer) + ", " + std::to_string(buffer.size_bytes()) +
                 " bytes; the call's kernels were planned for " + std::to_string(bytes));
 }
@@ -76,14 +72,14 @@ ffi::Error CheckBuffers(const Program& program, const Operands& operands, const 
 
   for (size_t i = 0; i < std::size(kPackedWeights); ++i) {
     const ffi::AnyBuffer& buffer = *operands[kPackedWeights[i]];
-    const int64_t bytes = program.weight_bytes()[i];
-    if (!HasBytes(buffer, bytes)) return RefuseBytes(std::string(kOperandNames[kPackedWeights[i]]), buffer, bytes);
+    const size_t bytes = program.weight_bytes()[i];
+    if (buffer.size_bytes() != bytes) return RefuseBytes(std::string(kOperandNames[kPackedWeights[i]]), buffer, bytes);
   }
   const size_t num_workspaces = program.workspace_bytes().size();
   for (size_t i = 0; i < num_workspaces; ++i) {
     const ffi::AnyBuffer& buffer = *results[i + 1];
-    const int64_t bytes = program.workspace_bytes()[i];
-    if (!HasBytes(buffer, bytes)) return RefuseBytes("workspace " + std::to_string(i), buffer, bytes);
+    const size_t bytes = program.workspace_bytes()[i];
+    if (buffer.size_bytes() != bytes) return RefuseBytes("workspace " + std::to_string(i), buffer, bytes);
   }
   for (size_t i = 0; i < kNumOperands; ++i) {
     if (!IsAligned(*operands[i])) return RefuseAlignment(std::string(kOperandNames[i]));
@@ -97,8 +93,7 @@ ffi::Error CheckBuffers(const Program& program, const Operands& operands, const 
 // Of jax_moe_fused_moe_v1, whose kernels had other attributes.
 ffi::ErrorOr<std::unique_ptr<Program>> InstantiateV1(ffi::Dictionary) {
   return ffi::Unexpected(
-      Refuse("custom call jax_moe_fused_moe_v1: this program was exported for a GPU by an earlier jax_moe: export it "
-             "again"));
+      Refuse("custom call jax_moe_fused_moe_v1: the program was exported by an earlier jax_moe: export it again"));
 }
 
 ffi::ErrorOr<std::unique_ptr<Program>> Instantiate(ffi::Dictionary attributes) { return Program::Decode(attributes); }
@@ -123,15 +118,14 @@ ffi::Error Execute(Stream stream, Program* program, ffi::RemainingArgs args, ffi
 
   const Sequence sequence = {results[0]->size_bytes(), program->launches().size(), program->first_that_adds()};
   StreamApi api(**driver);
-  CallLaunches launches(api, *program, functions, operands, results);
+  CallLaunches launches{api, *program, functions, operands, results};
   const LaunchResult launched = Enqueue(api, stream, sequence, results[0]->untyped_data(), launches);
   if (!launched.ok()) {
     std::string what = std::string("fused_moe: ") + LaunchStepName(launched.step);
     if (launched.step == LaunchStep::kLaunch) what += " " + program->launches()[launched.launch].name;
     what += std::string(": ") + api.failed_call() + ": " + ErrorText(**driver, launched.code);
-    if (launched.join_code != 0) {
+    if (launched.join_code != 0)
       what += "; joining the zeroing then failed: " + ErrorText(**driver, launched.join_code);
-    }
     return ffi::Error::Internal(what);
   }
 

@@ -121,42 +121,31 @@ class StreamApi {
 };
 
 // The launches of one call with its buffers, as launch_sequence.h asks for them.
-class CallLaunches {
- public:
-  CallLaunches(StreamApi& api, const Program& program, const Function* functions, const Operands& operands,
-               const Results& results)
-      : api_(api), program_(program), functions_(functions), operands_(operands), results_(results) {}
+struct CallLaunches {
+  StreamApi& api;
+  const Program& program;
+  const Function* functions;
+  const Operands& operands;
+  const Results& results;
 
   Result Launch(Stream stream, size_t index) {
-    const cuda::Launch& launch = program_.launches()[index];
+    const cuda::Launch& launch = program.launches()[index];
     uint64_t values[kMostArguments];
     void* parameters[kMostArguments];
     for (size_t i = 0; i < launch.arguments.size(); ++i) {
       values[i] = Value(launch.arguments[i]);
       parameters[i] = &values[i];
     }
-    return api_.Launch(stream, functions_[index], launch, parameters);
+    return api.Launch(stream, functions[index], launch, parameters);
   }
 
- private:
-  // Program::Decode has seen that the buffers are there.
+  // Program::Decode has seen that the buffers are there. Of a scalar the driver reads the low four bytes, of a null
+  // pointer all eight.
   uint64_t Value(const Argument& argument) const {
-    switch (argument.kind) {
-      case Argument::Kind::kOperand:
-        return reinterpret_cast<uint64_t>(operands_[argument.value]->untyped_data());
-      case Argument::Kind::kResult:
-        return reinterpret_cast<uint64_t>(results_[argument.value]->untyped_data());
-      case Argument::Kind::kScalar:
-        break;
-    }
-    return argument.value;  // of a scalar the driver reads the low four bytes, of a null pointer all eight
+    if (argument.kind == Argument::Kind::kScalar) return argument.value;
+    const auto& buffer = argument.kind == Argument::Kind::kOperand ? operands[argument.value] : results[argument.value];
+    return reinterpret_cast<uint64_t>(buffer->untyped_data());
   }
-
-  StreamApi& api_;
-  const Program& program_;
-  const Function* functions_;
-  const Operands& operands_;
-  const Results& results_;
 };
 
 }  // namespace jax_moe::cuda
