@@ -1,23 +1,23 @@
-// The launch rule: the order in which one fused_moe call puts its work on a stream, eager or captured.
+// The launch rule: the order in which one call puts its work on a stream, eager or captured.
 //
-// GEMM2 adds every expert's contribution into the output, so the output must be zero before GEMM2 starts. XLA hands
-// the call uninitialised, reused buffers, and a CUDA graph replays the call without calling the handler again: the
-// zeroing has to be part of what is enqueued here, on every call. docs/launch-rule.md states the rule and says why.
+// A call is a list of kernel launches, and some of them may add into the output (fused_moe's GEMM2 adds every expert's
+// contribution): the output must be zero before the first of those starts. XLA hands the call uninitialised, reused
+// buffers, and a CUDA graph replays the call without calling the handler again: the zeroing has to be part of what is
+// enqueued here, on every call. docs/launch-rule.md states the rule and says why.
 //
-//   eager     one stream, in order:  zero, sort, [prepare], GEMM1, GEMM2            (combine = atomic)
-//                                    sort, [prepare], GEMM1, GEMM2, combine         (combine = ordered: no zeroing)
-//   captured  the same nodes; the zeroing becomes a branch of its own, joined before GEMM2:
+//   eager     one stream, in order:  zero, launch 0, launch 1, ... launch n-1       (no zeroing where none adds)
+//   captured  the same nodes; the zeroing becomes a branch of its own, joined before launch f, the first that adds:
 //
 //                 +-> zero -----------------------------+
-//       entry ----+                                     +-> GEMM2
-//                 +-> sort -> [prepare] -> GEMM1 -------+
+//       entry ----+                                     +-> launch f -> ... -> launch n-1
+//                 +-> launch 0 -> ... -> launch f-1 ----+
 //
 // The branch needs no second stream and no event. While a stream is being captured, CUDA lets the caller add a node to
 // the graph under construction and make the stream's next work depend on it. So there is nothing that two threads, two
 // devices or two captures of one call site could share: the only state is the arguments of one call.
 //
-// Header-only C++17: no CUDA headers, no allocation, no exceptions, no globals. `EnqueueFusedMoe` is the whole
-// interface; it is a template over two types, so that a test can record what it does (ffi/tests/launch_rule/).
+// Header-only C++17: no CUDA headers, no allocation, no exceptions, no globals. `Enqueue` is the whole interface;
+// it is a template over two types, so that a test can record what it does (ffi/tests/launch_rule/).
 //
 //   struct Api {                    // every function returns 0 for success, else an error code that is passed on
 //     using Stream = ...;           // CUstream
@@ -37,36 +37,33 @@
 //     // Only while capturing: make an empty node the stream's newest work. [cuGraphAddEmptyNode + the call above]
 //     int AddEmptyNode(Stream stream);
 //   };
-//   // Each enqueues its launches on `stream`, nothing anywhere else, and returns 0 for success. The rule counts on a
-//   // kernel to run after the one before it. A kernel launched with programmatic dependent launch must, in every
-//   // block, wait for its predecessor to finish before it reads anything that one writes, before it writes anything,
-//   // and before it exits. Only after that wait may it release its own successor, for which everything earlier is
-//   // then complete.
-//   struct Kernels {
-//     int Sort(Stream stream);      // routes -> permuted rows and tile map
-//     int Prepare(Stream stream);   // the pass over x (quantise, or multiply by the routing weight)
-//     int Gemm1(Stream stream);     // neither reads nor writes the output
-//     int Gemm2(Stream stream);     // atomic: adds into the output; ordered: writes a workspace
-//     int Combine(Stream stream);   // ordered only: writes every element of the output
+//   struct Launches {
+//     // Enqueue kernel launch `index` of the call on `stream`, nothing anywhere else. Those before the first that adds
+//     // neither read nor write the output. The rule counts on a kernel to run after the one before it. A kernel
+//     // launched with programmatic dependent launch must, in every CTA, wait for its predecessor to finish before it
+//     // reads anything that one writes, before it writes anything, and before it exits. Only after that wait may it
+//     // release its own successor, for which everything earlier is then complete.
+//     int Launch(Stream stream, std::size_t index);
 //   };
 
 #ifndef JAX_MOE_FFI_LAUNCH_SEQUENCE_H_
 #define JAX_MOE_FFI_LAUNCH_SEQUENCE_H_
 
 #include <cstddef>
+#include <optional>
 
 namespace jax_moe {
 
 // What the sequence depends on, besides capture: static attributes and static shapes. No address may ever be added
 // here. XLA traces the call again when an address changes and updates the instantiated graph in place, which only works
 // if the new trace has the same nodes, in the same order, with the same edges.
-struct LaunchPlan {
-  bool atomic = true;            // combine="atomic"; false is "ordered"
-  bool prepare = false;          // whether a pass over x comes before GEMM1
-  std::size_t output_bytes = 0;  // T*H*sizeof(out)
+struct Sequence {
+  std::size_t output_bytes = 0;                // at least 1 where a launch adds
+  std::size_t num_launches = 0;                // 0: a call that has nothing to do
+  std::optional<std::size_t> first_that_adds;  // into the output; none: nothing needs to be zero
 };
 
-enum class LaunchStep { kNone, kIsCapturing, kEmpty, kZero, kSort, kPrepare, kGemm1, kJoin, kGemm2, kCombine };
+enum class LaunchStep { kNone, kIsCapturing, kEmpty, kZero, kLaunch, kJoin };
 
 inline const char* LaunchStepName(LaunchStep step) {
   switch (step) {
@@ -75,21 +72,13 @@ inline const char* LaunchStepName(LaunchStep step) {
     case LaunchStep::kIsCapturing:
       return "asking whether the stream is capturing";
     case LaunchStep::kEmpty:
-      return "capturing a call without tokens";
+      return "capturing a call without launches";
     case LaunchStep::kZero:
       return "zeroing the output";
-    case LaunchStep::kSort:
-      return "sorting the routes";
-    case LaunchStep::kPrepare:
-      return "preparing the activations";
-    case LaunchStep::kGemm1:
-      return "GEMM1";
+    case LaunchStep::kLaunch:
+      return "launching";
     case LaunchStep::kJoin:
-      return "joining the zeroing before GEMM2";
-    case LaunchStep::kGemm2:
-      return "GEMM2";
-    case LaunchStep::kCombine:
-      return "combining in slot order";
+      return "joining the zeroing";
   }
   return "unknown";
 }
@@ -97,6 +86,7 @@ inline const char* LaunchStepName(LaunchStep step) {
 struct LaunchResult {
   int code = 0;                         // 0, or what the failing step returned
   LaunchStep step = LaunchStep::kNone;  // the step that failed first
+  std::size_t launch = 0;               // which launch, if that is kLaunch
   int join_code = 0;                    // after such a failure: what the join that cleans up returned
   bool captured = false;                // the stream was being captured
   bool forked = false;                  // the zeroing was put on a branch of its own
@@ -105,43 +95,50 @@ struct LaunchResult {
 };
 
 // Enqueues one call on `stream`. Returns at the first failing step, after joining the zeroing if it had been forked.
-template <class Api, class Kernels>
-LaunchResult EnqueueFusedMoe(Api& api, typename Api::Stream stream, const LaunchPlan& plan, void* output,
-                             Kernels& kernels) {
+template <class Api, class Launches>
+LaunchResult Enqueue(Api& api, typename Api::Stream stream, const Sequence& sequence, void* output,
+                     Launches& launches) {
   LaunchResult result;
-  auto run = [&result](LaunchStep step, int code) {
+  auto run = [&result](LaunchStep step, int code, std::size_t launch = 0) {
     if (code != 0) {
       result.code = code;
       result.step = step;
+      result.launch = launch;
     }
     return code == 0;
+  };
+  auto launch = [&](std::size_t begin, std::size_t end) {
+    for (std::size_t i = begin; i < end; ++i) {
+      if (!run(LaunchStep::kLaunch, launches.Launch(stream, i), i)) return false;
+    }
+    return true;
   };
 
   if (!run(LaunchStep::kIsCapturing, api.IsCapturing(stream, &result.captured))) return result;
 
-  // No tokens: nothing to compute, and neither a memset nor a launch may be empty. XLA refuses a trace without nodes.
-  if (plan.output_bytes == 0) {
+  // XLA refuses a trace without nodes.
+  if (sequence.num_launches == 0) {
     if (result.captured) run(LaunchStep::kEmpty, api.AddEmptyNode(stream));
     return result;
   }
 
-  // The branch starts at the entry, not beside GEMM1, so that the sort, which leaves the memory idle, hides it as well.
+  // The branch starts at the entry, not right before its end, so that as many launches as can be hide it.
   typename Api::Node zeroed{};
-  if (plan.atomic && result.captured) {
-    if (!run(LaunchStep::kZero, api.AddZeroNode(stream, output, plan.output_bytes, &zeroed))) return result;
+  const bool zeroes = sequence.first_that_adds.has_value();
+  if (zeroes && result.captured) {
+    if (!run(LaunchStep::kZero, api.AddZeroNode(stream, output, sequence.output_bytes, &zeroed))) return result;
     result.forked = true;
-  } else if (plan.atomic) {
-    if (!run(LaunchStep::kZero, api.Zero(stream, output, plan.output_bytes))) return result;
+  } else if (zeroes) {
+    if (!run(LaunchStep::kZero, api.Zero(stream, output, sequence.output_bytes))) return result;
   }
 
-  const bool gemm1_enqueued = run(LaunchStep::kSort, kernels.Sort(stream)) &&
-                              (!plan.prepare || run(LaunchStep::kPrepare, kernels.Prepare(stream))) &&
-                              run(LaunchStep::kGemm1, kernels.Gemm1(stream));
+  const std::size_t first = sequence.first_that_adds.value_or(sequence.num_launches);
+  const bool reached = launch(0, first);
 
   // Joined on success and on error alike: whatever the caller does next with this stream comes after the zeroing.
   if (result.forked) {
     const int code = api.AddDependency(stream, zeroed);
-    if (gemm1_enqueued) {
+    if (reached) {
       run(LaunchStep::kJoin, code);
     } else {
       result.join_code = code;
@@ -149,8 +146,7 @@ LaunchResult EnqueueFusedMoe(Api& api, typename Api::Stream stream, const Launch
   }
   if (!result.ok()) return result;
 
-  if (!run(LaunchStep::kGemm2, kernels.Gemm2(stream))) return result;
-  if (!plan.atomic) run(LaunchStep::kCombine, kernels.Combine(stream));
+  launch(first, sequence.num_launches);
   return result;
 }
 

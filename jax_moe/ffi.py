@@ -13,8 +13,11 @@ from jax_moe import settings
 
 __all__ = ["NO_CAPTURE_TARGET", "TARGET", "library_path"]
 
-TARGET = "jax_moe_fused_moe_v1"
+TARGET = "jax_moe_fused_moe_v2"
 """Target of the custom call. The version is in the name because exported programs outlive this library."""
+
+_V1_TARGET = "jax_moe_fused_moe_v1"
+"""On a CPU the same call; on a GPU refused: the kernels' attributes were others."""
 
 NO_CAPTURE_TARGET = TARGET + "_no_capture"
 """The same handler without the trait that lets XLA record it into a command buffer (GPU only)."""
@@ -66,18 +69,20 @@ def register() -> None:
     Raises:
       ImportError: there is no library, or it is older than this package.
     """
-    jax.ffi.register_ffi_target(TARGET, _capsule("JaxMoeFusedMoeCpu"), platform="cpu")
+    for target in (TARGET, _V1_TARGET):
+        jax.ffi.register_ffi_target(target, _capsule("JaxMoeFusedMoeCpu"), platform="cpu")
 
     # The type of the CUDA handler's state must be known before a target that returns it.
     state_type = {"type_id": _capsule_from("JaxMoeCudaTypeId"), "type_info": _capsule_from("JaxMoeCudaTypeInfo")}
     jax.ffi.register_ffi_type("jax_moe_cuda_call", state_type, platform="CUDA")  # pyright: ignore[reportArgumentType]
-    for target, execute in ((TARGET, "JaxMoeFusedMoeCuda"), (NO_CAPTURE_TARGET, "JaxMoeFusedMoeCudaNoCapture")):
-        stages = {
-            "instantiate": _capsule("JaxMoeFusedMoeCudaInstantiate"),
-            "initialize": _capsule("JaxMoeFusedMoeCudaInitialize"),
-            "execute": _capsule(execute),
-        }
-        jax.ffi.register_ffi_target(target, stages, platform="CUDA")
+    for suffix, execute in (("", "JaxMoeFusedMoeCuda"), ("_no_capture", "JaxMoeFusedMoeCudaNoCapture")):
+        for target, instantiate in ((TARGET, "Instantiate"), (_V1_TARGET, "V1Instantiate")):
+            stages = {
+                "instantiate": _capsule("JaxMoeFusedMoeCuda" + instantiate),
+                "initialize": _capsule("JaxMoeFusedMoeCudaInitialize"),
+                "execute": _capsule(execute),
+            }
+            jax.ffi.register_ffi_target(target + suffix, stages, platform="CUDA")
 
 
 def _capsule(symbol: str):

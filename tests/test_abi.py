@@ -139,8 +139,8 @@ def test_specs_say_what_the_call_says():
 
 def test_the_target_says_whether_the_call_may_be_captured():
     case = helpers.make_case()
-    assert "@jax_moe_fused_moe_v1(" in cuda_call.lowered(case)
-    assert "@jax_moe_fused_moe_v1_no_capture(" in cuda_call.lowered(case, command_buffer=False)
+    assert "@jax_moe_fused_moe_v2(" in cuda_call.lowered(case)
+    assert "@jax_moe_fused_moe_v2_no_capture(" in cuda_call.lowered(case, command_buffer=False)
 
 
 @pytest.mark.parametrize("present", [(True, False), (False, True)])

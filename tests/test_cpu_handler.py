@@ -53,7 +53,7 @@ def probe(tmp_path_factory):
     (folder / "probe.cc").write_text(_PROBE)
     command = [
         "c++",
-        "-std=c++17",
+        "-std=c++20",
         "-O2",
         "-ffp-contract=off",
         "-shared",

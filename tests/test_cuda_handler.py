@@ -26,38 +26,54 @@ pytestmark = pytest.mark.skipif(_COMPILER is None, reason="no C++ compiler to bu
 
 # A mutant is a wrong handler: (file, what is there, what stands there instead). Every one must fail the test.
 _MUTANTS = {
-    "zeroing forgotten": ("cuda/handler.cc", "driver_.cuMemsetD8Async(Address(destination), 0, bytes, stream)", "0"),
+    "zeroing forgotten": ("cuda/stream_api.h", "driver_.cuMemsetD8Async(Address(destination), 0, bytes, stream)", "0"),
     "captured zeroing forgotten": (
         "launch_sequence.h",
-        "if (!run(LaunchStep::kZero, api.AddZeroNode(stream, output, plan.output_bytes, &zeroed))) return result;",
+        "if (!run(LaunchStep::kZero, api.AddZeroNode(stream, output, sequence.output_bytes, &zeroed))) return result;",
         "",
     ),
     "join forgotten": ("launch_sequence.h", "= api.AddDependency(stream, zeroed);", "= 0;"),
-    "join replaces": ("cuda/handler.cc", "&node, 1, kAddCaptureDependencies", "&node, 1, kSetCaptureDependencies"),
-    "zeroing depends on nothing": ("cuda/handler.cc", "capture.num_dependencies, &params", "0, &params"),
-    "another buffer zeroed": ("cuda/handler.cc", "{Address(destination), 0, 0", "{Address(destination) + 16, 0, 0"),
-    "another stream zeroed": ("cuda/handler.cc", "0, bytes, stream)", "0, bytes, nullptr)"),
-    "half zeroed": ("cuda/handler.cc", "bytes / kWord, 1}", "bytes / kWord / 2, 1}"),
+    "join replaces": ("cuda/stream_api.h", "&node, 1, kAddCaptureDependencies", "&node, 1, kSetCaptureDependencies"),
+    "zeroing depends on nothing": ("cuda/stream_api.h", "capture.num_dependencies, &params", "0, &params"),
+    "another buffer zeroed": ("cuda/stream_api.h", "{Address(destination), 0, 0", "{Address(destination) + 16, 0, 0"),
+    "another stream zeroed": ("cuda/stream_api.h", "0, bytes, stream)", "0, bytes, nullptr)"),
+    "half zeroed": ("cuda/stream_api.h", "bytes / kWord, 1}", "bytes / kWord / 2, 1}"),
     "capture taken for eager": (
-        "cuda/handler.cc",
+        "cuda/stream_api.h",
         "*capturing = status == kCaptureActive;",
         "*capturing = false;",
     ),
     "alignment unchecked": ("cuda/handler.cc", "% kAlignment == 0", "% 1 == 0"),
-    "shape unchecked": ("cuda/handler.cc", "if (shape != program.shape())", "if (false)"),
+    "sizes unchecked": ("cuda/handler.cc", "if (sizes != program.sizes())", "if (false)"),
     "kernels not kept by context": ("cuda/program.cc", "driver.cuCtxGetId(kCurrent, id)", "(*id = 1, kSuccess)"),
-    "needed kernels unchecked": ("cuda/program.cc", "if (is_needed[step] && !kernels_[step].present)", "if (false)"),
+    "launches without a kernel": (
+        "cuda/program.cc",
+        "if (!kernels.dictionary.contains(name)) return",
+        "if (!kernels.dictionary.contains(name)) continue; if (false) return",
+    ),
+    "no launches unchecked": ("cuda/program.cc", "if (launches_.empty() != (sizes_.num_tokens == 0))", "if (false)"),
+    "output given to nobody": ("cuda/program.cc", "if (first == launches_.size()) return", "if (false) return"),
+    "what adds unchecked": ("cuda/program.cc", "if (adds == first_name)", "if (true)"),
+    "ordered adds": ("cuda/program.cc", "if (options_.combine == Combine::kAtomic) first", "first"),
+    "joined a launch too late": ("cuda/program.cc", "first_that_adds_ = first,", "first_that_adds_ = first + 1,"),
+    "another launch's function": ("cuda/stream_api.h", "functions[index]", "functions[0]"),
+    "another launch named": ("cuda/handler.cc", "[launched.launch].name", "[0].name"),
+    "version 1 decoded": (
+        "cuda/handler.cc",
+        "InstantiateV1(ffi::Dictionary) {",
+        "InstantiateV1(ffi::Dictionary attributes) {\n  return Program::Decode(attributes);",
+    ),
     "arguments unchecked": ("cuda/program.cc", "if (!is_there)", "if (false)"),
     "checks in words": (
         "cuda/handler.cc",
         "if (!IsAligned(*results[i]))",
         "if (!std::string(99, ' ').empty() && !IsAligned(*results[i]))",
     ),
-    "pass over x unchecked": ("cuda/program.cc", "is_needed[kPrepare] &=", "is_needed[kPrepare] = false &&"),
-    "kernels not told apart by image": ("cuda/program.cc", "shared_bytes, kernel.image)", 'shared_bytes, "")'),
-    "kernels not told apart by name": ("cuda/program.cc", "key(context_id, kernel.name,", 'key(context_id, "",'),
-    "last failure told": ("cuda/handler.cc", "result != kSuccess && *failed_call_ == '\\0'", "result != kSuccess"),
-    "too many arguments": ("cuda/program.cc", "arguments->size() == kMostArguments ||", ""),
+    "scales of w4a4 unchecked": ("cuda/program.cc", "if (is_needed &&", "if (false &&"),
+    "kernels not told apart by image": ("cuda/program.cc", "shared_bytes, launch.image)", 'shared_bytes, "")'),
+    "kernels not told apart by name": ("cuda/program.cc", "key(context_id, launch.kernel,", 'key(context_id, "",'),
+    "last failure told": ("cuda/stream_api.h", "result != kSuccess && *failed_call_ == '\\0'", "result != kSuccess"),
+    "too many arguments": ("cuda/program.cc", "launch->arguments.size() == kMostArguments ||", ""),
     "runs unloaded": ("cuda/program.cc", "(found == functions_.end()) return", "(false) return"),
 }  # fmt: skip
 
@@ -168,7 +184,11 @@ def test_the_drivers_interface_is_nvidias(tmp_path):
     assert checked.returncode == 0, checked.stderr
 
 
-_SHAPE = np.array([0, 1, 1, 2, 16, 64, 2], np.int64)  # without tokens, one kernel is enough
+_SIZES = {
+    "num_tokens": 1, "top_k": 1, "local_experts": 1, "num_parts": 2, "hidden_size": 16, "intermediate_size": 64,
+    "out_bytes": 2,
+}  # fmt: skip
+_WEIGHTS = ("gate_up.payload", "gate_up.block_scale", "down.payload", "down.block_scale")
 _OPTIONS = {
     "precision": "w4a16", "combine": "atomic", "weight_on": "output", "activation": "swiglu",
     "alpha": np.float32(1), "beta": np.float32(0), "limit": np.float32(np.inf),
@@ -178,11 +198,15 @@ _OPTIONS = {
 def _echo(target: str, image: bytes, **changes):
     """A function that returns ``image`` and some numbers, after they went through the attributes of a custom call."""
     kernel = {
-        "image": image, "name": "kernel", "grid": np.int64(264), "block": np.int64(384), "cluster": np.int64(2),
-        "shared": np.int64(232448), "overlap": np.int64(1), "arguments": "operand:3 null result:1 i32:7 i32:-5",
+        "image": image, "name": "kernel", "grid": np.int64(264), "threads": np.int64(384), "cluster": np.int64(2),
+        "shared": np.int64(232448), "overlap": np.int64(1),
+        "arguments": "operand:3 null result:1 result:0 i32:7 i32:-5",
     }  # fmt: skip
-    sizes = np.zeros(4, np.int64)
-    kernels = {"gemm1": kernel | changes, "shape": _SHAPE, "weight_bytes": sizes, "workspace_bytes": sizes[:1]}
+    kernels = {
+        "sizes": {name: np.int64(size) for name, size in _SIZES.items()},
+        "weight_bytes": {name: np.int64(0) for name in _WEIGHTS}, "workspace_bytes": np.zeros(1, np.int64),
+        "launches": "gemm", "adds": "gemm", "gemm": kernel | changes,
+    }  # fmt: skip
     types = jax.ShapeDtypeStruct((len(image),), jnp.uint8), jax.ShapeDtypeStruct((8,), jnp.int32)
     return jax.jit(lambda: raw_call(target, types, {"kernels": kernels, **_OPTIONS}))
 
@@ -208,7 +232,7 @@ def test_attributes_arrive_as_they_were_written(echo_target):
     call = _echo(echo_target, image)
     got, numbers = call()
     assert got.tobytes() == image
-    np.testing.assert_array_equal(numbers, [264, 384, 2, 232448, 1, 5, -5, 2])
+    np.testing.assert_array_equal(numbers, [264, 384, 2, 232448, 1, 6, -5, 2])
 
 
 def test_attributes_survive_export(echo_target):
@@ -227,8 +251,26 @@ def test_the_same_call_lowers_to_the_same_bytes(echo_target):
 
 
 def test_a_malformed_attribute_is_named(echo_target):
-    with pytest.raises(jax.errors.JaxRuntimeError, match=r"kernels\.gemm1\.block: got 4096, needs 1\.\.1024"):
-        _echo(echo_target, b"image", block=np.int64(4096))()
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"kernels\.gemm\.threads: got 4096, needs 1\.\.1024"):
+        _echo(echo_target, b"image", threads=np.int64(4096))()
+
+
+def test_version_1_is_registered_to_be_refused(monkeypatch):
+    """A program of version 1 is told to be exported again; XLA alone would find no implementation of its target."""
+    stages = {}
+
+    def register(target, handler, *, platform):
+        stages[target, platform] = handler
+
+    monkeypatch.setattr(jax.ffi, "pycapsule", lambda function: getattr(function, "__name__", None))
+    monkeypatch.setattr(jax.ffi, "register_ffi_type", lambda *_, **__: None)
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", register)
+    ffi.register()
+    for suffix in ("", "_no_capture"):
+        new, old = (stages[f"jax_moe_fused_moe_v{version}{suffix}", "CUDA"] for version in (2, 1))
+        assert new["instantiate"] == "JaxMoeFusedMoeCudaInstantiate"
+        assert old == new | {"instantiate": "JaxMoeFusedMoeCudaV1Instantiate"}
+    assert stages["jax_moe_fused_moe_v1", "cpu"] == stages["jax_moe_fused_moe_v2", "cpu"] == "JaxMoeFusedMoeCpu"
 
 
 def test_the_counters_are_readable_without_a_gpu():

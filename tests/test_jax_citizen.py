@@ -1,6 +1,7 @@
 """The op among JAX's own transformations, caches and modes."""
 
 import concurrent.futures
+import dataclasses
 import statistics
 import subprocess
 import sys
@@ -139,6 +140,18 @@ def test_exports_to_a_fresh_process(case, tmp_path):
     path = tmp_path / "program"
     path.write_bytes(exported.serialize())
     assert helpers.run_python(_EXPORTED, path) == "equal\n"
+
+
+def test_programs_of_version_1_run_on_a_cpu(case):
+    run = jax.jit(moe(case))
+    arguments = case.x, case.experts, case.routing
+    exported = jax.export.export(run, disabled_checks=jax_moe.export_checks())(*arguments)
+    module = exported.mlir_module_serialized
+    assert module.count(ffi.TARGET.encode()) == 1
+    old = dataclasses.replace(
+        exported, mlir_module_serialized=module.replace(ffi.TARGET.encode(), b"jax_moe_fused_moe_v1")
+    )
+    helpers.assert_bit_equal(old.call(*arguments), exported.call(*arguments))
 
 
 _CACHED = """

@@ -34,7 +34,7 @@ def run(program: Path, *args: object) -> dict:
 
 def stateful_symbols(compiled: Path) -> list[str]:
     symbols = subprocess.run(["nm", "-C", str(compiled)], capture_output=True, text=True, check=True).stdout
-    assert "EnqueueFusedMoe" in symbols
+    assert "jax_moe::Enqueue<" in symbols
     return re.findall(r"^[0-9a-f]* [bBdDgGsSuvV] .*$", symbols, re.MULTILINE)
 
 
@@ -89,7 +89,8 @@ def test_every_schedule_of_two_calls_with_an_error_at_every_step(checker):
     done = run(checker, "exhaustive")
     assert done["violations"] == {}
     # A change that made the search smaller by mistake would otherwise pass for a proof.
-    assert done["schedules"] == 564_940
+    # Of fused_moe's list with itself, of a list whose first launch adds with itself, and of the two together.
+    assert done["schedules"] == 564_940 + 35_235 + 108_590
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -101,19 +102,23 @@ def test_random_schedules_of_up_to_four_threads(checker, seed):
     assert done["errors"] > 50_000
 
 
-def test_every_trace_of_a_plan_has_the_same_nodes_and_edges(checker):
+def test_every_trace_of_a_list_has_the_same_nodes_and_edges(checker):
     assert run(checker, "traces") == {
-        "schedules": 8,
-        "calls": 160,
-        "captured": 160,
+        "schedules": 9,
+        "calls": 180,
+        "captured": 180,
         "errors": 0,
         # In order of creation, each node with the nodes that it depends on.
         "topologies": {
             "atomic": "zero() sort() gemm1(1) gemm2(0,2)",
-            "atomic+prepare": "zero() sort() prepare(1) gemm1(2) gemm2(0,3)",
+            "atomic+x_rows": "zero() sort() x_rows(1) gemm1(2) gemm2(0,3)",
             "ordered": "sort() gemm1(0) gemm2(1) combine(2)",
-            "ordered+prepare": "sort() prepare(0) gemm1(1) gemm2(2) combine(3)",
-            **{f"{plan}+empty": "empty()" for plan in ("atomic", "atomic+prepare", "ordered", "ordered+prepare")},
+            "ordered+x_rows": "sort() x_rows(0) gemm1(1) gemm2(2) combine(3)",
+            "empty": "empty()",
+            "adds at once": "zero() gemm2(0)",
+            "adds first": "zero() gemm2(0) finish(1) sort(2)",
+            "adds twice": "zero() sort() gemm1(1) gemm2(0,2) gemm2(3) finish(4)",
+            "one launch": "gemm2()",
         },
         "violations": {},
     }
@@ -133,16 +138,17 @@ def test_real_threads_under_the_thread_sanitizer(tmp_path):
 
 # --- Mutants of the header ----------------------------------------------------------------------------------------
 
-ADD_ZERO_NODE = "api.AddZeroNode(stream, output, plan.output_bytes, &zeroed)"
-ZERO = "api.Zero(stream, output, plan.output_bytes)"
-FORK_IF = "if (plan.atomic && result.captured) {"
-ZERO_IF = "} else if (plan.atomic) {"
+ADD_ZERO_NODE = "api.AddZeroNode(stream, output, sequence.output_bytes, &zeroed)"
+ZERO = "api.Zero(stream, output, sequence.output_bytes)"
+FORK_IF = "if (zeroes && result.captured) {"
+ZERO_IF = "} else if (zeroes) {"
 JOIN_IF = "if (result.forked) {"
 JOIN = "api.AddDependency(stream, zeroed)"
-GEMM2 = "if (!run(LaunchStep::kGemm2, kernels.Gemm2(stream))) return result;"
+FIRST = "first = sequence.first_that_adds.value_or(sequence.num_launches);"
+BEFORE = "launch(0, first)"
+ADDING = "launch(first, sequence.num_launches);"
 RESULT = "LaunchResult result;"
 STATIC_RESULT = [(RESULT, f"static {RESULT} result = {{}};")]
-SORT = "run(LaunchStep::kSort, kernels.Sort(stream))"
 
 
 def fork_with_events(aux: str, events: str, *, eager: bool = False, early: bool = False, join: str = "stream"):
@@ -150,7 +156,7 @@ def fork_with_events(aux: str, events: str, *, eager: bool = False, early: bool 
     steps = [
         f"api.RecordEvent({events}.fork, stream)",
         f"api.WaitEvent({aux}.aux, {events}.fork)",
-        f"api.Zero({aux}.aux, output, plan.output_bytes)",
+        f"api.Zero({aux}.aux, output, sequence.output_bytes)",
         f"api.RecordEvent({events}.zeroed, {aux}.aux)",
     ]
     if early:
@@ -161,7 +167,7 @@ def fork_with_events(aux: str, events: str, *, eager: bool = False, early: bool 
         (ADD_ZERO_NODE, f"[&] {{ {body} return code; }}()"),
         (JOIN, f"api.WaitEvent({target}, {events}.zeroed)"),
     ]
-    return patches + ([(FORK_IF, "if (plan.atomic) {")] if eager else [])
+    return patches + ([(FORK_IF, "if (zeroes) {")] if eager else [])
 
 
 @dataclass(frozen=True)
@@ -174,30 +180,68 @@ class Mutant:
 MUTANTS = [
     Mutant("no zeroing", [(FORK_IF, "if (false) {"), (ZERO_IF, "} else if (false) {")], "zeroed"),
     Mutant("no zeroing when eager", [(ZERO_IF, "} else if (false) {")], "zeroed"),
-    Mutant(
-        "no zeroing when captured", [(FORK_IF, "if (plan.atomic && result.captured) {} else if (false) {")], "zeroed"
-    ),
+    Mutant("no zeroing when captured", [(FORK_IF, "if (zeroes && result.captured) {} else if (false) {")], "zeroed"),
     Mutant("half of the output zeroed", [(ADD_ZERO_NODE, ADD_ZERO_NODE.replace("bytes", "bytes / 2"))], "zeroed"),
     Mutant(
-        "zeroing after GEMM2",
+        "zeroing after the launch that adds",
         [
             (FORK_IF, "if (false) {"),
             (ZERO_IF, "} else if (false) {"),
-            (GEMM2, f"{GEMM2}\n  if (plan.atomic && !run(LaunchStep::kZero, {ZERO})) return result;"),
+            (ADDING, f"if ({ADDING[:-1]} && zeroes) run(LaunchStep::kZero, {ZERO});"),
         ],
         "zeroed",
     ),
     Mutant("zeroing not on a branch when captured", [(FORK_IF, "if (false) {")], "overlap"),
     Mutant("no join", [(JOIN_IF, "if (false) {")], "joined race"),
-    Mutant("no join on an error path", [(JOIN_IF, "if (result.forked && gemm1_enqueued) {")], "joined"),
+    Mutant("no join on an error path", [(JOIN_IF, "if (result.forked && reached) {")], "joined"),
     Mutant(
-        "join after GEMM2",
+        "join after the last launch",
         [
-            (JOIN_IF, "if (result.forked && !gemm1_enqueued) {"),
-            (GEMM2, f"{GEMM2}\n  if (result.forked && !run(LaunchStep::kJoin, {JOIN})) return result;"),
+            (JOIN_IF, "if (result.forked && !reached) {"),
+            (ADDING, f"if ({ADDING[:-1]} && result.forked) run(LaunchStep::kJoin, {JOIN});"),
         ],
         "joined",
     ),
+    Mutant(
+        "joined one launch too late",
+        [(FIRST, "first = sequence.first_that_adds.value_or(sequence.num_launches - 1) + 1;")],
+        "joined race",
+    ),
+    Mutant(
+        "joined one launch too early",
+        [(FIRST, f"{FIRST.replace('first', 'adds', 1)}\n  const std::size_t first = adds > 0 ? adds - 1 : 0;")],
+        "overlap",
+    ),
+    Mutant(
+        "joined before the last launch",
+        [(FIRST, "first = sequence.num_launches - (zeroes ? 1 : 0);")],
+        "joined race",
+    ),
+    Mutant(
+        "joined before the third launch",
+        [(FIRST, "first = sequence.num_launches < 2 ? sequence.num_launches : 2;")],
+        "joined overlap",
+    ),
+    Mutant("joined at once", [(FIRST, "first = zeroes ? 0 : sequence.num_launches;")], "overlap"),
+    Mutant(
+        "no join when the first launch adds", [(JOIN_IF, "if (result.forked && first > 0) {")], "joined race zeroed"
+    ),
+    Mutant(
+        "no zeroing when the first launch adds",
+        [("zeroes = sequence.first_that_adds.has_value();", "zeroes = sequence.first_that_adds.value_or(0) > 0;")],
+        "zeroed order",
+    ),
+    Mutant("nothing after the launch that adds", [(ADDING, "launch(first, first + (zeroes ? 1 : 0));")], "order"),
+    Mutant("the first launch left out", [(BEFORE, "launch(first > 0 ? 1 : 0, first)")], "order"),
+    Mutant("the last launch left out", [("i < end;", "i + 1 < end;")], "order"),
+    Mutant("the launch that adds twice", [(BEFORE, f"{BEFORE} && (!zeroes || launch(first, first + 1))")], "order"),
+    Mutant(
+        "the list from its end",
+        [("launches.Launch(stream, i)", "launches.Launch(stream, begin + end - 1 - i)")],
+        "order",
+    ),
+    Mutant("an error does not end the list", [(", i)) return false;", ", i)) continue;")], "error-path"),
+    Mutant("no word of which launch failed", [("result.launch = launch;", "")], "error-report"),
     Mutant(
         "event recorded before the zeroing", fork_with_events("api.OwnSide()", "api.OwnSide()", early=True), "joined"
     ),
@@ -218,32 +262,35 @@ MUTANTS = [
         "shared driver-error",
     ),
     Mutant("fork while eager", fork_with_events("api.OwnSide()", "api.OwnSide()", eager=True), "one-stream"),
-    Mutant("graph node while eager", [(FORK_IF, "if (plan.atomic) {")], "driver-error"),
+    Mutant("graph node while eager", [(FORK_IF, "if (zeroes) {")], "driver-error"),
     Mutant(
         "fork that depends on an address",
-        [(FORK_IF, "if (plan.atomic && result.captured && reinterpret_cast<std::size_t>(output) % 8192 == 0) {")],
+        [(FORK_IF, "if (zeroes && result.captured && reinterpret_cast<std::size_t>(output) % 8192 == 0) {")],
         "topology",
     ),
     Mutant(
         "order that depends on an address",
         [
-            (RESULT, f"{RESULT}\n  bool first = reinterpret_cast<std::size_t>(output) % 8192 == 0;"),
-            (FORK_IF, f"if (first && plan.output_bytes && !{SORT}) return result;\n  {FORK_IF}"),
-            (f"gemm1_enqueued = {SORT}", f"gemm1_enqueued = (first || {SORT})"),
+            (RESULT, f"{RESULT}\n  const std::size_t begin = reinterpret_cast<std::size_t>(output) / 4096 % 2;"),
+            (
+                FORK_IF,
+                f"if (sequence.first_that_adds.value_or(0) > 0 && !launch(0, begin)) return result;\n  {FORK_IF}",
+            ),
+            (BEFORE, "launch(sequence.first_that_adds.value_or(0) > 0 ? begin : 0, first)"),
         ],
         "topology",
     ),
     Mutant("ordered pays for zeroing when captured", [(FORK_IF, "if (result.captured) {")], "ordered-free"),
     Mutant("ordered pays for zeroing when eager", [(ZERO_IF, "} else {")], "order"),
     Mutant(
-        "a captured call without tokens adds no node",
+        "a captured call without launches adds no node",
         [("if (result.captured) run(LaunchStep::kEmpty", "if (false) run(LaunchStep::kEmpty")],
         "empty",
     ),
-    Mutant("a call without tokens goes on", [("if (plan.output_bytes == 0) {", "if (false) {")], "driver-error"),
+    Mutant("a call without launches goes on", [("if (sequence.num_launches == 0) {", "if (false) {")], "empty"),
     Mutant("errors dropped", [("result.code = code;", "")], "error-report"),
     Mutant("a failed join dropped", [("result.join_code = code;", "")], "error-report"),
-    Mutant("GEMM2 after an error", [("if (!result.ok()) return result;", "")], "error-path"),
+    Mutant("launches after an error", [("if (!result.ok()) return result;", "")], "error-path"),
     Mutant("static result", STATIC_RESULT, "error-report"),
 ]
 

@@ -83,19 +83,21 @@ def test_sizes_of_the_prepared_weights_are_those_that_prepare_makes():
         case = helpers.make_case(hidden=112, intermediate=176, activation=activation, bias=True)
         prepared = helpers.jax_moe.prepare(case.experts, "sm_90a", progress=False)
         text = cuda_call.lowered(case, activation=activation)
-        sizes = [p.payload.nbytes for p in (prepared.gate_up, prepared.down)]
-        weights = {
-            "gate_up.payload": sizes[0],
-            "gate_up.block_scale": 0,
-            "down.payload": sizes[1],
-            "down.block_scale": 0,
+        weights = (("gate_up", prepared.gate_up), ("down", prepared.down))
+        assert _dictionary(text, "weight_bytes") == {
+            **{f"{name}.payload": weight.payload.nbytes for name, weight in weights},
+            **{f"{name}.block_scale": 0 for name, _ in weights},
         }
-        planned = {
+        assert _dictionary(text, "sizes") == {
             "num_tokens": 5, "top_k": 2, "local_experts": 4, "num_parts": 2 if activation.gated else 1,
             "hidden_size": 112, "intermediate_size": prepared.gate_up.bias.shape[2], "out_bytes": 2,
         }  # fmt: skip
-        for name, value in (weights | planned).items():
-            assert re.search(rf'"?{re.escape(name)}"? = {value} : i64', text), name
+
+
+def _dictionary(text: str, name: str) -> dict[str, int]:
+    """The dictionary of sizes of that name in a program's text."""
+    found = re.search(rf"\b{name} = {{(.*?)}}", text)
+    return {key.strip('"'): int(value) for key, value in re.findall(r"([\w.\"]+) = (\d+) : i64", found[1])}
 
 
 def test_a_symbolic_number_of_tokens_is_refused():

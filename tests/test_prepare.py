@@ -1,7 +1,6 @@
 """The prepared layout, checked by doing to it what the kernel's instructions do, thread by thread."""
 
 import dataclasses
-import importlib
 import types
 
 import helpers

@@ -1,4 +1,5 @@
-// The CPU handler of jax_moe_fused_moe_v1: validate, sort routes by expert, GEMM1, GEMM2, combine.
+// The CPU handler of jax_moe_fused_moe_v2 (and v1, the same call): validate, sort routes by expert, GEMM1, GEMM2,
+// combine.
 //
 // It has no state and allocates nothing that grows with the model: what it needs beyond its operands are workspaces,
 // which are results of the custom call.
@@ -39,17 +40,16 @@ ffi::Error DecodeWorkspaces(const Results& results, Call* call) {
   const Problem& p = call->problem;
   const int64_t routes = p.num_routes();
   const bool ordered = p.combine == Combine::kOrdered;
-  const int64_t activation_rows = p.weight_on == WeightOn::kInput ? routes : p.num_tokens;
-  const int64_t sum_rows = ordered ? routes : p.out_is_bf16 ? p.num_tokens : 0;
+  const int64_t x_rows = p.weight_on == WeightOn::kInput ? routes : p.num_tokens;
+  const int64_t sum_rows = ordered ? routes : p.out_is_bf16() ? p.num_tokens : 0;
   JAX_MOE_TRY(GetData("workspace route_order", *results[1], ffi::S32, {routes}, &call->route_order));
-  JAX_MOE_TRY(GetData("workspace expert_starts", *results[2], ffi::S32, {p.num_experts + 1}, &call->expert_starts));
-  JAX_MOE_TRY(GetData("workspace active_experts", *results[3], ffi::S32, {p.num_experts}, &call->active_experts));
-  JAX_MOE_TRY(
-      GetData("workspace activations", *results[4], ffi::F32, {activation_rows, p.hidden_size}, &call->activations));
+  JAX_MOE_TRY(GetData("workspace expert_starts", *results[2], ffi::S32, {p.local_experts + 1}, &call->expert_starts));
+  JAX_MOE_TRY(GetData("workspace active_experts", *results[3], ffi::S32, {p.local_experts}, &call->active_experts));
+  JAX_MOE_TRY(GetData("workspace x_rows", *results[4], ffi::F32, {x_rows, p.hidden_size}, &call->x_rows));
   JAX_MOE_TRY(
       GetData("workspace intermediate", *results[5], ffi::F32, {routes, p.intermediate_size}, &call->intermediate));
   JAX_MOE_TRY(GetData("workspace sums", *results[6], ffi::F32, {sum_rows, p.hidden_size}, &call->sums));
-  if (!ordered && !p.out_is_bf16) call->sums = static_cast<float*>(p.out);
+  if (!ordered && !p.out_is_bf16()) call->sums = static_cast<float*>(p.out);
   return ffi::Error::Success();
 }
 
@@ -57,23 +57,23 @@ ffi::Error DecodeWorkspaces(const Results& results, Call* call) {
 void SortRoutes(Call* call) {
   const Problem& p = call->problem;
   int32_t* starts = call->expert_starts;
-  std::memset(starts, 0, (p.num_experts + 1) * sizeof(*starts));
+  std::memset(starts, 0, (p.local_experts + 1) * sizeof(*starts));
   for (int64_t route = 0; route < p.num_routes(); ++route) {
     const int64_t expert = LocalExpert(p, route);
     if (expert >= 0) ++starts[expert + 1];
   }
   call->num_active = 0;
-  for (int64_t expert = 0; expert < p.num_experts; ++expert) {
+  for (int64_t expert = 0; expert < p.local_experts; ++expert) {
     if (starts[expert + 1] != 0) call->active_experts[call->num_active++] = static_cast<int32_t>(expert);
     starts[expert + 1] += starts[expert];
   }
-  call->num_rows = starts[p.num_experts];
+  call->num_rows = starts[p.local_experts];
   // Filling advances each start to its expert's end, which is the next one's start; moving them up restores them.
   for (int64_t route = 0; route < p.num_routes(); ++route) {
     const int64_t expert = LocalExpert(p, route);
     if (expert >= 0) call->route_order[starts[expert]++] = static_cast<int32_t>(route);
   }
-  std::memmove(starts + 1, starts, p.num_experts * sizeof(*starts));
+  std::memmove(starts + 1, starts, p.local_experts * sizeof(*starts));
   starts[0] = 0;
 }
 
@@ -86,8 +86,8 @@ ffi::Error FusedMoe(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remainin
   Call call = {};
   int64_t intermediate_size = 0;
   JAX_MOE_TRY(GetOperands(args, &operands));
-  JAX_MOE_TRY(GetResults(rets, kNumResults, " (out and the workspaces of plan.cpu_workspaces)", &results));
-  JAX_MOE_TRY(DecodeOptions(attributes, &options));
+  JAX_MOE_TRY(GetResults(rets, kNumResults, " (out and the workspaces of cpu_workspaces)", &results));
+  JAX_MOE_TRY(DecodeOptions({attributes, ""}, &options));
   JAX_MOE_TRY(CanonicalIntermediateSize(operands, &intermediate_size));
   JAX_MOE_TRY(DecodeProblem(operands, results, options, intermediate_size, &call.problem));
   JAX_MOE_TRY(DecodeCanonicalWeights(operands, &call.problem));
@@ -101,7 +101,7 @@ ffi::Error FusedMoe(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remainin
   constexpr int64_t kMostColumns = 128, kUnitsPerThread = 4;
   const int64_t columns = call.problem.hidden_size / (threads * kUnitsPerThread) / 16 * 16;
   call.down_unit_columns = std::clamp<int64_t>(columns, 16, kMostColumns);
-  ParallelFor(pool, threads, call.num_activation_rows(), [&](int64_t unit) { kernels.prepare_row(call, unit); });
+  ParallelFor(pool, threads, call.num_x_rows(), [&](int64_t unit) { kernels.x_row(call, unit); });
   ParallelFor(pool, threads, call.num_gate_up_units(), [&](int64_t unit) { kernels.gate_up_unit(call, unit); });
   ParallelFor(pool, threads, call.num_down_units(), [&](int64_t unit) { kernels.down_unit(call, unit); });
   if (call.problem.combine == Combine::kOrdered) {

@@ -131,12 +131,12 @@ inline void RoundBlock(Precision precision, float global_scale, float* values) {
   }
 }
 
-void PrepareRow(const Call& call, int64_t row) {
+void XRow(const Call& call, int64_t row) {
   const Problem& p = call.problem;
   const bool weighted = p.weight_on == WeightOn::kInput;
   const int64_t route = weighted ? call.route_order[row] : 0;
   const uint16_t* from = p.x + (weighted ? route / p.top_k : row) * p.hidden_size;
-  float* to = call.activations + row * p.hidden_size;
+  float* to = call.x_rows + row * p.hidden_size;
   for (int64_t h = 0; h < p.hidden_size; h += kBlockSize) {
     float block[kBlockSize];
     for (int i = 0; i < kBlockSize; ++i) block[i] = BF16ToFloat(from[h + i]);
@@ -171,7 +171,7 @@ void GateUpUnit(const Call& call, int64_t unit) {
     const float* inputs[kBlockTokens];
     for (int t = 0; t < count; ++t) {
       const int64_t row = p.weight_on == WeightOn::kInput ? begin + t : call.route_order[begin + t] / p.top_k;
-      inputs[t] = call.activations + row * p.hidden_size;
+      inputs[t] = call.x_rows + row * p.hidden_size;
     }
     alignas(64) float sums[2][kBlockTokens][kColumns];
     for (int64_t part = 0; part < p.num_parts; ++part) {
@@ -231,7 +231,7 @@ void DownUnit(const Call& call, int64_t unit) {
       }
     }
   }
-  if (!ordered && p.out_is_bf16) {
+  if (!ordered && p.out_is_bf16()) {
     uint16_t* out = static_cast<uint16_t*>(p.out);
     for (int64_t t = 0; t < p.num_tokens; ++t) {
       const int64_t row = t * p.hidden_size;
@@ -250,7 +250,7 @@ void CombineRow(const Call& call, int64_t token) {
       for (int i = 0; i < kColumns; ++i) total[i] += contribution[i];
     }
     const int64_t at = token * p.hidden_size + h;
-    if (p.out_is_bf16) {
+    if (p.out_is_bf16()) {
       for (int i = 0; i < kColumns; ++i) static_cast<uint16_t*>(p.out)[at + i] = BF16FromFloat(total[i]);
     } else {
       memcpy(static_cast<float*>(p.out) + at, total, sizeof(total));
@@ -260,6 +260,6 @@ void CombineRow(const Call& call, int64_t token) {
 
 }  // namespace
 
-const Kernels JAX_MOE_KERNELS = {PrepareRow, GateUpUnit, DownUnit, CombineRow};
+const Kernels JAX_MOE_KERNELS = {XRow, GateUpUnit, DownUnit, CombineRow};
 
 }  // namespace jax_moe

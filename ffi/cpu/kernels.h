@@ -9,13 +9,13 @@
 
 namespace jax_moe {
 
-// A Problem and its workspaces, which are results 1 to 6 of the custom call (plan.cpu_workspaces).
+// A Problem and its workspaces, which are results 1 to 6 of the custom call (cpu_workspaces in Python).
 struct Call {
   Problem problem;
   int32_t* route_order;     // [T*K]: permuted row -> route
   int32_t* expert_starts;   // [L+1]: first permuted row of each expert
   int32_t* active_experts;  // [L]: the experts that have rows; num_active of them
-  float* activations;       // what GEMM1 multiplies: [T, H], or one row a permuted row for weight_on="input"
+  float* x_rows;            // what GEMM1 multiplies: [T, H], or one row a permuted row for weight_on="input"
   float* intermediate;      // what GEMM2 multiplies: [T*K, I], by permuted row
   float* sums;              // ordered: contributions [T*K, H], by route; atomic: the fp32 output [T, H]
 
@@ -23,15 +23,15 @@ struct Call {
   int64_t num_rows;           // permuted rows: the routes whose expert is local
   int64_t down_unit_columns;  // a multiple of 16
 
-  int64_t num_activation_rows() const { return problem.weight_on == WeightOn::kInput ? num_rows : problem.num_tokens; }
+  int64_t num_x_rows() const { return problem.weight_on == WeightOn::kInput ? num_rows : problem.num_tokens; }
   int64_t num_gate_up_units() const { return num_active * (problem.intermediate_size / 16); }
   int64_t num_down_units() const { return (problem.hidden_size + down_unit_columns - 1) / down_unit_columns; }
 };
 
 // Units of one kind are independent: any number of threads may run them in any order, with the same result.
 struct Kernels {
-  // Row `unit` of `activations`: widens x; weights and quantises it as the options say.
-  void (*prepare_row)(const Call& call, int64_t unit);
+  // Row `unit` of `x_rows`: widens x; weights and quantises it as the options say.
+  void (*x_row)(const Call& call, int64_t unit);
   // 16 columns of `intermediate` for all rows of one expert: GEMM1, activation, rounding.
   void (*gate_up_unit)(const Call& call, int64_t unit);
   // Some columns of `sums` (of the output, for atomic) for all rows of all experts: zeroing, GEMM2, weighting.
@@ -47,7 +47,7 @@ extern const Kernels kKernelsAvx512;  // x86-64 only
 // The index of a route's expert among the local ones, or -1 when another shard (or nobody) has it.
 static inline int64_t LocalExpert(const Problem& problem, int64_t route) {
   const int64_t index = int64_t{problem.expert_ids[route]} - *problem.expert_offset;
-  return index >= 0 && index < problem.num_experts ? index : -1;
+  return index >= 0 && index < problem.local_experts ? index : -1;
 }
 
 }  // namespace jax_moe

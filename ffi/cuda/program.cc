@@ -1,11 +1,10 @@
 #include "cuda/program.h"
 
+#include <algorithm>
 #include <charconv>
 #include <string_view>
 #include <tuple>
 #include <utility>
-
-#include "decode.h"
 
 namespace jax_moe::cuda {
 
@@ -13,30 +12,18 @@ ffi::TypeId Program::id = {};
 
 namespace {
 
-ffi::Error RefuseAttribute(std::string_view step, std::string_view name, const std::string& what) {
-  return Refuse("attribute kernels." + std::string(step) + (name.empty() ? "" : ".") + std::string(name) + ": " + what);
-}
-
-ffi::Error GetUnsigned(const ffi::Dictionary& attributes, std::string_view step, std::string_view name, uint32_t least,
-                       uint32_t most, uint32_t* value) {
-  ffi::ErrorOr<int64_t> got = attributes.get<int64_t>(name);
-  if (got.has_error()) return RefuseAttribute(step, name, got.error().message());
-  if (*got < least || *got > most) {
-    return RefuseAttribute(
-        step, name, "got " + std::to_string(*got) + ", needs " + std::to_string(least) + ".." + std::to_string(most));
+// What stands between single spaces.
+std::vector<std::string_view> Words(std::string_view text) {
+  std::vector<std::string_view> words;
+  while (!text.empty()) {
+    const size_t space = text.find(' ');
+    words.push_back(text.substr(0, space));
+    text = space == std::string_view::npos ? std::string_view() : text.substr(space + 1);
   }
-  *value = static_cast<uint32_t>(*got);
-  return ffi::Error::Success();
+  return words;
 }
 
-ffi::Error GetString(const ffi::Dictionary& attributes, std::string_view step, std::string_view name,
-                     std::string_view* value) {
-  ffi::ErrorOr<std::string_view> got = attributes.get<std::string_view>(name);
-  if (got.has_error()) return RefuseAttribute(step, name, got.error().message());
-  if (got->empty()) return RefuseAttribute(step, name, "is empty");
-  *value = *got;
-  return ffi::Error::Success();
-}
+std::string Quoted(std::string_view text) { return "'" + std::string(text) + "'"; }
 
 template <typename T>
 bool ParseNumber(std::string_view text, T* value) {
@@ -65,49 +52,31 @@ bool ParseArgument(std::string_view text, Argument* argument) {
   return false;
 }
 
-ffi::Error ParseArguments(std::string_view step, std::string_view text, std::vector<Argument>* arguments) {
-  while (!text.empty()) {
-    const size_t space = text.find(' ');
-    Argument argument;
-    if (arguments->size() == kMostArguments || !ParseArgument(text.substr(0, space), &argument)) {
-      return RefuseAttribute(step, "arguments", "cannot read '" + std::string(text.substr(0, space)) + "'");
-    }
-    arguments->push_back(argument);
-    text = space == std::string_view::npos ? std::string_view() : text.substr(space + 1);
-  }
-  return ffi::Error::Success();
-}
-
-ffi::Error DecodeKernel(const ffi::Dictionary& attributes, std::string_view step, Kernel* kernel) {
-  std::string_view image, name, arguments;
+ffi::Error DecodeLaunch(const Attributes& kernels, std::string_view name, Launch* launch) {
+  Attributes attributes{kernels.dictionary, kernels.path + std::string(name) + "."};
+  JAX_MOE_TRY(kernels.Get(name, &attributes.dictionary));
+  launch->name = name;
+  std::string arguments;
   uint32_t overlap = 0;
-  // A grid has at most 2^31 - 1 blocks along x, a Hopper block 1024 threads and 227 KiB, a portable cluster 8 blocks.
-  ffi::Error error = GetString(attributes, step, "image", &image);
-  if (error.success()) error = GetString(attributes, step, "name", &name);
-  if (error.success()) error = GetUnsigned(attributes, step, "grid", 1, 0x7fffffff, &kernel->grid);
-  if (error.success()) error = GetUnsigned(attributes, step, "block", 1, 1024, &kernel->block);
-  if (error.success()) error = GetUnsigned(attributes, step, "cluster", 1, 8, &kernel->cluster);
-  if (error.success()) error = GetUnsigned(attributes, step, "shared", 0, 227 * 1024, &kernel->shared_bytes);
-  if (error.success()) error = GetUnsigned(attributes, step, "overlap", 0, 1, &overlap);
-  if (error.success()) error = GetString(attributes, step, "arguments", &arguments);
-  if (error.success()) error = ParseArguments(step, arguments, &kernel->arguments);
-  if (error.success() && kernel->grid % kernel->cluster != 0) {
-    error = RefuseAttribute(step, "grid", "is not a multiple of cluster");
+  JAX_MOE_TRY(attributes.GetText("image", &launch->image));
+  JAX_MOE_TRY(attributes.GetText("name", &launch->kernel));
+  // CUDA's limits for every GPU: 2^31 - 1 CTAs along x, 1024 threads, a portable cluster of 8 CTAs. How much shared
+  // memory there is, the driver knows.
+  JAX_MOE_TRY(attributes.GetUnsigned("grid", 1, 0x7fffffff, &launch->grid));
+  JAX_MOE_TRY(attributes.GetUnsigned("threads", 1, 1024, &launch->threads));
+  JAX_MOE_TRY(attributes.GetUnsigned("cluster", 1, 8, &launch->cluster));
+  JAX_MOE_TRY(attributes.GetUnsigned("shared", 0, 0x7fffffff, &launch->shared_bytes));
+  JAX_MOE_TRY(attributes.GetUnsigned("overlap", 0, 1, &overlap));
+  launch->overlap = overlap == 1;
+  if (launch->grid % launch->cluster != 0) return attributes.Refuse("grid", "is not a multiple of cluster");
+  JAX_MOE_TRY(attributes.GetText("arguments", &arguments));
+  for (std::string_view word : Words(arguments)) {
+    Argument argument;
+    if (launch->arguments.size() == kMostArguments || !ParseArgument(word, &argument)) {
+      return attributes.Refuse("arguments", "cannot read " + Quoted(word));
+    }
+    launch->arguments.push_back(argument);
   }
-  if (error.failure()) return error;
-  kernel->image = image;
-  kernel->name = name;
-  kernel->overlap = overlap == 1;
-  kernel->present = true;
-  return error;
-}
-
-template <size_t n>
-ffi::Error GetSizes(const ffi::Dictionary& attributes, std::string_view name, std::array<int64_t, n>* sizes) {
-  ffi::ErrorOr<ffi::Span<const int64_t>> got = attributes.get<ffi::Span<const int64_t>>(name);
-  if (got.has_error()) return RefuseAttribute(name, "", got.error().message());
-  if (got->size() != n) return RefuseAttribute(name, "", "needs " + std::to_string(n) + " sizes");
-  std::copy(got->begin(), got->end(), sizes->begin());
   return ffi::Error::Success();
 }
 
@@ -122,34 +91,34 @@ class LoadedKernels {
     return *instance;
   }
 
-  ffi::Error Get(const Driver& driver, unsigned long long context_id, const Kernel& kernel, Function* function) {
+  ffi::Error Get(const Driver& driver, unsigned long long context_id, const Launch& launch, Function* function) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    const Key key(context_id, kernel.name, kernel.shared_bytes, kernel.image);
+    const Key key(context_id, launch.kernel, launch.shared_bytes, launch.image);
     if (auto found = functions_.find(key); found != functions_.end()) {
       *function = found->second;
       return ffi::Error::Success();
     }
     auto failed = [&](const char* call, Result result) {
-      std::string what = "fused_moe: loading kernel " + kernel.name + ": " + call + ": " + ErrorText(driver, result);
+      std::string what = "fused_moe: loading kernel " + launch.kernel + ": " + call + ": " + ErrorText(driver, result);
       if (result == kErrorNoBinaryForGpu) {
         what += ". The kernel was compiled for another GPU than this one: call jax_moe.prepare() for this GPU's target";
       }
       return ffi::Error(ffi::ErrorCode::kFailedPrecondition, what);
     };
     Module module = nullptr;
-    if (Result result = driver.cuModuleLoadData(&module, kernel.image.data())) {
+    if (Result result = driver.cuModuleLoadData(&module, launch.image.data())) {
       return failed("cuModuleLoadData", result);
     }
-    if (Result result = driver.cuModuleGetFunction(function, module, kernel.name.c_str())) {
+    if (Result result = driver.cuModuleGetFunction(function, module, launch.kernel.c_str())) {
       return failed("cuModuleGetFunction", result);
     }
     // cuModuleGetFunction has put the code on the device, also where the driver loads lazily (CUDA programming guide,
     // "Lazy Loading"): no launch, which may be captured, has to. This allows more than 48 KiB.
-    const int shared_bytes = static_cast<int>(kernel.shared_bytes);
+    const int shared_bytes = static_cast<int>(launch.shared_bytes);
     if (Result result = driver.cuFuncSetAttribute(*function, kFunctionMaxDynamicSharedBytes, shared_bytes)) {
       return failed("cuFuncSetAttribute", result);
     }
-    // A kernel with so much shared memory is planned for as many blocks on a multiprocessor as fit in all of it.
+    // A kernel with so much shared memory is planned for as many CTAs on a multiprocessor as fit in all of it.
     constexpr int kMuch = 48 * 1024, kAll = 100;
     if (shared_bytes > kMuch) {
       if (Result result = driver.cuFuncSetAttribute(*function, kFunctionPreferredSharedCarveout, kAll)) {
@@ -186,78 +155,105 @@ std::string ErrorText(const Driver& driver, Result result) {
   return std::string(name) + " (" + text + ")";
 }
 
+bool Launch::IsGiven(const Argument& argument) const {
+  return std::find(arguments.begin(), arguments.end(), argument) != arguments.end();
+}
+
 ffi::ErrorOr<std::unique_ptr<Program>> Program::Decode(const ffi::Dictionary& attributes) {
   auto program = std::make_unique<Program>();
-  ffi::Error error = DecodeOptions(attributes, &program->options_);
-  if (error.success()) error = program->DecodeKernels(attributes);
-  if (error.success()) error = program->CheckKernels();
+  const Attributes call{attributes, ""};
+  Attributes kernels{attributes, "kernels."};
+  ffi::Error error = DecodeOptions(call, &program->options_);
+  if (error.success()) error = call.Get("kernels", &kernels.dictionary);
+  if (error.success()) error = program->DecodeKernels(kernels);
+  if (error.success()) error = program->CheckLaunches(kernels);
   if (error.failure()) return ffi::Unexpected(error);
   return program;
 }
 
-ffi::Error Program::DecodeKernels(const ffi::Dictionary& attributes) {
-  ffi::ErrorOr<ffi::Dictionary> kernels = attributes.get<ffi::Dictionary>("kernels");
-  if (kernels.has_error()) return Refuse("attribute kernels: " + kernels.error().message());
-  JAX_MOE_TRY(GetSizes(*kernels, "shape", &shape_));
-  JAX_MOE_TRY(GetSizes(*kernels, "weight_bytes", &weight_bytes_));
-  ffi::ErrorOr<ffi::Span<const int64_t>> workspaces = kernels->get<ffi::Span<const int64_t>>("workspace_bytes");
-  if (workspaces.has_error()) return RefuseAttribute("workspace_bytes", "", workspaces.error().message());
-  if (workspaces->size() >= kMostResults) {
-    return RefuseAttribute("workspace_bytes", "", "needs fewer than " + std::to_string(kMostResults) + " sizes");
+ffi::Error Program::DecodeKernels(const Attributes& kernels) {
+  Attributes sizes{kernels.dictionary, "kernels.sizes."}, weights{kernels.dictionary, "kernels.weight_bytes."};
+  JAX_MOE_TRY(kernels.Get("sizes", &sizes.dictionary));
+  for (const auto& [name, size] : kSizeNames) JAX_MOE_TRY(sizes.Get(name, &(sizes_.*size)));
+  JAX_MOE_TRY(kernels.Get("weight_bytes", &weights.dictionary));
+  for (size_t i = 0; i < weight_bytes_.size(); ++i) {
+    JAX_MOE_TRY(weights.Get(kOperandNames[kPackedWeights[i]], &weight_bytes_[i]));
   }
-  workspace_bytes_.assign(workspaces->begin(), workspaces->end());
+  ffi::Span<const int64_t> workspaces;
+  JAX_MOE_TRY(kernels.Get("workspace_bytes", &workspaces));
+  if (workspaces.size() >= kMostResults) {
+    return kernels.Refuse("workspace_bytes", "needs fewer than " + std::to_string(kMostResults) + " sizes");
+  }
+  workspace_bytes_.assign(workspaces.begin(), workspaces.end());
 
-  for (size_t step = 0; step < kNumSteps; ++step) {
-    const std::string_view name = kStepNames[step];
-    if (!kernels->contains(name)) continue;
-    ffi::ErrorOr<ffi::Dictionary> kernel = kernels->get<ffi::Dictionary>(name);
-    if (kernel.has_error()) return RefuseAttribute(name, "", kernel.error().message());
-    JAX_MOE_TRY(DecodeKernel(*kernel, name, &kernels_[step]));
+  std::string_view names;
+  JAX_MOE_TRY(kernels.Get("launches", &names));
+  for (std::string_view name : Words(names)) {
+    if (!kernels.dictionary.contains(name)) return kernels.Refuse("launches", "has no kernel for " + Quoted(name));
+    JAX_MOE_TRY(DecodeLaunch(kernels, name, &launches_.emplace_back()));
+  }
+  if (launches_.empty() != (sizes_.num_tokens == 0)) {
+    return kernels.Refuse("launches",
+                          "got " + Quoted(names) + ", " +
+                              (launches_.empty() ? "needs one where there are tokens" : "needs none without tokens"));
   }
   return ffi::Error::Success();
 }
 
-ffi::Error Program::CheckKernels() const {
-  std::array<bool, kNumSteps> is_needed;
-  is_needed.fill(shape_[0] > 0);
-  is_needed[kPrepare] &= options_.precision == Precision::kW4A4 || options_.weight_on == WeightOn::kInput;
-  is_needed[kCombine] &= options_.combine == Combine::kOrdered;
-  for (size_t step = 0; step < kNumSteps; ++step) {
-    if (is_needed[step] && !kernels_[step].present) {
-      return Refuse(std::string("attribute kernels: has no ") + kStepNames[step]);
-    }
-    for (const Argument& argument : kernels_[step].arguments) {
-      const size_t num_results = 1 + workspace_bytes_.size();
+ffi::Error Program::CheckLaunches(const Attributes& kernels) {
+  const size_t num_results = 1 + workspace_bytes_.size();
+  for (const Launch& launch : launches_) {
+    for (const Argument& argument : launch.arguments) {
       const bool is_there = argument.kind == Argument::Kind::kScalar ||
                             argument.value < (argument.kind == Argument::Kind::kOperand ? kNumOperands : num_results);
-      if (!is_there) return RefuseAttribute(kStepNames[step], "arguments", "no such buffer");
+      if (!is_there) return kernels.Refuse(launch.name + ".arguments", "no such buffer");
     }
   }
-  return ffi::Error::Success();
+  std::string_view adds, first_name;
+  JAX_MOE_TRY(kernels.Get("adds", &adds));
+  if (!launches_.empty()) {
+    const auto first_given = [this](Argument::Kind kind, uint32_t value) {
+      size_t i = 0;
+      while (i < launches_.size() && !launches_[i].IsGiven({kind, value})) ++i;
+      return i;
+    };
+    for (uint32_t scale : {kGateUpInputScale, kDownInputScale}) {
+      const bool is_needed = options_.precision == Precision::kW4A4;
+      if (is_needed && first_given(Argument::Kind::kOperand, scale) == launches_.size()) {
+        return kernels.Refuse("launches", "none is given " + std::string(kOperandNames[scale]) + ", as w4a4 needs");
+      }
+    }
+    // Before the first launch that adds, none is given the output.
+    const size_t first = first_given(Argument::Kind::kResult, 0);
+    if (first == launches_.size()) return kernels.Refuse("launches", "none is given the output");
+    if (options_.combine == Combine::kAtomic) first_that_adds_ = first, first_name = launches_[first].name;
+  }
+  if (adds == first_name) return ffi::Error::Success();
+  return kernels.Refuse("adds", "got " + Quoted(adds) + ", needs " + Quoted(first_name) +
+                                    (first_that_adds_ ? ", the first launch that is given the output"
+                                                      : ": nothing adds into the output"));
 }
 
 ffi::Error Program::Load(const Driver& driver) {
   unsigned long long context_id = 0;
-  if (ffi::Error error = CurrentContext(driver, &context_id); error.failure()) return error;
+  JAX_MOE_TRY(CurrentContext(driver, &context_id));
   const std::lock_guard<std::mutex> lock(mutex_);
   if (functions_.count(context_id) != 0) return ffi::Error::Success();
-  Functions functions = {};
-  for (size_t step = 0; step < kNumSteps; ++step) {
-    if (!kernels_[step].present) continue;
-    ffi::Error error = LoadedKernels::Instance().Get(driver, context_id, kernels_[step], &functions[step]);
-    if (error.failure()) return error;
+  std::vector<Function> functions;
+  for (const Launch& launch : launches_) {
+    JAX_MOE_TRY(LoadedKernels::Instance().Get(driver, context_id, launch, &functions.emplace_back()));
   }
-  functions_.emplace(context_id, functions);
+  functions_.emplace(context_id, std::move(functions));
   return ffi::Error::Success();
 }
 
-ffi::Error Program::Loaded(const Driver& driver, Functions* functions) const {
+ffi::Error Program::Loaded(const Driver& driver, const Function** functions) const {
   unsigned long long context_id = 0;
-  if (ffi::Error error = CurrentContext(driver, &context_id); error.failure()) return error;
+  JAX_MOE_TRY(CurrentContext(driver, &context_id));
   const std::lock_guard<std::mutex> lock(mutex_);
   const auto found = functions_.find(context_id);
   if (found == functions_.end()) return ffi::Error::Internal("fused_moe: executed before it was initialized");
-  *functions = found->second;
+  *functions = found->second.data();
   return ffi::Error::Success();
 }
 

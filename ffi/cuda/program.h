@@ -1,14 +1,19 @@
-// What one custom call site launches: options, kernels, their images and their arguments, decoded and checked once,
-// when XLA instantiates the call, and loaded once on each device.
+// What one custom call site launches: options, sizes and a list of kernel launches with their images and arguments,
+// decoded and checked once, when XLA instantiates the call, and loaded once on each device. No kernel is known here by
+// name: which there are, and in which order, is the call's to say.
 //
-// The attribute `kernels` is a dictionary that jax_moe/kernels/lowering.py writes:
-//   shape            i64[7]  T, K, L, P, H, I and the bytes of an output element, that the kernels were planned for
-//   weight_bytes     i64[4]  sizes of the prepared gate_up payload and block scale, down payload and block scale
+// The attribute `kernels` is a dictionary that jax_moe/kernels/ writes:
+//   sizes            {num_tokens, top_k, local_experts, num_parts, hidden_size, intermediate_size, out_bytes}: those of
+//                    problem.h, i64 each, that the kernels were planned for
+//   weight_bytes     {"gate_up.payload", "gate_up.block_scale", "down.payload", "down.block_scale"}: bytes, i64 each
 //   workspace_bytes  i64[n]  sizes of results 1..n
-//   sort, prepare, gemm1, gemm2, combine: one dictionary for each kernel that the call launches,
+//   launches         "sort gemm1 gemm2", names in the order of launch; empty exactly where there are no tokens
+//   adds             "gemm2", the first launch that adds into the output, and the first that is given it; empty where
+//                    none adds: combine="ordered", or no launches
+//   and for each name in `launches` a dictionary,
 //     image      the cubin, as bytes        name       of the kernel in it
-//     grid       blocks                     block      threads in a block
-//     cluster    blocks in a cluster        shared     bytes of dynamic shared memory
+//     grid       CTAs                       threads    in a CTA
+//     cluster    CTAs in a cluster          shared     bytes of dynamic shared memory of a CTA
 //     overlap    1: may start before the kernel in front of it on the stream has finished (it then waits itself)
 //     arguments  "operand:1 result:0 null i32:128", the kernel's parameters in order; null is a pointer
 // Bytes and not a handle: a serialised executable carries them along and runs where no compiler is installed.
@@ -21,10 +26,13 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "cuda/driver.h"
+#include "decode.h"
 #include "problem.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -32,31 +40,41 @@ namespace jax_moe::cuda {
 
 namespace ffi = ::xla::ffi;
 
-enum Step : size_t { kSort, kPrepare, kGemm1, kGemm2, kCombine, kNumSteps };
-
-inline constexpr const char* kStepNames[kNumSteps] = {"sort", "prepare", "gemm1", "gemm2", "combine"};
-
 inline constexpr size_t kMostArguments = 64;  // of one kernel
+
+struct SizeName {
+  std::string_view name;
+  int64_t Sizes::* size;
+};
+
+inline constexpr SizeName kSizeNames[] = {
+    {"num_tokens", &Sizes::num_tokens},       {"top_k", &Sizes::top_k},
+    {"local_experts", &Sizes::local_experts}, {"num_parts", &Sizes::num_parts},
+    {"hidden_size", &Sizes::hidden_size},     {"intermediate_size", &Sizes::intermediate_size},
+    {"out_bytes", &Sizes::out_bytes},
+};
 
 struct Argument {
   enum class Kind { kOperand, kResult, kScalar };
   Kind kind;
   uint32_t value;  // index of the operand or result, or the scalar's 32 bits (a null pointer is a 0)
+
+  bool operator==(const Argument&) const = default;
 };
 
-struct Kernel {
-  bool present = false;
+struct Launch {
+  std::string name;    // in the list of launches
+  std::string kernel;  // its name in the image
   std::string image;
-  std::string name;
   uint32_t grid = 0;
-  uint32_t block = 0;
+  uint32_t threads = 0;
   uint32_t cluster = 0;
   uint32_t shared_bytes = 0;
   bool overlap = false;
   std::vector<Argument> arguments;
-};
 
-using Functions = std::array<Function, kNumSteps>;  // null where the call has no such kernel
+  bool IsGiven(const Argument& argument) const;
+};
 
 // The state of a call site. XLA shares it between all devices and threads; everything but the functions by context is
 // constant after Decode.
@@ -64,34 +82,37 @@ class Program {
  public:
   static ffi::TypeId id;
 
-  // Refuses attributes that no buffers can make a valid call, so that a call has only its buffers left to check: the
-  // kernels that the options need are there, and every argument is a buffer that such a call has.
+  // Refuses attributes that no buffers can make a valid call, so that a call has only its buffers left to check: every
+  // launch has a kernel, every argument is a buffer that such a call has, and the list says what the output needs.
   static ffi::ErrorOr<std::unique_ptr<Program>> Decode(const ffi::Dictionary& attributes);
 
   const Options& options() const { return options_; }
-  const Kernel& kernel(Step step) const { return kernels_[step]; }
-  const std::array<int64_t, 7>& shape() const { return shape_; }
-  const std::array<int64_t, 4>& weight_bytes() const { return weight_bytes_; }
+  const Sizes& sizes() const { return sizes_; }
+  const std::array<int64_t, std::size(kPackedWeights)>& weight_bytes() const { return weight_bytes_; }
   const std::vector<int64_t>& workspace_bytes() const { return workspace_bytes_; }
+  const std::vector<Launch>& launches() const { return launches_; }
+  std::optional<size_t> first_that_adds() const { return first_that_adds_; }
 
   // Loads the kernels into the current context unless they are there. Not to be called while capturing.
   ffi::Error Load(const Driver& driver);
 
-  // The functions in the current context; an error if Load has not been called in it.
-  ffi::Error Loaded(const Driver& driver, Functions* functions) const;
+  // The functions of the launches in the current context; an error if Load has not been called in it.
+  ffi::Error Loaded(const Driver& driver, const Function** functions) const;
 
  private:
-  ffi::Error DecodeKernels(const ffi::Dictionary& attributes);
-  ffi::Error CheckKernels() const;
+  ffi::Error DecodeKernels(const Attributes& kernels);
+  ffi::Error CheckLaunches(const Attributes& kernels);
 
   Options options_;
-  std::array<Kernel, kNumSteps> kernels_;
-  std::array<int64_t, 7> shape_;
-  std::array<int64_t, 4> weight_bytes_;
+  Sizes sizes_;
+  std::array<int64_t, std::size(kPackedWeights)> weight_bytes_;
   std::vector<int64_t> workspace_bytes_;
+  std::vector<Launch> launches_;
+  std::optional<size_t> first_that_adds_;
 
   mutable std::mutex mutex_;
-  std::map<unsigned long long, Functions> functions_;  // by context id; guarded by mutex_
+  // By context id; guarded by mutex_. What is in it stays as it is, where it is.
+  std::map<unsigned long long, std::vector<Function>> functions_;
 };
 
 // "CUDA_ERROR_INVALID_VALUE (invalid argument)".

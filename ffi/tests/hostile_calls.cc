@@ -255,12 +255,12 @@ T At(const Buffer& buffer, int64_t index) {
 // Whether the tokens without a local expert have rows of zeros.
 bool SkippedTokensAreZero(const HandlerCall& call, const std::vector<uint8_t>& out) {
   const std::vector<int64_t>& shape = call.operands[1].dims;
-  const int64_t offset = At<int32_t>(call.operands[3], 0), num_experts = call.operands[11].dims[0];
+  const int64_t offset = At<int32_t>(call.operands[3], 0), local_experts = call.operands[11].dims[0];
   for (int64_t token = 0; token < shape[0]; ++token) {
     bool is_local = false;
     for (int64_t slot = 0; slot < shape[1]; ++slot) {
       const int64_t id = At<int32_t>(call.operands[1], token * shape[1] + slot);
-      is_local |= offset <= id && id < offset + num_experts;
+      is_local |= offset <= id && id < offset + local_experts;
     }
     const size_t row_bytes = out.size() / static_cast<size_t>(shape[0]);
     for (size_t i = 0; i < row_bytes && !is_local; ++i) {

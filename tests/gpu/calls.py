@@ -88,9 +88,9 @@ def launch_kernels(build_folder: pathlib.Path) -> bytes:
     return image.read_bytes()
 
 
-def step(image: bytes, name: str, arguments: str = "", *, grid=1, block=1, cluster=1, shared=0) -> dict:
-    """One kernel of a call, as ``ffi/cuda/program.h`` reads it."""
-    numbers = {"grid": grid, "block": block, "cluster": cluster, "shared": shared, "overlap": 0}
+def step(image: bytes, name: str, arguments: str = "", *, grid=1, threads=1, cluster=1, shared=0) -> dict:
+    """One launch of a call, as ``ffi/cuda/program.h`` reads it."""
+    numbers = {"grid": grid, "threads": threads, "cluster": cluster, "shared": shared, "overlap": 0}
     return {"image": image, "name": name, "arguments": arguments or "null"} | {
         k: np.int64(v) for k, v in numbers.items()
     }
@@ -100,7 +100,10 @@ def call(
     x, steps, *, target=ffi.TARGET, combine="atomic", expert_ids=None, routing_weights=None, num_experts=1,
     expert_offset=0, input_scale=None, workspaces=(), out_dtype=jnp.float32,
 ) -> list[jax.Array]:  # fmt: skip
-    """All results of the custom call, workspaces included; the weights are a few bytes that no kernel reads."""
+    """All results of the custom call, workspaces included; the weights are a few bytes that no kernel reads.
+
+    ``steps`` are launched in their order; the first that is given the output (``result:0``) adds into it, if any does.
+    """
     tokens, hidden = x.shape
     if expert_ids is None:
         expert_ids, routing_weights = jnp.zeros((tokens, 1), jnp.int32), jnp.ones((tokens, 1), jnp.float32)
@@ -115,11 +118,19 @@ def call(
         payload, block_scale, scales, absent, absent,
     )  # fmt: skip
     results = [jax.ShapeDtypeStruct(x.shape, out_dtype), *workspaces]
-    out_bytes = jnp.dtype(out_dtype).itemsize
+    sizes = {
+        "num_tokens": tokens, "top_k": slots, "local_experts": num_experts, "num_parts": 2, "hidden_size": hidden,
+        "intermediate_size": 64, "out_bytes": jnp.dtype(out_dtype).itemsize,
+    }  # fmt: skip
+    weight_bytes = {"gate_up.payload": 16, "gate_up.block_scale": 0, "down.payload": 16, "down.block_scale": 0}
+    steps = steps if tokens else {}
+    first = next((name for name, step in steps.items() if "result:0" in step["arguments"].split()), "")
     kernels = {
         **steps,
-        "shape": np.array([tokens, slots, num_experts, 2, hidden, 64, out_bytes], np.int64),
-        "weight_bytes": np.array([16, 0, 16, 0], np.int64),
+        "launches": " ".join(steps),
+        "adds": first if combine == "atomic" else "",
+        "sizes": {name: np.int64(size) for name, size in sizes.items()},
+        "weight_bytes": {name: np.int64(size) for name, size in weight_bytes.items()},
         "workspace_bytes": np.array([w.size * w.dtype.itemsize for w in workspaces], np.int64),
     }
     attributes = {

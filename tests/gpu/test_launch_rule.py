@@ -20,8 +20,8 @@ _TOKENS, _HIDDEN = 2048, 16384  # f32: 128 MiB, some 35 us of memset
 _CAPTURE = {"xla_gpu_graph_min_graph_size": 1}
 
 _MUTANTS = {
-    "no_zeroing": ("cuda/handler.cc", "driver_.cuMemsetD8Async(Address(destination), 0, bytes, stream)", "0"),
-    "no_captured_zeroing": ("cuda/handler.cc", "bytes / kWord, 1}", "1, 1}"),
+    "no_zeroing": ("cuda/stream_api.h", "driver_.cuMemsetD8Async(Address(destination), 0, bytes, stream)", "0"),
+    "no_captured_zeroing": ("cuda/stream_api.h", "bytes / kWord, 1}", "1, 1}"),
     "no_join": ("launch_sequence.h", "= api.AddDependency(stream, zeroed);", "= 0;"),
 }
 
@@ -29,7 +29,7 @@ _MUTANTS = {
 def _steps(build_folder, combine="atomic", size=_TOKENS * _HIDDEN, clocks=1):
     image = calls.launch_kernels(build_folder)
     writer = "write_one" if combine == "ordered" else "add_one"
-    last = calls.step(image, writer, f"result:0 i32:{size}", grid=132 * 32, block=64)
+    last = calls.step(image, writer, f"result:0 i32:{size}", grid=132 * 32, threads=64)
     steps = {
         "sort": calls.step(image, "nothing"),
         "gemm1": calls.step(image, "spin", f"i32:{clocks}"),
@@ -142,6 +142,19 @@ def test_ordered_mode_has_no_zeroing_in_its_graph(build_folder, graphs):
     dumped = graphs()
     assert dumped
     assert not any("MEMSET" in graph.upper() for graph in dumped)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_other_lists_of_launches(build_folder, poison, captured):
+    """The first launch adds; and another adds after it."""
+    add = _steps(build_folder)["gemm2"]
+    options = _CAPTURE if captured else {"xla_gpu_enable_command_buffer": ""}
+    for count in (1, 2):
+        steps = {f"add_{i}": add for i in range(count)}
+        call = calls.jit(lambda x, steps=steps: calls.call(x, steps)[0] - (len(steps) - 1), options)
+        for i in range(8):
+            poison(1)
+            assert _wrong(call(_x(i))) == 0
 
 
 def test_the_other_target_is_never_captured(build_folder):

@@ -14,17 +14,17 @@ ffi::Error EchoImage(ffi::Dictionary attributes, ffi::Result<ffi::Buffer<ffi::U8
                      ffi::Result<ffi::Buffer<ffi::S32>> facts) {
   ffi::ErrorOr<std::unique_ptr<Program>> program = Program::Decode(attributes);
   if (program.has_error()) return program.error();
-  const Kernel& kernel = (*program)->kernel(kGemm1);
+  const Launch& kernel = (*program)->launches()[0];
   if (kernel.image.size() != image->size_bytes()) return Refuse("image: " + std::to_string(kernel.image.size()));
   std::memcpy(image->typed_data(), kernel.image.data(), kernel.image.size());
   const int32_t numbers[] = {static_cast<int32_t>(kernel.grid),
-                             static_cast<int32_t>(kernel.block),
+                             static_cast<int32_t>(kernel.threads),
                              static_cast<int32_t>(kernel.cluster),
                              static_cast<int32_t>(kernel.shared_bytes),
                              kernel.overlap,
                              static_cast<int32_t>(kernel.arguments.size()),
                              static_cast<int32_t>(kernel.arguments.back().value),
-                             static_cast<int32_t>((*program)->shape()[6])};
+                             static_cast<int32_t>((*program)->sizes().out_bytes)};
   if (facts->element_count() != std::size(numbers)) return Refuse("facts");
   std::memcpy(facts->typed_data(), numbers, sizeof(numbers));
   return ffi::Error::Success();

@@ -9,19 +9,10 @@
 #include <functional>
 #include <thread>
 
+#include "call_site.h"
 #include "cuda/driver.h"
 #include "cuda/program.h"
 #include "fake.h"
-
-extern "C" {
-XLA_FFI_Error* JaxMoeFusedMoeCudaInstantiate(XLA_FFI_CallFrame*);
-XLA_FFI_Error* JaxMoeFusedMoeCudaInitialize(XLA_FFI_CallFrame*);
-XLA_FFI_Error* JaxMoeFusedMoeCuda(XLA_FFI_CallFrame*);
-XLA_FFI_Error* JaxMoeFusedMoeCudaNoCapture(XLA_FFI_CallFrame*);
-void JaxMoeCudaCounters(int64_t counters[3]);
-void* JaxMoeCudaTypeId();
-const void* JaxMoeCudaTypeInfo();
-}
 
 namespace jax_moe::cuda::fake {
 namespace {
@@ -48,100 +39,13 @@ std::string Join(const std::vector<std::string>& lines) {
   return joined;
 }
 
-constexpr int64_t T = 4, K = 2, L = 3, P = 2, H = 32, I = 16;
-
-struct Options {
-  int64_t tokens = T;
-  bool ordered = false;
-  bool prepare = false;
-  bool bf16 = true;
-};
-
-// A call as XLA would make it: attributes, operands at addresses 0x1000, 0x2000, ..., results at 0x100000, ...
-struct CallSite {
-  explicit CallSite(const Options& options) {
-    const int64_t t = options.tokens;
-    operands = {{XLA_FFI_DataType_BF16, {t, H}, 0x1000},
-                {XLA_FFI_DataType_S32, {t, K}, 0x2000},
-                {XLA_FFI_DataType_F32, {t, K}, 0x3000},
-                {XLA_FFI_DataType_S32, {}, 0x4000},
-                {XLA_FFI_DataType_U8, {L, 1, 4608}, 0x5000},
-                {XLA_FFI_DataType_F8E4M3FN, {L, 0}, 0x6000},
-                {XLA_FFI_DataType_F32, {L, P}, 0x7000},
-                {XLA_FFI_DataType_F32, {0}, 0},
-                {XLA_FFI_DataType_F32, {0}, 0},
-                {XLA_FFI_DataType_U8, {L, 2, 4608}, 0xa000},
-                {XLA_FFI_DataType_F8E4M3FN, {L, 0}, 0xb000},
-                {XLA_FFI_DataType_F32, {L}, 0xc000},
-                {XLA_FFI_DataType_F32, {0}, 0},
-                {XLA_FFI_DataType_F32, {0}, 0}};
-    results = {{options.bf16 ? XLA_FFI_DataType_BF16 : XLA_FFI_DataType_F32, {t, H}, 0x100000},
-               {XLA_FFI_DataType_S32, {L + 1}, 0x200000},
-               {XLA_FFI_DataType_BF16, {t * K, I}, 0x300000}};
-    kernels->SetSizes("shape", {t, K, L, P, H, I, options.bf16 ? 2 : 4})
-        .SetSizes("weight_bytes", {L * 4608, 0, L * 2 * 4608, 0})
-        .SetSizes("workspace_bytes", {(L + 1) * 4, t * K * I * 2});
-    std::vector<std::string> steps = {"sort", "gemm1", "gemm2"};
-    if (options.prepare) steps.push_back("prepare");
-    if (options.ordered) steps.push_back("combine");
-    for (const std::string& step : steps) {
-      auto kernel = std::make_shared<Attributes>();
-      kernel->Set("image", "image of " + step)
-          .Set("name", step)
-          .Set("grid", int64_t{step == "sort" ? 8 : 132})
-          .Set("block", int64_t{256})
-          .Set("cluster", int64_t{step == "sort" ? 8 : 1})
-          .Set("shared", int64_t{100000})
-          .Set("overlap", int64_t{step == "gemm1"})
-          .Set("arguments", "operand:0 result:1 null i32:-7");
-      kernels->Set(step, kernel);
-      kernel_of[step] = kernel;
-    }
-    attributes.Set("precision", "w4a16")
-        .Set("combine", options.ordered ? "ordered" : "atomic")
-        .Set("weight_on", "output")
-        .Set("activation", "swiglu")
-        .Set("alpha", 1.0f)
-        .Set("beta", 0.0f)
-        .Set("limit", 1e30f)
-        .Set("kernels", kernels);
-    context.stream = reinterpret_cast<void*>(uintptr_t{0x5eed});
-  }
-
-  ~CallSite() {
-    if (context.state == nullptr) return;
-    static_cast<const XLA_FFI_TypeInfo*>(JaxMoeCudaTypeInfo())->deleter(context.state);
-  }
-
-  std::string Instantiate() {
-    attributes.Set("kernels", kernels);  // the frame is made anew, with what a test has changed
-    return Call(JaxMoeFusedMoeCudaInstantiate, XLA_FFI_ExecutionStage_INSTANTIATE, &context, {}, {}, &attributes);
-  }
-  std::string Initialize() {
-    return Call(JaxMoeFusedMoeCudaInitialize, XLA_FFI_ExecutionStage_INITIALIZE, &context, operands, results,
-                &attributes);
-  }
-  std::string Execute(XLA_FFI_Handler* handler = JaxMoeFusedMoeCuda) {
-    return Call(handler, XLA_FFI_ExecutionStage_EXECUTE, &context, operands, results, &attributes);
-  }
-  std::string Run() {
-    std::string error = Instantiate();
-    if (error.empty()) error = Initialize();
-    return error.empty() ? Execute() : error;
-  }
-
-  Attributes attributes;
-  std::shared_ptr<Attributes> kernels = std::make_shared<Attributes>();
-  std::map<std::string, std::shared_ptr<Attributes>> kernel_of;
-  std::vector<Buffer> operands, results;
-  XLA_FFI_ExecutionContext context;
-};
-
 // Each test gets a recorder of its own, and contexts that no other test has loaded kernels into.
 void WithRecorder(const std::function<void()>& test) {
   static uintptr_t fresh_context = 0;
   Recorder fresh;
-  for (const char* name : kStepNames) fresh.parameters_of[name] = 4;
+  for (const char* name : {"sort", "x_rows", "gemm1", "gemm2", "combine"}) {
+    fresh.parameters_of[std::string(name) + "_kernel"] = 4;
+  }
   recorder = &fresh;
   current_context = fresh_context += 10;
   test();
@@ -156,11 +60,12 @@ void CaptureAfterNode(uintptr_t node) {
 void TestEager() {
   CallSite site({});
   ExpectEqual(site.Run(), "", "an eager call");
-  ExpectEqual(Join(recorder->calls), "memset 256 to 0; launch sort; launch gemm1; launch gemm2", "eager, atomic");
+  ExpectEqual(Join(recorder->calls), "memset 256 to 0; launch sort_kernel; launch gemm1_kernel; launch gemm2_kernel",
+              "eager, atomic");
 
   const Launch& sort = recorder->launches.at(0);
   Expect(sort.config.grid_x == 8 && sort.config.grid_y == 1 && sort.config.grid_z == 1, "the grid");
-  Expect(sort.config.block_x == 256 && sort.config.block_y == 1 && sort.config.block_z == 1, "the block");
+  Expect(sort.config.block_x == 256 && sort.config.block_y == 1 && sort.config.block_z == 1, "the CTA");
   Expect(sort.config.shared_bytes == 100000, "the shared memory");
   Expect(sort.config.stream == reinterpret_cast<Stream>(0x5eed), "the stream is XLA's");
   Expect(sort.attributes.size() == 1 && sort.attributes[0].id == kLaunchClusterDimension &&
@@ -193,7 +98,7 @@ void TestWhere() {
   Expect(recorder->function_attributes ==
              std::map<int, int>{{kFunctionMaxDynamicSharedBytes, 100000}, {kFunctionPreferredSharedCarveout, 100}},
          "more than 48 KiB of shared memory is asked for");
-  Expect(recorder->images.count({"gemm1", "image of gemm1"}) == 1, "a function is of its own image");
+  Expect(recorder->images.count({"gemm1_kernel", "image of gemm1"}) == 1, "a function is of its own image");
 }
 
 void TestWhatTellsKernelsApart() {
@@ -208,7 +113,6 @@ void TestWhatTellsKernelsApart() {
     } else {
       other.kernel_of["sort"]->Set(what, "another");
     }
-    other.kernels->Set("sort", other.kernel_of["sort"]);
     ExpectEqual(other.Run(), "", what);
     Expect(recorder->num_loads == ++loads, std::string("loaded for another ") + what);
   }
@@ -222,8 +126,10 @@ void TestOptions() {
   recorder->calls.clear();
   CallSite ordered({T, true, true});
   ExpectEqual(ordered.Run(), "", "an ordered call");
-  ExpectEqual(Join(recorder->calls), "launch sort; launch prepare; launch gemm1; launch gemm2; launch combine",
-              "ordered mode zeroes nothing");
+  ExpectEqual(
+      Join(recorder->calls),
+      "launch sort_kernel; launch x_rows_kernel; launch gemm1_kernel; launch gemm2_kernel; launch combine_kernel",
+      "ordered mode zeroes nothing");
 }
 
 void TestCaptured() {
@@ -232,15 +138,30 @@ void TestCaptured() {
   CaptureAfterNode(7);
   ExpectEqual(site.Execute(), "", "a captured call");
   // Nodes are numbered from 101: the memset, sort, gemm1, gemm2.
-  ExpectEqual(Join(recorder->calls),
-              "node 101: memset 256 to 0 rows 1 after 7; launch sort; launch gemm1; add 101; launch gemm2",
-              "captured, atomic: the zeroing forks before sort and joins before gemm2");
+  ExpectEqual(
+      Join(recorder->calls),
+      "node 101: memset 256 to 0 rows 1 after 7; launch sort_kernel; launch gemm1_kernel; add 101; launch gemm2_kernel",
+      "captured, atomic: the zeroing forks before sort and joins before gemm2");
+
+  for (const auto& [launches, want] :
+       {std::pair{"gemm2", "add 101; launch gemm2_kernel"},
+        {"gemm2 sort", "add 101; launch gemm2_kernel; launch sort_kernel"},
+        {"gemm1 gemm2 sort", "launch gemm1_kernel; add 101; launch gemm2_kernel; launch sort_kernel"}}) {
+    CallSite other({});
+    other.kernels->Set("launches", launches);
+    CaptureAfterNode(7);
+    recorder->calls.clear(), recorder->last_node = 100;
+    ExpectEqual(other.Run(), "", launches);
+    ExpectEqual(Join(recorder->calls), std::string("node 101: memset 256 to 0 rows 1 after 7; ") + want, launches);
+  }
 
   recorder->calls.clear();
   CallSite ordered({T, true});
   Expect(ordered.Instantiate().empty() && ordered.Initialize().empty(), "loading");
   ExpectEqual(ordered.Execute(), "", "a captured ordered call");
-  ExpectEqual(Join(recorder->calls), "launch sort; launch gemm1; launch gemm2; launch combine", "no fork when ordered");
+  ExpectEqual(Join(recorder->calls),
+              "launch sort_kernel; launch gemm1_kernel; launch gemm2_kernel; launch combine_kernel",
+              "no fork when ordered");
 
   recorder->capture_status = 2;
   ExpectContains(site.Execute(), "cuStreamIsCapturing", "an invalidated capture is not taken for an eager call");
@@ -271,16 +192,16 @@ void TestDriverFailures() {
   const std::vector<std::pair<std::string, std::string>> eager = {
       {"cuStreamIsCapturing", "asking whether"},
       {"cuMemsetD8Async", "zeroing the output"},
-      {"cuLaunchKernelEx sort", "sorting the routes"},
-      {"cuLaunchKernelEx gemm1", "GEMM1"},
-      {"cuLaunchKernelEx gemm2", "GEMM2"},
+      {"cuLaunchKernelEx sort_kernel", "launching sort: "},
+      {"cuLaunchKernelEx gemm1_kernel", "launching gemm1: "},
+      {"cuLaunchKernelEx gemm2_kernel", "launching gemm2: "},
       {"cuCtxGetId", "cuCtxGetId"},
   };
   const std::vector<std::pair<std::string, std::string>> captured = {
       {"cuStreamGetCaptureInfo", "zeroing the output"},
       {"cuCtxGetCurrent", "zeroing the output"},
       {"cuGraphAddMemsetNode", "zeroing the output"},
-      {"cuLaunchKernelEx gemm1", "GEMM1"},
+      {"cuLaunchKernelEx gemm1_kernel", "launching gemm1: "},
       {"cuStreamUpdateCaptureDependencies", "joining the zeroing"},
   };
   CallSite site({});
@@ -300,11 +221,11 @@ void TestDriverFailures() {
   }
   CaptureAfterNode(7);
   recorder->calls.clear();
-  recorder->failing_call = "cuLaunchKernelEx gemm1";
+  recorder->failing_call = "cuLaunchKernelEx gemm1_kernel";
   site.Execute();
   ExpectContains(recorder->calls.back(), "add ", "an error after the fork joins it");
   recorder->also_failing = "cuStreamUpdateCaptureDependencies";
-  ExpectContains(site.Execute(), "GEMM1: cuLaunchKernelEx", "the first failure is told");
+  ExpectContains(site.Execute(), "launching gemm1: cuLaunchKernelEx", "the first failure is told");
   ExpectContains(site.Execute(), "joining the zeroing then failed", "and that of the clean-up");
 }
 
@@ -345,12 +266,15 @@ void TestRefusals() {
       {"unaligned payload", "3: jax_moe: down.payload", [](CallSite& site) { site.operands[9].address += 4; }},
       {"unaligned workspace", "3: jax_moe: result 2", [](CallSite& site) { site.results[2].address += 8; }},
       {"x of another T", "3: jax_moe: ", [](CallSite& site) { site.operands[0].dims[0] += 1; }},
-      {"other T everywhere", "planned for",
+      {"other T everywhere", "kernels.sizes: the buffers have num_tokens = 5 (planned for 4)",
        [](CallSite& site) {
          for (size_t i : {0, 1, 2}) site.operands[i].dims[0] += 1;
          site.results[0].dims[0] += 1;
        }},
-      {"f32 output, bf16 kernels", "planned for", [](CallSite& site) { site.results[0].dtype = XLA_FFI_DataType_F32; }},
+      {"other T and L", "the buffers have num_tokens = 4 (planned for 5), local_experts = 3 (planned for 4)",
+       [](CallSite& site) { site.sizes->Set("num_tokens", T + 1).Set("local_experts", L + 1); }},
+      {"f32 output, bf16 kernels", "the buffers have out_bytes = 4 (planned for 2)",
+       [](CallSite& site) { site.results[0].dtype = XLA_FFI_DataType_F32; }},
       {"short weights", "3: jax_moe: gate_up.payload", [](CallSite& site) { site.operands[4].dims[2] -= 1; }},
       {"short workspace", "3: jax_moe: workspace 1", [](CallSite& site) { site.results[2].dims[0] -= 1; }},
       {"short down weights", "3: jax_moe: down.payload", [](CallSite& site) { site.operands[9].dims[2] -= 1; }},
@@ -368,15 +292,35 @@ void TestRefusals() {
       {"huge cluster", "sort.cluster: got 16",
        [](CallSite& site) { site.kernel_of["sort"]->Set("cluster", int64_t{16}); }},
       {"no cluster", "sort.cluster: got 0", [](CallSite& site) { site.kernel_of["sort"]->Set("cluster", int64_t{0}); }},
-      {"much shared", "sort.shared",
-       [](CallSite& site) { site.kernel_of["sort"]->Set("shared", int64_t{227 * 1024 + 1}); }},
+      {"much shared", "sort.shared: got 2147483648, needs 0..2147483647",
+       [](CallSite& site) { site.kernel_of["sort"]->Set("shared", int64_t{1} << 31); }},
       {"odd overlap", "sort.overlap", [](CallSite& site) { site.kernel_of["sort"]->Set("overlap", int64_t{2}); }},
       {"huge grid", "sort.grid", [](CallSite& site) { site.kernel_of["sort"]->Set("grid", int64_t{1} << 31); }},
       {"no name", "sort.name: is empty", [](CallSite& site) { site.kernel_of["sort"]->Set("name", ""); }},
       {"no workspace", "3: jax_moe: results: got 2", [](CallSite& site) { site.results.pop_back(); }},
       {"missing operand", "3: jax_moe: operands: got 13", [](CallSite& site) { site.operands.pop_back(); }},
-      {"no gemm2", "has no gemm2", [](CallSite& site) { site.kernels->Erase("gemm2"); }},
-      {"no combine", "has no combine", [](CallSite& site) { site.attributes.Set("combine", "ordered"); }},
+      {"no gemm2", "attribute kernels.launches: has no kernel for 'gemm2'",
+       [](CallSite& site) { site.kernel_of.erase("gemm2"); }},
+      {"a number for gemm2", "attribute kernels.gemm2: Wrong attribute type",
+       [](CallSite& site) { site.kernel_of.erase("gemm2"), site.kernels->Set("gemm2", int64_t{1}); }},
+      {"no launches", "kernels.launches: got '', needs one where there are tokens",
+       [](CallSite& site) { site.kernels->Set("launches", "").Set("adds", ""); }},
+      {"no list of launches", "attribute kernels.launches", [](CallSite& site) { site.kernels->Erase("launches"); }},
+      {"two spaces", "kernels.launches: has no kernel for ''",
+       [](CallSite& site) { site.kernels->Set("launches", "sort  gemm1 gemm2"); }},
+      {"nothing adds", "kernels.adds: got '', needs 'gemm2', the first launch that is given the output",
+       [](CallSite& site) { site.kernels->Set("adds", ""); }},
+      {"no word of what adds", "attribute kernels.adds", [](CallSite& site) { site.kernels->Erase("adds"); }},
+      {"an unknown launch adds", "kernels.adds: got 'gemm3', needs 'gemm2'",
+       [](CallSite& site) { site.kernels->Set("adds", "gemm3"); }},
+      {"an earlier launch adds", "kernels.adds: got 'gemm1', needs 'gemm2'",
+       [](CallSite& site) { site.kernels->Set("adds", "gemm1"); }},
+      {"the output before it is zero", "kernels.adds: got 'gemm2', needs 'sort'",
+       [](CallSite& site) { site.kernel_of["sort"]->Set("arguments", "operand:1 result:0"); }},
+      {"no launch writes the output", "kernels.launches: none is given the output",
+       [](CallSite& site) { site.kernel_of["gemm2"]->Set("arguments", "operand:0 result:1"); }},
+      {"an ordered call that adds", "kernels.adds: got 'gemm2', needs '': nothing adds",
+       [](CallSite& site) { site.attributes.Set("combine", "ordered"); }},
       {"no such operand", "no such buffer",
        [](CallSite& site) { site.kernel_of["sort"]->Set("arguments", "operand:14"); }},
       {"no such result", "no such buffer",
@@ -386,31 +330,26 @@ void TestRefusals() {
       {"odd number", "cannot read 'i32:1x'",
        [](CallSite& site) { site.kernel_of["sort"]->Set("arguments", "i32:1x"); }},
       {"zero grid", "sort.grid", [](CallSite& site) { site.kernel_of["sort"]->Set("grid", int64_t{0}); }},
-      {"huge block", "sort.block", [](CallSite& site) { site.kernel_of["sort"]->Set("block", int64_t{2048}); }},
+      {"huge CTA", "sort.threads: got 2048, needs 1..1024",
+       [](CallSite& site) { site.kernel_of["sort"]->Set("threads", int64_t{2048}); }},
       {"ragged clusters", "multiple of cluster",
        [](CallSite& site) { site.kernel_of["sort"]->Set("grid", int64_t{9}); }},
       {"no image", "sort.image", [](CallSite& site) { site.kernel_of["sort"]->Erase("image"); }},
-      {"short shape", "shape", [](CallSite& site) { site.kernels->SetSizes("shape", {1, 2}); }},
+      {"no sizes", "attribute kernels.sizes", [](CallSite& site) { site.sizes = site.kernel_of["sort"]; }},
+      {"no top_k", "attribute kernels.sizes.top_k", [](CallSite& site) { site.sizes->Erase("top_k"); }},
+      {"no size of a weight", "attribute kernels.weight_bytes.down.payload",
+       [](CallSite& site) { site.weight_bytes->Erase("down.payload"); }},
       {"no precision", "attribute precision", [](CallSite& site) { site.attributes.Erase("precision"); }},
       {"odd activation", "attribute activation: got 'gelu', needs swiglu | geglu | relu2 | situ",
        [](CallSite& site) { site.attributes.Set("activation", "gelu"); }},
       {"many workspaces", "kernels.workspace_bytes: needs fewer than 16",
        [](CallSite& site) { site.kernels->SetSizes("workspace_bytes", std::vector<int64_t>(16)); }},
-      {"no kernels", "kernels", [](CallSite& site) { site.attributes.Erase("kernels"); }},
+      {"no kernels", "attribute kernels: Unexpected attribute", [](CallSite& site) { site.kernels = nullptr; }},
   };
   for (const Case& one : cases) {
     CallSite site({});
     one.change(site);
-    std::string error;
-    if (std::string(one.what) == "no kernels") {
-      error = Call(JaxMoeFusedMoeCudaInstantiate, XLA_FFI_ExecutionStage_INSTANTIATE, &site.context, {}, {},
-                   &site.attributes);
-    } else {
-      for (auto& [step, kernel] : site.kernel_of) {
-        if (std::string(one.what) != "no gemm2" || step != "gemm2") site.kernels->Set(step, kernel);
-      }
-      error = site.Run();
-    }
+    const std::string error = site.Run();
     ExpectContains(error, one.message, one.what);
     Expect(error.rfind("3: ", 0) == 0, std::string(one.what) + " is INVALID_ARGUMENT");
     ExpectEqual(Join(recorder->calls), "", std::string(one.what) + ": nothing is enqueued");
@@ -426,19 +365,31 @@ void TestStaticRefusals() {
   // What no buffers can make right is refused when the call is instantiated, before there are any.
   CallSite ordered({T});
   ordered.attributes.Set("combine", "ordered");
-  ExpectContains(Refused(&ordered), "has no combine", "instantiating without a kernel");
-  for (const auto& [option, value] : {std::pair{"precision", "w4a4"}, {"weight_on", "input"}}) {
-    CallSite site({T});
-    site.attributes.Set(option, value);
-    ExpectContains(Refused(&site), "has no prepare", option);
-  }
+  ExpectContains(Refused(&ordered), "kernels.adds: got 'gemm2'", "instantiating an ordered call that adds");
   CallSite argument({T});
   argument.kernel_of["gemm2"]->Set("arguments", "result:3");
-  argument.kernels->Set("gemm2", argument.kernel_of["gemm2"]);
   ExpectContains(Refused(&argument), "kernels.gemm2.arguments: no such buffer", "instantiating with a wrong argument");
+
+  CallSite quantised({T});
+  quantised.attributes.Set("precision", "w4a4");
+  ExpectContains(Refused(&quantised), "none is given gate_up.input_scale", "w4a4 without the scale of x");
+  quantised.kernel_of["gemm1"]->Set("arguments", "operand:7");
+  ExpectContains(Refused(&quantised), "none is given down.input_scale", "w4a4 without the scale of the intermediate");
+  quantised.kernel_of["gemm2"]->Set("arguments", "operand:12 result:0");
+  ExpectEqual(quantised.Instantiate(), "", "w4a4 with both");
+
   CallSite empty({0});
-  for (const auto& [step, kernel] : empty.kernel_of) empty.kernels->Erase(step);
   ExpectEqual(empty.Run(), "", "without tokens no kernel is needed");
+  empty.kernels->Set("adds", "gemm2");
+  ExpectContains(Refused(&empty), "kernels.adds: got 'gemm2', needs ''", "without tokens nothing adds");
+  CallSite idle({T});
+  idle.sizes->Set("num_tokens", int64_t{0});
+  ExpectContains(Refused(&idle), "got 'sort gemm1 gemm2', needs none without tokens", "launches without tokens");
+
+  CallSite old({T});
+  ExpectContains(old.Instantiate(JaxMoeFusedMoeCudaV1Instantiate),
+                 "3: jax_moe: custom call jax_moe_fused_moe_v1: ", "a program of an earlier version");
+  Expect(old.context.state == nullptr, "which leaves no state");
 }
 
 thread_local int64_t num_allocations = 0;

@@ -7,21 +7,55 @@
 
 namespace launch_rule {
 
-using jax_moe::LaunchPlan;
 using jax_moe::LaunchResult;
 using jax_moe::LaunchStep;
+using jax_moe::Sequence;
 
 constexpr int kInjected = 700;  // an injected error's code, plus the number of the driver call that returned it
 constexpr std::size_t kOutputBytes = 4096;
+
+// fused_moe's lists; then lists that other kinds of call may have: the first launch adds, several do, none but one.
+static const LaunchSpec kSort = {Kind::kSort, {{kRouting, Access::kRead}, {kSorted, Access::kWrite}}};
+static const LaunchSpec kPassOverX = {Kind::kXRows, {{kX, Access::kRead}, {kXRows, Access::kWrite}}};
+static const LaunchSpec kCombine = {Kind::kCombine, {{kRows, Access::kRead}, {kOut, Access::kWrite}}};
+static const LaunchSpec kAdd = {Kind::kGemm2, {{kX, Access::kRead}, {kOut, Access::kAccumulate}}};
+static const LaunchSpec kFinish = {Kind::kFinish, {{kOut, Access::kWrite}}};  // in place
+
+static LaunchSpec Gemm1(BufferName x) {
+  return {Kind::kGemm1, {{x, Access::kRead}, {kSorted, Access::kRead}, {kHidden, Access::kWrite}}};
+}
+
+static LaunchSpec Gemm2(BufferName to, Access access) {
+  return {Kind::kGemm2, {{kHidden, Access::kRead}, {kSorted, Access::kRead}, {to, access}}};
+}
+
+const std::array<LaunchList, kNumLists> kLists = {{
+    {"atomic", {kSort, Gemm1(kX), Gemm2(kOut, Access::kAccumulate)}, 2},
+    {"atomic+x_rows", {kSort, kPassOverX, Gemm1(kXRows), Gemm2(kOut, Access::kAccumulate)}, 3},
+    {"ordered", {kSort, Gemm1(kX), Gemm2(kRows, Access::kWrite), kCombine}, {}},
+    {"ordered+x_rows", {kSort, kPassOverX, Gemm1(kXRows), Gemm2(kRows, Access::kWrite), kCombine}, {}},
+    {"empty", {}, {}},
+    {"adds at once", {kAdd}, 0},
+    {"adds first", {kAdd, kFinish, kSort}, 0},
+    {"adds twice",
+     {kSort,
+      Gemm1(kX),
+      Gemm2(kOut, Access::kAccumulate),
+      {Kind::kGemm2, {{kX, Access::kRead}, {kOut, Access::kAddMore}}},
+      kFinish},
+     2},
+    {"one launch", {{Kind::kGemm2, {{kX, Access::kRead}, {kOut, Access::kWrite}}}}, {}},
+}};
 
 struct CallContext {
   Process* process;
   CallSpec spec;
   int call;
-  int x, routing, out, sorted, prepared, hidden, rows;  // buffers
+  int buffers[kNumBuffers];
   int driver_calls = 0;
   const char* failed = nullptr;  // the first driver call that failed, and its code
   int failed_code = 0;
+  std::size_t failed_launch = 0;  // which, if it was a launch
   bool join_failed = false;
 
   // One driver call: a scheduling point, perhaps an injected error, else `body`, whose errors are reported.
@@ -48,9 +82,7 @@ struct CallContext {
     return code;
   }
 
-  int Kernel(const char* what, int stream, Kind kind, std::vector<std::pair<int, Access>> buffers) {
-    return Do(what, [&] { return process->model.Enqueue(stream, {kind, call, 0, std::move(buffers)}); });
-  }
+  const LaunchList& list() const { return kLists[spec.list]; }
 
   RecordingApi::Side NewSide() {
     Model& m = process->model;
@@ -121,58 +153,38 @@ int RecordingApi::WaitEvent(int stream, int event) {
   return context->Do("WaitEvent", [&] { return context->process->model.WaitEvent(context->call, stream, event); });
 }
 
-int RecordingKernels::Sort(int stream) {
-  return context->Kernel("Sort", stream, Kind::kSort,
-                         {{context->routing, Access::kRead}, {context->sorted, Access::kWrite}});
-}
-
-int RecordingKernels::Prepare(int stream) {
-  return context->Kernel("Prepare", stream, Kind::kPrepare,
-                         {{context->x, Access::kRead}, {context->prepared, Access::kWrite}});
-}
-
-int RecordingKernels::Gemm1(int stream) {
-  return context->Kernel("Gemm1", stream, Kind::kGemm1,
-                         {{context->spec.prepare ? context->prepared : context->x, Access::kRead},
-                          {context->sorted, Access::kRead},
-                          {context->hidden, Access::kWrite}});
-}
-
-int RecordingKernels::Gemm2(int stream) {
-  return context->Kernel("Gemm2", stream, Kind::kGemm2,
-                         {{context->hidden, Access::kRead},
-                          {context->sorted, Access::kRead},
-                          context->spec.atomic ? std::make_pair(context->out, Access::kAccumulate)
-                                               : std::make_pair(context->rows, Access::kWrite)});
-}
-
-int RecordingKernels::Combine(int stream) {
-  return context->Kernel("Combine", stream, Kind::kCombine,
-                         {{context->rows, Access::kRead}, {context->out, Access::kWrite}});
+int RecordingLaunches::Launch(int stream, std::size_t index) {
+  CallContext& c = *context;
+  const bool failed_before = c.failed != nullptr;
+  if (index >= c.list().launches.size()) {
+    c.process->model.Violation("order", c.process->model.Who(c.call) + " launches beyond its list");
+    return kInvalidValue;
+  }
+  const int code = c.Do("Launch", [&] {
+    const LaunchSpec& launch = c.list().launches[index];
+    Work work = {launch.kind, c.call, 0, {}};
+    for (const auto& [name, access] : launch.buffers) work.buffers.emplace_back(c.buffers[name], access);
+    return c.process->model.Enqueue(stream, work);
+  });
+  if (code != 0 && !failed_before) c.failed_launch = index;
+  return code;
 }
 
 // The step that the result should name when this driver call fails.
 static bool StepFits(const char* what, LaunchStep step) {
   static const std::map<std::string, std::set<LaunchStep>> kSteps = {
-      {"IsCapturing", {LaunchStep::kIsCapturing}},
-      {"Zero", {LaunchStep::kZero}},
-      {"AddZeroNode", {LaunchStep::kZero}},
-      {"AddDependency", {LaunchStep::kJoin}},
-      {"AddEmptyNode", {LaunchStep::kEmpty}},
-      {"Sort", {LaunchStep::kSort}},
-      {"Prepare", {LaunchStep::kPrepare}},
-      {"Gemm1", {LaunchStep::kGemm1}},
-      {"Gemm2", {LaunchStep::kGemm2}},
-      {"Combine", {LaunchStep::kCombine}},
-      {"RecordEvent", {LaunchStep::kZero}},
-      {"WaitEvent", {LaunchStep::kZero, LaunchStep::kJoin}}};
+      {"IsCapturing", {LaunchStep::kIsCapturing}}, {"Zero", {LaunchStep::kZero}},
+      {"AddZeroNode", {LaunchStep::kZero}},        {"AddDependency", {LaunchStep::kJoin}},
+      {"AddEmptyNode", {LaunchStep::kEmpty}},      {"Launch", {LaunchStep::kLaunch}},
+      {"RecordEvent", {LaunchStep::kZero}},        {"WaitEvent", {LaunchStep::kZero, LaunchStep::kJoin}}};
   return kSteps.at(what).count(step) != 0;
 }
 
 static void CheckResult(const CallContext& c, const LaunchResult& result) {
   Model& model = c.process->model;
   if (result.ok() != (c.failed == nullptr) || (c.failed && result.code != c.failed_code) ||
-      (c.failed && !StepFits(c.failed, result.step)) || (!c.failed && result.step != LaunchStep::kNone)) {
+      (c.failed && !StepFits(c.failed, result.step)) || result.launch != c.failed_launch ||
+      (!c.failed && result.step != LaunchStep::kNone)) {
     model.Violation("error-report", model.Who(c.call) + " met code " + std::to_string(c.failed_code) + " from " +
                                         (c.failed ? c.failed : "nothing") + " and reported code " +
                                         std::to_string(result.code) + " while " + LaunchStepName(result.step));
@@ -192,44 +204,37 @@ static CallContext NewCall(Process& process, int thread, const CallSpec& spec, i
   c.process = &process;
   c.spec = spec;
   c.call = model.OpenCall(thread, spec.site, spec.device, stream, spec.captured);
-  for (int* buffer : {&c.x, &c.routing, &c.out, &c.sorted, &c.prepared, &c.hidden, &c.rows}) {
-    *buffer = model.NewBuffer(spec.device, kOutputBytes);
-  }
+  for (int& buffer : c.buffers) buffer = model.NewBuffer(spec.device, kOutputBytes);
   return c;
 }
 
 static LaunchResult Enter(CallContext& c, int stream) {
   RecordingApi api{&c};
-  RecordingKernels kernels{&c};
-  LaunchPlan plan;
-  plan.atomic = c.spec.atomic;
-  plan.prepare = c.spec.prepare;
-  plan.output_bytes = c.spec.empty ? 0 : kOutputBytes;
-  const LaunchResult result = RunSequence(api, stream, plan, AddressOf(c.out), kernels);
+  RecordingLaunches launches{&c};
+  const Sequence sequence = {kOutputBytes, c.list().launches.size(), c.list().first_that_adds};
+  const LaunchResult result = RunSequence(api, stream, sequence, AddressOf(c.buffers[kOut]), launches);
   CheckResult(c, result);
   return result;
 }
 
 // What XLA did with these buffers before, or does with them after the call: the op may rely on nothing.
 static void XlaReuses(CallContext& c, int stream) {
-  c.process->model.Enqueue(stream, {Kind::kXlaWrite,
-                                    -1,
-                                    0,
-                                    {{c.out, Access::kWrite},
-                                     {c.sorted, Access::kWrite},
-                                     {c.prepared, Access::kWrite},
-                                     {c.hidden, Access::kWrite},
-                                     {c.rows, Access::kWrite}}});
+  Work work = {Kind::kXlaWrite, -1, 0, {}};
+  for (BufferName name : {kOut, kSorted, kXRows, kHidden, kRows}) {
+    work.buffers.emplace_back(c.buffers[name], Access::kWrite);
+  }
+  c.process->model.Enqueue(stream, work);
 }
 
 static void XlaReads(CallContext& c, int stream) {
-  if (!c.spec.empty) c.process->model.Enqueue(stream, {Kind::kXlaRead, c.call, 0, {{c.out, Access::kRead}}});
+  if (c.list().launches.empty()) return;
+  c.process->model.Enqueue(stream, {Kind::kXlaRead, c.call, 0, {{c.buffers[kOut], Access::kRead}}});
 }
 
-static std::string Expected(const CallSpec& spec) {
-  if (spec.empty) return "";
-  return std::string(spec.atomic ? "zero " : "") + "sort " + (spec.prepare ? "prepare " : "") + "gemm1 gemm2 " +
-         (spec.atomic ? "" : "combine ");
+static std::vector<Kind> Kinds(const LaunchList& list) {
+  std::vector<Kind> kinds;
+  for (const LaunchSpec& launch : list.launches) kinds.push_back(launch.kind);
+  return kinds;
 }
 
 void EagerCall(Process& process, int thread, const CallSpec& spec, int main_stream) {
@@ -240,10 +245,11 @@ void EagerCall(Process& process, int thread, const CallSpec& spec, int main_stre
   model.CloseCall(c.call);
   if (result.ok()) {
     XlaReads(c, main_stream);
-    std::string kinds;
-    for (Kind kind : model.eager_kinds(c.call)) kinds += std::string(Name(kind)) + " ";
-    if (kinds != Expected(spec)) {
-      model.Violation("order", "an eager call enqueued '" + kinds + "' instead of '" + Expected(spec) + "'");
+    std::vector<Kind> expected = Kinds(c.list());
+    if (c.list().first_that_adds) expected.insert(expected.begin(), Kind::kZero);
+    if (model.eager_kinds(c.call) != expected) {
+      model.Violation("order", "an eager call enqueued '" + Names(model.eager_kinds(c.call)) + "' instead of '" +
+                                   Names(expected) + "'");
     }
   }
   XlaReuses(c, main_stream);
@@ -269,8 +275,8 @@ void CapturedCall(Process& process, int thread, const CallSpec& spec, int main_s
   }
   model.CloseCall(c.call);
   if (!result.ok() || code != 0) return;
-  model.CheckGraph(graph, c.call, spec.atomic, spec.empty);
-  process.topologies[spec.Plan()].insert(model.Topology(graph));
+  model.CheckGraph(graph, c.call, Kinds(c.list()), c.list().first_that_adds);
+  process.topologies[spec.list].insert(model.Topology(graph));
   for (int i = 0; i < spec.replays; ++i) {
     Fibers::Yield();
     XlaReuses(c, main_stream);

@@ -3,8 +3,11 @@
 #ifndef JAX_MOE_FFI_TESTS_LAUNCH_RULE_CALLS_H_
 #define JAX_MOE_FFI_TESTS_LAUNCH_RULE_CALLS_H_
 
+#include <array>
+#include <cstddef>
 #include <map>
 #include <memory>
+#include <optional>
 #include <set>
 #include <string>
 #include <utility>
@@ -17,7 +20,26 @@ namespace launch_rule {
 
 constexpr int kNever = 1 << 20;
 constexpr int kDevices = 2;
-constexpr int kPlans = 8;
+
+// The buffers of one call.
+enum BufferName { kX, kRouting, kOut, kSorted, kXRows, kHidden, kRows, kNumBuffers };
+
+// What a call launches, in order, and what each launch does to which buffer.
+struct LaunchSpec {
+  Kind kind;
+  std::vector<std::pair<BufferName, Access>> buffers;
+};
+
+struct LaunchList {
+  const char* name;
+  std::vector<LaunchSpec> launches;
+  std::optional<std::size_t> first_that_adds;
+};
+
+constexpr int kNumLists = 9;
+extern const std::array<LaunchList, kNumLists> kLists;
+
+enum ListName { kAtomic, kAtomicXRows, kOrdered, kOrderedXRows, kEmptyList, kAddsAtOnce, kAddsFirst, kAddsTwice, kOne };
 
 struct Process {
   explicit Process(Violations* violations) : model(violations) {
@@ -29,18 +51,17 @@ struct Process {
   std::unique_ptr<RecordingApi::Side> module_side;
   std::map<int, RecordingApi::Side> site_sides;
   std::map<std::pair<int, int>, RecordingApi::Side> site_device_sides;
-  std::set<std::string> topologies[kPlans];
+  std::array<std::set<std::string>, kNumLists> topologies;
   long errors = 0;  // calls that met an injected error
 };
 
 struct CallSpec {
   int site = 0, device = 0;
-  bool captured = false, atomic = true, prepare = false, empty = false;
+  int list = kAtomic;
+  bool captured = false;
   int fail_at = kNever;       // the driver call of this op call that fails
   bool keep_failing = false;  // and every later one too
   int replays = 1;
-
-  int Plan() const { return atomic | prepare << 1 | empty << 2; }
 };
 
 // Both leave on record what was broken: in the process's model.

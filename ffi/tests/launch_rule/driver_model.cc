@@ -7,9 +7,15 @@
 namespace launch_rule {
 
 const char* Name(Kind kind) {
-  static const char* const kNames[] = {"zero",    "sort",  "prepare",   "gemm1",   "gemm2",
-                                       "combine", "empty", "xla-write", "xla-read"};
+  static const char* const kNames[] = {"zero",    "sort",   "x_rows", "gemm1",     "gemm2",
+                                       "combine", "finish", "empty",  "xla-write", "xla-read"};
   return kNames[static_cast<int>(kind)];
+}
+
+std::string Names(const std::vector<Kind>& kinds) {
+  std::string names;
+  for (Kind kind : kinds) names += std::string(names.empty() ? "" : " ") + Name(kind);
+  return names;
 }
 
 void Violations::Add(const std::string& rule, const std::string& text) {
@@ -91,19 +97,19 @@ void Model::CheckAccess(int op, int buffer, Access access, int device) {
     // Operations are issued in an order that extends happens-before, so the last ancestor that wrote is the newest.
     if (ordered && touch.access != Access::kRead) writer = touch.op;
   }
-  if (access == Access::kAccumulate) {
-    const bool zeroed = writer >= 0 && ops_[writer].work.kind == Kind::kZero && ops_[writer].work.call == work.call &&
-                        ops_[writer].work.bytes == b.bytes;
-    if (!zeroed) {
-      Violation("zeroed", "gemm2 of " + Who(work.call) + " adds to an output that " +
+  if (access == Access::kAccumulate || access == Access::kAddMore) {
+    const bool own = writer >= 0 && ops_[writer].work.call == work.call;
+    const bool zeroed = own && ops_[writer].work.kind == Kind::kZero && ops_[writer].work.bytes == b.bytes;
+    const bool added_to = own && ops_[writer].work.kind == Kind::kGemm2;
+    if (access == Access::kAccumulate ? !zeroed : !added_to) {
+      Violation("zeroed", std::string(Name(work.kind)) + " of " + Who(work.call) + " adds to an output that " +
                               (writer < 0 ? "nothing wrote"
                                           : std::string(Name(ops_[writer].work.kind)) + " of " +
                                                 Who(ops_[writer].work.call) + " wrote last"));
     }
   }
   if (work.kind == Kind::kXlaRead) {
-    const bool computed = writer >= 0 && ops_[writer].work.call == work.call &&
-                          (ops_[writer].work.kind == Kind::kGemm2 || ops_[writer].work.kind == Kind::kCombine);
+    const bool computed = writer >= 0 && ops_[writer].work.call == work.call && ops_[writer].work.kind != Kind::kZero;
     if (!computed) {
       Violation("zeroed", "the output of " + Who(work.call) + " was last written by " +
                               (writer < 0 ? std::string("nothing") : Name(ops_[writer].work.kind)));
@@ -298,35 +304,53 @@ void Model::CheckJoined(int stream, int call) {
   }
 }
 
-void Model::CheckGraph(int graph, int call, bool atomic, bool empty) {
+void Model::CheckGraph(int graph, int call, const std::vector<Kind>& launches,
+                       std::optional<std::size_t> first_that_adds) {
   const Capture& capture = captures_[graph];
-  int zero = -1, gemm1 = -1, gemm2 = -1, zeroes = 0, mine = 0;
+  std::vector<Kind> kinds;
+  std::vector<int> nodes;  // of the launches
+  int zero = -1, zeroes = 0, mine = 0;
   for (std::size_t i = 0; i < capture.nodes.size(); ++i) {
-    if (capture.nodes[i].work.call != call) continue;
+    const Work& work = capture.nodes[i].work;
+    if (work.call != call) continue;
     ++mine;
-    const Kind kind = capture.nodes[i].work.kind;
-    if (kind == Kind::kZero) zero = static_cast<int>(i), ++zeroes;
-    if (kind == Kind::kGemm1) gemm1 = static_cast<int>(i);
-    if (kind == Kind::kGemm2) gemm2 = static_cast<int>(i);
+    if (work.kind == Kind::kZero) {
+      zero = static_cast<int>(i), ++zeroes;
+    } else {
+      kinds.push_back(work.kind), nodes.push_back(static_cast<int>(i));
+    }
   }
-  if (empty) {
-    if (mine != 1 || zeroes != 0) Violation("empty", Who(call) + " has no tokens and should capture one empty node");
+  if (launches.empty()) {
+    if (mine != 1 || zeroes != 0) Violation("empty", Who(call) + " launches nothing and should capture one empty node");
     return;
   }
-  if (!atomic) {
-    if (zeroes != 0) Violation("ordered-free", Who(call) + " is ordered and zeroes its output");
-    return;
-  }
-  if (zeroes != 1 || gemm1 < 0 || gemm2 < 0) {
-    Violation("zeroed", Who(call) + " captured " + std::to_string(zeroes) + " zeroings");
+  if (kinds != launches) {
+    Violation("order", Who(call) + " captured '" + Names(kinds) + "' instead of '" + Names(launches) + "'");
     return;
   }
   const auto before = [&](int a, int b) { return bool(capture.nodes[b].ancestors[a]); };
-  if (before(zero, gemm1) || before(gemm1, zero)) {
-    Violation("overlap", "the zeroing of " + Who(call) + " is ordered with GEMM1");
+  for (std::size_t i = 1; i < nodes.size(); ++i) {
+    if (!before(nodes[i - 1], nodes[i])) {
+      Violation("joined", std::string(Name(kinds[i])) + " of " + Who(call) + " does not wait for the launch before it");
+    }
   }
-  if (!before(zero, gemm2)) Violation("joined", "GEMM2 of " + Who(call) + " does not wait for the zeroing");
-  if (!before(gemm1, gemm2)) Violation("joined", "GEMM2 of " + Who(call) + " does not wait for GEMM1");
+  if (!first_that_adds) {
+    if (zeroes != 0) Violation("ordered-free", Who(call) + " adds nothing and zeroes its output");
+    return;
+  }
+  if (zeroes != 1) {
+    Violation("zeroed", Who(call) + " captured " + std::to_string(zeroes) + " zeroings");
+    return;
+  }
+  for (std::size_t i = 0; i < nodes.size(); ++i) {
+    if (i >= *first_that_adds) {
+      if (!before(zero, nodes[i])) {
+        Violation("joined", std::string(Name(kinds[i])) + " of " + Who(call) + " does not wait for the zeroing");
+      }
+    } else if (before(zero, nodes[i]) || before(nodes[i], zero)) {
+      Violation("overlap", "the zeroing of " + Who(call) + " is ordered with " + Name(kinds[i]));
+    }
+  }
 }
 
 std::string Model::Topology(int graph) const {

@@ -11,6 +11,7 @@
 #include <bitset>
 #include <cstddef>
 #include <map>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -28,10 +29,12 @@ enum Code {
   kCaptureIsolation = 905,
 };
 
-enum class Kind { kZero, kSort, kPrepare, kGemm1, kGemm2, kCombine, kEmpty, kXlaWrite, kXlaRead };
+enum class Kind { kZero, kSort, kXRows, kGemm1, kGemm2, kCombine, kFinish, kEmpty, kXlaWrite, kXlaRead };
 const char* Name(Kind kind);
+std::string Names(const std::vector<Kind>& kinds);
 
-enum class Access { kRead, kWrite, kAccumulate };
+// kAccumulate: adds to what its own call has zeroed; kAddMore: to what its own call has added to before.
+enum class Access { kRead, kWrite, kAccumulate, kAddMore };
 
 constexpr int kMaxOps = 768;
 using OpSet = std::bitset<kMaxOps>;
@@ -97,7 +100,7 @@ class Model {
 
   // The rules that can be read off a capture: one branch for the zeroing, or none.
   void CheckJoined(int stream, int call);
-  void CheckGraph(int graph, int call, bool atomic, bool empty);
+  void CheckGraph(int graph, int call, const std::vector<Kind>& launches, std::optional<std::size_t> first_that_adds);
   std::string Topology(int graph) const;
   const std::vector<Kind>& eager_kinds(int call) { return eager_kinds_[call]; }
   void Violation(const std::string& rule, const std::string& text) { violations_->Add(rule, text); }

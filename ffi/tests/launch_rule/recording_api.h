@@ -1,4 +1,4 @@
-// What `EnqueueFusedMoe` is instantiated with in these tests: every call becomes an operation of the driver model, can
+// What `Enqueue` is instantiated with in these tests: every call becomes an operation of the driver model, can
 // be told to fail, and is a point at which the scheduler may switch to another thread.
 
 #ifndef JAX_MOE_FFI_TESTS_LAUNCH_RULE_RECORDING_API_H_
@@ -10,7 +10,7 @@
 
 namespace launch_rule {
 
-struct CallContext;  // scenarios.cc
+struct CallContext;  // calls.cc
 
 struct RecordingApi {
   using Stream = int;
@@ -38,19 +38,15 @@ struct RecordingApi {
   int WaitEvent(Stream stream, Event event);
 };
 
-struct RecordingKernels {
+struct RecordingLaunches {
   CallContext* context;
 
-  int Sort(int stream);
-  int Prepare(int stream);
-  int Gemm1(int stream);
-  int Gemm2(int stream);
-  int Combine(int stream);
+  int Launch(int stream, std::size_t index);
 };
 
 // Defined in sequence_under_test.cc, the one file that a mutant recompiles.
-jax_moe::LaunchResult RunSequence(RecordingApi& api, int stream, const jax_moe::LaunchPlan& plan, void* output,
-                                  RecordingKernels& kernels);
+jax_moe::LaunchResult RunSequence(RecordingApi& api, int stream, const jax_moe::Sequence& sequence, void* output,
+                                  RecordingLaunches& launches);
 
 }  // namespace launch_rule
 

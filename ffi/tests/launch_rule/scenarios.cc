@@ -1,14 +1,15 @@
-// Runs `EnqueueFusedMoe` on the driver model: every path alone, then under every interleaving of two threads, then
+// Runs `Enqueue` on the driver model: every path alone, then under every interleaving of two threads, then
 // under random interleavings of up to four. Prints what it ran and which rules were broken, as JSON.
 //
 //   scenarios driver             the driver model itself against what an H200 answered
-//   scenarios paths              each plan, eager and captured, with an error at every step
+//   scenarios paths              each list of launches, eager and captured, with an error at every step
 //   scenarios exhaustive         every schedule of two calls on two threads, switching at every driver call
 //   scenarios random SEED COUNT  seeded schedules of two to four threads with several calls each
 //   scenarios traces             one call site traced again and again at new addresses; prints the topologies
 //
 // The flag --no-errors leaves the injected errors out.
 
+#include <array>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -29,7 +30,7 @@ struct ThreadSpec {
 
 struct Totals {
   long schedules = 0, calls = 0, captured = 0, errors = 0;
-  std::set<std::string> topologies[kPlans];
+  std::array<std::set<std::string>, kNumLists> topologies;
   Violations violations;
 };
 
@@ -56,8 +57,8 @@ static void RunThreads(const std::vector<ThreadSpec>& threads, bool shared_strea
     }
   }
   totals->errors += process.errors;
-  for (int plan = 0; plan < kPlans; ++plan) {
-    totals->topologies[plan].insert(process.topologies[plan].begin(), process.topologies[plan].end());
+  for (int list = 0; list < kNumLists; ++list) {
+    totals->topologies[list].insert(process.topologies[list].begin(), process.topologies[list].end());
   }
 }
 
@@ -140,15 +141,13 @@ static void Driver(Totals* totals) {
 constexpr int kDriverCalls = 12;
 
 static void Paths(bool errors, Totals* totals) {
-  for (int plan = 0; plan < kPlans; ++plan) {
+  for (int list = 0; list < kNumLists; ++list) {
     for (bool captured : {false, true}) {
       for (int fail_at = 0; fail_at <= kDriverCalls; ++fail_at) {
         for (bool keep_failing : {false, true}) {
           CallSpec spec;
+          spec.list = list;
           spec.captured = captured;
-          spec.atomic = plan & 1;
-          spec.prepare = plan & 2;
-          spec.empty = plan & 4;
           if (errors) spec.fail_at = fail_at;
           spec.keep_failing = keep_failing;
           spec.replays = 3;
@@ -188,22 +187,31 @@ static void Exhaustive(bool errors, Totals* totals) {
     bool shared_streams;
   };
   const std::vector<Placement> all = {{0, 0, false}, {0, 0, true}, {0, 1, false}, {1, 0, false}, {1, 1, false}};
-  for (const Placement& place : all) {
-    for (int modes = 0; modes < 4; ++modes) {
-      CallSpec a, b;
-      a.captured = modes & 1;
-      b.captured = modes & 2;
-      b.site = place.site;
-      b.device = place.device;
-      EverySchedule(a, b, place.shared_streams, totals);
-      if (!errors) continue;
-      CallSpec bad = a;
-      for (bad.fail_at = 0; EverySchedule(bad, b, place.shared_streams, totals);) ++bad.fail_at;
+  const std::vector<std::pair<ListName, ListName>> lists = {
+      {kAtomic, kAtomic}, {kAddsAtOnce, kAddsAtOnce}, {kAddsAtOnce, kAtomic}};
+  for (const auto& [list, other_list] : lists) {
+    for (const Placement& place : all) {
+      for (int modes = 0; modes < 4; ++modes) {
+        CallSpec a, b;
+        a.list = list;
+        b.list = other_list;
+        a.captured = modes & 1;
+        b.captured = modes & 2;
+        b.site = place.site;
+        b.device = place.device;
+        EverySchedule(a, b, place.shared_streams, totals);
+        if (!errors) continue;
+        CallSpec bad = a;
+        for (bad.fail_at = 0; EverySchedule(bad, b, place.shared_streams, totals);) ++bad.fail_at;
+      }
     }
   }
 }
 
 static void Random(unsigned seed, long count, bool errors, Totals* totals) {
+  constexpr ListName kOften[] = {kAtomic,       kAtomic,    kAtomic,     kAtomicXRows, kAtomicXRows, kAtomicXRows,
+                                 kAddsTwice,    kAddsTwice, kAddsTwice,  kAddsFirst,   kAddsFirst,   kOrdered,
+                                 kOrderedXRows, kOne,       kAddsAtOnce, kEmptyList};
   std::mt19937 random(seed);
   const auto below = [&random](unsigned n) { return static_cast<int>(random() % n); };
   for (long i = 0; i < count; ++i) {
@@ -215,9 +223,7 @@ static void Random(unsigned seed, long count, bool errors, Totals* totals) {
         spec.site = below(3);
         spec.device = below(kDevices);
         spec.captured = below(2);
-        spec.atomic = below(4) != 0;
-        spec.prepare = below(2);
-        spec.empty = below(16) == 0;
+        spec.list = kOften[below(std::size(kOften))];
         if (errors && below(3) == 0) spec.fail_at = below(9);
         spec.keep_failing = below(4) == 0;
         spec.replays = 1 + below(2);
@@ -231,14 +237,12 @@ static void Random(unsigned seed, long count, bool errors, Totals* totals) {
 }
 
 static void Traces(Totals* totals) {
-  for (int plan = 0; plan < kPlans; ++plan) {
+  for (int list = 0; list < kNumLists; ++list) {
     ThreadSpec thread;
     for (int i = 0; i < 20; ++i) {
       CallSpec spec;
       spec.captured = true;
-      spec.atomic = plan & 1;
-      spec.prepare = plan & 2;
-      spec.empty = plan & 4;
+      spec.list = list;
       thread.calls.push_back(spec);
     }
     Schedule schedule;
@@ -253,19 +257,18 @@ static std::string Quoted(const std::string& text) {
 }
 
 static void Print(Totals& totals) {
-  for (int plan = 0; plan < kPlans; ++plan) {
-    if (totals.topologies[plan].size() > 1) {
-      totals.violations.Add("topology", "one plan was captured as '" + *totals.topologies[plan].begin() + "' and as '" +
-                                            *totals.topologies[plan].rbegin() + "'");
+  for (const std::set<std::string>& topologies : totals.topologies) {
+    if (topologies.size() > 1) {
+      totals.violations.Add(
+          "topology", "one list was captured as '" + *topologies.begin() + "' and as '" + *topologies.rbegin() + "'");
     }
   }
   std::printf("{\"schedules\": %ld, \"calls\": %ld, \"captured\": %ld, \"errors\": %ld,\n \"topologies\": {",
               totals.schedules, totals.calls, totals.captured, totals.errors);
   const char* comma = "";
-  for (int plan = 0; plan < kPlans; ++plan) {
-    if (totals.topologies[plan].empty()) continue;
-    std::printf("%s\"%s%s%s\": %s", comma, plan & 1 ? "atomic" : "ordered", plan & 2 ? "+prepare" : "",
-                plan & 4 ? "+empty" : "", Quoted(*totals.topologies[plan].begin()).c_str());
+  for (int list = 0; list < kNumLists; ++list) {
+    if (totals.topologies[list].empty()) continue;
+    std::printf("%s\"%s\": %s", comma, kLists[list].name, Quoted(*totals.topologies[list].begin()).c_str());
     comma = ", ";
   }
   std::printf("},\n \"violations\": {");

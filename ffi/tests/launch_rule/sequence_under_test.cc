@@ -2,9 +2,9 @@
 
 namespace launch_rule {
 
-jax_moe::LaunchResult RunSequence(RecordingApi& api, int stream, const jax_moe::LaunchPlan& plan, void* output,
-                                  RecordingKernels& kernels) {
-  return jax_moe::EnqueueFusedMoe(api, stream, plan, output, kernels);
+jax_moe::LaunchResult RunSequence(RecordingApi& api, int stream, const jax_moe::Sequence& sequence, void* output,
+                                  RecordingLaunches& launches) {
+  return jax_moe::Enqueue(api, stream, sequence, output, launches);
 }
 
 }  // namespace launch_rule

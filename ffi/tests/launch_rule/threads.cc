@@ -1,4 +1,4 @@
-// `EnqueueFusedMoe` on real threads at once, for the thread sanitizer: each thread has an API object of its own, as
+// `Enqueue` on real threads at once, for the thread sanitizer: each thread has an API object of its own, as
 // each call of the handler has, so whatever two threads could race on would have to be inside the header.
 
 #include <cstdio>
@@ -25,13 +25,9 @@ struct PrivateApi {
   int AddEmptyNode(Stream) { return log += 'E', 0; }
 };
 
-struct PrivateKernels {
+struct PrivateLaunches {
   std::string* log;
-  int Sort(int) { return *log += 's', 0; }
-  int Prepare(int) { return *log += 'p', 0; }
-  int Gemm1(int) { return *log += '1', 0; }
-  int Gemm2(int) { return *log += '2', 0; }
-  int Combine(int) { return *log += 'c', 0; }
+  int Launch(int, std::size_t index) { return *log += static_cast<char>('0' + index), 0; }
 };
 
 long RunThread(int thread) {
@@ -39,17 +35,18 @@ long RunThread(int thread) {
   for (int i = 0; i < kCalls; ++i) {
     PrivateApi api;
     api.capturing = (i + thread) & 1;
-    jax_moe::LaunchPlan plan;
-    plan.atomic = i & 2;
-    plan.prepare = i & 4;
-    plan.output_bytes = 64;
-    PrivateKernels kernels{&api.log};
-    const jax_moe::LaunchResult result = jax_moe::EnqueueFusedMoe(api, thread, plan, &api, kernels);
-    const bool fork = plan.atomic && api.capturing;
-    const std::string want = std::string(fork          ? "Z"
-                                         : plan.atomic ? "z"
-                                                       : "") +
-                             "s" + (plan.prepare ? "p" : "") + "1" + (fork ? "J" : "") + "2" + (plan.atomic ? "" : "c");
+    jax_moe::Sequence sequence;
+    sequence.output_bytes = 64;
+    sequence.num_launches = 3 + i % 3;
+    if (i & 2) sequence.first_that_adds = i % sequence.num_launches;
+    PrivateLaunches launches{&api.log};
+    const jax_moe::LaunchResult result = jax_moe::Enqueue(api, thread, sequence, &api, launches);
+    const bool adds = sequence.first_that_adds.has_value(), fork = adds && api.capturing;
+    std::string want = fork ? "Z" : adds ? "z" : "";
+    for (std::size_t k = 0; k < sequence.num_launches; ++k) {
+      if (fork && k == *sequence.first_that_adds) want += 'J';
+      want += static_cast<char>('0' + k);
+    }
     wrong += !result.ok() || result.forked != fork || api.log != want;
   }
   return wrong;

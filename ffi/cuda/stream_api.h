@@ -1,0 +1,153 @@
+// What launch_sequence.h is instantiated with on a GPU: the driver's streams and graphs, and the launches of a call.
+
+#ifndef JAX_MOE_CUDA_STREAM_API_H_
+#define JAX_MOE_CUDA_STREAM_API_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <string>
+
+#include "cuda/driver.h"
+#include "cuda/program.h"
+#include "decode.h"
+
+namespace jax_moe::cuda {
+
+// The stream API that launch_sequence.h asks for, and a note of the driver call that failed first.
+class StreamApi {
+ public:
+  using Stream = cuda::Stream;
+  using Node = cuda::GraphNode;
+
+  explicit StreamApi(const Driver& driver) : driver_(driver) {}
+
+  const char* failed_call() const { return failed_call_; }
+
+  Result IsCapturing(Stream stream, bool* capturing) {
+    int status = kCaptureNone;
+    const Result result = Check("cuStreamIsCapturing", driver_.cuStreamIsCapturing(stream, &status));
+    *capturing = status == kCaptureActive;
+    if (result != kSuccess || status == kCaptureNone || status == kCaptureActive) return result;
+    return Check("cuStreamIsCapturing", kErrorStreamCaptureInvalidated);
+  }
+
+  Result Zero(Stream stream, void* destination, size_t bytes) {
+    return Check("cuMemsetD8Async", driver_.cuMemsetD8Async(Address(destination), 0, bytes, stream));
+  }
+
+  Result AddZeroNode(Stream stream, void* destination, size_t bytes, Node* node) {
+    Capture capture;
+    if (Result result = GetCapture(stream, &capture)) return result;
+    Context context = nullptr;
+    if (Result result = Check("cuCtxGetCurrent", driver_.cuCtxGetCurrent(&context))) return result;
+    // One row, the only shape of memset that can be updated in an instantiated graph; of words, as H is a multiple
+    // of 16.
+    constexpr unsigned kWord = 4;
+    const MemsetNodeParams params = {Address(destination), 0, 0, kWord, bytes / kWord, 1};
+    return Check("cuGraphAddMemsetNode", driver_.cuGraphAddMemsetNode(node, capture.graph, capture.dependencies,
+                                                                      capture.num_dependencies, &params, context));
+  }
+
+  Result AddDependency(Stream stream, Node node) {
+    return Check("cuStreamUpdateCaptureDependencies",
+                 driver_.cuStreamUpdateCaptureDependencies(stream, &node, 1, kAddCaptureDependencies));
+  }
+
+  Result AddEmptyNode(Stream stream) {
+    Capture capture;
+    if (Result result = GetCapture(stream, &capture)) return result;
+    Node node = nullptr;
+    const Result result =
+        Check("cuGraphAddEmptyNode",
+              driver_.cuGraphAddEmptyNode(&node, capture.graph, capture.dependencies, capture.num_dependencies));
+    if (result != kSuccess) return result;
+    return Check("cuStreamUpdateCaptureDependencies",
+                 driver_.cuStreamUpdateCaptureDependencies(stream, &node, 1, kSetCaptureDependencies));
+  }
+
+  Result Launch(Stream stream, Function function, const cuda::Launch& launch, void** parameters) {
+    LaunchAttribute attributes[2] = {};
+    unsigned num_attributes = 0;
+    if (launch.cluster > 1) {
+      LaunchAttribute& attribute = attributes[num_attributes++];
+      attribute.id = kLaunchClusterDimension;
+      attribute.value.cluster = {launch.cluster, 1, 1};
+    }
+    if (launch.overlap) {
+      LaunchAttribute& attribute = attributes[num_attributes++];
+      attribute.id = kLaunchProgrammaticStreamSerialization;
+      attribute.value.programmatic_stream_serialization = 1;
+    }
+    const LaunchConfig config = {launch.grid,         1,      1,          launch.threads, 1, 1,
+                                 launch.shared_bytes, stream, attributes, num_attributes};
+    return Check("cuLaunchKernelEx", driver_.cuLaunchKernelEx(&config, function, parameters, nullptr));
+  }
+
+  // Writes the graph being captured, as `dot` reads it, to the folder JAX_MOE_GRAPH_DUMP, one file a captured call.
+  void DumpGraph(Stream stream, int64_t number) {
+    static const char* const folder = std::getenv("JAX_MOE_GRAPH_DUMP");
+    Capture capture;
+    if (folder == nullptr || GetCapture(stream, &capture) != kSuccess) return;
+    const std::string path = std::string(folder) + "/fused_moe." + std::to_string(number) + ".dot";
+    constexpr unsigned kVerbose = 1;
+    Check("cuGraphDebugDotPrint", driver_.cuGraphDebugDotPrint(capture.graph, path.c_str(), kVerbose));
+  }
+
+ private:
+  struct Capture {
+    Graph graph = nullptr;
+    const GraphNode* dependencies = nullptr;
+    size_t num_dependencies = 0;
+  };
+
+  static DevicePointer Address(void* pointer) { return reinterpret_cast<DevicePointer>(pointer); }
+
+  Result Check(const char* call, Result result) {
+    if (result != kSuccess && *failed_call_ == '\0') failed_call_ = call;
+    return result;
+  }
+
+  Result GetCapture(Stream stream, Capture* capture) {
+    int status = kCaptureNone;
+    uint64_t id = 0;
+    return Check("cuStreamGetCaptureInfo",
+                 driver_.cuStreamGetCaptureInfo(stream, &status, &id, &capture->graph, &capture->dependencies,
+                                                &capture->num_dependencies));
+  }
+
+  const Driver& driver_;
+  const char* failed_call_ = "";
+};
+
+// The launches of one call with its buffers, as launch_sequence.h asks for them.
+struct CallLaunches {
+  StreamApi& api;
+  const Program& program;
+  const Function* functions;
+  const Operands& operands;
+  const Results& results;
+
+  Result Launch(Stream stream, size_t index) {
+    const cuda::Launch& launch = program.launches()[index];
+    uint64_t values[kMostArguments];
+    void* parameters[kMostArguments];
+    for (size_t i = 0; i < launch.arguments.size(); ++i) {
+      values[i] = Value(launch.arguments[i]);
+      parameters[i] = &values[i];
+    }
+    return api.Launch(stream, functions[index], launch, parameters);
+  }
+
+  // Program::Decode has seen that the buffers are there. Of a scalar the driver reads the low four bytes, of a null
+  // pointer all eight.
+  uint64_t Value(const Argument& argument) const {
+    if (argument.kind == Argument::Kind::kScalar) return argument.value;
+    const auto& buffer = argument.kind == Argument::Kind::kOperand ? operands[argument.value] : results[argument.value];
+    return reinterpret_cast<uint64_t>(buffer->untyped_data());
+  }
+};
+
+}  // namespace jax_moe::cuda
+
+#endif  // JAX_MOE_CUDA_STREAM_API_H_

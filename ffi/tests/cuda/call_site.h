@@ -1,0 +1,133 @@
+// One call of the CUDA handler as XLA would make it, and what the library shows.
+
+#ifndef JAX_MOE_TESTS_CUDA_CALL_SITE_H_
+#define JAX_MOE_TESTS_CUDA_CALL_SITE_H_
+
+#include <sstream>
+
+#include "fake.h"
+
+extern "C" {
+XLA_FFI_Error* JaxMoeFusedMoeCudaInstantiate(XLA_FFI_CallFrame*);
+XLA_FFI_Error* JaxMoeFusedMoeCudaV1Instantiate(XLA_FFI_CallFrame*);
+XLA_FFI_Error* JaxMoeFusedMoeCudaInitialize(XLA_FFI_CallFrame*);
+XLA_FFI_Error* JaxMoeFusedMoeCuda(XLA_FFI_CallFrame*);
+XLA_FFI_Error* JaxMoeFusedMoeCudaNoCapture(XLA_FFI_CallFrame*);
+void JaxMoeCudaCounters(int64_t counters[3]);
+void* JaxMoeCudaTypeId();
+const void* JaxMoeCudaTypeInfo();
+}
+
+namespace jax_moe::cuda::fake {
+
+constexpr int64_t T = 4, K = 2, L = 3, P = 2, H = 32, I = 16;
+
+struct SiteOptions {
+  int64_t tokens = T;
+  bool ordered = false;
+  bool x_rows = false;
+  bool bf16 = true;
+};
+
+// A call as XLA would make it: attributes, operands at addresses 0x1000, 0x2000, ..., results at 0x100000, ...
+struct CallSite {
+  explicit CallSite(const SiteOptions& options) {
+    const int64_t t = options.tokens;
+    operands = {{XLA_FFI_DataType_BF16, {t, H}, 0x1000},
+                {XLA_FFI_DataType_S32, {t, K}, 0x2000},
+                {XLA_FFI_DataType_F32, {t, K}, 0x3000},
+                {XLA_FFI_DataType_S32, {}, 0x4000},
+                {XLA_FFI_DataType_U8, {L, 1, 4608}, 0x5000},
+                {XLA_FFI_DataType_F8E4M3FN, {L, 0}, 0x6000},
+                {XLA_FFI_DataType_F32, {L, P}, 0x7000},
+                {XLA_FFI_DataType_F32, {0}, 0},
+                {XLA_FFI_DataType_F32, {0}, 0},
+                {XLA_FFI_DataType_U8, {L, 2, 4608}, 0xa000},
+                {XLA_FFI_DataType_F8E4M3FN, {L, 0}, 0xb000},
+                {XLA_FFI_DataType_F32, {L}, 0xc000},
+                {XLA_FFI_DataType_F32, {0}, 0},
+                {XLA_FFI_DataType_F32, {0}, 0}};
+    results = {{options.bf16 ? XLA_FFI_DataType_BF16 : XLA_FFI_DataType_F32, {t, H}, 0x100000},
+               {XLA_FFI_DataType_S32, {L + 1}, 0x200000},
+               {XLA_FFI_DataType_BF16, {t * K, I}, 0x300000}};
+    sizes->Set("num_tokens", t)
+        .Set("top_k", K)
+        .Set("local_experts", L)
+        .Set("num_parts", P)
+        .Set("hidden_size", H)
+        .Set("intermediate_size", I)
+        .Set("out_bytes", int64_t{options.bf16 ? 2 : 4});
+    weight_bytes->Set("gate_up.payload", L * 4608)
+        .Set("gate_up.block_scale", int64_t{0})
+        .Set("down.payload", L * 2 * 4608)
+        .Set("down.block_scale", int64_t{0});
+    std::string launches = t == 0 ? "" : options.x_rows ? "sort x_rows gemm1 gemm2" : "sort gemm1 gemm2";
+    if (options.ordered && t != 0) launches += " combine";
+    kernels->SetSizes("workspace_bytes", {(L + 1) * 4, t * K * I * 2})
+        .Set("launches", launches)
+        .Set("adds", options.ordered || t == 0 ? "" : "gemm2");
+    std::istringstream names(launches);
+    for (std::string name; names >> name;) {
+      const bool last = name == (options.ordered ? "combine" : "gemm2");
+      auto kernel = std::make_shared<Attributes>();
+      kernel->Set("image", "image of " + name)
+          .Set("name", name + "_kernel")
+          .Set("grid", int64_t{name == "sort" ? 8 : 132})
+          .Set("threads", int64_t{256})
+          .Set("cluster", int64_t{name == "sort" ? 8 : 1})
+          .Set("shared", int64_t{100000})
+          .Set("overlap", int64_t{name == "gemm1"})
+          .Set("arguments", std::string("operand:0 result:1 null i32:-7") + (last ? " result:0" : ""));
+      kernel_of[name] = kernel;
+    }
+    attributes.Set("precision", "w4a16")
+        .Set("combine", options.ordered ? "ordered" : "atomic")
+        .Set("weight_on", "output")
+        .Set("activation", "swiglu")
+        .Set("alpha", 1.0f)
+        .Set("beta", 0.0f)
+        .Set("limit", 1e30f);
+    context.stream = reinterpret_cast<void*>(uintptr_t{0x5eed});
+  }
+
+  ~CallSite() {
+    if (context.state == nullptr) return;
+    static_cast<const XLA_FFI_TypeInfo*>(JaxMoeCudaTypeInfo())->deleter(context.state);
+  }
+
+  // The attributes, made anew with what a test has changed.
+  Attributes* Changed() {
+    if (kernels == nullptr) return &attributes;
+    for (auto& [name, kernel] : kernel_of) kernels->Set(name, kernel);
+    kernels->Set("sizes", sizes).Set("weight_bytes", weight_bytes);
+    attributes.Set("kernels", kernels);
+    return &attributes;
+  }
+
+  std::string Instantiate(XLA_FFI_Handler* handler = JaxMoeFusedMoeCudaInstantiate) {
+    return Call(handler, XLA_FFI_ExecutionStage_INSTANTIATE, &context, {}, {}, Changed());
+  }
+  std::string Initialize() {
+    return Call(JaxMoeFusedMoeCudaInitialize, XLA_FFI_ExecutionStage_INITIALIZE, &context, operands, results,
+                &attributes);
+  }
+  std::string Execute(XLA_FFI_Handler* handler = JaxMoeFusedMoeCuda) {
+    return Call(handler, XLA_FFI_ExecutionStage_EXECUTE, &context, operands, results, &attributes);
+  }
+  std::string Run() {
+    std::string error = Instantiate();
+    if (error.empty()) error = Initialize();
+    return error.empty() ? Execute() : error;
+  }
+
+  Attributes attributes;
+  std::shared_ptr<Attributes> kernels = std::make_shared<Attributes>(), sizes = std::make_shared<Attributes>(),
+                              weight_bytes = std::make_shared<Attributes>();
+  std::map<std::string, std::shared_ptr<Attributes>> kernel_of;
+  std::vector<Buffer> operands, results;
+  XLA_FFI_ExecutionContext context;
+};
+
+}  // namespace jax_moe::cuda::fake
+
+#endif  // JAX_MOE_TESTS_CUDA_CALL_SITE_H_
