@@ -19,14 +19,14 @@ from gemm_problem import Driver, make_layer, Op, quantise, random_prepared_layer
 from gemm_suites import ACTIVATIONS, CASES, MODES, resolve, shapes, suite_specs, tile, timed
 from gpu_op import floor_seconds
 
-from jax_moe.kernels import compile
+from jax_moe.kernels import cache
 
 
 def build(folder, suites):
     """The suites' kernels as files, compiled (or taken from the cache) as for a call of the op."""
     manifest = {}
     for spec in dict.fromkeys(spec for suite in suites for spec in suite_specs(suite)):
-        kernel = compile.compiled(spec, "sm_90a")
+        kernel = cache.compiled(spec, "sm_90a")
         file = folder / f"{len(manifest)}.cubin"
         file.write_bytes(kernel.image)
         manifest[spec.name] = {"file": file.name, "threads": kernel.threads, "smem": kernel.shared_bytes}

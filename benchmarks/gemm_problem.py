@@ -5,11 +5,13 @@ import dataclasses
 import json
 import types
 
-from gemm_suites import common_plan, gemm1, gemm2, specs
+from gemm_suites import gemm1, gemm2, specs
 
 import jax_moe
 from jax_moe import nvfp4
-from jax_moe.kernels.sm90 import layout
+from jax_moe.kernels import tiling
+from jax_moe.kernels.device.constants import WORK_COUNTERS
+from jax_moe.kernels.sm90.device import weight_block
 
 
 class Driver:
@@ -62,14 +64,14 @@ def tile_map(torch, ids, weights, L, N):
     """What sort writes, by torch; ids [T, K] int32, local ones in [0, L)."""
     T, K = ids.shape
     R = T * K
-    tiles = common_plan.max_tiles(R, L, N)
+    tiles = tiling.max_tiles(R, L, N)
     flat = ids.flatten().long()
     local = (flat >= 0) & (flat < L)
     key = torch.where(local, flat, torch.full_like(flat, L))
     order = torch.sort(key, stable=True).indices
     counts = torch.bincount(key, minlength=L + 1)[:L]
     tile_counts = (counts + N - 1) // N
-    starts = torch.zeros(L + 1 + specs.WORK_COUNTERS, dtype=torch.long, device=ids.device)
+    starts = torch.zeros(L + 1 + WORK_COUNTERS, dtype=torch.long, device=ids.device)
     starts[1 : L + 1] = tile_counts.cumsum(0)
     first_row = torch.zeros(L + 1, dtype=torch.long, device=ids.device)
     first_row[1:] = counts.cumsum(0)
@@ -159,17 +161,17 @@ def random_prepared_layer(torch, L, P, H, inner, seed):
     g = torch.Generator("cuda").manual_seed(seed)
 
     def projection(lead, rows, columns):
-        row_blocks, k_blocks = -(-rows // layout.BLOCK_ROWS), -(-columns // layout.BLOCK_K)
-        payload = torch.empty((L, row_blocks, k_blocks, layout.BLOCK_BYTES), dtype=torch.uint8, device="cuda")
+        row_blocks, k_blocks = -(-rows // weight_block.BLOCK_ROWS), -(-columns // weight_block.BLOCK_K)
+        payload = torch.empty((L, row_blocks, k_blocks, weight_block.BLOCK_BYTES), dtype=torch.uint8, device="cuda")
         for e in range(L):
             payload[e].random_(0, 256, generator=g)
             scales = torch.randint(
-                16 * 8, 25 * 8, (row_blocks, k_blocks, layout.SCALE_BYTES // 4, 4), generator=g, device="cuda"
+                16 * 8, 25 * 8, (row_blocks, k_blocks, weight_block.SCALE_BYTES // 4, 4), generator=g, device="cuda"
             )
             word = scales[..., 0] | scales[..., 2] << 8 | scales[..., 1] << 16 | scales[..., 3] << 24
             word = (word << 4 | word >> 28) & 0xFFFFFFFF
             parts = torch.stack([word >> 8 * i & 0xFF for i in range(4)], -1).to(torch.uint8)
-            payload[e, ..., layout.CODE_BYTES :] = parts.flatten(-2)
+            payload[e, ..., weight_block.CODE_BYTES :] = parts.flatten(-2)
         global_scale = torch.full(lead, 0.1 / columns**0.5, device="cuda")
         input_scale = torch.full(() if len(lead) == 2 else lead, 0.002, device="cuda")
         return types.SimpleNamespace(payload=payload, global_scale=global_scale, input_scale=input_scale, bias=None)
@@ -215,70 +217,37 @@ class Op:
         self.x_rows = quantise(x, layer.gate_up.input_scale) if self.w4a4 and layer.dense else x
         self.offset = torch.zeros(1, dtype=torch.int32, device="cuda")
 
-    def _launch_gemm(self, spec, *arguments):
-        self.map["expert_tiles"][self.layer.L + 1 :].zero_()  # the work counters; the sort's work, about 1 us
-        self.driver.launch(spec.name, self.driver.sms * spec.tile.ctas_per_sm, *arguments)
+    def _launch(self, spec, grid, **arguments):
+        self.driver.launch(spec.name, grid, *(arguments[name] for name in spec.parameters))
+
+    def _launch_gemm(self, spec, projection, **arguments):
+        tiles, layer = self.map, self.layer
+        tiles["expert_tiles"][layer.L + 1 :].zero_()  # the work counters; the sort's work, about 1 us
+        self._launch(
+            spec, self.driver.sms * spec.config.ctas_per_sm,
+            **{name: tiles[name] for name in ("row_route", "row_weight", "tile_expert", "expert_tiles")},
+            payload=projection.payload, global_scale=projection.global_scale,
+            input_scale=projection.input_scale if self.w4a4 else None, bias=projection.bias if self.bias else None,
+            m_blocks=projection.payload.shape[1], k_blocks=projection.payload.shape[2],
+            hidden_size=layer.H, local_experts=layer.L, h=self.h, **arguments,
+        )  # fmt: skip
 
     def run1(self):
-        layer, tiles = self.layer, self.map
-        g = layer.gate_up
+        scale = self.layer.down.input_scale if self.w4a4 else None
         self._launch_gemm(
-            self.s1,
-            self.x_rows,
-            tiles["row_route"],
-            tiles["tile_expert"],
-            tiles["expert_tiles"],
-            g.payload,
-            g.global_scale,
-            g.input_scale if self.w4a4 else None,
-            g.bias if self.bias else None,
-            layer.down.input_scale if self.w4a4 else None,
-            self.h,
-            layer.H,
-            self.K,
-            layer.L,
-            g.payload.shape[1],
-            g.payload.shape[2],
-        )
+            self.s1, self.layer.gate_up, x=self.x_rows, down_input_scale=scale, row_divisor=self.K
+        )  # fmt: skip
 
     def run2(self):
-        layer, tiles = self.layer, self.map
-        d = layer.down
         target, divisor = (self.out, self.K) if self.combine == "atomic" else (self.contributions, 1)
-        self._launch_gemm(
-            self.s2,
-            self.h,
-            tiles["row_route"],
-            tiles["row_weight"],
-            tiles["tile_expert"],
-            tiles["expert_tiles"],
-            d.payload,
-            d.global_scale,
-            d.input_scale if self.w4a4 else None,
-            d.bias if self.bias else None,
-            target,
-            layer.H,
-            divisor,
-            layer.L,
-            d.payload.shape[1],
-            d.payload.shape[2],
-            self.I_blocks,
-        )
+        self._launch_gemm(self.s2, self.layer.down, out=target, row_divisor=divisor, h_blocks=self.I_blocks)
 
     def run3(self):
-        layer = self.layer
-        self.driver.launch(
-            self.s3.name,
-            self.s3.grid(self.T, layer.H),
-            self.contributions,
-            self.ids,
-            self.offset,
-            self.out,
-            self.T,
-            self.K,
-            layer.H,
-            layer.L,
-        )
+        self._launch(
+            self.s3, self.s3.grid(self.T, self.layer.H), contributions=self.contributions, expert_ids=self.ids,
+            expert_offset=self.offset, out=self.out, num_tokens=self.T, top_k=self.K, hidden_size=self.layer.H,
+            local_experts=self.layer.L,
+        )  # fmt: skip
 
     def run(self):
         if self.combine == "atomic":

@@ -5,8 +5,9 @@ import re
 
 from jax_moe import shapes
 from jax_moe.kernels import specs
-from jax_moe.kernels.common import plan as common_plan
-from jax_moe.kernels.sm90 import plan
+from jax_moe.kernels.sm90.program import best_config
+from jax_moe.kernels.sm90.specs import Gemm1Spec, Gemm2Spec, with_most_stages
+from jax_moe.kernels.sm90.target import SM90
 
 INF = math.inf
 
@@ -19,7 +20,7 @@ def tile(text):
     *numbers, limit, widths = found.groups()
     token_tile, *others = map(int, numbers)
     widths = (*map(int, widths.split("w")[1:]), token_tile)
-    return plan.with_most_stages(widths, *others, *([int(limit)] if limit else []))
+    return with_most_stages(widths, *others, *([int(limit)] if limit else []))
 
 
 CHECK_TILES = [
@@ -52,7 +53,7 @@ CASES = [
     ]
 ]
 TIMED = {1: ["auto"], 8: ["auto"], 32: ["auto"], 128: ["auto"], 512: ["auto"], 2048: ["auto"], 8192: ["auto"]}
-"""T: the tiles to time, "auto" being what plan.py picks."""
+"""T: the tiles to time, "auto" being what a call would choose."""
 
 
 MODES = [("w4a16", "atomic"), ("w4a4", "atomic"), ("w4a16", "ordered")]  # only the first for other tiles than the first
@@ -63,7 +64,7 @@ def resolve(text, model, T):
     if text != "auto":
         return tile(text)
     shape = shapes.MODELS[model]
-    return plan.best_tile(T, shape.top_k, shape.num_experts)
+    return best_config(SM90.cards[0].costs, T, shape.top_k, shape.num_experts)
 
 
 def timed(suite):
@@ -73,12 +74,12 @@ def timed(suite):
 
 
 def gemm1(t, precision, activation, bias):
-    kind, *parameters = activation
-    return common_plan.Gemm1Spec(t, precision, kind, kind != "relu2", *parameters, bias)
+    kind, alpha, beta, limit = activation
+    return Gemm1Spec(t, precision, kind, kind != "relu2", alpha, beta, limit, bias)
 
 
 def gemm2(t, precision, bias, combine, out):
-    return common_plan.Gemm2Spec(t, precision, combine, out if combine == "atomic" else "float32", bias)
+    return Gemm2Spec(t, precision, combine, out if combine == "atomic" else "float32", bias)
 
 
 def suite_specs(suite):

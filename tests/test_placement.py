@@ -14,7 +14,7 @@ import pytest
 
 import jax_moe
 from jax_moe import placement, quantize
-from jax_moe.kernels.sm90 import layout
+from jax_moe.kernels.sm90.device import weight_block
 
 prepare_module = importlib.import_module("jax_moe.prepare")  # jax_moe.prepare is the function
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
@@ -150,7 +150,7 @@ def test_each_slice_is_prepared_as_if_it_were_the_whole(intermediate, slices, ac
             assert getattr(prepared, name).block_scale is None
         helpers.assert_bit_equal(prepared.gate_up.bias.addressable_shards[number].data, expected.gate_up.bias)
         # Whole tiles of gate_up and of down are the same part of I: a device's h is what its down weights read.
-        assert expected.down.payload.shape[2] * layout.BLOCK_K == padded
+        assert expected.down.payload.shape[2] * weight_block.BLOCK_K == padded
 
 
 def test_unprepare_refuses_another_size():

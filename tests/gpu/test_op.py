@@ -12,7 +12,7 @@ import pytest
 import statement
 
 import jax_moe
-from jax_moe.kernels.sm90 import plan
+from jax_moe.kernels.sm90 import program
 
 _CAPTURE = {"xla_gpu_graph_min_graph_size": 1}
 _EAGER = {"xla_gpu_enable_command_buffer": ""}
@@ -126,10 +126,10 @@ def test_every_size_of_batch(poison, tokens):
 
 @pytest.mark.parametrize("precision", ["w4a16", "w4a4"])
 @pytest.mark.parametrize("tokens", [11, 300])
-@pytest.mark.parametrize("tile", plan.TILES, ids=lambda tile: tile.name)
-def test_every_tile(poison, monkeypatch, tile, tokens, precision):
-    """Whatever the plan would pick; experts have several tiles or few rows, stages a rest, blocks several units."""
-    monkeypatch.setattr(plan, "best_tile", lambda *_: tile)
+@pytest.mark.parametrize("config", program.CONFIGS, ids=lambda config: config.name)
+def test_every_config(poison, monkeypatch, config, tokens, precision):
+    """Whatever would be chosen; experts have several tiles or few rows, stages a rest, CTAs several units."""
+    monkeypatch.setattr(program, "best_config", lambda *_: config)
     case = helpers.make_case(tokens, tokens=tokens, hidden=528, intermediate=304, num_experts=24, top_k=4,
                              precision=precision)  # fmt: skip
     poison(1)

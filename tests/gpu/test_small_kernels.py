@@ -5,12 +5,12 @@ import dataclasses
 import calls
 import jax
 import jax.numpy as jnp
-from jax_moe.kernels.common import plan
 import numpy as np
 import pytest
 
 from jax_moe import nvfp4
-from jax_moe.kernels import compile as kernels, specs
+from jax_moe.kernels import cache, specs, tiling
+from jax_moe.kernels.device.constants import WORK_COUNTERS
 
 TARGET = "sm_90a"
 
@@ -50,7 +50,7 @@ SORT_CASES = [
     SortCase(8192, 16, 512, 128, "hostile", 100),
     SortCase(8191, 2, 8, 128, "skewed", weighted=False),
 ]
-ROWS_SPECS = [specs.RowsSpec(True, False), specs.RowsSpec(True, True), specs.RowsSpec(False, True)]
+ROWS_SPECS = [specs.XRowsSpec(True, False), specs.XRowsSpec(True, True), specs.XRowsSpec(False, True)]
 
 
 def _ids(case: SortCase, rng) -> np.ndarray:
@@ -84,10 +84,9 @@ def _expected(case: SortCase, ids: np.ndarray):
 
 
 def _kernel_step(spec, arguments: str, grid: int) -> dict:
-    kernel = kernels.compiled(spec, TARGET)
-    cluster = getattr(spec, "cluster", 1)
+    kernel = cache.compiled(spec, TARGET)
     return calls.step(
-        kernel.image, kernel.symbol, arguments, grid=grid, threads=kernel.threads, cluster=cluster,
+        kernel.image, kernel.symbol, arguments, grid=grid, threads=kernel.threads, cluster=spec.cluster,
         shared=kernel.shared_bytes,
     )  # fmt: skip
 
@@ -101,11 +100,11 @@ def _takes_out(build_folder) -> dict:
 def test_sort(build_folder, poison, case):
     rng = np.random.default_rng(case.tokens)
     routes = case.tokens * case.top_k
-    max_tiles = plan.max_tiles(routes, case.num_experts, case.token_tile)
+    max_tiles = tiling.max_tiles(routes, case.num_experts, case.token_tile)
     arguments = f"operand:1 operand:2 operand:3 result:1 result:2 result:3 result:4 result:5 i32:{routes}"
-    steps = {"sort": _kernel_step(case.spec, arguments, case.spec.grid), "out": _takes_out(build_folder)}
+    steps = {"sort": _kernel_step(case.spec, arguments, case.spec.cluster), "out": _takes_out(build_folder)}
     workspaces = [
-        jax.ShapeDtypeStruct((case.num_experts + 1 + specs.WORK_COUNTERS,), jnp.int32),
+        jax.ShapeDtypeStruct((case.num_experts + 1 + WORK_COUNTERS,), jnp.int32),
         jax.ShapeDtypeStruct((max_tiles,), jnp.int32),
         jax.ShapeDtypeStruct((max_tiles * case.token_tile,), jnp.int32),
         jax.ShapeDtypeStruct((max_tiles * case.token_tile,), jnp.float32),
@@ -125,7 +124,7 @@ def test_sort(build_folder, poison, case):
         starts, experts, rows = _expected(case, ids)
         poison(0.25)
         _, got_starts, got_experts, got_rows, got_weights, _ = map(np.asarray, sort(ids, weights))
-        np.testing.assert_array_equal(got_starts, np.append(starts, [0] * specs.WORK_COUNTERS))
+        np.testing.assert_array_equal(got_starts, np.append(starts, [0] * WORK_COUNTERS))
         np.testing.assert_array_equal(got_experts[: len(experts)], experts)
         np.testing.assert_array_equal(got_rows[: len(rows)], rows)
         filled = rows >= 0
