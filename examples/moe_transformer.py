@@ -25,7 +25,7 @@ from jax.typing import ArrayLike
 import numpy as np
 
 import jax_moe
-from jax_moe.plan import Precision
+from jax_moe.problem import Precision
 from jax_moe.progress import track
 
 

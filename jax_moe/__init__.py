@@ -8,8 +8,8 @@ from jax_moe.ffi import export_checks as export_checks
 from jax_moe.layers import HashRouter as HashRouter, Router as Router, SharedExpert as SharedExpert
 from jax_moe.moe import fused_moe as fused_moe
 from jax_moe.parallel import expert_shardings as expert_shardings, sharded_moe as sharded_moe
-from jax_moe.plan import Combine as Combine, Precision as Precision, WeightOn as WeightOn
-from jax_moe.prepare import prepare as prepare, unprepare as unprepare
+from jax_moe.preparation import prepare as prepare, unprepare as unprepare
+from jax_moe.problem import Combine as Combine, Precision as Precision, WeightOn as WeightOn
 from jax_moe.quantize import calibrate as calibrate, quantize_experts as quantize_experts
 from jax_moe.routing import (
     DeepSeekV2 as DeepSeekV2,

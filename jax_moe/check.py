@@ -8,26 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_moe import activations, arguments, nvfp4, plan
-from jax_moe.experts import CANONICAL, Experts, Projection, SM_90A
-from jax_moe.kernels.sm90 import layout
+from jax_moe import activations, arguments, layouts, nvfp4
+from jax_moe.experts import Experts, Projection
+from jax_moe.operands import expert_operands
+from jax_moe.problem import Combine, Options, OUT_DTYPES, Precision, Problem, WeightOn
 from jax_moe.routing import Routing
 
 
-def check(
-    x,
-    experts,
-    routing,
-    *,
-    activation,
-    precision,
-    combine,
-    weight_on,
-    expert_offset,
-    num_experts,
-    out_dtype,
-    command_buffer,
-) -> plan.Problem:
+def check(x, experts, routing, options: Options, *, expert_offset, num_experts) -> Problem:
     """Checks the arguments of :func:`jax_moe.fused_moe` and returns what is static about them.
 
     Raises:
@@ -35,13 +23,7 @@ def check(
     """
     arguments.instance("experts", experts, Experts)
     arguments.instance("routing", routing, Routing)
-    arguments.instance("activation", activation, activations.Activation)
-    _check_activation(activation)
-    arguments.choice("precision", precision, plan.Precision)
-    arguments.choice("combine", combine, plan.Combine)
-    arguments.choice("weight_on", weight_on, plan.WeightOn)
-    arguments.instance("command_buffer", command_buffer, bool)
-    out_dtype = arguments.dtype("out_dtype", out_dtype, plan.OUT_DTYPES)
+    options = _check_options(options)
 
     *leading, hidden = arguments.array("x", x, jnp.bfloat16, ("...", "H"))
     *routed, slots = arguments.array("routing.expert_ids", routing.expert_ids, jnp.int32, ("...", "K"))
@@ -58,8 +40,8 @@ def check(
     elif not 0 <= arguments.integer("expert_offset", expert_offset) < 2**31:
         raise ValueError(f"expert_offset: got {expert_offset}, needs 0 <= expert_offset < 2**31")
 
-    local_experts, intermediate = _check_experts(experts, hidden, activation)
-    if precision == "w4a4":
+    local_experts, intermediate = _check_experts(experts, hidden, options.activation)
+    if options.precision == "w4a4":
         for name, projection in (("gate_up", experts.gate_up), ("down", experts.down)):
             if projection.input_scale is None:
                 raise ValueError(
@@ -72,20 +54,16 @@ def check(
         if num_experts < first + local_experts:
             needs = f"L = {local_experts}" + (f" after expert_offset = {first}" if first else "")
             raise ValueError(f"num_experts: got {num_experts}, needs at least {needs}")
-    return plan.Problem(
+    return Problem(
+        **vars(options),
         num_tokens=math.prod(leading),
         top_k=slots,
-        num_experts=local_experts,
+        local_experts=local_experts,
+        num_experts=num_experts,
         hidden_size=hidden,
         intermediate_size=intermediate,
-        activation=activation,
-        precision=precision,
-        combine=combine,
-        weight_on=weight_on,
-        out_dtype=out_dtype,
         layout=experts.layout,
-        command_buffer=command_buffer,
-        total_experts=num_experts,
+        absent=tuple(name for name, leaf in expert_operands(experts).items() if leaf is None),
     )
 
 
@@ -93,6 +71,17 @@ def flatten(x: jax.Array, routing: Routing) -> tuple[jax.Array, Routing]:
     """``[T, H]`` and leaves ``[T, K]`` of arrays that passed :func:`check`: every leading axis is one of tokens."""
     num_tokens = math.prod(x.shape[:-1])
     return jax.tree.map(lambda array: array.reshape(num_tokens, array.shape[-1]), (x, routing))
+
+
+def _check_options(options: Options) -> Options:
+    """The same, with ``out_dtype`` as a NumPy dtype."""
+    arguments.instance("activation", options.activation, activations.Activation)
+    _check_activation(options.activation)
+    arguments.choice("precision", options.precision, Precision)
+    arguments.choice("combine", options.combine, Combine)
+    arguments.choice("weight_on", options.weight_on, WeightOn)
+    arguments.instance("command_buffer", options.command_buffer, bool)
+    return dataclasses.replace(options, out_dtype=arguments.dtype("out_dtype", options.out_dtype, OUT_DTYPES))
 
 
 def _check_activation(activation: activations.Activation) -> None:
@@ -125,71 +114,4 @@ def _check_experts(experts: Experts, hidden: int, activation: activations.Activa
         )
     if local_experts == 0:
         raise ValueError("experts: got no expert, needs at least one")
-    if experts.layout == CANONICAL:
-        intermediate = _check_canonical(experts, hidden, (local_experts, parts))
-    elif experts.layout == SM_90A:
-        intermediate = _check_prepared(experts, hidden, (local_experts, parts))
-    else:
-        raise ValueError(f"experts.layout: got {experts.layout!r}, needs {CANONICAL!r} or {SM_90A!r}")
-    return local_experts, intermediate
-
-
-def _check_canonical(experts: Experts, hidden: int, lead: tuple[int, int]) -> int:
-    _, _, intermediate, packed = arguments.array(
-        "experts.gate_up.payload", experts.gate_up.payload, None, (*lead, "I", "H/2")
-    )
-    stored = packed if experts.gate_up.payload.dtype == jnp.float4_e2m1fn else 2 * packed
-    if stored != hidden and getattr(experts.down.payload, "shape", ())[-2:-1] == (stored,):
-        raise ValueError(f"x: got H = {hidden}, the experts have H = {stored}")
-    if intermediate == 0 or intermediate % nvfp4.BLOCK_SIZE:
-        raise ValueError(f"experts: got I = {intermediate}, needs a positive multiple of {nvfp4.BLOCK_SIZE}")
-    for name, projection, rows, contraction in (
-        ("experts.gate_up", experts.gate_up, intermediate, hidden),
-        ("experts.down", experts.down, hidden, intermediate),
-    ):
-        axes = lead if projection is experts.gate_up else lead[:1]
-        is_float4 = projection.payload.dtype == jnp.float4_e2m1fn
-        payload_type = (jnp.float4_e2m1fn, contraction) if is_float4 else (jnp.uint8, contraction // 2)
-        arguments.array(f"{name}.payload", projection.payload, payload_type[0], (*axes, rows, payload_type[1]))
-        blocks = contraction // nvfp4.BLOCK_SIZE
-        arguments.array(f"{name}.block_scale", projection.block_scale, jnp.float8_e4m3fn, (*axes, rows, blocks))
-    _check_scalars(experts, lead, gate_up_rows=intermediate, down_rows=hidden)
-    return intermediate
-
-
-def _check_prepared(experts: Experts, hidden: int, lead: tuple[int, int]) -> int:
-    """The layout of ``jax_moe/kernels/sm90/layout.py``: whole blocks, with their scales inside."""
-    local_experts, parts = lead
-    row_blocks, column_blocks = (-(-hidden // size) for size in (layout.BLOCK_ROWS, layout.BLOCK_K))
-    _, gate_up_blocks, _, _ = arguments.array(
-        "experts.gate_up.payload", experts.gate_up.payload, jnp.uint8,
-        (local_experts, "I blocks", column_blocks, layout.BLOCK_BYTES),
-    )  # fmt: skip
-    padded = gate_up_blocks * layout.BLOCK_ROWS // parts
-    _, _, down_blocks, _ = arguments.array(
-        "experts.down.payload", experts.down.payload, jnp.uint8,
-        (local_experts, row_blocks, "I blocks", layout.BLOCK_BYTES),
-    )  # fmt: skip
-    intermediate = down_blocks * layout.BLOCK_K
-    if gate_up_blocks == 0 or not 0 <= padded - intermediate < layout.BLOCK_ROWS // parts:
-        raise ValueError(
-            f"experts.down.payload: got {down_blocks} blocks of I, which does not fit gate_up's {gate_up_blocks}"
-        )
-    for name, projection in (("experts.gate_up", experts.gate_up), ("experts.down", experts.down)):
-        if projection.block_scale is not None:
-            raise ValueError(f"{name}.block_scale: got an array, needs None: {SM_90A!r} has the scales in the payload")
-    _check_scalars(experts, lead, gate_up_rows=padded, down_rows=hidden)
-    return intermediate
-
-
-def _check_scalars(experts: Experts, lead: tuple[int, int], gate_up_rows: int, down_rows: int) -> None:
-    """The leaves that every layout has: global scales, input scales and biases."""
-    for name, projection, axes, rows, input_scale_shape in (
-        ("experts.gate_up", experts.gate_up, lead, gate_up_rows, ()),
-        ("experts.down", experts.down, lead[:1], down_rows, lead[:1]),
-    ):
-        arguments.array(f"{name}.global_scale", projection.global_scale, jnp.float32, axes)
-        if projection.input_scale is not None:
-            arguments.array(f"{name}.input_scale", projection.input_scale, jnp.float32, input_scale_shape)
-        if projection.bias is not None:
-            arguments.array(f"{name}.bias", projection.bias, jnp.float32, (*axes, rows))
+    return local_experts, layouts.get(experts.layout).check(experts, hidden, (local_experts, parts))

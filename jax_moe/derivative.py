@@ -8,18 +8,19 @@ the op, in float32.
 """
 
 import functools
-from typing import Any
 
 import jax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 import jax.numpy as jnp
 
-from jax_moe import ffi, moe, plan, reference
+from jax_moe import ffi, moe, reference
 from jax_moe.experts import CANONICAL, Experts, Projection
-from jax_moe.prepare import unprepare
+from jax_moe.operands import fill, OPERANDS
+from jax_moe.preparation import unprepare
+from jax_moe.problem import Problem
 
-_X, _WEIGHTS = 0, 2  # positions among the operands of the op
+_X, _WEIGHTS = map(OPERANDS.index, ("x", "routing_weights"))
 
 derivative_p = Primitive("jax_moe_fused_moe_derivative")
 """``[dy] = derivative_p.bind(*operands, dx, dweights, problem=..., transposed=False)``, and
@@ -27,7 +28,7 @@ derivative_p = Primitive("jax_moe_fused_moe_derivative")
 derivative_p.multiple_results = True
 
 
-def jvp(primals, tangents, *, problem: plan.Problem):
+def jvp(primals, tangents, *, problem: Problem):
     """The rule of ``ffi.fused_moe_p``.
 
     Raises:
@@ -50,15 +51,15 @@ def _refuse_others(tangents, active) -> None:
 
 
 @derivative_p.def_abstract_eval
-def _result_types(*operands, problem: plan.Problem, transposed: bool):
+def _result_types(*operands, problem: Problem, transposed: bool):
     x, weights = operands[_X], operands[_WEIGHTS]
     # update() keeps what shard_map knows of them: over which mesh axes they vary.
     return [x.update(), weights.update()] if transposed else [x.update(dtype=problem.out_dtype)]
 
 
-def _apply(*operands, problem: plan.Problem, transposed: bool, max_tiles: int | None = None):
+def _apply(*operands, problem: Problem, transposed: bool, max_tiles: int | None = None):
     """The linear map. ``max_tiles`` makes the number of tiles static, so that JAX can differentiate this in turn."""
-    x, expert_ids, weights, offset, *weight_operands = _all_operands(operands[: problem.num_operands], problem)
+    x, expert_ids, weights, offset, *weight_operands = fill(operands[: problem.num_operands], problem.absent, None)
     linear = operands[problem.num_operands :]
     if problem.num_tokens == 0:
         return [jnp.zeros_like(x), jnp.zeros_like(weights)] if transposed else [x.astype(problem.out_dtype)]
@@ -89,7 +90,7 @@ def _apply(*operands, problem: plan.Problem, transposed: bool, max_tiles: int | 
     return [totals[0].astype(problem.out_dtype)]
 
 
-def _contribution(expert: Experts, problem: plan.Problem, x: jax.Array, weights: jax.Array) -> jax.Array:
+def _contribution(expert: Experts, problem: Problem, x: jax.Array, weights: jax.Array) -> jax.Array:
     """float32 ``[R, H]``: what rows ``[R, H]`` with weights ``[R]``, all of one expert, add to the output."""
     mlp = functools.partial(reference.expert_mlp, activation=problem.activation, precision=problem.precision)
     if problem.weight_on == "input":
@@ -97,13 +98,7 @@ def _contribution(expert: Experts, problem: plan.Problem, x: jax.Array, weights:
     return weights[:, None] * mlp(x, expert, 0)
 
 
-def _all_operands(operands, problem: plan.Problem) -> list[Any]:
-    """The 14 operands of the op: None for those that are not given."""
-    given = iter(operands)
-    return [None if place in problem.absent else next(given) for place in range(plan.NUM_OPERANDS)]
-
-
-def _one_expert(operands, expert: jax.Array, problem: plan.Problem) -> Experts:
+def _one_expert(operands, expert: jax.Array, problem: Problem) -> Experts:
     """Canonical experts, of which there is one, from the ten weight operands."""
 
     def select(leaf):
@@ -122,23 +117,23 @@ def _one_expert(operands, expert: jax.Array, problem: plan.Problem) -> Experts:
     return unprepare(experts, problem.hidden_size, problem.intermediate_size)
 
 
-def _tiles(expert_ids: jax.Array, offset: jax.Array, problem: plan.Problem):
+def _tiles(expert_ids: jax.Array, offset: jax.Array, problem: Problem):
     """How many tiles the routes to local experts make, and a function of a tile's number: its expert and its routes.
 
     Routes are numbers ``[R]`` in 0 .. T*K - 1, or T*K in the rows of a tile that has no more.
     """
     ids, rows = expert_ids.reshape(-1), _rows_of_a_tile(problem)
     local = ids - offset  # may wrap for an id that does not exist
-    is_local = (ids >= offset) & (local >= 0) & (local < problem.num_experts)
-    local = jnp.where(is_local, local, problem.num_experts)
+    is_local = (ids >= offset) & (local >= 0) & (local < problem.local_experts)
+    local = jnp.where(is_local, local, problem.local_experts)
     order = jnp.argsort(local)
-    counts = jnp.zeros(problem.num_experts, jnp.int32).at[local].add(1, mode="drop")
+    counts = jnp.zeros(problem.local_experts, jnp.int32).at[local].add(1, mode="drop")
     starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(counts, dtype=jnp.int32)])
     tiles = -(-counts // rows)
     ends = jnp.cumsum(tiles, dtype=jnp.int32)
 
     def tile(index):
-        expert = jnp.minimum(jnp.searchsorted(ends, index, side="right"), problem.num_experts - 1)
+        expert = jnp.minimum(jnp.searchsorted(ends, index, side="right"), problem.local_experts - 1)
         first = starts[expert] + (index - ends[expert] + tiles[expert]) * rows
         places = first + jnp.arange(rows, dtype=jnp.int32)
         routes = order.at[places].get(mode="clip")
@@ -147,19 +142,19 @@ def _tiles(expert_ids: jax.Array, offset: jax.Array, problem: plan.Problem):
     return ends[-1], tile
 
 
-def _rows_of_a_tile(problem: plan.Problem) -> int:
+def _rows_of_a_tile(problem: Problem) -> int:
     """About the routes that an expert has: then tiles are padded to twice the routes at most."""
     if not isinstance(problem.num_routes, int):  # exported for any T
         return 64
-    mean = problem.num_routes // (problem.total_experts or problem.num_experts)
+    mean = problem.num_routes // (problem.num_experts or problem.local_experts)
     return min(max(1 << mean.bit_length(), 8), 128)
 
 
-def _second_jvp(primals, tangents, *, problem: plan.Problem, transposed: bool):
+def _second_jvp(primals, tangents, *, problem: Problem, transposed: bool):
     """The derivative of the linear map, which is not linear in x and the weights."""
     active = [_X, _WEIGHTS, *range(problem.num_operands, len(primals))]
     _refuse_others(tangents, active)
-    max_tiles = problem.num_routes // _rows_of_a_tile(problem) + problem.num_experts
+    max_tiles = problem.num_routes // _rows_of_a_tile(problem) + problem.local_experts
 
     def apply(*values):
         operands = list(primals)
@@ -170,7 +165,7 @@ def _second_jvp(primals, tangents, *, problem: plan.Problem, transposed: bool):
     return jax.jvp(apply, [primals[i] for i in active], [ad.instantiate_zeros(tangents[i]) for i in active])
 
 
-def _transpose(cotangents, *operands, problem: plan.Problem, transposed: bool):
+def _transpose(cotangents, *operands, problem: Problem, transposed: bool):
     cotangents = [ad.instantiate_zeros(cotangent) for cotangent in cotangents]
     fixed, linear = operands[: problem.num_operands], operands[problem.num_operands :]
     results = derivative_p.bind(*fixed, *cotangents, problem=problem, transposed=not transposed)
@@ -178,7 +173,7 @@ def _transpose(cotangents, *operands, problem: plan.Problem, transposed: bool):
     return [None] * len(fixed) + wanted
 
 
-def _lower(ctx, *operands, problem: plan.Problem, transposed: bool):
+def _lower(ctx, *operands, problem: Problem, transposed: bool):
     ffi.refuse_partitioning(ctx.module_context.axis_context)
     apply = functools.partial(_apply, problem=problem, transposed=transposed)
     return mlir.lower_fun(apply, multiple_results=True)(ctx, *operands)

@@ -6,8 +6,7 @@ from typing import Any
 from jax_moe import pytree
 
 CANONICAL = "canonical"
-SM_90A = "sm_90a"
-"""Layouts of :class:`Experts`: that of checkpoints, which CPUs compute with, and the one prepared for Hopper GPUs."""
+"""The layout of checkpoints, which CPUs compute with; ``jax_moe/layouts/`` has all of them."""
 
 Leaf = Any
 """A ``jax.Array``; in a tree of the same structure, what stands for one: a PartitionSpec, a ShapeDtypeStruct."""
@@ -48,7 +47,7 @@ class Experts:
     Attributes:
       gate_up: ``[E, P, I, H]`` logical; P = 2 is gate then up, P = 1 has no gate.
       down: ``[E, H, I]`` logical.
-      layout: ``"canonical"``, or the target that :func:`jax_moe.prepare` repacked the weights for.
+      layout: ``"canonical"``, or the layout that :func:`jax_moe.prepare` repacked the weights to.
     """
 
     gate_up: Projection

@@ -22,8 +22,10 @@ from jax.interpreters import ad, batching, mlir
 import jax.numpy as jnp
 import numpy as np
 
-from jax_moe import plan, settings
+from jax_moe import settings
 from jax_moe.experts import CANONICAL
+from jax_moe.operands import fill, NUM_OF_TOKENS
+from jax_moe.problem import cpu_workspaces, Problem
 
 __all__ = ["NO_CAPTURE_TARGET", "TARGET", "library_path"]
 
@@ -110,14 +112,8 @@ def export_checks() -> list[jax.export.DisabledSafetyCheck]:
     return [jax.export.DisabledSafetyCheck.custom_call(target) for target in (TARGET, NO_CAPTURE_TARGET)]
 
 
-NUM_TOKEN_OPERANDS = 3
-"""x, expert_ids and weights lead with tokens; then come expert_offset and the operands of each projection."""
-
-GATE_UP_BIAS, DOWN_BIAS = 8, 13
-"""Positions of the optional biases among the operands."""
-
 fused_moe_p = Primitive("jax_moe_fused_moe")
-"""``out = fused_moe_p.bind(*operands, problem=...)``: as in ``ffi/decode.h``, but those in ``problem.absent``."""
+"""``out = fused_moe_p.bind(*operands, problem=...)``: those of ``operands.py``, but for those in ``problem.absent``."""
 
 
 def run_eagerly(primitive: Primitive, *operands, **static):
@@ -164,42 +160,39 @@ fused_moe_p.def_impl(functools.partial(run_eagerly, fused_moe_p))
 
 
 @fused_moe_p.def_abstract_eval
-def _result_type(x, *_, problem: plan.Problem):
+def _result_type(x, *_, problem: Problem):
     # The output has the shape of x and, inside shard_map, varies over the same mesh axes.
     return x.update(dtype=problem.out_dtype, weak_type=False)
 
 
-def _lower_cpu(ctx, *operands, problem: plan.Problem):
+def _lower_cpu(ctx, *operands, problem: Problem):
     if problem.layout != CANONICAL:
         raise ValueError(
             f"experts.layout: got {problem.layout!r}, but on a CPU fused_moe needs {CANONICAL!r} weights: those that "
             "jax_moe.prepare was given, or jax_moe.unprepare(experts, hidden_size, intermediate_size)"
         )
     ctx, operands = _with_absent(ctx, operands, problem)
-    return _custom_call(ctx, TARGET, operands, problem.attributes(), plan.cpu_workspaces(problem))
+    return _custom_call(ctx, TARGET, operands, problem.attributes(), cpu_workspaces(problem))
 
 
-def _lower_cuda(ctx, *operands, problem: plan.Problem):
+def _lower_cuda(ctx, *operands, problem: Problem):
     from jax_moe.kernels import lowering  # here, because a CPU never needs it
 
-    call = lowering.cuda_call(problem, biases=(GATE_UP_BIAS not in problem.absent, DOWN_BIAS not in problem.absent))
+    call = lowering.cuda_call(problem)
     target = TARGET if problem.command_buffer else NO_CAPTURE_TARGET
     ctx, operands = _with_absent(ctx, operands, problem)
     return _custom_call(ctx, target, operands, problem.attributes() | call.attributes, call.workspaces)
 
 
-def _with_absent(ctx, operands, problem: plan.Problem):
+def _with_absent(ctx, operands, problem: Problem):
     """The context and the operands with f32[0] for each absent one, so that every operand has a fixed place.
 
     They are made here and not by the caller, because an operand may become sharded, even one without elements, and
     then jaxlib 0.11.2 crashes: that is what an eager ``shard_map`` does with everything that a primitive takes.
     """
-    avals, operands = list(ctx.avals_in), list(operands)
     empty = np.zeros((0,), np.float32)
-    for place in problem.absent:
-        avals.insert(place, jax.core.ShapedArray(empty.shape, empty.dtype))
-        operands.insert(place, mlir.ir_constant(empty))
-    return ctx.replace(avals_in=avals), operands
+    avals = fill(ctx.avals_in, problem.absent, jax.core.ShapedArray(empty.shape, empty.dtype))
+    return ctx.replace(avals_in=avals), fill(operands, problem.absent, mlir.ir_constant(empty))
 
 
 def _custom_call(ctx, target, operands, attributes, workspaces):
@@ -237,14 +230,14 @@ def num_partitions(axis_context) -> int:
     return math.prod(mesh.shape[axis] for axis in automatic)
 
 
-def fold_into_tokens(primitive: Primitive, operands, axes, *, problem: plan.Problem, **static):
+def fold_into_tokens(primitive: Primitive, operands, axes, *, problem: Problem, **static):
     """Batching rule: the mapped axis becomes part of T. Operands behind the op's, and results, lead with tokens.
 
     Raises:
       NotImplementedError: an expert or expert_offset is mapped.
     """
     is_mapped = [axis is not None for axis in axes]
-    if any(is_mapped[NUM_TOKEN_OPERANDS : problem.num_operands]):
+    if any(is_mapped[NUM_OF_TOKENS : problem.num_operands]):
         raise NotImplementedError(
             "fused_moe: vmap over experts or expert_offset. x and routing may be mapped, because they become more "
             "tokens of the same experts: give the experts in_axes=None. For several layers, use jax.lax.scan. A "
@@ -261,14 +254,14 @@ def fold_into_tokens(primitive: Primitive, operands, axes, *, problem: plan.Prob
         return mapped.reshape(num_tokens, mapped.shape[-1])
 
     folded = list(operands)
-    for i in (*range(NUM_TOKEN_OPERANDS), *range(problem.num_operands, len(operands))):
+    for i in (*range(NUM_OF_TOKENS), *range(problem.num_operands, len(operands))):
         folded[i] = fold(operands[i], axes[i])
     results = primitive.bind(*folded, problem=dataclasses.replace(problem, num_tokens=num_tokens), **static)
     results = jax.tree.map(lambda r: r.reshape(size, problem.num_tokens, r.shape[-1]), results)
     return results, jax.tree.map(lambda _: 0, results)
 
 
-def _jvp(primals, tangents, *, problem: plan.Problem):
+def _jvp(primals, tangents, *, problem: Problem):
     from jax_moe import derivative  # here, because it needs prepare's inverse, which needs this module
 
     return derivative.jvp(primals, tangents, problem=problem)

@@ -1,14 +1,15 @@
 """``fused_moe``: the op and its operands."""
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_moe import activations, check, ffi, nvfp4, plan, settings
-from jax_moe.experts import Experts, Projection
+from jax_moe import activations, check, ffi, nvfp4, settings
+from jax_moe.experts import Experts
+from jax_moe.operands import expert_operands
+from jax_moe.problem import Combine, Options, Precision, Problem, WeightOn
 from jax_moe.routing import Routing
 
 
@@ -18,9 +19,9 @@ def fused_moe(
     routing: Routing,
     *,
     activation: activations.Activation = activations.SwiGLU(),
-    precision: plan.Precision = "w4a16",
-    combine: plan.Combine = "atomic",
-    weight_on: plan.WeightOn = "output",
+    precision: Precision = "w4a16",
+    combine: Combine = "atomic",
+    weight_on: WeightOn = "output",
     expert_offset: jax.Array | int = 0,
     num_experts: int | None = None,
     out_dtype=jnp.bfloat16,
@@ -71,18 +72,25 @@ def fused_moe(
         experts.
       FloatingPointError: ``jax_debug_nans`` or ``jax_debug_infs`` is set, and the output has one.
     """
-    problem = check.check(
-        x, experts, routing, activation=activation, precision=precision, combine=combine, weight_on=weight_on,
-        expert_offset=expert_offset, num_experts=num_experts, out_dtype=out_dtype, command_buffer=command_buffer,
+    options = Options(
+        activation=activation, precision=precision, combine=combine, weight_on=weight_on, out_dtype=out_dtype,
+        command_buffer=command_buffer,
     )  # fmt: skip
+    problem = check.check(x, experts, routing, options, expert_offset=expert_offset, num_experts=num_experts)
     if settings.debugging():
         jax.debug.callback(functools.partial(_raise_on_bad_id, num_experts=num_experts), routing.expert_ids)
+    return bind(problem, x, experts, routing, expert_offset)
+
+
+def bind(problem: Problem, x: jax.Array, experts: Experts, routing: Routing, expert_offset) -> jax.Array:
+    """The op on arguments that were checked: what :func:`fused_moe` returns for them."""
     flat_x, flat = check.flatten(x, routing)
-    tokens = (flat_x, flat.expert_ids, flat.weights, jnp.asarray(expert_offset, jnp.int32))
-    weights = (*_operands(experts.gate_up), *_operands(experts.down))
-    absent = tuple(place for place, operand in enumerate(tokens + weights) if operand is None)
-    operands = vary_alike(*(jnp.asarray(operand) for operand in tokens + weights if operand is not None))
-    return ffi.fused_moe_p.bind(*operands, problem=dataclasses.replace(problem, absent=absent)).reshape(x.shape)
+    weights = dict(expert_operands(experts))
+    for name in ("gate_up.payload", "down.payload"):
+        weights[name] = nvfp4.payload_bytes(weights[name])
+    given = (flat_x, flat.expert_ids, flat.weights, jnp.asarray(expert_offset, jnp.int32), *weights.values())
+    operands = vary_alike(*(jnp.asarray(operand) for operand in given if operand is not None))
+    return ffi.fused_moe_p.bind(*operands, problem=problem).reshape(x.shape)
 
 
 def _raise_on_bad_id(expert_ids: np.ndarray, num_experts: int | None) -> None:
@@ -94,12 +102,6 @@ def _raise_on_bad_id(expert_ids: np.ndarray, num_experts: int | None) -> None:
             f"routing.expert_ids: got {expert_ids[*token, slot]} for {where} ({bad.sum()} such ids), "
             f"needs 0 <= id{limit}"
         )
-
-
-def _operands(projection: Projection) -> tuple[jax.Array | None, ...]:
-    """The five operands of a projection, in the order of ``ffi/decode.h``."""
-    payload = nvfp4.payload_bytes(projection.payload)
-    return payload, projection.block_scale, projection.global_scale, projection.input_scale, projection.bias
 
 
 def vary_alike(*operands: jax.Array) -> tuple[jax.Array, ...]:

@@ -9,8 +9,9 @@ import jax.core
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jax_moe import activations, arguments, check, ffi, moe, nvfp4, plan, settings
-from jax_moe.experts import CANONICAL, Experts, Projection
+from jax_moe import activations, arguments, check, ffi, layouts, moe, settings
+from jax_moe.experts import Experts, Projection
+from jax_moe.problem import Combine, Options, Precision, WeightOn
 from jax_moe.routing import Routing
 
 Axis = str | tuple[str, ...] | None
@@ -27,9 +28,9 @@ def sharded_moe(
     tensor_axis: Axis = "tensor",
     data_axis: Axis = "data",
     activation: activations.Activation = activations.SwiGLU(),
-    precision: plan.Precision = "w4a16",
-    combine: plan.Combine = "atomic",
-    weight_on: plan.WeightOn = "output",
+    precision: Precision = "w4a16",
+    combine: Combine = "atomic",
+    weight_on: WeightOn = "output",
     out_dtype=jnp.bfloat16,
     command_buffer: bool = True,
 ) -> jax.Array:
@@ -63,9 +64,11 @@ def sharded_moe(
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
             raise ValueError("mesh: got None, and jax.set_mesh has set none")
-    options: dict[str, Any] = dict(activation=activation, precision=precision, combine=combine)
-    options |= dict(weight_on=weight_on, command_buffer=command_buffer)
-    problem = check.check(x, experts, routing, **options, expert_offset=0, num_experts=None, out_dtype=out_dtype)
+    options = Options(
+        activation=activation, precision=precision, combine=combine, weight_on=weight_on, out_dtype=out_dtype,
+        command_buffer=command_buffer,
+    )  # fmt: skip
+    problem = check.check(x, experts, routing, options, expert_offset=0, num_experts=None)
     specs = partition_specs(experts, mesh, expert_axis=expert_axis, tensor_axis=tensor_axis)
     expert_axes = _axes_in(mesh, "expert_axis", expert_axis)
     tensor_axes = _axes_in(mesh, "tensor_axis", tensor_axis)
@@ -77,7 +80,7 @@ def sharded_moe(
         )
     _check_divides(mesh, "data_axis", data_axes, "T", problem.num_tokens)
 
-    num_experts = problem.num_experts
+    num_experts = problem.local_experts
     reduced = expert_axes + tensor_axes
     gathered = tuple(axis for axis in data_axes if axis in reduced)
     summed = tuple(axis for axis in reduced if axis not in gathered)
@@ -98,10 +101,8 @@ def sharded_moe(
         offset = jax.lax.axis_index(expert_axes) * experts.down.global_scale.shape[0] if expert_axes else 0
         if tensor_axes:
             experts = _bias_on_first(experts, jax.lax.axis_index(tensor_axes) == 0)
-        partial_dtype = jnp.float32 if reduced else out_dtype
-        y = moe.fused_moe(
-            x, experts, routing, **options, expert_offset=offset, num_experts=num_experts, out_dtype=partial_dtype
-        )
+        partial = dataclasses.replace(options, out_dtype=jnp.float32) if reduced else options
+        y = moe.fused_moe(x, experts, routing, **vars(partial), expert_offset=offset, num_experts=num_experts)
         if summed:
             y = jax.lax.psum(y, summed)
         if gathered:
@@ -150,48 +151,36 @@ def partition_specs(
     if shared := set(expert_axes) & set(tensor_axes):
         raise ValueError(f"expert_axis, tensor_axis: both got {sorted(shared)}, need different mesh axes")
     _check_divides(mesh, "expert_axis", expert_axes, "E", experts.down.global_scale.shape[0])
-    if experts.layout == CANONICAL:
-        intermediate = experts.gate_up.payload.shape[2]
-        _check_divides(mesh, "tensor_axis", tensor_axes, "I", intermediate, multiple=nvfp4.BLOCK_SIZE)
-    else:
-        slices = axes_size(mesh, tensor_axes)
-        for tiles in (experts.gate_up.payload.shape[1], experts.down.payload.shape[2]):
-            if tiles % slices:
-                raise ValueError(
-                    f"tensor_axis: {tensor_axes} has {slices} devices, which does not divide I in {tiles} prepared "
-                    "tiles; place canonical experts, then prepare them: that pads each slice of I"
-                )
+    slices = axes_size(mesh, tensor_axes)
+    if reason := layouts.get(experts.layout).why_not_sliced(experts, slices):
+        raise ValueError(f"tensor_axis: {tensor_axes} has {slices} devices, which does not divide {reason}")
     return specs_of(experts, expert_axes, tensor_axes)
 
 
 def specs_of(experts: Experts, expert_axes: tuple[str, ...], tensor_axes: tuple[str, ...]) -> Experts:
     """The ``PartitionSpec`` of every leaf, whether or not a mesh divides it."""
-    e, i = expert_axes or None, tensor_axes or None
-    if experts.layout == CANONICAL:
-        gate_up_spec, down_spec = PartitionSpec(e, None, i, None), PartitionSpec(e, None, i)
-    else:  # tiles of I, with their block scales inside
-        gate_up_spec, down_spec = PartitionSpec(e, i, None, None), PartitionSpec(e, None, i, None)
-    gate_up = Projection(
-        payload=gate_up_spec,
-        block_scale=gate_up_spec,
-        global_scale=PartitionSpec(e, None),
-        input_scale=PartitionSpec(),
-        bias=PartitionSpec(e, None, i),
+    mesh_axes = {layouts.E: expert_axes or None, layouts.I: tensor_axes or None, None: None}
+
+    def specs(projection: Projection, partition: Projection) -> Projection:
+        is_absent = {name: getattr(projection, name) is None for name in ("input_scale", "bias")}
+        return Projection(
+            **{
+                name: None if axes is None or is_absent.get(name) else PartitionSpec(*(mesh_axes[a] for a in axes))
+                for name, axes in vars(partition).items()
+            }
+        )
+
+    partition = layouts.get(experts.layout).partition
+    return Experts(
+        specs(experts.gate_up, partition.gate_up), specs(experts.down, partition.down), layout=experts.layout
     )
-    down = Projection(
-        payload=down_spec,
-        block_scale=down_spec,
-        global_scale=PartitionSpec(e),
-        input_scale=PartitionSpec(e),
-        bias=PartitionSpec(e, None),
-    )
-    return Experts(_where_present(gate_up, experts.gate_up), _where_present(down, experts.down), experts.layout)
 
 
 def model_axes(experts: Experts, spec: PartitionSpec) -> tuple[Axis, Axis]:
     """The mesh axes over E and over I, from the spec of ``experts.gate_up.payload``."""
     axes = (*spec, None, None, None, None)
-    return axes[0], axes[2 if experts.layout == CANONICAL else 1]
+    partition = layouts.get(experts.layout).partition.gate_up.payload
+    return axes[partition.index(layouts.E)], axes[partition.index(layouts.I)]
 
 
 def check_in_place(experts: Experts, specs: Experts, mesh: Mesh | AbstractMesh) -> None:
@@ -228,12 +217,6 @@ def _spread_tokens(
         if size % axes_size(mesh, data_axes) == 0:
             return tuple(data_axes or None if axis == place else None for axis in range(len(leading)))
     return None
-
-
-def _where_present(specs: Projection, projection: Projection) -> Projection:
-    """Drops the specs of absent leaves, so that both trees have one structure."""
-    absent = [f.name for f in dataclasses.fields(projection) if getattr(projection, f.name) is None]
-    return dataclasses.replace(specs, **dict.fromkeys(absent))
 
 
 def _bias_on_first(experts: Experts, is_first: jax.Array) -> Experts:

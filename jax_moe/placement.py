@@ -64,9 +64,9 @@ class InPlace:
     """A function of one layer's experts under ``jax.jit``, which each device runs on those that it holds.
 
     ``function(placement, experts, *arrays, *static)`` gets local experts, and arrays that every device has whole.
-    Where the experts are on a mesh it runs inside one ``jax.shard_map``, and ``out_specs(placement, experts)`` are the
-    specs of what it returns. ``placement`` is where they are, ``num_arrays`` the number of ``arrays``; ``verb`` is for
-    :func:`refuse_to_gather`.
+    Where the experts are on a mesh it runs inside one ``jax.shard_map``, and ``out_specs(placement, experts, *static)``
+    are the specs of what it returns. ``placement`` is where they are, ``num_arrays`` the number of ``arrays``; ``verb``
+    is for :func:`refuse_to_gather`.
     """
 
     def __init__(self, verb: str, function: Callable[..., Any], out_specs: Callable[..., Any], num_arrays: int = 0):
@@ -88,7 +88,7 @@ class InPlace:
             specs = out_specs = None
             experts = refuse_to_gather(self._verb, experts)
         else:
-            specs, out_specs = placement.specs(experts), self._out_specs(placement, experts)
+            specs, out_specs = placement.specs(experts), self._out_specs(placement, experts, *static)
             arrays = _on_every_device(placement.mesh, arrays)
         return _jitted(self._function, placement, static, self._num_arrays, specs, out_specs), (experts, *arrays)
 

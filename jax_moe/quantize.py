@@ -9,6 +9,7 @@ import numpy as np
 
 from jax_moe import activations, arguments, check, nvfp4, placement, reference, stacking
 from jax_moe.experts import CANONICAL, Experts, Projection
+from jax_moe.problem import Options, WeightOn
 from jax_moe.progress import track
 from jax_moe.routing import Routing
 
@@ -103,7 +104,7 @@ def calibrate(
     routing: Routing,
     *,
     activation: activations.Activation = activations.SwiGLU(),
-    weight_on: str = "output",
+    weight_on: WeightOn = "output",
 ) -> Experts:
     """Fills the input scales that ``precision="w4a4"`` needs, from one batch of real activations.
 
@@ -125,10 +126,11 @@ def calibrate(
       TypeError, ValueError: as ``fused_moe``, or the tokens have nothing to measure: there are none, their values or
         intermediates are not finite, or all zeros where there is no scale yet. Under ``jax.jit`` values are not seen.
     """
-    check.check(
-        x, experts, routing, activation=activation, precision="w4a16", combine="ordered", weight_on=weight_on,
-        expert_offset=0, num_experts=None, out_dtype=jnp.float32, command_buffer=True,
+    options = Options(
+        activation=activation, precision="w4a16", combine="ordered", weight_on=weight_on, out_dtype=jnp.float32,
+        command_buffer=True,
     )  # fmt: skip
+    check.check(x, experts, routing, options, expert_offset=0, num_experts=None)
     if experts.layout != CANONICAL:
         raise ValueError(f"experts.layout: got {experts.layout!r}, calibration needs {CANONICAL!r}")
     x, routing = check.flatten(x, routing)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jax_moe import activations, check, nvfp4
 from jax_moe.experts import CANONICAL, Experts, Projection
+from jax_moe.problem import Combine, Precision, WeightOn
 from jax_moe.routing import Routing
 
 __all__ = ["fused_moe"]
@@ -64,21 +65,22 @@ def fused_moe(
     routing: Routing,
     *,
     activation: activations.Activation = activations.SwiGLU(),
-    precision: str = "w4a16",
-    combine: str = "atomic",
-    weight_on: str = "output",
+    precision: Precision = "w4a16",
+    combine: Combine = "atomic",
+    weight_on: WeightOn = "output",
     expert_offset: jax.Array | int = 0,
+    num_experts: int | None = None,
     out_dtype=jnp.bfloat16,
+    command_buffer: bool = True,
 ) -> jax.Array:
-    """What :func:`jax_moe.fused_moe` computes, up to the order of float32 sums; the same
-    arguments, except for ``num_experts`` and ``command_buffer``, and the same result.
+    """What :func:`jax_moe.fused_moe` computes, up to the order of float32 sums; the same arguments and result.
 
-    ``combine`` only chooses an order of summation, so it has no effect here.
+    ``combine``, ``num_experts`` and ``command_buffer`` say how it is computed, so they have no effect here.
 
     Raises:
       ValueError: the experts are prepared for a GPU; :func:`jax_moe.unprepare` undoes that.
     """
-    del combine
+    del combine, num_experts, command_buffer
     if experts.layout != CANONICAL:
         raise ValueError(
             f"experts.layout: got {experts.layout!r}, the reference needs {CANONICAL!r}; see jax_moe.unprepare"
@@ -86,7 +88,7 @@ def fused_moe(
     shape = x.shape
     x, routing = check.flatten(x, routing)
     x = x.astype(jnp.float32)  # the same values, and the experts' parts of its derivative are added in float32
-    num_experts = experts.down.global_scale.shape[0]
+    local_experts = experts.down.global_scale.shape[0]
     num_slots = routing.expert_ids.shape[1]
 
     def add_expert(total, expert):
@@ -102,7 +104,7 @@ def fused_moe(
             total = total + jnp.where(chosen[:, slot, None], y, 0)
         return total, None
 
-    total, _ = jax.lax.scan(add_expert, jnp.zeros(x.shape, jnp.float32), jnp.arange(num_experts))
+    total, _ = jax.lax.scan(add_expert, jnp.zeros(x.shape, jnp.float32), jnp.arange(local_experts))
     return total.reshape(shape).astype(out_dtype)
 
 

@@ -7,20 +7,12 @@ import jax
 import jax.numpy as jnp
 
 import jax_moe
-from jax_moe import activations, plan
-from jax_moe.kernels import compile as kernels, lowering
-
-PARAMETER_BYTES = {"sort": (8,) * 8 + (4,), "prepare": (8,) * 4 + (4,) * 3, "gemm1": (8,) * 10 + (4,) * 5,
-                   "gemm2": (8,) * 10 + (4,) * 6, "combine": (8,) * 4 + (4,) * 4}  # fmt: skip
-"""Of each step's kernel, as ABI.md lists them."""
-
-_STEPS = {
-    "SortSpec": "sort",
-    "RowsSpec": "prepare",
-    "Gemm1Spec": "gemm1",
-    "Gemm2Spec": "gemm2",
-    "CombineSpec": "combine",
-}
+from jax_moe import activations
+from jax_moe.kernels import cache, lowering, specs, targets
+from jax_moe.kernels.compiler import CompiledKernel
+from jax_moe.kernels.target import Program
+from jax_moe.operands import OPERANDS
+from jax_moe.problem import Problem
 
 
 def stand_in_compiler(monkeypatch):
@@ -29,26 +21,50 @@ def stand_in_compiler(monkeypatch):
 
     def compiled(spec, target):
         asked.append(spec)
-        size = PARAMETER_BYTES[_STEPS[type(spec).__name__]]
-        return kernels.CompiledKernel(spec.name.encode() + b"\xff\0", spec.name, 128, 1024, size, 64, 0, 1)
+        size = tuple(specs.PARAMETER_BYTES[kind] for kind in spec.parameters.values())
+        return CompiledKernel(spec.name.encode() + b"\xff\0", spec.name, 128, 1024, size, 64, 0, 1)
 
-    monkeypatch.setattr(kernels, "compiled", compiled)
+    monkeypatch.setattr(cache, "compiled", compiled)
     return asked
 
 
-def problem(**changes) -> plan.Problem:
-    original = plan.Problem(
-        num_tokens=40, top_k=4, num_experts=16, hidden_size=2880, intermediate_size=2880,
+def problem(*, biases=(False, False), **changes) -> Problem:
+    """A call on Hopper; ``biases``: whether gate_up and down have one."""
+    absent = [name for name, is_given in zip(("gate_up.bias", "down.bias"), biases, strict=True) if not is_given]
+    original = Problem(
+        num_tokens=40, top_k=4, local_experts=16, hidden_size=2880, intermediate_size=2880,
         activation=activations.SwiGLU(), precision="w4a16", combine="atomic", weight_on="output",
-        out_dtype=jnp.dtype(jnp.bfloat16), layout="sm_90a", command_buffer=True,
+        out_dtype=jnp.dtype(jnp.bfloat16), layout="wgmma_v1", command_buffer=True,
+        absent=tuple(absent),
     )  # fmt: skip
     return dataclasses.replace(original, **changes)
 
 
-def kernels_of(call: plan.Problem, biases=(False, False)):
+def program(call: Problem) -> Program:
+    """What a call launches."""
+    target, card = targets.for_call(call.layout, call.precision)
+    return target.program(call, card)
+
+
+def kernels_of(call: Problem):
     """The attribute ``kernels`` of a call, and its workspaces."""
-    lowered = lowering.cuda_call(call, biases=biases)
+    lowered = lowering.cuda_call(call)
     return lowered.attributes["kernels"], lowered.workspaces
+
+
+def arguments(call: Problem, step: str) -> dict[str, str]:
+    """What a kernel is launched with, by the name of the parameter: a buffer's name, a number or "null"."""
+    made = program(call)
+    (launch,) = (launch for launch in made.launches if launch.name == step)
+    results = ["out", *made.workspaces]
+
+    def named(argument: str) -> str:
+        kind, _, value = argument.partition(":")
+        buffers = {"operand": OPERANDS, "result": results}
+        return buffers[kind][int(value)] if kind in buffers else value or kind
+
+    given = kernels_of(call)[0][step]["arguments"].split()
+    return dict(zip(launch.spec.parameters, map(named, given), strict=True))
 
 
 def lowered(case, **options) -> str:

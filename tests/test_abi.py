@@ -1,4 +1,4 @@
-"""What a call on CUDA passes to its kernels, argument by argument, is what ABI.md says; without a GPU or the DSL."""
+"""What a call on CUDA passes to its kernels, argument by argument; without a GPU or the DSL."""
 
 import dataclasses
 import pathlib
@@ -10,24 +10,24 @@ import jax.numpy as jnp
 import pytest
 
 from jax_moe import activations
-from jax_moe.kernels import lowering, specs
-from jax_moe.kernels.common import plan as common_plan
-from jax_moe.kernels.sm90 import plan as sm90_plan
+from jax_moe.kernels import lowering, specs, tiling
+from jax_moe.kernels.targets import TARGETS
+from jax_moe.operands import OPERANDS
 
 compiler = pytest.fixture(autouse=True)(cuda_call.stand_in_compiler)
 
 _DECODE = (pathlib.Path(__file__).parents[1] / "ffi/decode.h").read_text()
-OPERANDS = re.findall(r'"([\w.]+)"', re.search(r"kOperandNames\[kNumOperands\] = \{(.*?)\}", _DECODE, re.DOTALL)[1])
-# ABI.md, of a call in which no two sizes are alike.
-_ALL = dict(num_tokens=40, top_k=4, num_experts=16, total_experts=64, hidden_size=576, intermediate_size=192,
-            activation=activations.ReLU2(), precision="w4a4", combine="ordered")  # fmt: skip
+_DECODED = re.findall(r'"([\w.]+)"', re.search(r"kOperandNames\[kNumOperands\] = \{(.*?)\}", _DECODE, re.DOTALL)[1])
+# Of a call in which no two sizes are alike.
+_ALL = dict(num_tokens=40, top_k=4, local_experts=16, num_experts=64, hidden_size=576, intermediate_size=192,
+            activation=activations.ReLU2(), precision="w4a4", combine="ordered", biases=(True, True))  # fmt: skip
 _TILE_MAP = "expert_tiles tile_expert row_route row_weight"
-_SORT = f"expert_ids routing_weights expert_offset {_TILE_MAP} block_counts 160"
+_SORT = f"expert_ids routing_weights expert_offset {_TILE_MAP} cta_counts 160"
 _ROWS = "row_route tile_expert expert_tiles"
 _ABI = [
     ({}, {
         "sort": _SORT,
-        "prepare": "x routing_weights gate_up.input_scale x_rows 40 1 36",
+        "x_rows": "x routing_weights gate_up.input_scale x_rows 40 1 36",
         "gemm1": f"x_rows {_ROWS} gate_up.payload gate_up.global_scale gate_up.input_scale gate_up.bias "
                  "down.input_scale h 576 4 16 2 9",
         "gemm2": "h row_route row_weight tile_expert expert_tiles down.payload down.global_scale down.input_scale "
@@ -36,7 +36,7 @@ _ABI = [
     }),
     ({"weight_on": "input", "combine": "atomic", "precision": "w4a16"}, {
         "sort": _SORT,
-        "prepare": "x routing_weights null x_rows 160 4 36",
+        "x_rows": "x routing_weights null x_rows 160 4 36",
         "gemm1": f"x_rows {_ROWS} gate_up.payload gate_up.global_scale null gate_up.bias null h 576 1 16 2 9",
         "gemm2": "h row_route row_weight tile_expert expert_tiles down.payload down.global_scale null down.bias out "
                  "576 4 16 5 3 4",
@@ -44,67 +44,97 @@ _ABI = [
 ]  # fmt: skip
 
 
+def test_operands_are_those_that_the_handlers_decode():
+    assert list(OPERANDS) == _DECODED
+
+
 @pytest.mark.parametrize(("changes", "expected"), _ABI, ids=["w4a4 ordered", "weight on input"])
 def test_arguments_are_those_of_the_abi(changes, expected):
     problem = cuda_call.problem(**{**_ALL, **changes})
-    results = ["out", *lowering._Call(problem, (True, True)).workspaces]
-
-    def named(argument):
-        kind, _, value = argument.partition(":")
-        buffers = {"operand": OPERANDS, "result": results}
-        return buffers[kind][int(value)] if kind in buffers else value or kind
-
-    attributes, _ = cuda_call.kernels_of(problem, (True, True))
     for step, wanted in expected.items():
-        assert " ".join(map(named, attributes[step]["arguments"].split())) == wanted, step
+        assert " ".join(cuda_call.arguments(problem, step).values()) == wanted, step
+
+
+def test_each_parameter_is_given_what_is_called_so():
+    """By name where the names are the same; the rest is this list."""
+    others = {
+        "payload": "gate_up.payload down.payload", "global_scale": "gate_up.global_scale down.global_scale",
+        "input_scale": "gate_up.input_scale down.input_scale", "bias": "gate_up.bias down.bias",
+        "down_input_scale": "down.input_scale", "x": "x x_rows", "out": "out contributions",
+    }  # fmt: skip
+    problem = cuda_call.problem(**_ALL)
+    for launch in cuda_call.program(problem).launches:
+        for name, argument in cuda_call.arguments(problem, launch.name).items():
+            assert argument.isdigit() or argument in others.get(name, name).split(), (launch.name, name)
+            assert argument.isdigit() == (launch.spec.parameters[name] == "i32")
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"x": "routing_weights"}, r"gemm1.x: got 'routing_weights' \(f32\*\), the kernel takes bf16\*"),
+    ({"row_route": "row_weight"}, "the kernel takes i32"),
+    ({"hidden_size": None}, "the kernel takes i32"),
+    ({"x": 7}, "the kernel takes bf16"),
+    ({"H": 576}, "the launch of gemm1 differ in H"),
+], ids=str)  # fmt: skip
+def test_an_argument_of_another_type_or_name_is_refused(monkeypatch, change, message):
+    (target,) = TARGETS.values()
+
+    def wrong(problem, card):
+        made = target.program(problem, card)
+        launches = [dataclasses.replace(one, arguments={**one.arguments, **change}) if one.name == "gemm1" else one
+                    for one in made.launches]  # fmt: skip
+        return dataclasses.replace(made, launches=tuple(launches))
+
+    monkeypatch.setitem(TARGETS, target.name, dataclasses.replace(target, program=wrong))
+    with pytest.raises(RuntimeError, match=message):
+        lowering.cuda_call(cuda_call.problem(**_ALL))
 
 
 def test_workspaces_are_those_of_the_abi():
     problem = cuda_call.problem(**_ALL)
-    call = lowering._Call(problem, (True, True))
-    tile, tiles = call.plan.token_tile, call.max_tiles
-    assert tiles == common_plan.max_tiles(160, 16, tile)
-    shapes = {name: (w.shape, jnp.dtype(w.dtype).name) for name, w in call.workspaces.items()}
+    made = cuda_call.program(problem)
+    tile = made.launches[0].spec.token_tile
+    tiles = tiling.max_tiles(160, 16, tile)
+    shapes = {name: (w.shape, jnp.dtype(w.dtype).name) for name, w in made.workspaces.items()}
     assert shapes == {
         "expert_tiles": ((16 + 1 + 2,), "int32"), "tile_expert": ((tiles,), "int32"),
         "row_route": ((tiles * tile,), "int32"), "row_weight": ((tiles * tile,), "float32"),
-        "block_counts": ((1, 16), "int32"), "h": ((tiles, 4, tile, 64), "bfloat16"),
+        "cta_counts": ((1, 16), "int32"), "h": ((tiles, 4, tile, 64), "bfloat16"),
         "x_rows": ((40, 576), "bfloat16"), "contributions": ((160, 576), "float32"),
     }  # fmt: skip
-    many = lowering._Call(
-        cuda_call.problem(**{**_ALL, "num_tokens": 8192, "weight_on": "input"}), (True, True)
-    ).workspaces
-    assert many["block_counts"].shape == (8, 16)
+    many = cuda_call.program(cuda_call.problem(**{**_ALL, "num_tokens": 8192, "weight_on": "input"})).workspaces
+    assert many["cta_counts"].shape == (8, 16)
     assert many["x_rows"].shape == (8192 * 4, 576)
 
 
 def test_launches_have_their_grids_and_attributes():
-    problem = cuda_call.problem(**{**_ALL, "num_tokens": 8192})
+    problem = cuda_call.problem(**{**_ALL, "num_tokens": 8192, "biases": (False, False)})
     attributes, _ = cuda_call.kernels_of(problem)
-    ctas = sm90_plan.plan(problem, biases=(False, False)).gemm1.tile.ctas_per_sm
-    names = ("grid", "block", "cluster", "shared", "overlap")
+    ctas = cuda_call.program(problem).launches[2].spec.config.ctas_per_sm
+    names = ("grid", "threads", "cluster", "shared", "overlap")
     got = {step: tuple(int(attributes[step][name]) for name in names) for step in _ABI[0][1]}
     assert got == {
-        "sort": (8, 128, 8, 1024, 0), "prepare": (8192 * 36 // 256, 128, 1, 1024, 0),
+        "sort": (8, 128, 8, 1024, 0), "x_rows": (8192 * 36 // 256, 128, 1, 1024, 0),
         "gemm1": (132 * ctas, 128, 1, 1024, 1), "gemm2": (132 * ctas, 128, 1, 1024, 1),
         "combine": (8192 * 144 // 128, 128, 1, 1024, 0),
     }  # fmt: skip
-    assert lowering.launches(cuda_call.problem(num_tokens=1), biases=(False, False))[1].grid == 264  # two blocks an SM
-    assert [specs.RowsSpec(True, False).grid(rows, 16) for rows in (1, 256, 257)] == [1, 1, 2]
+    assert lowering.launches(cuda_call.problem(num_tokens=1))[1].grid == 264  # two CTAs a multiprocessor
+    assert [specs.XRowsSpec(True, False).grid(rows, 16) for rows in (1, 256, 257)] == [1, 1, 2]
     assert [specs.CombineSpec("float32").grid(rows, 16) for rows in (1, 32, 33)] == [1, 1, 2]
 
 
 def test_specs_say_what_the_call_says():
     swiglu = activations.SwiGLU(1.5, 2.5, 7.0)
-    plan = sm90_plan.plan(cuda_call.problem(activation=swiglu, combine="ordered"), biases=(True, False))
-    assert (plan.gemm1.alpha, plan.gemm1.beta, plan.gemm1.limit) == (1.5, 2.5, 7.0)
-    assert (plan.gemm1.has_bias, plan.gemm2.has_bias) == (True, False)
-    assert (plan.gemm2.out_dtype, plan.combine.out_dtype) == ("float32", "bfloat16")
-    assert sm90_plan.plan(cuda_call.problem(), biases=(False, True)).gemm2.out_dtype == "bfloat16"
+    problem = cuda_call.problem(activation=swiglu, combine="ordered", biases=(True, False))
+    _, gemm1, gemm2, combine = (launch.spec for launch in cuda_call.program(problem).launches)
+    assert (gemm1.alpha, gemm1.beta, gemm1.limit) == (1.5, 2.5, 7.0)
+    assert (gemm1.has_bias, gemm2.has_bias) == (True, False)
+    assert (gemm2.out_dtype, combine.out_dtype) == ("float32", "bfloat16")
+    assert cuda_call.program(cuda_call.problem(biases=(False, True))).launches[2].spec.out_dtype == "bfloat16"
     for weight_on in ("output", "input"):
-        call = lowering._Call(cuda_call.problem(precision="w4a4", weight_on=weight_on), (False, False))
-        assert call.sort.weighted == (weight_on == "output")
-        assert (call.rows.quantise, call.rows.per_route) == (True, weight_on == "input")
+        sort, x_rows, *_ = cuda_call.program(cuda_call.problem(precision="w4a4", weight_on=weight_on)).launches
+        assert sort.spec.weighted == (weight_on == "output")
+        assert (x_rows.spec.quantise, x_rows.spec.per_route) == (True, weight_on == "input")
 
 
 def test_the_target_says_whether_the_call_may_be_captured():
@@ -127,9 +157,7 @@ def test_each_bias_is_found_among_the_operands(present):
 
 def test_only_the_sort_cares_for_the_experts_elsewhere():
     """Kernels index by L; E only chooses the tile."""
-    few, many = (
-        cuda_call.kernels_of(cuda_call.problem(**{**_ALL, "total_experts": e}), (True, True))[0] for e in (None, 17)
-    )
+    few, many = (cuda_call.kernels_of(cuda_call.problem(**{**_ALL, "num_experts": e}))[0] for e in (None, 17))
     for step in _ABI[0][1]:
         assert few[step]["arguments"] == many[step]["arguments"]
 

@@ -250,9 +250,9 @@ def test_every_combination_of_a_list_is_compiled(compiler):
 def test_processes_compile_every_kernel(monkeypatch, tmp_path):
     """What they find in the cache here, where there may be no compiler."""
     monkeypatch.setenv("JAX_MOE_CACHE_DIR", str(tmp_path))
-    layer = {"top_k": 2, "num_experts": 8, "hidden_size": 64, "intermediate_size": 64}
+    layer = {"top_k": 2, "local_experts": 8, "hidden_size": 64, "intermediate_size": 64}
     calls = [cuda_call.problem(num_tokens=tokens, **layer) for tokens in (1, 100)]
-    wanted = {launch.spec for call in calls for launch in lowering.launches(call, biases=(False, False))}
+    wanted = {launch.spec for call in calls for launch in lowering.launches(call)}
     kernel = kernels.CompiledKernel(b"x" * 98765, "symbol", 384, 232448, (8,), 168, 0, 16)
     for spec in wanted:
         name = kernels._file_name(spec, "sm_90a", kernels._compiler() or "1.0")

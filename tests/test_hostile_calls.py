@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 import jax_moe
-from jax_moe import ffi, plan
+from jax_moe import ffi, problem
+from jax_moe.operands import expert_operands, OPERANDS
 
 _SOURCE = helpers.SOURCE_FOLDER / "ffi"
 _SEEDS = (1, 2, 3, 4)
@@ -90,29 +91,20 @@ def test_fuzz_catches_a_handler_without_the_check(name, fuzzer, build_folder):
 
 # --- The registered target, through jax.ffi.ffi_call ----------------------------------------------------------------
 
-_NAMES = (
-    "x", "expert_ids", "routing_weights", "expert_offset",
-    "gate_up.payload", "gate_up.block_scale", "gate_up.global_scale", "gate_up.input_scale", "gate_up.bias",
-    "down.payload", "down.block_scale", "down.global_scale", "down.input_scale", "down.bias",
-)  # fmt: skip
-
 
 def _arguments(**options):
     """Operands, result types and attributes of a valid call."""
     case = helpers.make_case(bias=True, **options)
-    weights = []
-    for projection in (case.experts.gate_up, case.experts.down):
-        weights += [projection.payload, projection.block_scale, projection.global_scale]
-        weights += [projection.input_scale, projection.bias]
+    weights = list(expert_operands(case.experts).values())
     operands = [case.x, case.routing.expert_ids, case.routing.weights, jnp.int32(0), *weights]
-    problem = plan.Problem(
-        num_tokens=case.x.shape[0], top_k=case.routing.expert_ids.shape[1], num_experts=weights[5].shape[0],
+    call = problem.Problem(
+        num_tokens=case.x.shape[0], top_k=case.routing.expert_ids.shape[1], local_experts=weights[5].shape[0],
         hidden_size=case.x.shape[1], intermediate_size=weights[0].shape[2], activation=jax_moe.SwiGLU(),
         precision="w4a4", combine="ordered", weight_on="output", out_dtype=jnp.dtype(jnp.float32),
-        layout="canonical", command_buffer=True,
+        layout="canonical", command_buffer=True, absent=(),
     )  # fmt: skip
-    results = [jax.ShapeDtypeStruct(case.x.shape, jnp.float32), *plan.cpu_workspaces(problem)]
-    return operands, results, problem.attributes()
+    results = [jax.ShapeDtypeStruct(case.x.shape, jnp.float32), *problem.cpu_workspaces(call)]
+    return operands, results, call.attributes()
 
 
 def _call(operands, results, attributes):
@@ -128,7 +120,7 @@ def test_the_valid_call_is_accepted():
     assert np.isfinite(np.asarray(_call(*_arguments())[0])).all()
 
 
-@pytest.mark.parametrize("index", range(len(_NAMES)), ids=_NAMES)
+@pytest.mark.parametrize("index", range(len(OPERANDS)), ids=OPERANDS)
 @pytest.mark.parametrize("wrong", ["shape", "rank", "dtype"])
 def test_wrong_operand_is_refused_by_name(index, wrong):
     operands, results, attributes = _arguments()
@@ -140,7 +132,7 @@ def test_wrong_operand_is_refused_by_name(index, wrong):
     else:
         operands[index] = operand[..., :-1]
     # An operand that others take their sizes from may be blamed on one of those.
-    name = "" if wrong != "dtype" and index in (0, 1, 4, 11) else _NAMES[index]
+    name = "" if wrong != "dtype" and index in (0, 1, 4, 11) else OPERANDS[index]
     _assert_refused(name, operands, results, attributes)
 
 

@@ -1,5 +1,7 @@
 """What a call lowers to on CUDA, without a GPU or the DSL: launches, workspaces, attributes, errors, the CLI."""
 
+import dataclasses
+import re
 import shlex
 
 import cuda_call
@@ -13,18 +15,17 @@ import typer.testing
 
 from jax_moe import activations
 from jax_moe.cli import compile as command
-from jax_moe.kernels import compile as kernels, lowering
-from jax_moe.kernels.common import plan as common_plan
+from jax_moe.kernels import cache, lowering, specs, tiling
 
 compiler = pytest.fixture(autouse=True)(cuda_call.stand_in_compiler)
 
 
 _STEPS_OF_MODES = [
     ({}, ["sort", "gemm1", "gemm2"]),
-    ({"precision": "w4a4"}, ["sort", "prepare", "gemm1", "gemm2"]),
-    ({"weight_on": "input"}, ["sort", "prepare", "gemm1", "gemm2"]),
+    ({"precision": "w4a4"}, ["sort", "x_rows", "gemm1", "gemm2"]),
+    ({"weight_on": "input"}, ["sort", "x_rows", "gemm1", "gemm2"]),
     ({"combine": "ordered"}, ["sort", "gemm1", "gemm2", "combine"]),
-    ({"combine": "ordered", "precision": "w4a4"}, ["sort", "prepare", "gemm1", "gemm2", "combine"]),
+    ({"combine": "ordered", "precision": "w4a4"}, ["sort", "x_rows", "gemm1", "gemm2", "combine"]),
     ({"num_tokens": 0}, []),
 ]
 
@@ -32,7 +33,8 @@ _STEPS_OF_MODES = [
 @pytest.mark.parametrize(("changes", "steps"), _STEPS_OF_MODES, ids=str)
 def test_each_mode_launches_its_kernels(changes, steps):
     attributes, workspaces = cuda_call.kernels_of(cuda_call.problem(**changes))
-    assert [step for step in cuda_call.PARAMETER_BYTES if step in attributes] == steps
+    assert attributes["launches"].split() == steps
+    assert attributes["adds"] == ("gemm2" if steps and "combine" not in steps else "")
     assert len(attributes["workspace_bytes"]) == len(workspaces)
     for workspace, size in zip(workspaces, attributes["workspace_bytes"], strict=True):
         assert workspace.size * workspace.dtype.itemsize == size
@@ -40,41 +42,40 @@ def test_each_mode_launches_its_kernels(changes, steps):
 
 def test_arguments_name_buffers_that_are_there():
     for changes, _ in _STEPS_OF_MODES:
-        attributes, workspaces = cuda_call.kernels_of(cuda_call.problem(**changes), biases=(True, True))
-        for step in cuda_call.PARAMETER_BYTES:
-            for argument in attributes.get(step, {"arguments": ""})["arguments"].split():
+        attributes, workspaces = cuda_call.kernels_of(cuda_call.problem(**changes, biases=(True, True)))
+        for step in attributes["launches"].split():
+            for argument in attributes[step]["arguments"].split():
                 kind, _, value = argument.partition(":")
                 limit = {"operand": 14, "result": 1 + len(workspaces), "i32": 2**31, "null": 1}[kind]
                 assert int(value or 0) < limit, (step, argument)
 
 
-def _arguments(problem, step, biases=(False, False)):
-    return cuda_call.kernels_of(problem, biases)[0][step]["arguments"].split()
-
-
 def test_what_is_absent_is_null_and_what_is_there_is_not():
-    assert _arguments(cuda_call.problem(), "gemm1")[6:9] == ["null"] * 3
-    quantised = _arguments(cuda_call.problem(precision="w4a4"), "gemm1", biases=(True, False))
-    assert quantised[6:9] == ["operand:7", "operand:8", "operand:12"]
-    assert _arguments(cuda_call.problem(), "gemm2", biases=(False, True))[7:9] == ["null", "operand:13"]
+    names = ("input_scale", "bias", "down_input_scale")
+    plain = cuda_call.arguments(cuda_call.problem(), "gemm1")
+    assert [plain[name] for name in names] == ["null"] * 3
+    quantised = cuda_call.arguments(cuda_call.problem(precision="w4a4", biases=(True, False)), "gemm1")
+    assert [quantised[name] for name in names] == ["gate_up.input_scale", "gate_up.bias", "down.input_scale"]
+    gemm2 = cuda_call.arguments(cuda_call.problem(biases=(False, True)), "gemm2")
+    assert [gemm2[name] for name in names[:2]] == ["null", "down.bias"]
 
 
 def test_gemm1_reads_x_or_what_the_pass_over_x_made():
-    assert _arguments(cuda_call.problem(), "gemm1")[0] == "operand:0"
-    for changes, divisor in (({"precision": "w4a4"}, "i32:4"), ({"weight_on": "input"}, "i32:1")):
+    assert cuda_call.arguments(cuda_call.problem(), "gemm1")["x"] == "x"
+    for changes, divisor in (({"precision": "w4a4"}, "4"), ({"weight_on": "input"}, "1")):
         problem = cuda_call.problem(**changes)
-        x_rows = _arguments(problem, "prepare")[3]
-        gemm1 = _arguments(problem, "gemm1")
-        assert (gemm1[0], gemm1[11]) == (x_rows, divisor)
+        assert cuda_call.arguments(problem, "x_rows")["x_rows"] == "x_rows"
+        gemm1 = cuda_call.arguments(problem, "gemm1")
+        assert (gemm1["x"], gemm1["row_divisor"]) == ("x_rows", divisor)
 
 
 def test_gemm2_adds_into_the_output_or_stores_contributions():
-    assert _arguments(cuda_call.problem(), "gemm2")[9:12:2] == ["result:0", "i32:4"]
+    added = cuda_call.arguments(cuda_call.problem(), "gemm2")
+    assert (added["out"], added["row_divisor"]) == ("out", "4")
     ordered = cuda_call.problem(combine="ordered")
-    contributions, divisor = _arguments(ordered, "gemm2")[9:12:2]
-    assert contributions == _arguments(ordered, "combine")[0] != "result:0"
-    assert divisor == "i32:1"
-    assert _arguments(ordered, "combine")[3] == "result:0"
+    stored, combine = (cuda_call.arguments(ordered, step) for step in ("gemm2", "combine"))
+    assert (stored["out"], stored["row_divisor"]) == ("contributions", "1")
+    assert (combine["contributions"], combine["out"]) == ("contributions", "out")
 
 
 def test_sizes_of_the_prepared_weights_are_those_that_prepare_makes():
@@ -83,9 +84,18 @@ def test_sizes_of_the_prepared_weights_are_those_that_prepare_makes():
         prepared = helpers.jax_moe.prepare(case.experts, "sm_90a", progress=False)
         text = cuda_call.lowered(case, activation=activation)
         sizes = [p.payload.nbytes for p in (prepared.gate_up, prepared.down)]
-        assert f"weight_bytes = dense<[{sizes[0]}, 0, {sizes[1]}, 0]>" in text
-        padded = prepared.gate_up.bias.shape[2]
-        assert f"shape = dense<[5, 2, 4, {2 if activation.gated else 1}, 112, {padded}, 2]>" in text
+        weights = {
+            "gate_up.payload": sizes[0],
+            "gate_up.block_scale": 0,
+            "down.payload": sizes[1],
+            "down.block_scale": 0,
+        }
+        planned = {
+            "num_tokens": 5, "top_k": 2, "local_experts": 4, "num_parts": 2 if activation.gated else 1,
+            "hidden_size": 112, "intermediate_size": prepared.gate_up.bias.shape[2], "out_bytes": 2,
+        }  # fmt: skip
+        for name, value in (weights | planned).items():
+            assert re.search(rf'"?{re.escape(name)}"? = {value} : i64', text), name
 
 
 def test_a_symbolic_number_of_tokens_is_refused():
@@ -104,7 +114,7 @@ def test_a_symbolic_number_of_tokens_is_refused():
 
 def test_without_tokens_nothing_is_launched():
     for changes in ({}, {"precision": "w4a4"}, {"weight_on": "input"}):
-        assert lowering.launches(cuda_call.problem(num_tokens=0, **changes), biases=(False, False)) == []
+        assert lowering.launches(cuda_call.problem(num_tokens=0, **changes)) == ()
 
 
 def test_lowering_is_deterministic():
@@ -118,44 +128,47 @@ def test_lowering_is_deterministic():
 
 def test_weights_that_are_not_prepared_are_refused():
     with pytest.raises(ValueError, match=r"experts.layout: got 'canonical', .* jax_moe.prepare\(experts, 'sm_90a'\)"):
-        lowering.cuda_call(cuda_call.problem(layout="canonical"), biases=(False, False))
+        lowering.cuda_call(cuda_call.problem(layout="canonical"))
 
 
 def test_sizes_that_the_kernels_cannot_count_are_refused():
     with pytest.raises(ValueError, match="local experts, the GPU kernels take at most 512"):
-        lowering.cuda_call(cuda_call.problem(num_experts=513), biases=(False, False))
+        lowering.cuda_call(cuda_call.problem(local_experts=513))
     with pytest.raises(ValueError, match="int32"):
-        lowering.cuda_call(cuda_call.problem(num_tokens=2**29, top_k=16), biases=(False, False))
+        lowering.cuda_call(cuda_call.problem(num_tokens=2**29, top_k=16))
     for combine in ("atomic", "ordered"):  # combine.py counts the output's vectors of four
         problem = cuda_call.problem(num_tokens=2**20, hidden_size=2**13, combine=combine)
         with pytest.raises(ValueError, match="int32"):
-            lowering.cuda_call(problem, biases=(False, False))
+            lowering.cuda_call(problem)
 
 
 def test_a_kernel_that_takes_other_parameters_is_refused(monkeypatch):
-    monkeypatch.setitem(cuda_call.PARAMETER_BYTES, "gemm1", (8,) * 10 + (4,) * 4)
+    stand_in = cache.compiled
+    monkeypatch.setattr(
+        cache, "compiled", lambda *args: dataclasses.replace(stand_in(*args), parameter_bytes=(8,) * 10 + (4,) * 4)
+    )
     with pytest.raises(RuntimeError, match="takes parameters of"):
-        lowering.cuda_call(cuda_call.problem(), biases=(False, False))
+        lowering.cuda_call(cuda_call.problem())
 
 
 @pytest.mark.parametrize("changes", [
     {},
     {"num_tokens": 8192, "combine": "ordered", "out_dtype": jnp.dtype(jnp.float32)},
     {"precision": "w4a4", "weight_on": "input", "activation": activations.SwiGLU(1.702, 1.0, 7.0)},
-    {"activation": activations.SiTU(beta=2.5, linear_beta=None), "num_experts": 3},
+    {"activation": activations.SiTU(beta=2.5, linear_beta=None), "local_experts": 3},
     {"activation": activations.GeGLU(), "hidden_size": 64, "intermediate_size": 128},
     {"activation": activations.ReLU2(), "top_k": 1},
-    {"num_tokens": 512, "total_experts": 128},
-    {"activation": activations.SwiGLU(1.702, 1, 7), "total_experts": 17, "top_k": 20},
+    {"num_tokens": 512, "num_experts": 128},
+    {"activation": activations.SwiGLU(1.702, 1, 7), "num_experts": 17, "top_k": 20},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("biases", [(False, False), (True, True), (True, False), (False, True)])
 def test_the_command_in_the_error_makes_the_kernels(compiler, monkeypatch, changes, biases):
     """Round trip: problem -> the error's command line -> the kernels that the problem needs."""
-    problem = cuda_call.problem(**changes)
-    wanted = {launch.spec for launch in lowering.launches(problem, biases=biases)}
+    problem = cuda_call.problem(**changes, biases=biases)
+    wanted = {launch.spec for launch in lowering.launches(problem)}
     app = typer.Typer()
     app.command()(command.compile)
-    arguments = ["--target", "sm_90a", *shlex.split(" ".join(lowering.command_arguments(problem, biases)))]
+    arguments = ["--target", "sm_90a", *shlex.split(" ".join(lowering.command_arguments(problem)))]
     ran = typer.testing.CliRunner().invoke(app, arguments)
     assert ran.exit_code == 0, ran.output
     # By repr, which names the file that the other machine looks for: 1 and 1.0 are equal.
@@ -164,15 +177,13 @@ def test_the_command_in_the_error_makes_the_kernels(compiler, monkeypatch, chang
 
 def test_a_missing_kernel_says_which_command_makes_it(monkeypatch, tmp_path):
     def compiled(spec, target):
-        raise kernels.MissingKernelError("kernel so-and-so is not there.")
+        raise cache.MissingKernelError("kernel so-and-so is not there.")
 
-    monkeypatch.setattr(kernels, "compiled", compiled)
-    problem = cuda_call.problem(total_experts=64)
-    with pytest.raises(kernels.MissingKernelError) as error:
-        lowering.cuda_call(problem, biases=(True, False))
-    command_line = "python -m jax_moe compile --target sm_90a " + " ".join(
-        lowering.command_arguments(problem, (True, False))
-    )
+    monkeypatch.setattr(cache, "compiled", compiled)
+    problem = cuda_call.problem(num_experts=64, biases=(True, False))
+    with pytest.raises(cache.MissingKernelError) as error:
+        lowering.cuda_call(problem)
+    command_line = " ".join(["python -m jax_moe compile --target sm_90a", *lowering.command_arguments(problem)])
     assert "kernel so-and-so is not there." in str(error.value)
     assert f"`{command_line}`" in str(error.value)
     assert "`pip install nvidia-cutlass-dsl`" in str(error.value)
@@ -181,7 +192,7 @@ def test_a_missing_kernel_says_which_command_makes_it(monkeypatch, tmp_path):
 def test_the_sort_has_room_for_what_it_is_asked_for():
     for routes in (1, 8, 100, 2048, 2049, 131072):
         for experts in (1, 7, 128, 512):
-            spec = lowering.specs.sort_spec(routes, experts, 8, weighted=True)
+            spec = specs.sort_spec(routes, experts, 8, weighted=True)
             assert spec.warps <= 32
             assert 32 * spec.warps >= experts, "the sums over experts take a thread for each"
             shared = 4 * (spec.warps * experts + 3 * experts + spec.warps + 2)
@@ -191,7 +202,7 @@ def test_the_sort_has_room_for_what_it_is_asked_for():
 def test_workspaces_hold_the_worst_routing():
     """A tile map for every routing: one row on each of many experts, or all on one."""
     for tokens, top_k, experts, tile in ((1, 8, 128, 8), (64, 8, 128, 16), (300, 4, 8, 64)):
-        routes, limit = tokens * top_k, common_plan.max_tiles(tokens * top_k, experts, tile)
+        routes, limit = tokens * top_k, tiling.max_tiles(tokens * top_k, experts, tile)
         spread = np.bincount(np.arange(routes) % experts, minlength=experts)
         uneven = np.minimum(np.ones(experts, int), routes)
         uneven[0] += max(0, routes - uneven.sum())

@@ -16,7 +16,7 @@ import jax_moe
 from jax_moe import nvfp4
 from jax_moe.experts import Experts, Projection
 from jax_moe.kernels.sm90 import layout
-from jax_moe.prepare import prepare, unprepare
+from jax_moe.preparation import prepare, unprepare
 
 GATED = (2, 96, 80)
 UNGATED = (1, 144, 64)

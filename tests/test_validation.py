@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 
 import helpers
 import jax
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 
 import jax_moe
-from jax_moe import activations, ffi
+from jax_moe import activations, ffi, reference
+from jax_moe.problem import Options
 
 T, H, I, E, K = 5, 48, 32, 4, 2  # noqa: E741
 
@@ -464,6 +466,13 @@ def test_numbers_may_be_numpys(good):
 def test_there_is_no_positional_option(good):
     with pytest.raises(TypeError):
         jax_moe.fused_moe(good["x"], good["experts"], good["routing"], jax_moe.SwiGLU())
+
+
+def test_every_call_takes_the_options_of_the_op():
+    op = inspect.signature(jax_moe.fused_moe).parameters
+    assert inspect.signature(reference.fused_moe).parameters == op
+    for field in dataclasses.fields(Options):
+        assert inspect.signature(jax_moe.sharded_moe).parameters[field.name] == op[field.name]
 
 
 def test_w4a16_needs_no_input_scales(good):

@@ -20,7 +20,7 @@ What a library that is more than an example adds, and where this repository does
   for callers who bypass Python (``ffi/decode.h``).
 - A version in the target's name, because exported programs outlive libraries; workspaces as extra results, because
   a handler must not allocate what grows with the model; refusals where XLA would do the wrong thing silently, such
-  as gathering sharded weights (``jax_moe/ffi.py``, ``jax_moe/plan.py``).
+  as gathering sharded weights (``jax_moe/ffi.py``, ``jax_moe/problem.py``).
 - Threads: XLA's own pool, through the execution context (``ffi/cpu/parallel_for.h``).
 - A GPU: the same target name, registered for platform "CUDA" with a handler that takes the stream (``ffi/cuda/``).
 """

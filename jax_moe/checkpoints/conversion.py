@@ -20,9 +20,9 @@ import warnings
 
 import numpy as np
 
-from jax_moe import progress
+from jax_moe import layouts, progress
 from jax_moe.checkpoints import leaves
-from jax_moe.checkpoints.converted import layout_named, named_leaves, VERSION
+from jax_moe.checkpoints.converted import named_leaves, VERSION
 from jax_moe.checkpoints.files import (
     brief,
     CheckpointError,
@@ -38,8 +38,9 @@ from jax_moe.checkpoints.layer import open_experts
 from jax_moe.checkpoints.model import Model, open_model
 from jax_moe.checkpoints.quantization import CONFIG_FILES, refuse_online_transforms
 from jax_moe.checkpoints.stored import OtherFormatError
-from jax_moe.experts import CANONICAL, SM_90A
-from jax_moe.prepare import prepare
+from jax_moe.experts import CANONICAL
+from jax_moe.kernels import targets
+from jax_moe.preparation import prepare
 
 MANIFEST = "jax_moe.json"
 _MANIFEST_VERSION = "2"
@@ -67,7 +68,7 @@ def convert(
       output: the directory to write, made if needed.
       layers: only these; layers that ``output`` has already stay. Without it, every layer in NVFP4 or MXFP4; others are
         left out with a warning.
-      layout: ``"canonical"``, or a target of :func:`jax_moe.prepare`.
+      layout: ``"canonical"``, another layout, or a target that has one for every precision.
       progress_bar: show a progress bar on a terminal.
 
     Returns:
@@ -79,8 +80,7 @@ def convert(
       TypeError: one of ``layers`` is not an int.
       ValueError: unknown layout, no layers, or the checkpoint was itself converted to another target's.
     """
-    if layout not in (CANONICAL, SM_90A):
-        raise ValueError(f"layout: got {layout!r}, needs {CANONICAL!r} or {SM_90A!r}")
+    layout = targets.layout_for(layout, None, "layout").name
     source, target = Path(directory), Path(output)
     model = open_model(source)
     numbers = _checked(model, layers, layout)
@@ -198,7 +198,7 @@ def _check_manifest(path: Path, manifest: dict) -> None:
     if not path.exists():
         return
     found = read_json(path)
-    found["layout"] = layout_named(found.get("layout"))
+    found["layout"] = layouts.current_name(found.get("layout"))
     for key in ("version", "layout", "config"):
         if found.get(key) != manifest[key]:
             raise CheckpointError(

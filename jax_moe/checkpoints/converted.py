@@ -7,19 +7,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_moe import nvfp4
+from jax_moe import layouts, nvfp4
 from jax_moe.checkpoints.files import CheckpointError, Files, read_floats, read_rows, TensorInfo
 from jax_moe.checkpoints.leaves import Leaf
 from jax_moe.checkpoints.model import Model, refuse_online_transforms, Sizes, sizes
 from jax_moe.checkpoints.stored import check_block_scale
-from jax_moe.experts import CANONICAL, Experts, Projection, SM_90A
-from jax_moe.prepare import prepare
+from jax_moe.experts import CANONICAL, Experts, Projection
+from jax_moe.preparation import prepare
 
 VERSION = "1"
 """Of a layer's file."""
-
-_FORMER_LAYOUTS = {"sm_90a": SM_90A}
-"""Layouts by the names that earlier versions wrote into files and manifests."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +71,6 @@ def _check_values(values: np.ndarray, info: TensorInfo) -> None:
         raise CheckpointError(f"{info}: found a number that is not finite, expected finite scales and biases")
 
 
-def layout_named(name: Any) -> Any:
-    """The layout of today that a file or a manifest means by ``name``; whatever else stands there stays as it is."""
-    return _FORMER_LAYOUTS.get(name, name) if isinstance(name, str) else name
-
-
 def holds(model: Model, number: int) -> bool:
     """Whether the experts of a layer are converted ones."""
     return f"{model.module(number)}.experts.gate_up.payload" in model.files.names()
@@ -88,8 +80,8 @@ def open_converted(model: Model, number: int) -> ConvertedLayer:
     """See :func:`jax_moe.checkpoints.layer.open_experts`."""
     prefix = f"{model.module(number)}.experts."
     metadata = model.files.metadata(f"{prefix}gate_up.payload")
-    layout = layout_named(metadata.get("layout"))
-    if metadata.get("version") != VERSION or layout not in (CANONICAL, SM_90A):
+    layout = layouts.current_name(metadata.get("layout"))
+    if metadata.get("version") != VERSION or layout not in layouts.LAYOUTS:
         raise CheckpointError(
             f"{model.files.info(prefix + 'gate_up.payload')}: found version {metadata.get('version')!r} and layout "
             f"{metadata.get('layout')!r}, expected version {VERSION} and a known layout"

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import typer
 
 import jax_moe
-from jax_moe import arguments, plan, progress, shapes
+from jax_moe import arguments, problem, progress, shapes
 from jax_moe.cli import options, show, timing
-from jax_moe.kernels import compile as kernels
+from jax_moe.kernels.cache import MissingKernelError
 
 _CHAIN = 16
 """Calls in a program on a GPU; on a CPU one call is long enough to be timed by itself."""
@@ -35,8 +35,8 @@ def bench(
         if shape.top_k > shape.num_experts:
             raise ValueError(f"--model: got K = {shape.top_k}, needs at most E = {shape.num_experts}")
         counts = options.numbers("--tokens", tokens)
-        kinds = options.choices("--precision", precision, plan.Precision)
-        arguments.choice("--combine", combine, plan.Combine)
+        kinds = options.choices("--precision", precision, problem.Precision)
+        arguments.choice("--combine", combine, problem.Combine)
         if output is not None:
             open(output, "a").close()  # whether it can be written is known before anything is measured
         experts = random_experts(shape, seed)
@@ -57,7 +57,7 @@ def bench(
             results.append(
                 {"precision": kind, "tokens": count, "seconds": seconds, "gflops": gflops, "weight_gbs": gigabytes}
             )
-    except kernels.MissingKernelError as error:
+    except MissingKernelError as error:
         show.error(str(error))
         raise typer.Exit(1) from None
     title = f"fused_moe on {device.device_kind}: {model}, combine={combine}"

@@ -7,16 +7,16 @@ from typing import Annotated
 
 import typer
 
-from jax_moe import plan, progress, shapes
+from jax_moe import layouts, problem, progress, shapes
 from jax_moe.cli import options, show
-from jax_moe.kernels import compile as kernels, lowering
-from jax_moe.kernels.sm90 import layout
+from jax_moe.kernels import cache, compiler, lowering, targets
+from jax_moe.kernels.specs import Spec
 
-_HEADINGS = ("kernel", "threads", "registers", "stack bytes", "shared bytes", "wgmma", "cubin bytes")
+_HEADINGS = ("kernel", "threads", "registers", "stack bytes", "shared bytes", "tensor core", "cubin bytes")
 
 
 def compile(
-    target: Annotated[str, typer.Option(help=f"One of {', '.join(kernels.TARGETS)}.")] = kernels.TARGETS[0],
+    target: Annotated[str, typer.Option(help=f"One of {', '.join(targets.TARGETS)}.")] = next(iter(targets.TARGETS)),
     shape: Annotated[
         list[str] | None, typer.Option(help=f"One of {', '.join(shapes.MODELS)}; may be repeated.")
     ] = None,
@@ -36,28 +36,28 @@ def compile(
     gate_up_bias: Annotated[bool, typer.Option("--gate-up-bias", help="The gate_up projection has a bias.")] = False,
     down_bias: Annotated[bool, typer.Option("--down-bias", help="The down projection has a bias.")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Processes that compile.")] = 1,
-    check: Annotated[bool, typer.Option("--check", help="Fail if a kernel spills, or a GEMM has no wgmma.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Fail if a kernel spills, or a GEMM has no MMA.")] = False,
 ) -> None:
     """Compile every kernel that calls of these shapes launch, into the cache; no GPU needed."""
     try:
-        options.one_of("--target", target, kernels.TARGETS)
+        options.one_of("--target", target, targets.TARGETS)
         layers = [shapes.MODELS[options.one_of("--shape", name, shapes.MODELS)] for name in shape or []]
         layers += [options.layer("--layer", text, "L,K,H,I") for text in layer or []]
         function = options.activation("--activation", activation)
         modes = itertools.product(
-            options.choices("--precision", precision, plan.Precision),
-            options.choices("--combine", combine, plan.Combine),
-            options.choices("--weight-on", weight_on, plan.WeightOn),
-            options.dtypes("--out-dtype", out_dtype, plan.OUT_DTYPES),
+            options.choices("--precision", precision, problem.Precision),
+            options.choices("--combine", combine, problem.Combine),
+            options.choices("--weight-on", weight_on, problem.WeightOn),
+            options.dtypes("--out-dtype", out_dtype, problem.OUT_DTYPES),
         )
         counts = options.numbers("--tokens", tokens)
+        biases = {"gate_up.bias": gate_up_bias, "down.bias": down_bias}
+        absent = tuple(name for name, is_given in biases.items() if not is_given)
         # The batch may be any of these; each has its own kernels.
-        specs: dict[kernels.Spec, None] = {}
+        specs: dict[Spec, None] = {}
         for one, mode, count in itertools.product(layers, modes, counts):
-            problem = _problem(one, count, num_experts, target, function, *mode)
-            specs |= dict.fromkeys(
-                launch.spec for launch in lowering.launches(problem, biases=(gate_up_bias, down_bias))
-            )
+            call = _problem(one, count, num_experts, target, absent, function, mode)
+            specs |= dict.fromkeys(launch.spec for launch in lowering.launches(call))
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     if not specs:
@@ -68,51 +68,51 @@ def compile(
         for spec, kernel in _compile_all(list(specs), target, jobs):
             facts = (kernel.threads, kernel.registers, kernel.stack_bytes, kernel.shared_bytes)
             rows.append((spec.name, *map(str, facts), str(kernel.tensor_core_instructions), str(len(kernel.image))))
-            if kernel.stack_bytes > kernels.MOST_STACK_BYTES:
+            if kernel.stack_bytes > compiler.MOST_STACK_BYTES:
                 failures.append(f"{spec.name} has a stack of {kernel.stack_bytes} bytes: it spills")
-            if "gemm" in spec.name and kernel.tensor_core_instructions == 0:
-                failures.append(f"{spec.name} has no wgmma")
-    except kernels.MissingKernelError:
+            if spec.tensor_core_ptx and kernel.tensor_core_instructions == 0:
+                failures.append(f"{spec.name} has no {spec.tensor_core_ptx}")
+    except cache.MissingKernelError:
         # Its advice is to run this command where the compiler is.
         show.error("compile needs nvidia-cutlass-dsl: pip install nvidia-cutlass-dsl (a GPU is not needed)")
         raise typer.Exit(1) from None
-    show.table(f"{len(specs)} kernels for {target} in {kernels.cache_folder()}", _HEADINGS, rows)
+    show.table(f"{len(specs)} kernels for {target} in {cache.cache_folder()}", _HEADINGS, rows)
     if check and failures:
         for failure in failures:
             show.error(failure)
         raise typer.Exit(1)
 
 
-def _problem(
-    layer: shapes.LayerShape, tokens, num_experts, target, activation, precision, combine, weight_on, out_dtype
-):
+def _problem(layer: shapes.LayerShape, tokens, num_experts, target, absent, activation, mode) -> problem.Problem:
     if num_experts is not None and num_experts < layer.num_experts:
         raise ValueError(f"--num-experts: got {num_experts}, needs at least L = {layer.num_experts}")
-    block = layout.BLOCK_K  # jax_moe.prepare pads to whole ones
-    return plan.Problem(
+    precision, combine, weight_on, out_dtype = mode
+    layout = layouts.get(targets.TARGETS[target].layouts[precision])
+    return problem.Problem(
         num_tokens=tokens,
         top_k=layer.top_k,
-        num_experts=layer.num_experts,
+        local_experts=layer.num_experts,
+        num_experts=num_experts,
         hidden_size=layer.hidden_size,
-        intermediate_size=-(-layer.intermediate_size // block) * block,
+        intermediate_size=layout.padded_intermediate_size(layer.intermediate_size),
         activation=activation,
         precision=precision,
         combine=combine,
         weight_on=weight_on,
         out_dtype=out_dtype,
-        layout=target,
+        layout=layout.name,
         command_buffer=True,
-        total_experts=num_experts,
+        absent=absent,
     )
 
 
 def _compile_all(specs, target, jobs):
     if jobs == 1:
         for spec in progress.track(specs, "compile"):
-            yield spec, kernels.compiled(spec, target)
+            yield spec, cache.compiled(spec, target)
         return
     # Fresh processes: the compiler keeps its state in globals, and JAX's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        results = pool.map(kernels.compiled, specs, [target] * len(specs))
+        results = pool.map(cache.compiled, specs, [target] * len(specs))
         yield from zip(specs, progress.track(results, "compile", total=len(specs)), strict=True)

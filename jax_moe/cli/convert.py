@@ -9,13 +9,15 @@ import typer
 from jax_moe import checkpoints
 from jax_moe.cli import options, show
 from jax_moe.experts import CANONICAL
+from jax_moe.kernels import targets
 
 
 def convert(
     directory: Annotated[Path, typer.Argument(help="A checkpoint with NVFP4 or MXFP4 experts.")],
     output: Annotated[Path, typer.Argument(help="The directory to write; an interrupted conversion is continued.")],
     layout: Annotated[
-        str, typer.Option(help="canonical (CPUs; `prepare` repacks it for a GPU), or sm_90a (H100, H200).")
+        str,
+        typer.Option(help=f"canonical (CPUs; `prepare` repacks it for a GPU), or a GPU: {', '.join(targets.TARGETS)}."),
     ] = CANONICAL,
     layers: Annotated[
         str | None, typer.Option(help="Only these, as 0,3-5. By default all that are in NVFP4 or MXFP4.")

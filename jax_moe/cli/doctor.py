@@ -12,7 +12,7 @@ from rich.text import Text
 
 import jax_moe
 from jax_moe.cli import show
-from jax_moe.kernels import compile as kernels
+from jax_moe.kernels import cache, compiler, targets
 from jax_moe.settings import SETTINGS
 
 
@@ -33,17 +33,17 @@ def doctor() -> None:
     facts.add_row("JAX devices", failure or ", ".join(map(str, devices)))
     facts.add_row("XLA_FLAGS", os.environ.get("XLA_FLAGS", "(not set)"))
     facts.add_row("command buffers", _command_buffers())
-    cache = kernels.cache_folder()
-    facts.add_row("kernel cache", f"{cache}: {len(list(cache.glob('*.json')))} kernels, of this and other versions")
+    folder = cache.cache_folder()
+    facts.add_row("kernel cache", f"{folder}: {len(list(folder.glob('*.json')))} kernels, of this and other versions")
     for setting in SETTINGS:
         if (value := setting.value()) is not None:
             facts.add_row(setting.name, value)
     console.print(facts)
 
-    targets = Table("target", "runs here", "why", title="What this machine can run")
+    table = Table("target", "runs here", "why", title="What this machine can run")
     for target, (runs, why) in _targets(devices).items():
-        targets.add_row(target, Text("yes", "green") if runs else Text("no", "red"), why)
-    console.print(targets)
+        table.add_row(target, Text("yes", "green") if runs else Text("no", "red"), why)
+    console.print(table)
 
 
 def _version(package: str) -> str:
@@ -74,18 +74,22 @@ def _devices() -> tuple[list[Any], str | None]:
 
 def _targets(devices: list[Any]) -> dict[str, tuple[bool, str]]:
     """For each target whether it runs here, and the reason."""
-    cpu = (True, f"{os.cpu_count()} cores, {platform.machine()}") if devices else (False, "JAX does not start")
+    why = f"{os.cpu_count()} cores, {platform.machine()}" if devices else "JAX does not start"
+    rows = {"CPU": (bool(devices), why)}
     capabilities = [device.compute_capability for device in devices if device.platform == "gpu"]
-    hopper_devices = capabilities.count("9.0")
-    if hopper_devices and _version("nvidia-cutlass-dsl") == "not installed":
-        hopper = (True, f"{hopper_devices} device(s), but only kernels compiled before: pip install nvidia-cutlass-dsl")
-    elif hopper_devices:
-        hopper = (True, f"{hopper_devices} device(s) of compute capability 9.0")
-    elif capabilities:
-        hopper = (False, f"needs compute capability 9.0, JAX sees {', '.join(sorted(set(capabilities)))}")
-    else:
-        hopper = (False, _why_no_gpu(devices))
-    return {"CPU": cpu, "Hopper (sm_90a)": hopper, "Blackwell (sm_100a)": (False, "no kernel is written for it yet")}
+    for target in targets.TARGETS.values():
+        wanted = " or ".join(target.compute_capabilities)
+        count = sum(capability in target.compute_capabilities for capability in capabilities)
+        if count and _version(compiler.PACKAGE) == "not installed":
+            why = f"{count} device(s), but only kernels compiled before: pip install {compiler.PACKAGE}"
+        elif count:
+            why = f"{count} device(s) of compute capability {wanted}"
+        elif capabilities:
+            why = f"needs compute capability {wanted}, JAX sees {', '.join(sorted(set(capabilities)))}"
+        else:
+            why = _why_no_gpu(devices)
+        rows[f"{target.generation} ({target.name})"] = (count > 0, why)
+    return rows
 
 
 def _why_no_gpu(devices: list[Any]) -> str:

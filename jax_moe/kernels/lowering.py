@@ -1,8 +1,9 @@
-"""What a fused_moe call launches on a CUDA device: kernels, their arguments, and the workspaces between them.
+"""A call on a CUDA device as the custom call has it: attributes, kernels included, and further results.
 
-``ABI.md`` says what each kernel takes; ``ffi/cuda/program.h`` says how the attributes made here are read.
+``ffi/cuda/program.h`` says how the attributes are read.
 """
 
+from collections.abc import Mapping
 import dataclasses
 
 import jax
@@ -10,15 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_moe import activations
-from jax_moe.kernels import compile, specs
-from jax_moe.kernels.common import plan as common_plan
-from jax_moe.kernels.sm90 import layout, plan as sm90_plan
-from jax_moe.plan import Problem
-
-MULTIPROCESSORS = {"sm_90a": 132}
-"""Of the largest GPU of a target; on a smaller one the surplus blocks run last (``common/schedule.py``)."""
-
-_INT32_MAX = 2**31 - 1
+from jax_moe.kernels import cache, compiler, targets
+from jax_moe.kernels.specs import PARAMETER_BYTES
+from jax_moe.kernels.target import Launch, Program
+from jax_moe.operands import OPERANDS
+from jax_moe.problem import Problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,63 +26,62 @@ class CudaCall:
     workspaces: list[jax.ShapeDtypeStruct]
 
 
-@dataclasses.dataclass(frozen=True)
-class Launch:
-    """One kernel of a call: ``arguments`` as ``ffi/cuda/program.h`` reads them, in the order of ``ABI.md``."""
-
-    step: str
-    spec: compile.Spec
-    grid: int
-    arguments: tuple[str, ...]
-
-
-def cuda_call(problem: Problem, *, biases: tuple[bool, bool]) -> CudaCall:
-    """The launches of ``problem``, compiled or taken from the cache.
-
-    Args:
-      problem: of the call; ``problem.layout`` names the target.
-      biases: whether gate_up and down have one.
+def cuda_call(problem: Problem) -> CudaCall:
+    """What ``problem`` launches, its kernels compiled or taken from the cache.
 
     Raises:
       ValueError: the experts are not prepared for a GPU, or a size is beyond what the kernels take.
       MissingKernelError: a kernel would have to be compiled, and the DSL is not installed.
     """
-    if problem.layout not in compile.TARGETS:
-        raise ValueError(
-            f"experts.layout: got {problem.layout!r}, on a GPU fused_moe needs prepared weights: "
-            f"jax_moe.prepare(experts, {compile.TARGETS[0]!r})"
-        )
     if not isinstance(problem.num_tokens, int):
         raise ValueError(
             f"x: got T = {problem.num_tokens}, which is symbolic; GPU kernels are chosen for a number of tokens: "
             "export a program for each"
         )
-    call = _Call(problem, biases)
-    launches = call.launches()
+    target, card = targets.for_call(problem.layout, problem.precision)
+    program = target.program(problem, card)
     try:
-        kernels: dict[str, object] = {launch.step: _kernel_attributes(launch, problem.layout) for launch in launches}
-    except compile.MissingKernelError as error:
-        command = " ".join(["python -m jax_moe compile --target", problem.layout, *command_arguments(problem, biases)])
-        raise compile.MissingKernelError(
-            f"{error} Either `pip install {compile.COMPILER}`, or run `{command}` on a machine that has it (no GPU "
+        kernels: dict[str, object] = {
+            launch.name: _kernel_attributes(launch, program, problem, target.name) for launch in program.launches
+        }
+    except cache.MissingKernelError as error:
+        command = " ".join(["python -m jax_moe compile --target", target.name, *command_arguments(problem)])
+        raise cache.MissingKernelError(
+            f"{error} Either `pip install {compiler.PACKAGE}`, or run `{command}` on a machine that has it (no GPU "
             "needed) and copy its folder of kernels here (JAX_MOE_CACHE_DIR names another place)."
         ) from None
-    kernels["shape"] = np.array(call.shape(), np.int64)
-    kernels["weight_bytes"] = np.array(call.weight_bytes(), np.int64)
-    kernels["workspace_bytes"] = np.array([w.size * w.dtype.itemsize for w in call.workspaces.values()], np.int64)
-    return CudaCall({"kernels": kernels}, list(call.workspaces.values()))
+    sizes = {
+        "num_tokens": problem.num_tokens,
+        "top_k": problem.top_k,
+        "local_experts": problem.local_experts,
+        "num_parts": 2 if problem.activation.gated else 1,
+        "hidden_size": problem.hidden_size,
+        "intermediate_size": program.intermediate_size,
+        "out_bytes": jnp.dtype(problem.out_dtype).itemsize,
+    }
+    workspaces = list(program.workspaces.values())
+    kernels |= {
+        "launches": " ".join(launch.name for launch in program.launches),
+        "adds": program.adds or "",
+        "sizes": _int64s(sizes),
+        "weight_bytes": _int64s(program.weight_bytes),
+        "workspace_bytes": np.array([w.size * w.dtype.itemsize for w in workspaces], np.int64),
+        "card": card.name,  # for whoever reads the program: what its kernels were chosen for
+    }
+    return CudaCall({"kernels": kernels}, workspaces)
 
 
-def launches(problem: Problem, *, biases: tuple[bool, bool]) -> list[Launch]:
-    """The kernels that :func:`cuda_call` would compile, in launch order."""
-    return _Call(problem, biases).launches()
+def launches(problem: Problem) -> tuple[Launch, ...]:
+    """The launches that :func:`cuda_call` would compile kernels for, in order."""
+    target, card = targets.for_call(problem.layout, problem.precision)
+    return target.program(problem, card).launches
 
 
-def command_arguments(problem: Problem, biases: tuple[bool, bool]) -> list[str]:
+def command_arguments(problem: Problem) -> list[str]:
     """Arguments with which ``python -m jax_moe compile`` makes the kernels of ``problem``."""
     alpha, beta, limit = activations.parameters(problem.activation)
     arguments = [
-        f"--layer {problem.num_experts},{problem.top_k},{problem.hidden_size},{problem.intermediate_size}",
+        f"--layer {problem.local_experts},{problem.top_k},{problem.hidden_size},{problem.intermediate_size}",
         f"--tokens {problem.num_tokens}",
         f"--precision {problem.precision}",
         f"--combine {problem.combine}",
@@ -93,164 +89,65 @@ def command_arguments(problem: Problem, biases: tuple[bool, bool]) -> list[str]:
         f"--out-dtype {jnp.dtype(problem.out_dtype).name}",
         f"--activation {type(problem.activation).__name__},{alpha!r},{beta!r},{limit!r}",
     ]
-    if problem.total_experts is not None:
-        arguments.append(f"--num-experts {problem.total_experts}")
-    if biases[0]:
+    if problem.num_experts is not None:
+        arguments.append(f"--num-experts {problem.num_experts}")
+    if problem.has_gate_up_bias:
         arguments.append("--gate-up-bias")
-    if biases[1]:
+    if problem.has_down_bias:
         arguments.append("--down-bias")
     return arguments
 
 
-class _Call:
-    """One call: its workspaces by name, and the launches over them."""
-
-    def __init__(self, problem: Problem, biases: tuple[bool, bool]):
-        self.problem = problem
-        self.gate_up_bias, self.down_bias = biases
-        self.parts = 2 if problem.activation.gated else 1
-        # Blocks of the prepared weights (jax_moe/prepare.py): rows and contraction of gate_up and of down.
-        rows, width = layout.BLOCK_ROWS, layout.BLOCK_K
-        self.gate_up_rows = _blocks(self.parts * problem.intermediate_size, rows)
-        self.gate_up_columns = _blocks(problem.hidden_size, width)
-        self.down_rows = _blocks(problem.hidden_size, rows)
-        self.down_columns = _blocks(problem.intermediate_size, width)
-        self.h_blocks = self.gate_up_rows * rows // self.parts // width
-        # Without tokens nothing is launched, and any plan will do.
-        self.plan = sm90_plan.plan(dataclasses.replace(problem, num_tokens=max(1, problem.num_tokens)), biases=biases)
-        self.sort = specs.sort_spec(
-            problem.num_routes, problem.num_experts, self.plan.token_tile, weighted=problem.weight_on == "output"
-        )
-        self.rows = None
-        if problem.precision == "w4a4" or problem.weight_on == "input":
-            self.rows = specs.RowsSpec(quantise=problem.precision == "w4a4", per_route=problem.weight_on == "input")
-        self.num_rows = problem.num_routes if problem.weight_on == "input" else problem.num_tokens
-        self.max_tiles = common_plan.max_tiles(problem.num_routes, problem.num_experts, self.plan.token_tile)
-        self.workspaces = self._workspaces()
-
-    def shape(self) -> list[int]:
-        """T, K, L, P, H, I and the bytes of an output element; I with the padding that a bias has."""
-        p = self.problem
-        padded = self.h_blocks * layout.BLOCK_K
-        out_bytes = jnp.dtype(p.out_dtype).itemsize
-        return [p.num_tokens, p.top_k, p.num_experts, self.parts, p.hidden_size, padded, out_bytes]
-
-    def weight_bytes(self) -> list[int]:
-        """Of gate_up's payload and block scales, and of down's: a prepared payload has the scales inside."""
-        block = self.problem.num_experts * layout.BLOCK_BYTES
-        return [block * self.gate_up_rows * self.gate_up_columns, 0, block * self.down_rows * self.down_columns, 0]
-
-    def _workspaces(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Results 1, 2, ... of the call. The kernels write all that they read, so they may hold anything."""
-        p, tile = self.problem, self.plan.token_tile
-        sizes: dict[str, tuple[tuple[int, ...], object]] = {
-            "expert_tiles": ((p.num_experts + 1 + specs.WORK_COUNTERS,), jnp.int32),
-            "tile_expert": ((self.max_tiles,), jnp.int32),
-            "row_route": ((self.max_tiles * tile,), jnp.int32),
-            "row_weight": ((self.max_tiles * tile,), jnp.float32),
-            "block_counts": ((self.sort.cluster, p.num_experts), jnp.int32),
-            "h": ((self.max_tiles, self.h_blocks, tile, layout.BLOCK_K), jnp.bfloat16),
-        }
-        if self.rows is not None:
-            sizes["x_rows"] = ((self.num_rows, p.hidden_size), jnp.bfloat16)
-        if p.combine == "ordered":
-            sizes["contributions"] = ((p.num_routes, p.hidden_size), jnp.float32)
-        vectors = max(self.num_rows * p.hidden_size // 8, p.num_tokens * p.hidden_size // 4)  # of x and of the output
-        if max(self.max_tiles * tile, vectors) > _INT32_MAX:
-            raise ValueError(
-                f"x: got T*K = {p.num_routes} routes of H = {p.hidden_size}, the GPU kernels count in int32; "
-                "call fused_moe on parts of the tokens"
-            )
-        return {name: jax.ShapeDtypeStruct(*size) for name, size in sizes.items()}
-
-    def launches(self) -> list[Launch]:
-        if self.problem.num_tokens == 0:
-            return []
-        steps = [self._sort(), self._gemm1(), self._gemm2()]
-        if self.rows is not None:
-            steps.insert(1, self._prepare(self.rows))
-        if self.plan.combine is not None:
-            steps.append(self._combine(self.plan.combine))
-        return steps
-
-    def _result(self, name: str) -> str:
-        return f"result:{1 + list(self.workspaces).index(name)}"
-
-    def _sort(self) -> Launch:
-        tile_map = (self._result(name) for name in ("expert_tiles", "tile_expert", "row_route", "row_weight"))
-        arguments = (
-            "operand:1", "operand:2", "operand:3", *tile_map, self._result("block_counts"),
-            f"i32:{self.problem.num_routes}",
-        )  # fmt: skip
-        return Launch("sort", self.sort, self.sort.grid, arguments)
-
-    def _prepare(self, spec: specs.RowsSpec) -> Launch:
-        p = self.problem
-        arguments = (
-            "operand:0", "operand:2", "operand:7" if spec.quantise else "null", self._result("x_rows"),
-            f"i32:{self.num_rows}", f"i32:{self.num_rows // p.num_tokens}", f"i32:{p.hidden_size // 16}",
-        )  # fmt: skip
-        return Launch("prepare", spec, spec.grid(self.num_rows, p.hidden_size), arguments)
-
-    def _gemm1(self) -> Launch:
-        p = self.problem
-        quantised = p.precision == "w4a4"
-        arguments = (
-            "operand:0" if self.rows is None else self._result("x_rows"),
-            *(self._result(name) for name in ("row_route", "tile_expert", "expert_tiles")),
-            "operand:4", "operand:6", "operand:7" if quantised else "null",
-            "operand:8" if self.gate_up_bias else "null", "operand:12" if quantised else "null", self._result("h"),
-            f"i32:{p.hidden_size}", f"i32:{1 if p.weight_on == 'input' else p.top_k}", f"i32:{p.num_experts}",
-            f"i32:{self.gate_up_rows}", f"i32:{self.gate_up_columns}",
-        )  # fmt: skip
-        return Launch("gemm1", self.plan.gemm1, self._persistent(self.plan.gemm1.tile), arguments)
-
-    def _gemm2(self) -> Launch:
-        p = self.problem
-        ordered = p.combine == "ordered"
-        arguments = (
-            *(self._result(name) for name in ("h", "row_route", "row_weight", "tile_expert", "expert_tiles")),
-            "operand:9", "operand:11", "operand:12" if p.precision == "w4a4" else "null",
-            "operand:13" if self.down_bias else "null", self._result("contributions") if ordered else "result:0",
-            f"i32:{p.hidden_size}", f"i32:{1 if ordered else p.top_k}", f"i32:{p.num_experts}",
-            f"i32:{self.down_rows}", f"i32:{self.down_columns}", f"i32:{self.h_blocks}",
-        )  # fmt: skip
-        return Launch("gemm2", self.plan.gemm2, self._persistent(self.plan.gemm2.tile), arguments)
-
-    def _combine(self, spec: specs.CombineSpec) -> Launch:
-        p = self.problem
-        arguments = (
-            self._result("contributions"), "operand:1", "operand:3", "result:0",
-            f"i32:{p.num_tokens}", f"i32:{p.top_k}", f"i32:{p.hidden_size}", f"i32:{p.num_experts}",
-        )  # fmt: skip
-        return Launch("combine", spec, spec.grid(p.num_tokens, p.hidden_size), arguments)
-
-    def _persistent(self, tile: common_plan.Tile) -> int:
-        return MULTIPROCESSORS[self.problem.layout] * tile.ctas_per_sm
-
-
-def _blocks(size: int, block: int) -> int:
-    return -(-size // block)
-
-
-_BYTES = {"operand": 8, "result": 8, "null": 8, "i32": 4}
-
-
-def _kernel_attributes(launch: Launch, target: str) -> dict[str, object]:
-    kernel = compile.compiled(launch.spec, target)
-    wanted = tuple(_BYTES[argument.partition(":")[0]] for argument in launch.arguments)
-    if wanted != kernel.parameter_bytes:
+def _kernel_attributes(launch: Launch, program: Program, problem: Problem, target: str) -> dict[str, object]:
+    spec = launch.spec
+    if set(launch.arguments) != set(spec.parameters):
+        differing = sorted(set(launch.arguments) ^ set(spec.parameters))
+        raise RuntimeError(f"jax_moe: {spec.name} and the launch of {launch.name} differ in {', '.join(differing)}")
+    buffers = _buffers(program, problem)
+    arguments = [_argument(launch, name, kind, buffers) for name, kind in spec.parameters.items()]
+    kernel = cache.compiled(spec, target)
+    sizes = tuple(PARAMETER_BYTES[kind] for kind in spec.parameters.values())
+    if sizes != kernel.parameter_bytes:
         raise RuntimeError(
-            f"jax_moe: kernel {launch.spec.name} takes parameters of {kernel.parameter_bytes} bytes, "
-            f"ABI.md passes {wanted}"
+            f"jax_moe: kernel {spec.name} takes parameters of {kernel.parameter_bytes} bytes, its spec says {sizes}"
         )
-    return {
-        "image": kernel.image,
-        "name": kernel.symbol,
-        "grid": np.int64(launch.grid),
-        "block": np.int64(kernel.threads),
-        "cluster": np.int64(getattr(launch.spec, "cluster", 1)),
-        "shared": np.int64(kernel.shared_bytes),
-        "overlap": np.int64(getattr(launch.spec, "pdl", False)),
-        "arguments": " ".join(launch.arguments),
+    numbers = {
+        "grid": launch.grid,
+        "threads": kernel.threads,
+        "cluster": spec.cluster,
+        "shared": kernel.shared_bytes,
+        "overlap": spec.overlap,
     }
+    return {"image": kernel.image, "name": kernel.symbol, "arguments": " ".join(arguments), **_int64s(numbers)}
+
+
+_OPERAND_TYPES = {
+    "x": "bf16*", "expert_ids": "i32*", "expert_offset": "i32*", "gate_up.payload": "u8*", "down.payload": "u8*"
+}  # fmt: skip
+_POINTERS = {"int32": "i32*", "float32": "f32*", "bfloat16": "bf16*", "uint8": "u8*"}
+
+
+def _buffers(program: Program, problem: Problem) -> dict[str, tuple[str, str]]:
+    """Of every buffer of a call: where it is, and what a kernel's pointer to it is."""
+    buffers = {name: (f"operand:{i}", _OPERAND_TYPES.get(name, "f32*")) for i, name in enumerate(OPERANDS)}
+    results = {"out": problem.out_dtype} | {name: w.dtype for name, w in program.workspaces.items()}
+    return buffers | {
+        name: (f"result:{i}", _POINTERS[jnp.dtype(dtype).name]) for i, (name, dtype) in enumerate(results.items())
+    }
+
+
+def _argument(launch: Launch, name: str, kind: str, buffers: Mapping[str, tuple[str, str]]) -> str:
+    value = launch.arguments[name]
+    if value is None:
+        place, given = "null", kind if kind.endswith("*") else "a pointer"
+    elif isinstance(value, str):
+        place, given = buffers[value]
+    else:
+        place, given = f"i32:{value}", "i32"
+    if given != kind:
+        raise RuntimeError(f"jax_moe: {launch.name}.{name}: got {value!r} ({given}), the kernel takes {kind}")
+    return place
+
+
+def _int64s(numbers: Mapping[str, int]) -> dict[str, np.int64]:
+    return {name: np.int64(number) for name, number in numbers.items()}

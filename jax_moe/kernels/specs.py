@@ -1,72 +1,119 @@
-"""The kernels that every target shares, as frozen values; importable without the DSL."""
+"""What describes a kernel, and the kernels that every target shares: frozen values, importable without the DSL."""
 
+from collections.abc import Mapping
 import dataclasses
+from typing import Protocol
 
 MAX_EXPERTS = 512
 """Local experts that the sort has room for: a counter for each in each warp's part of shared memory."""
 
-WORK_COUNTERS = 2
-"""Words behind ``expert_tiles[L]``, one for each GEMM (``common/schedule.py``)."""
+PARAMETER_BYTES = {"i32": 4, "i32*": 8, "f32*": 8, "bf16*": 8, "u8*": 8}
+"""Types of kernel parameters; a ``*`` is a pointer to global memory, aligned to 16 bytes."""
 
-_SMALL = 2048  # routes that one thread block sorts in less time than a cluster takes to meet
-_CLUSTER = 8  # blocks; the most that any GPU with clusters takes
+_SMALL = 2048  # routes that one CTA sorts in less time than a cluster takes to meet
+_CLUSTER = 8  # CTAs; the most that a kernel may have on any GPU with clusters
+
+
+class Spec(Protocol):
+    """What describes a kernel; hashable, and its ``repr`` tells two of them apart."""
+
+    @property
+    def name(self) -> str:
+        """Of the kernel, in messages, tables and the record of what has run on a GPU."""
+        ...
+
+    @property
+    def implementation(self) -> str:
+        """``module:class`` of the device code; only the compiler imports it (``device/entry.py``)."""
+        ...
+
+    @property
+    def parameters(self) -> Mapping[str, str]:
+        """Name and type (a key of :data:`PARAMETER_BYTES`) of what the kernel is launched with, in order."""
+        ...
+
+    @property
+    def threads(self) -> int:
+        """Of a CTA."""
+        ...
+
+    @property
+    def cluster(self) -> int:
+        """CTAs of a cluster; 1 is none."""
+        ...
+
+    @property
+    def overlap(self) -> bool:
+        """Programmatic dependent launch: CTAs may start before the kernel in front of them has ended."""
+        ...
+
+    @property
+    def tensor_core_ptx(self) -> str | None:
+        """The PTX instruction that multiplies matrices; None: the kernel has none."""
+        ...
+
+
+TILE_MAP = {"expert_tiles": "i32*", "tile_expert": "i32*", "row_route": "i32*", "row_weight": "f32*"}
+"""Workspaces that the sort writes and both GEMMs read; ``README.md`` says what is in them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SortSpec:
-    """Routes -> permuted rows and tile map (``ABI.md``, "Tile map").
+    """Routes -> permuted rows and tile map.
 
     Attributes:
       token_tile: rows of a tile.
-      num_experts: L, at most :data:`MAX_EXPERTS`.
-      warps: of a thread block.
-      cluster: thread blocks, all of one cluster.
+      local_experts: L, at most :data:`MAX_EXPERTS`.
+      warps: of a CTA.
+      cluster: CTAs, all of one cluster.
       weighted: whether a row's weight is its routing weight; else it is 1.
     """
 
     token_tile: int
-    num_experts: int
+    local_experts: int
     warps: int
     cluster: int
     weighted: bool
 
+    implementation = "jax_moe.kernels.device.sort:Sort"
+    overlap = False
+    tensor_core_ptx = None
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        return {
+            "expert_ids": "i32*", "routing_weights": "f32*", "expert_offset": "i32*", **TILE_MAP, "cta_counts": "i32*",
+            "num_routes": "i32",
+        }  # fmt: skip
+
     @property
     def name(self) -> str:
         weight = "weighted" if self.weighted else "ones"
-        return f"jax_moe_sort_n{self.token_tile}e{self.num_experts}w{self.warps}c{self.cluster}_{weight}"
+        return f"jax_moe_sort_n{self.token_tile}e{self.local_experts}w{self.warps}c{self.cluster}_{weight}"
 
     @property
     def threads(self) -> int:
         return 32 * self.warps
 
-    @property
-    def grid(self) -> int:
-        return self.cluster
 
-    def entry(self):
-        from jax_moe.kernels import sort
-
-        return sort.Sort(self).entry()
-
-
-def sort_spec(num_routes: int, num_experts: int, token_tile: int, weighted: bool) -> SortSpec:
+def sort_spec(num_routes: int, local_experts: int, token_tile: int, weighted: bool) -> SortSpec:
     """The sort of so many routes.
 
     Raises:
       ValueError: more local experts than it has room for.
     """
-    if num_experts > MAX_EXPERTS:
-        raise ValueError(f"experts: got {num_experts} local experts, the GPU kernels take at most {MAX_EXPERTS}")
+    if local_experts > MAX_EXPERTS:
+        raise ValueError(f"experts: got {local_experts} local experts, the GPU kernels take at most {MAX_EXPERTS}")
     if num_routes > _SMALL:
-        return SortSpec(token_tile, num_experts, warps=32, cluster=_CLUSTER, weighted=weighted)
+        return SortSpec(token_tile, local_experts, warps=32, cluster=_CLUSTER, weighted=weighted)
     # A warp for each 64 routes, a thread for each expert, and enough to mark many experts' padding side by side.
-    warps = max(8, -(-num_routes // 64), -(-num_experts // 32))
-    return SortSpec(token_tile, num_experts, warps=1 << (warps - 1).bit_length(), cluster=1, weighted=weighted)
+    warps = max(8, -(-num_routes // 64), -(-local_experts // 32))
+    return SortSpec(token_tile, local_experts, warps=1 << (warps - 1).bit_length(), cluster=1, weighted=weighted)
 
 
 @dataclasses.dataclass(frozen=True)
-class RowsSpec:
-    """The pass over x: what GEMM1 multiplies, where that is not x itself (``ABI.md``, ``x_rows``).
+class XRowsSpec:
+    """The pass over x: what GEMM1 multiplies, where that is not x itself.
 
     Attributes:
       quantise: round to NVFP4 and back (w4a4).
@@ -76,20 +123,26 @@ class RowsSpec:
     quantise: bool
     per_route: bool
 
+    implementation = "jax_moe.kernels.device.x_rows:XRows"
     threads = 256
+    cluster = 1
+    overlap = False
+    tensor_core_ptx = None
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        return {
+            "x": "bf16*", "routing_weights": "f32*", "input_scale": "f32*", "x_rows": "bf16*", "num_rows": "i32",
+            "row_divisor": "i32", "row_blocks": "i32",
+        }  # fmt: skip
 
     @property
     def name(self) -> str:
-        return f"jax_moe_rows{'_nvfp4' if self.quantise else ''}{'_weighted' if self.per_route else ''}"
+        return f"jax_moe_x_rows{'_nvfp4' if self.quantise else ''}{'_weighted' if self.per_route else ''}"
 
     def grid(self, num_rows: int, hidden_size: int) -> int:
-        """Thread blocks: a thread takes 16 values."""
+        """CTAs: a thread takes 16 values."""
         return -(-num_rows * (hidden_size // 16) // self.threads)
-
-    def entry(self):
-        from jax_moe.kernels import rows
-
-        return rows.Rows(self).entry()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,17 +151,24 @@ class CombineSpec:
 
     out_dtype: str
 
+    implementation = "jax_moe.kernels.device.combine:Combine"
     threads = 128
+    cluster = 1
+    overlap = False
+    tensor_core_ptx = None
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        out = "bf16*" if self.out_dtype == "bfloat16" else "f32*"
+        return {
+            "contributions": "f32*", "expert_ids": "i32*", "expert_offset": "i32*", "out": out, "num_tokens": "i32",
+            "top_k": "i32", "hidden_size": "i32", "local_experts": "i32",
+        }  # fmt: skip
 
     @property
     def name(self) -> str:
         return f"jax_moe_combine_{self.out_dtype}"
 
     def grid(self, num_tokens: int, hidden_size: int) -> int:
-        """Thread blocks to launch: a thread takes four values."""
+        """CTAs: a thread takes four values."""
         return -(-num_tokens * (hidden_size // 4) // self.threads)
-
-    def entry(self):
-        from jax_moe.kernels.common import combine
-
-        return combine.entry(self)

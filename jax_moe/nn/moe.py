@@ -11,25 +11,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jax_moe import activations, arguments, checkpoints, moe, parallel, plan
+from jax_moe import activations, arguments, checkpoints, moe, parallel
 from jax_moe.checkpoints import HashRouter, load, Router, SharedExpert
 from jax_moe.experts import CANONICAL, Experts
-from jax_moe.prepare import prepare
+from jax_moe.preparation import prepare
+from jax_moe.problem import Combine, Options, Precision, WeightOn
 
 
 class Quantized(nnx.Variable):
     """A leaf of ``Experts``: not a parameter, because NVFP4 codes have no gradient to follow."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """How a :class:`MoE` computes: arguments of :func:`jax_moe.fused_moe`, hashable as a flax ``GraphDef`` must be."""
-
-    activation: activations.Activation
-    precision: plan.Precision
-    combine: plan.Combine
-    weight_on: plan.WeightOn
-    command_buffer: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +51,7 @@ class MoE(nnx.Module):
       router: the :class:`jax_moe.checkpoints.Router`, each leaf in an ``nnx.Param``; or a ``HashRouter``, likewise,
         but for its table of integers, in an ``nnx.Variable``.
       shared_expert: the :class:`jax_moe.checkpoints.SharedExpert`, likewise, or None.
-      options: the :class:`Options`.
+      options: how it computes: arguments of :func:`jax_moe.fused_moe`, as one hashable object.
       mesh: the mesh that it was made with, or None.
       axes: the :class:`Axes`.
     """
@@ -73,9 +63,9 @@ class MoE(nnx.Module):
         shared_expert: SharedExpert | None = None,
         *,
         activation: activations.Activation = activations.SwiGLU(),
-        precision: plan.Precision = "w4a16",
-        combine: plan.Combine = "atomic",
-        weight_on: plan.WeightOn = "output",
+        precision: Precision = "w4a16",
+        combine: Combine = "atomic",
+        weight_on: WeightOn = "output",
         command_buffer: bool = True,
         mesh: Mesh | None = None,
         expert_axis: parallel.Axis = "expert",
@@ -103,7 +93,10 @@ class MoE(nnx.Module):
         arguments.instance("experts", experts, Experts)
         arguments.instance("router", router, Router | HashRouter)
         arguments.instance("shared_expert", shared_expert, SharedExpert | None)
-        self.options = Options(activation, precision, combine, weight_on, command_buffer)
+        self.options = Options(
+            activation=activation, precision=precision, combine=combine, weight_on=weight_on, out_dtype=jnp.float32,
+            command_buffer=command_buffer,
+        )  # fmt: skip
         self.mesh = mesh
         self.axes = Axes(expert_axis, tensor_axis, data_axis)
         specs = _expert_specs(experts, mesh, expert_axis, tensor_axis)
@@ -205,7 +198,7 @@ def _layer(
 ) -> jax.Array:
     """``x`` ``[..., H]`` to the same shape and dtype; ``run`` is ``fused_moe`` or ``sharded_moe`` with its options."""
     routing = router(x, token_ids) if isinstance(router, HashRouter) else router(x)
-    y = run(x.astype(jnp.bfloat16), experts, routing, out_dtype=jnp.float32)
+    y = run(x.astype(jnp.bfloat16), experts, routing)
     if shared_expert is not None:
         dense, sharding = shared_expert(x, run.keywords["activation"]), jax.typeof(y).sharding
         if AxisType.Explicit in sharding.mesh.axis_types:  # it is where x was, and y over the data axis

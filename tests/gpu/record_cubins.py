@@ -1,12 +1,13 @@
-"""Which machine code has run on a GPU: cubins.json has the SHA-256 of every planned kernel's cubin.
+"""Which machine code has run on a GPU: cubins.json has the digest of every planned kernel's code (``cubin.py``).
 
     python tests/gpu/record_cubins.py COMMIT        # needs the DSL, no GPU
 
 Run it when `pytest -m gpu` has passed on a GPU with the kernels of COMMIT, and not otherwise: from then on
-tests/test_kernels_compile.py fails for a kernel whose machine code is another, until that has run too.
+tests/test_kernels_compile.py fails for a kernel whose machine code is another, until that has run too. Names of files,
+modules and classes are no part of it. Without COMMIT it only writes new names of specs: code that is not in the record
+stays out.
 """
 
-import hashlib
 import importlib.metadata
 import json
 import pathlib
@@ -14,26 +15,35 @@ import sys
 
 FILE = pathlib.Path(__file__).with_name("cubins.json")
 
-sys.path.insert(0, str(FILE.parents[1]))
 
-
-def compiler() -> str:
+def compiler_version() -> str:
     """The version of the DSL; another one may make other machine code."""
-    from jax_moe.kernels import compile
+    from jax_moe.kernels import compiler
 
-    return importlib.metadata.version(compile.COMPILER)
+    return importlib.metadata.version(compiler.PACKAGE)
 
 
-def digest(spec) -> str:
-    from jax_moe.kernels import compile
+def entry(spec) -> dict[str, object]:
+    """What the record has of a kernel: its code, and what a launch must say beside it."""
+    from jax_moe.kernels import cache, cubin
 
-    return hashlib.sha256(compile.compiled(spec, "sm_90a").image).hexdigest()
+    kernel = cache.compiled(spec, "sm_90a")
+    return {"code": cubin.code_digest(kernel.image, kernel.symbol), "shared_bytes": kernel.shared_bytes}
+
+
+def main(commit: str | None) -> None:
+    sys.path.insert(0, str(FILE.parents[1]))
+    import test_kernels_compile
+
+    record = json.loads(FILE.read_text())
+    kernels = {spec.name: entry(spec) for spec in test_kernels_compile.planned_specs()}
+    if commit is None:
+        known = list(record["kernels"].values())
+        kernels = {name: kernel for name, kernel in kernels.items() if kernel in known}
+    else:
+        record |= {"compiler": compiler_version(), "sources": commit}
+    FILE.write_text(json.dumps(record | {"kernels": kernels}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    import test_kernels_compile
-
-    (commit,) = sys.argv[1:]
-    digests = {spec.name: digest(spec) for spec in test_kernels_compile.planned_specs()}
-    record = {"compiler": compiler(), "sources": commit, "sha256": digests}
-    FILE.write_text(json.dumps(record, indent=1) + "\n")
+    main(*(sys.argv[1:] or [None]))

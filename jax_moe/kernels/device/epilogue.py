@@ -6,7 +6,7 @@ import cutlass
 from cutlass import Float32
 import cutlass.cute as cute
 
-from jax_moe.kernels.common import ptx
+from jax_moe.kernels.device import ptx
 
 _LOG2_E = math.log2(math.e)
 

@@ -10,7 +10,7 @@ units would come after everybody else's last.
 from cutlass import Int32, Int64
 import cutlass.cute as cute
 
-from jax_moe.kernels.common import ptx
+from jax_moe.kernels.device import ptx
 
 
 @cute.jit

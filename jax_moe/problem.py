@@ -1,45 +1,54 @@
-"""The static launch plan: everything about one call that is known when it is traced."""
+"""``Problem``: everything about one call that is known when it is traced."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jax_moe import activations
+from jax_moe.operands import OPERANDS
 
 Precision = Literal["w4a16", "w4a4"]
 Combine = Literal["atomic", "ordered"]
 WeightOn = Literal["output", "input"]
 OUT_DTYPES = (jnp.bfloat16, jnp.float32)
-NUM_OPERANDS = 14  # as ``ffi/decode.h`` lists them
 
 
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """The shapes and options of one ``fused_moe`` call; hashable, so that it can be a static argument.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a call computes and how, without any size: keywords of :func:`jax_moe.fused_moe`, which explains them."""
 
-    ``num_experts`` counts the experts held locally (L), ``total_experts`` those that routes may name (E; None: the
-    local ones are all). ``intermediate_size`` is the local I, padding of a prepared layout included.
-    ``command_buffer`` says whether XLA may capture the call. ``absent`` has the positions of the optional operands that
-    are not given, in the order of ``ffi/decode.h``.
-    """
-
-    num_tokens: int
-    top_k: int
-    num_experts: int
-    hidden_size: int
-    intermediate_size: int
     activation: activations.Activation
     precision: Precision
     combine: Combine
     weight_on: WeightOn
-    out_dtype: jnp.dtype
-    layout: str
+    out_dtype: Any
     command_buffer: bool
-    total_experts: int | None = None
-    absent: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem(Options):
+    """All that is static about one call: its options and its sizes. Hashable, so that it can be a static argument.
+
+    Attributes:
+      num_tokens, top_k, hidden_size: T, K and H.
+      local_experts: L, the experts that are held here.
+      num_experts: E, those that routes may name; None: not known, at least the local ones.
+      intermediate_size: the local I, padding of a prepared layout included.
+      layout: of the experts.
+      absent: the optional operands that are not given (``operands.py``).
+    """
+
+    num_tokens: int
+    top_k: int
+    local_experts: int
+    num_experts: int | None = None
+    hidden_size: int
+    intermediate_size: int
+    layout: str
+    absent: tuple[str, ...]
 
     @property
     def num_routes(self) -> int:
@@ -49,7 +58,15 @@ class Problem:
     @property
     def num_operands(self) -> int:
         """Those of the call that are given."""
-        return NUM_OPERANDS - len(self.absent)
+        return len(OPERANDS) - len(self.absent)
+
+    @property
+    def has_gate_up_bias(self) -> bool:
+        return "gate_up.bias" not in self.absent
+
+    @property
+    def has_down_bias(self) -> bool:
+        return "down.bias" not in self.absent
 
     def attributes(self) -> dict[str, object]:
         """The custom call's attributes, as the handlers' ``ffi/decode.h`` decodes them."""
@@ -77,8 +94,8 @@ def cpu_workspaces(problem: Problem) -> list[jax.ShapeDtypeStruct]:
     int32, float32 = jnp.int32, jnp.float32
     return [
         jax.ShapeDtypeStruct((routes,), int32),  # route_order: permuted row -> route
-        jax.ShapeDtypeStruct((problem.num_experts + 1,), int32),  # expert_starts: first permuted row
-        jax.ShapeDtypeStruct((problem.num_experts,), int32),  # active_experts: those that have rows
+        jax.ShapeDtypeStruct((problem.local_experts + 1,), int32),  # expert_starts: first permuted row
+        jax.ShapeDtypeStruct((problem.local_experts,), int32),  # active_experts: those that have rows
         jax.ShapeDtypeStruct((tokens if problem.weight_on == "output" else routes, hidden), float32),  # activations
         jax.ShapeDtypeStruct((routes, problem.intermediate_size), float32),  # intermediate, rounded
         jax.ShapeDtypeStruct((sum_rows, hidden), float32),  # sums

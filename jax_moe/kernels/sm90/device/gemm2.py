@@ -1,0 +1,126 @@
+"""GEMM2 of sm_90a: the intermediate times down -> out (atomic) or contributions (ordered)."""
+
+import cutlass
+from cutlass import Float32, Int32, Int64
+import cutlass.cute as cute
+
+from jax_moe.kernels.device import ptx, schedule
+from jax_moe.kernels.sm90.device import mainloop, weight_block
+from jax_moe.kernels.sm90.device.mainloop import EPILOGUE, WARPGROUP
+
+
+class Gemm2(mainloop.Gemm):
+    """Multiplies the intermediate with down and adds (atomic) or stores (ordered) the weighted rows."""
+
+    arrays = ("row_route", "row_weight", "tile_expert", "expert_tiles", "global_scale", "input_scale", "bias")
+
+    def _bf16(self):
+        return self.spec.combine == "atomic" and self.spec.out_dtype == "bfloat16"
+
+    def _full_arrivals(self):
+        return 1
+
+    def _allocate_rows(self, smem):
+        size = self.config.m_warpgroups * self.n
+        return self._array(smem, Int32, size), self._array(smem, Float32, size)
+
+    def _prefetch_epilogue(self, op, unit, tid):
+        """Routes and weights of token rows ``tid``, ``tid + 128``; used after the main loop has hidden the loads."""
+        return tuple(self._load_row(op, unit, first + tid) for first in range(0, self.n, WARPGROUP))
+
+    @cute.jit
+    def _load_row(self, op, unit, row):
+        route, weight = Int32(-1), Float32(0.0)
+        if row < self.n:
+            route = op.row_route[unit.token_tile * self.n + row]
+            weight = op.row_weight[unit.token_tile * self.n + row]
+        return route, weight
+
+    @cute.jit
+    def _share_row(self, op, shared, me, row, route, weight):
+        """Gives this warpgroup's threads the output row and weight of a token row."""
+        if row < self.n:
+            out_row = Int32(-1)
+            if route >= 0:
+                out_row = route // op.row_divisor
+            shared.rows[0][me.m_warpgroup * self.n + row] = out_row
+            shared.rows[1][me.m_warpgroup * self.n + row] = weight
+
+    @cute.jit
+    def _produce(self, op, shared, tid):
+        """One thread: everything is a bulk copy, because GEMM1 stored its result as tiles in shared-memory order."""
+        index, _, _ = cute.arch.block_idx()
+        ctas, _, _ = cute.arch.grid_dim()
+        if tid == 0:
+            target = Int32(shared.tokens.iterator.toint())
+            slot, phase = Int32(0), Int32(1)
+            units = self._num_units(op)
+            early = Int32(0)  # blocks of the first unit whose weights are asked for before GEMM1 has ended
+            if index < units:
+                early = min(op.k_blocks, self.stages * self.blocks)
+                unit = self._unit(op, index)
+                for k_block in cutlass.range(0, early, self.blocks, unroll=1):
+                    count = min(op.k_blocks - k_block, self.blocks)
+                    self._copy_weights(op, shared, k_block // self.blocks, unit, k_block, count, self.token_bytes)
+            cute.arch.griddepcontrol_wait()
+            while index < units:
+                unit = self._unit(op, index)
+                taken = schedule.take(op.expert_tiles, op.local_experts, 1, ctas)
+                for k_block in cutlass.range(0, op.k_blocks, self.blocks, unroll=1):
+                    cute.arch.mbarrier_wait(shared.barriers + self.stages + slot, phase)
+                    count = min(op.k_blocks - k_block, self.blocks)
+                    if k_block >= early:
+                        self._copy_weights(op, shared, slot, unit, k_block, count, self.token_bytes)
+                    block = Int64(unit.token_tile) * op.h_blocks + k_block
+                    source = Int64(op.h.toint()) + block * self.token_bytes
+                    full = Int32((shared.barriers + slot).toint())
+                    place = target + slot * (self.blocks * self.token_bytes)
+                    ptx.bulk_copy(place, source, count * self.token_bytes, full)
+                    slot, phase = self._next(slot, phase)
+                index, early = taken, Int32(0)
+            self._finish(shared, slot, phase, tid)
+
+    @cute.jit
+    def _epilogue(self, op, shared, me, unit, prefetched, accumulators, width: cutlass.Constexpr):
+        warp, group, quad = me.tid // 32, me.tid % 32 // 4, me.tid % 4
+        row_block = unit.m_tile * self.config.m_warpgroups + me.m_warpgroup
+        mine = me.m_warpgroup * self.n
+        barrier = me.m_warpgroup + EPILOGUE
+        cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP)  # the unit before this one has been stored
+        for i in cutlass.range_constexpr(len(prefetched)):
+            self._share_row(op, shared, me, i * WARPGROUP + me.tid, *prefetched[i])
+        cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP)
+        feature = row_block * weight_block.BLOCK_ROWS + 32 * warp + 4 * group
+        if feature < op.hidden_size:
+            self._store(op, shared, unit, mine + 2 * quad, feature, accumulators, width)
+
+    def _store(self, op, shared, unit, first_row, feature, accumulators, width):
+        spec, expert = self.spec, unit.expert
+        scale = op.global_scale[expert]
+        if spec.precision == "w4a4":
+            scale = scale * op.input_scale[expert]
+        scale = scale * Float32(2.0**-weight_block.WEIGHT_LOG2)
+        biases = [Float32(0.0)] * 4
+        if spec.has_bias:
+            biases = [op.bias[expert * op.hidden_size + feature + i] for i in range(4)]
+        size = 2 if self._bf16() else 4
+        column = Int64(op.out.toint()) + Int64(feature) * size
+        for j in range(width // 8):
+            for c in range(2):
+                out_row = shared.rows[0][first_row + 8 * j + c]
+                weight = shared.rows[1][first_row + 8 * j + c]
+                sums = [accumulators[i // 2][4 * j + 2 * (i % 2) + c] for i in range(4)]
+                values = [(total * scale + bias) * weight for total, bias in zip(sums, biases, strict=True)]
+                self._store_row(out_row, column, op.hidden_size * size, values)
+
+    @cute.jit
+    def _store_row(self, out_row, column, row_bytes, values):
+        if out_row >= 0:
+            address = column + Int64(out_row) * Int64(row_bytes)
+            if cutlass.const_expr(self.spec.combine == "ordered"):
+                ptx.store_global_f32x4(address, values)
+            elif cutlass.const_expr(self._bf16()):
+                low, high = ptx.pack_bf16x2(values[0], values[1]), ptx.pack_bf16x2(values[2], values[3])
+                ptx.add_global_bf16x4(address, low, high)
+            else:
+                ptx.add_global_f32x4(address, values)

@@ -1,0 +1,129 @@
+"""The program of one call on sm_90a: which kernels, over which buffers. ``README.md`` says what is in these."""
+
+from collections.abc import Mapping
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax_moe.problem import Problem
+
+from jax_moe import activations
+from jax_moe.kernels import steps, tiling
+from jax_moe.kernels.sm90.device import weight_block
+from jax_moe.kernels.sm90.specs import Config, Gemm1Spec, Gemm2Spec, with_most_stages
+from jax_moe.kernels.target import Card, Launch, Program
+
+
+def _config(*widths: int) -> Config:
+    if widths[-1] <= 16:
+        return with_most_stages(widths, 1, 2, 4, 2)
+    if widths[-1] <= 48:
+        return with_most_stages(widths, 3, 1, 2, 1)
+    return with_most_stages(widths, 2, 1, 2, 1)
+
+
+CONFIGS = (
+    _config(8), _config(16), _config(16, 24, 32), _config(32, 40), _config(32, 48), _config(48, 64), _config(64, 80),
+    _config(80, 96), _config(96, 112), _config(112, 128), _config(32, 64, 128), _config(128, 144),
+)  # fmt: skip
+"""What a call chooses from. Experts with about as many rows want a second width below the widest, so that few of them
+need two tiles and few multiply padding; experts with many tiles want to multiply little in their last one."""
+
+Costs = Mapping[int, Mapping[int, float]]
+
+
+def best_config(costs: Costs, num_tokens: int, top_k: int, num_experts: int) -> Config:
+    """The config with the least expected time (``tiling.py``)."""
+    return tiling.cheapest(CONFIGS, functools.partial(_cost, costs), num_tokens, top_k, num_experts)
+
+
+def _cost(costs: Costs, rows: int, config: Config) -> float:
+    """Of a weight block of an expert with so many rows."""
+    nanoseconds = costs[config.m_warpgroups]
+    full, rest = divmod(rows, config.token_tile)
+    cost = full * nanoseconds[config.token_tile]
+    return cost + nanoseconds[next(width for width in config.widths if width >= rest)] if rest else cost
+
+
+def gemms(p: Problem, config: Config) -> tuple[Gemm1Spec, Gemm2Spec]:
+    """Both GEMMs of a call have one config: GEMM1 leaves ``h`` rows beyond a tile's width unwritten, GEMM2 does not
+    multiply them.
+    """
+    alpha, beta, limit = activations.parameters(p.activation)
+    out_dtype = str(p.out_dtype) if p.combine == "atomic" else "float32"
+    return (
+        Gemm1Spec(config, p.precision, p.activation.kind, p.activation.gated, alpha, beta, limit, p.has_gate_up_bias),
+        Gemm2Spec(config, p.precision, p.combine, out_dtype, p.has_down_bias),
+    )
+
+
+def build(p: Problem, card: Card) -> Program:
+    """The program of a call, its kernels chosen from its shapes and for ``card``.
+
+    Raises:
+      ValueError: a size is beyond what the kernels take.
+    """
+    # Without tokens nothing is launched, and any config will do.
+    config = best_config(card.costs, max(1, p.num_tokens), p.top_k, p.num_experts or p.local_experts)
+    gemm1, gemm2 = gemms(p, config)
+    is_ordered, quantised = p.combine == "ordered", p.precision == "w4a4"
+    has_x_rows = quantised or p.weight_on == "input"
+
+    # Weight blocks of the prepared weights: rows and contraction of gate_up and of down.
+    parts = 2 if p.activation.gated else 1
+    gate_up_rows = _blocks(parts * p.intermediate_size, weight_block.BLOCK_ROWS)
+    gate_up_columns = _blocks(p.hidden_size, weight_block.BLOCK_K)
+    down_rows = _blocks(p.hidden_size, weight_block.BLOCK_ROWS)
+    down_columns = _blocks(p.intermediate_size, weight_block.BLOCK_K)
+    h_blocks = gate_up_rows * weight_block.BLOCK_ROWS // parts // weight_block.BLOCK_K
+
+    sort, workspaces = steps.sort(p, config.token_tile)
+    tiles = workspaces["tile_expert"].size
+    workspaces["h"] = jax.ShapeDtypeStruct((tiles, h_blocks, config.token_tile, weight_block.BLOCK_K), jnp.bfloat16)
+    before, after = [sort], []
+    if has_x_rows:
+        x_rows, more = steps.x_rows(p)
+        before.append(x_rows)
+        workspaces |= more
+    if is_ordered:
+        combine, more = steps.combine(p)
+        after.append(combine)
+        workspaces |= more
+
+    grid = card.multiprocessors * config.ctas_per_sm  # persistent
+    sizes = {"hidden_size": p.hidden_size, "local_experts": p.local_experts}
+    launch1 = Launch("gemm1", gemm1, grid, {
+        **steps.same("row_route", "tile_expert", "expert_tiles", "h"), **sizes,
+        "x": "x_rows" if has_x_rows else "x",
+        "payload": "gate_up.payload", "global_scale": "gate_up.global_scale",
+        "input_scale": "gate_up.input_scale" if quantised else None,
+        "bias": "gate_up.bias" if p.has_gate_up_bias else None,
+        "down_input_scale": "down.input_scale" if quantised else None,
+        "row_divisor": 1 if p.weight_on == "input" else p.top_k,
+        "m_blocks": gate_up_rows, "k_blocks": gate_up_columns,
+    })  # fmt: skip
+    launch2 = Launch("gemm2", gemm2, grid, {
+        **steps.same("h", *steps.TILE_MAP), **sizes,
+        "payload": "down.payload", "global_scale": "down.global_scale",
+        "input_scale": "down.input_scale" if quantised else None,
+        "bias": "down.bias" if p.has_down_bias else None,
+        "out": "contributions" if is_ordered else "out",
+        "row_divisor": 1 if is_ordered else p.top_k,
+        "m_blocks": down_rows, "k_blocks": down_columns, "h_blocks": h_blocks,
+    })  # fmt: skip
+
+    blocks = p.local_experts * weight_block.BLOCK_BYTES
+    return Program(
+        launches=(*before, launch1, launch2, *after) if p.num_tokens else (),
+        adds="gemm2" if p.num_tokens and not is_ordered else None,
+        workspaces=workspaces,
+        weight_bytes={  # a prepared payload has the block scales inside
+            "gate_up.payload": blocks * gate_up_rows * gate_up_columns, "gate_up.block_scale": 0,
+            "down.payload": blocks * down_rows * down_columns, "down.block_scale": 0,
+        },
+        intermediate_size=h_blocks * weight_block.BLOCK_K,
+    )  # fmt: skip
+
+
+def _blocks(size: int, block: int) -> int:
+    return -(-size // block)

@@ -1,0 +1,154 @@
+"""The GEMMs of sm_90a, and how their CTAs are put together: frozen values, importable without the DSL."""
+
+import dataclasses
+
+from jax_moe.kernels.sm90.device import weight_block
+
+SHARED_MEMORY = 232_448
+"""Bytes of shared memory that one CTA may use on sm_90."""
+
+_RESERVED_PER_CTA = 1024  # what the driver keeps of a multiprocessor's shared memory for each resident CTA
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How a CTA is put together.
+
+    Attributes:
+      widths: rows that are multiplied, multiples of 8, ascending. The last is the token tile, N of the matrix product;
+        a tile with padding takes the least that holds its rows. Each has its own code; with too many or too wide ones
+        the compiler finds no registers and serialises ``wgmma`` (tests/test_kernels_compile.py looks).
+      m_warpgroups: warpgroups that take different 128-row blocks of the weights (they share the tokens).
+      k_warpgroups: warpgroups that take different 64-wide blocks of the contraction; their sums are added at the end.
+      stage_blocks: 64-wide blocks of the contraction that are copied and announced together, a multiple of
+        k_warpgroups.
+      stages: how many of those are in flight.
+      ctas_per_sm: resident CTAs of one multiprocessor, all persistent.
+    """
+
+    widths: tuple[int, ...]
+    m_warpgroups: int
+    k_warpgroups: int
+    stage_blocks: int
+    stages: int
+    ctas_per_sm: int
+
+    @property
+    def name(self) -> str:
+        return (
+            f"n{self.token_tile}m{self.m_warpgroups}k{self.k_warpgroups}b{self.stage_blocks}s{self.stages}"
+            f"c{self.ctas_per_sm}" + "".join(f"w{width}" for width in self.widths[:-1])
+        )
+
+    @property
+    def token_tile(self) -> int:
+        return self.widths[-1]
+
+    @property
+    def threads(self) -> int:
+        return 128 * (1 + self.m_warpgroups * self.k_warpgroups)
+
+    @property
+    def stage_bytes(self) -> int:
+        tokens = self.token_tile * weight_block.BLOCK_K * 2
+        return self.stage_blocks * (self.m_warpgroups * weight_block.BLOCK_BYTES + tokens)
+
+    @property
+    def reduction_bytes(self) -> int:
+        return (self.k_warpgroups - 1) * weight_block.BLOCK_ROWS * self.token_tile * 4
+
+    @property
+    def shared_bytes(self) -> int:
+        """Upper bound of what the kernel allocates."""
+        barriers = 16 * self.stages
+        units = 16 * self.stages + 16  # the unit that begins with a stage; the producers' next one, double-buffered
+        rows = 8 * self.m_warpgroups * self.token_tile  # GEMM2: output row and weight, a copy for each warpgroup
+        alignment = 1024
+        return self.stages * self.stage_bytes + self.reduction_bytes + barriers + units + rows + alignment
+
+
+def with_most_stages(
+    widths: tuple[int, ...],
+    m_warpgroups: int,
+    k_warpgroups: int,
+    stage_blocks: int,
+    ctas_per_sm: int,
+    limit: int = 64,
+) -> Config:
+    """A config with as many stages as shared memory holds, at most ``limit``."""
+    config = Config(widths, m_warpgroups, k_warpgroups, stage_blocks, 0, ctas_per_sm)
+    available = SHARED_MEMORY // ctas_per_sm - (_RESERVED_PER_CTA if ctas_per_sm > 1 else 0)
+    per_stage = dataclasses.replace(config, stages=1).shared_bytes - config.shared_bytes
+    return dataclasses.replace(config, stages=min(limit, (available - config.shared_bytes) // per_stage))
+
+
+class _Gemm:
+    """How both GEMMs are launched."""
+
+    config: Config
+    cluster = 1
+    overlap = True
+    tensor_core_ptx = "wgmma.mma_async"
+
+    @property
+    def threads(self) -> int:
+        return self.config.threads
+
+
+@dataclasses.dataclass(frozen=True)
+class Gemm1Spec(_Gemm):
+    """x rows, gathered by route -> intermediate. ``activation`` is its kind, with its parameters behind it."""
+
+    config: Config
+    precision: str
+    activation: str
+    gated: bool
+    alpha: float
+    beta: float
+    limit: float
+    has_bias: bool
+
+    implementation = "jax_moe.kernels.sm90.device.gemm1:Gemm1"
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        return {
+            "x": "bf16*", "row_route": "i32*", "tile_expert": "i32*", "expert_tiles": "i32*", "payload": "u8*",
+            "global_scale": "f32*", "input_scale": "f32*", "bias": "f32*", "down_input_scale": "f32*", "h": "bf16*",
+            "hidden_size": "i32", "row_divisor": "i32", "local_experts": "i32", "m_blocks": "i32", "k_blocks": "i32",
+        }  # fmt: skip
+
+    @property
+    def name(self) -> str:
+        numbers = "_".join(float(v).hex().replace(".", "p").replace("-", "m").replace("+", "")
+                           for v in (self.alpha, self.beta, self.limit))  # fmt: skip
+        bias = "_bias" if self.has_bias else ""
+        return f"jax_moe_gemm1_{self.config.name}_{self.precision}_{self.activation}_{numbers}{bias}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Gemm2Spec(_Gemm):
+    """Intermediate -> out (atomic) or contributions (ordered)."""
+
+    config: Config
+    precision: str
+    combine: str
+    out_dtype: str
+    has_bias: bool
+
+    implementation = "jax_moe.kernels.sm90.device.gemm2:Gemm2"
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        out = "bf16*" if self.out_dtype == "bfloat16" else "f32*"
+        return {
+            "h": "bf16*", "row_route": "i32*", "row_weight": "f32*", "tile_expert": "i32*", "expert_tiles": "i32*",
+            "payload": "u8*", "global_scale": "f32*", "input_scale": "f32*", "bias": "f32*", "out": out,
+            "hidden_size": "i32", "row_divisor": "i32", "local_experts": "i32", "m_blocks": "i32", "k_blocks": "i32",
+            "h_blocks": "i32",
+        }  # fmt: skip
+
+    @property
+    def name(self) -> str:
+        bias = "_bias" if self.has_bias else ""
+        return f"jax_moe_gemm2_{self.config.name}_{self.precision}_{self.combine}_{self.out_dtype}{bias}"

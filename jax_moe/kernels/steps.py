@@ -1,0 +1,71 @@
+"""The steps of a call that every target shares: their kernels, and the workspaces that they write (``README.md``)."""
+
+import jax
+import jax.numpy as jnp
+
+from jax_moe.kernels import specs, tiling
+from jax_moe.kernels.device.constants import WORK_COUNTERS
+from jax_moe.kernels.target import Launch
+from jax_moe.problem import Problem
+
+Workspaces = dict[str, jax.ShapeDtypeStruct]
+
+TILE_MAP = tuple(specs.TILE_MAP)
+_INT32_MAX = 2**31 - 1
+
+
+def same(*names: str) -> dict[str, str]:
+    """Arguments of parameters that are called what their buffers are."""
+    return {name: name for name in names}
+
+
+def sort(p: Problem, token_tile: int) -> tuple[Launch, Workspaces]:
+    """Routes -> tile map.
+
+    Raises:
+      ValueError: more experts or rows than the kernels can count.
+    """
+    spec = specs.sort_spec(p.num_routes, p.local_experts, token_tile, weighted=p.weight_on == "output")
+    tiles = tiling.max_tiles(p.num_routes, p.local_experts, token_tile)
+    vectors = max(num_x_rows(p) * p.hidden_size // 8, p.num_tokens * p.hidden_size // 4)  # of x and of the output
+    if max(tiles * token_tile, vectors) > _INT32_MAX:
+        raise ValueError(
+            f"x: got T*K = {p.num_routes} routes of H = {p.hidden_size}, the GPU kernels count in int32; "
+            "call fused_moe on parts of the tokens"
+        )
+    buffers = same("expert_ids", "routing_weights", "expert_offset", *TILE_MAP, "cta_counts")
+    return Launch("sort", spec, spec.cluster, {**buffers, "num_routes": p.num_routes}), {
+        "expert_tiles": jax.ShapeDtypeStruct((p.local_experts + 1 + WORK_COUNTERS,), jnp.int32),
+        "tile_expert": jax.ShapeDtypeStruct((tiles,), jnp.int32),
+        "row_route": jax.ShapeDtypeStruct((tiles * token_tile,), jnp.int32),
+        "row_weight": jax.ShapeDtypeStruct((tiles * token_tile,), jnp.float32),
+        "cta_counts": jax.ShapeDtypeStruct((spec.cluster, p.local_experts), jnp.int32),
+    }
+
+
+def num_x_rows(p: Problem) -> int:
+    """Rows that GEMM1 gathers from: one for each token, or for each route where x is multiplied by its weight."""
+    return p.num_routes if p.weight_on == "input" else p.num_tokens
+
+
+def x_rows(p: Problem) -> tuple[Launch, Workspaces]:
+    """X -> what GEMM1 multiplies, rounded to NVFP4 (w4a4) or weighted (weight_on="input")."""
+    quantise, per_route, rows = p.precision == "w4a4", p.weight_on == "input", num_x_rows(p)
+    spec = specs.XRowsSpec(quantise=quantise, per_route=per_route)
+    arguments = {
+        **same("x", "routing_weights", "x_rows"), "input_scale": "gate_up.input_scale" if quantise else None,
+        "num_rows": rows, "row_divisor": p.top_k if per_route else 1, "row_blocks": p.hidden_size // 16,
+    }  # fmt: skip
+    workspaces = {"x_rows": jax.ShapeDtypeStruct((rows, p.hidden_size), jnp.bfloat16)}
+    return Launch("x_rows", spec, spec.grid(rows, p.hidden_size), arguments), workspaces
+
+
+def combine(p: Problem) -> tuple[Launch, Workspaces]:
+    """Contributions -> out, in slot order."""
+    spec = specs.CombineSpec(str(p.out_dtype))
+    arguments = {
+        **same("contributions", "expert_ids", "expert_offset", "out"), "num_tokens": p.num_tokens, "top_k": p.top_k,
+        "hidden_size": p.hidden_size, "local_experts": p.local_experts,
+    }  # fmt: skip
+    workspaces = {"contributions": jax.ShapeDtypeStruct((p.num_routes, p.hidden_size), jnp.float32)}
+    return Launch("combine", spec, spec.grid(p.num_tokens, p.hidden_size), arguments), workspaces

@@ -1,0 +1,85 @@
+"""What a target is made of: a GPU architecture that kernels exist for, its cards, and the program of one call."""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+from typing import Any
+
+import jax
+
+from jax_moe.kernels.specs import Spec
+from jax_moe.problem import Precision, Problem
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """One model of GPU.
+
+    Attributes:
+      name: part of what JAX calls it (``device_kind``).
+      multiprocessors: a persistent grid has a CTA, or several, for each. On a smaller GPU the surplus CTAs run last.
+      terabytes_per_second: of its memory, by the data sheet.
+      costs: what its target chooses kernels by; measured on it, or on the card that the target says.
+    """
+
+    name: str
+    multiprocessors: int
+    terabytes_per_second: float
+    costs: Any = dataclasses.field(repr=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One kernel of a call.
+
+    Attributes:
+      name: of the step, in attributes and messages.
+      spec: the kernel.
+      grid: CTAs.
+      arguments: for each of ``spec.parameters`` an operand (``operands.py``), a workspace or "out" by name; a number;
+        or None, a null pointer.
+    """
+
+    name: str
+    spec: Spec
+    grid: int
+    arguments: Mapping[str, str | int | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What one call launches.
+
+    Attributes:
+      launches: in order; none without tokens.
+      adds: name of the first launch that adds into the output, which must be zero by then; None: the output is written.
+      workspaces: results 1, 2, ... of the call, by name, in order. The kernels write all that they read of them.
+      weight_bytes: of each operand that holds weights.
+      intermediate_size: I with the padding that a bias of gate_up has.
+    """
+
+    launches: tuple[Launch, ...]
+    adds: str | None
+    workspaces: Mapping[str, jax.ShapeDtypeStruct]
+    weight_bytes: Mapping[str, int]
+    intermediate_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A GPU architecture.
+
+    Attributes:
+      name: what the compiler calls it.
+      generation: what people call it, and the cards that it was run on.
+      compute_capabilities: of the devices that run its kernels, as JAX has them.
+      layouts: the layout of prepared weights for each precision.
+      cards: known ones; the first is what programs are made for where no card is at hand.
+      program: builds the program of one call for a card.
+    """
+
+    name: str
+    generation: str
+    compute_capabilities: tuple[str, ...]
+    layouts: Mapping[Precision, str]
+    cards: tuple[Card, ...]
+    program: Callable[[Problem, Card], Program]

@@ -1,0 +1,94 @@
+"""The table of targets, and which of them a device, a layout or a user's word stands for."""
+
+from typing import Any, get_args
+
+import jax
+
+from jax_moe import layouts
+from jax_moe.experts import CANONICAL
+from jax_moe.kernels.sm90.target import SM90
+from jax_moe.kernels.target import Card, Target
+from jax_moe.problem import Precision
+
+TARGETS: dict[str, Target] = {target.name: target for target in (SM90,)}
+
+
+def layout_for(name: str | None, precision: Precision | None, argument: str = "target") -> layouts.Layout:
+    """The layout that weights need on a target; ``name`` may also be a layout's own, None is JAX's default device.
+
+    ``argument``: what a caller calls ``name``.
+
+    Raises:
+      ValueError: no such target or precision, no kernels for the device, or the target needs to know the precision.
+    """
+    if precision is not None and precision not in get_args(Precision):
+        raise ValueError(f"precision: got {precision!r}, needs one of {', '.join(map(repr, get_args(Precision)))}")
+    if name is None:
+        device = _default_device()
+        if device.platform != "gpu":
+            return layouts.get(CANONICAL)
+        target = for_device(device)
+    elif name in layouts.LAYOUTS:
+        return layouts.get(name)
+    elif name in TARGETS:
+        target = TARGETS[name]
+    else:
+        known = ", ".join(map(repr, (*TARGETS, *layouts.LAYOUTS)))
+        raise ValueError(f"{argument}: got {name!r}, needs one of {known}")
+    wanted = set(target.layouts.values()) if precision is None else {target.layouts[precision]}
+    if len(wanted) > 1:
+        raise ValueError(
+            f"precision: got None, but {target.name} has a layout for each ({dict(target.layouts)}): choose one"
+        )
+    return layouts.get(wanted.pop())
+
+
+def for_device(device: Any) -> Target:
+    """The target whose kernels run on a GPU.
+
+    Raises:
+      ValueError: there are none for it.
+    """
+    capability = device.compute_capability
+    for target in TARGETS.values():
+        if capability in target.compute_capabilities:
+            return target
+    known = ", ".join(capability for target in TARGETS.values() for capability in target.compute_capabilities)
+    raise ValueError(f"target: a GPU of compute capability {capability}, kernels exist for {known}")
+
+
+def for_call(layout: str, precision: Precision) -> tuple[Target, Card]:
+    """What runs a call on weights of this layout: the GPU at hand if it does, else the first target that does.
+
+    Raises:
+      ValueError: no target multiplies weights of this layout in this precision.
+    """
+    fitting = [target for target in TARGETS.values() if target.layouts[precision] == layout]
+    if not fitting:
+        advice = ", or ".join(
+            f"jax_moe.prepare(experts, {target.name!r}"
+            + (f", {precision!r})" if len(set(target.layouts.values())) > 1 else ")")
+            for target in TARGETS.values()
+        )
+        raise ValueError(
+            f"experts.layout: got {layout!r}, on a GPU fused_moe with precision={precision!r} needs prepared weights: "
+            f"{advice}"
+        )
+    for device in _gpus():
+        for target in fitting:
+            if device.compute_capability in target.compute_capabilities:
+                return target, _card_of(target, device.device_kind)
+    return fitting[0], fitting[0].cards[0]
+
+
+def _card_of(target: Target, device_kind: str) -> Card:
+    return next((card for card in target.cards if card.name in device_kind), target.cards[0])
+
+
+def _default_device() -> Any:
+    device = jax.config.jax_default_device or jax.devices()[0]  # pyright: ignore[reportAttributeAccessIssue]
+    return jax.devices(device)[0] if isinstance(device, str) else device
+
+
+def _gpus() -> list[Any]:
+    return [device for device in jax.devices() if device.platform == "gpu"]
