@@ -28,32 +28,11 @@ class Chain:
 
 
 def random_experts(model: str):
-    """Prepared weights and the activation of a model; gpt-oss alone has biases."""
-    import jax
-    import jax.numpy as jnp
-
+    """Prepared weights and the activation of a model; only gpt-oss has biases."""
     import jax_moe
 
-    shape, gpt_oss = shapes.MODELS[model], model == "gpt-oss-120b"
-    experts, hidden, intermediate = shape.num_experts, shape.hidden_size, shape.intermediate_size
-    keys = iter(jax.random.split(jax.random.key(0), 8))
-
-    def projection(lead, rows, columns, input_scale):
-        # Block scales of 0.5 to 2 and a global scale that keeps the size of what is multiplied.
-        payload = jax.random.bits(next(keys), (*lead, rows, columns // 2), jnp.uint8)
-        scale = jax.random.randint(next(keys), (*lead, rows, columns // 16), 0x30, 0x40).astype(jnp.uint8)
-        return jax_moe.Projection(
-            payload,
-            jax.lax.bitcast_convert_type(scale, jnp.float8_e4m3fn),
-            jnp.full(lead, 1 / (3.5 * columns**0.5), jnp.float32),
-            input_scale,
-            jax.random.normal(next(keys), (*lead, rows)) * 0.1 if gpt_oss else None,
-        )
-
-    canonical = jax_moe.Experts(
-        projection((experts, 2), intermediate, hidden, jnp.float32(1 / 448)),
-        projection((experts,), hidden, intermediate, jnp.full(experts, 1 / 448, jnp.float32)),
-    )
+    gpt_oss = model == "gpt-oss-120b"
+    canonical = timing.random_experts(shapes.MODELS[model], 0, bias=gpt_oss)
     activation = jax_moe.SwiGLU(alpha=1.702, beta=1.0, limit=7.0) if gpt_oss else jax_moe.SwiGLU()
     return jax_moe.prepare(canonical, "sm_90a", progress=False), activation
 

@@ -1,18 +1,13 @@
 """Eight virtual CPU devices, and how tests find what they share.
 
-pytest imports with ``--import-mode=importlib``, which leaves ``tests/`` off the path: it is put there once, here, so
-that a test says ``import helpers`` (cases, the comparison, programs in a fresh process) or ``import statement`` (the
-definitions in plain NumPy).
+pyproject.toml puts ``tests/``, ``tests/gpu`` and ``tests/checkpoints`` on the path, so that a test says ``import
+helpers`` (cases, the comparison, programs in a fresh process) or ``import statement`` (the definitions in plain NumPy).
 """
-
-import pathlib
-import sys
 
 import hypothesis
 import jax
 import pytest
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
 pytest.register_assert_rewrite("helpers")
 
 # Before anything starts a backend. Does nothing to a GPU.

@@ -15,7 +15,8 @@ import pytest
 import statement
 
 import jax_moe
-from jax_moe import Experts, Projection, Routing
+from jax_moe import Experts, Projection, Routing, shapes
+from jax_moe.cli import timing
 
 PACKAGE_FOLDER = pathlib.Path(jax_moe.__file__).parents[1]
 """Where the package that is tested is imported from: the installed one, usually."""
@@ -150,19 +151,8 @@ def make_case(
     ids that are local to nobody. Ids run over ``all_experts`` (default: those from 0 to the last local one).
     """
     rng = np.random.default_rng(seed)
-    parts = 2 if activation.gated else 1
-    experts = Experts(
-        gate_up=Projection(
-            *_random_weights(rng, (num_experts, parts), intermediate, hidden),
-            input_scale=jnp.float32(rng.uniform(3, 6) / 2688),
-            bias=_random(rng, (num_experts, parts, intermediate)) if bias else None,
-        ),
-        down=Projection(
-            *_random_weights(rng, (num_experts,), hidden, intermediate),
-            input_scale=jnp.asarray(rng.uniform(2, 12, num_experts) / 2688, jnp.float32),
-            bias=_random(rng, (num_experts, hidden)) if bias else None,
-        ),
-    )
+    shape = shapes.LayerShape(num_experts, top_k, hidden, intermediate)
+    experts = timing.random_experts(shape, rng, parts=2 if activation.gated else 1, bias=bias)
     ids = make_ids(rng, routing, tokens, top_k, all_experts or num_experts + expert_offset)
     weights = jnp.asarray(rng.uniform(0.05, 1, (tokens, top_k)) * rng.choice([1, 1, -1], (tokens, top_k)), jnp.float32)
     x = jnp.asarray(rng.normal(size=(tokens, hidden)), jnp.bfloat16)
@@ -221,19 +211,6 @@ def without_input_scales(experts: Experts) -> Experts:
     """As before calibration."""
     gate_up, down = (dataclasses.replace(p, input_scale=None) for p in (experts.gate_up, experts.down))
     return dataclasses.replace(experts, gate_up=gate_up, down=down)
-
-
-def _random(rng, shape):
-    return jnp.asarray(rng.normal(size=shape), jnp.float32)
-
-
-def _random_weights(rng, lead, rows, columns):
-    """Random codes and block scales in [0.5, 2), under a global scale that makes a product with a normal vector ~ 1."""
-    payload = rng.integers(0, 256, (*lead, rows, columns // 2), np.uint8)
-    block_scale = rng.integers(0x30, 0x40, (*lead, rows, columns // 16), np.uint8).view(ml_dtypes.float8_e4m3fn)
-    spread = 10 ** rng.uniform(-0.5, 0.5, lead)
-    global_scale = spread / (3.5 * np.sqrt(columns))  # 3.5: root mean square of code times block scale
-    return jnp.asarray(payload), jnp.asarray(block_scale), jnp.asarray(global_scale, jnp.float32)
 
 
 # --- Programs in a process of their own ---------------------------------------------------------------------------

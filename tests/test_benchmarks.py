@@ -119,8 +119,7 @@ def test_the_routes_that_humming_is_given(script):
     assert expert_ids.tolist() == [0, 1, 3, 3]
 
 
-def test_an_interval_of_the_median_holds_the_median(script, monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(pathlib.Path(__file__).parent / "gpu"), *sys.path])
+def test_an_interval_of_the_median_holds_the_median(script):
     for name in ("gpu_methods", "gpu_op"):
         script(name)
     zeroing = script("zeroing")

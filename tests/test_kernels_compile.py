@@ -7,21 +7,17 @@ import importlib.util
 import itertools
 import json
 import math
-import pathlib
 import struct
-import sys
 
 import cuda_call
 import jax.numpy as jnp
 import pytest
+import record_cubins
 
 from jax_moe import activations, shapes
 from jax_moe.kernels import cache, compiler, cubin, lowering, tiling
 from jax_moe.kernels.sm90 import program, specs as sm90_specs
 from jax_moe.kernels.sm90.target import SM90
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent / "gpu"))
-import record_cubins
 
 HAS_DSL = importlib.util.find_spec("cutlass") is not None
 needs_dsl = pytest.mark.skipif(not HAS_DSL, reason="nvidia-cutlass-dsl is not installed")

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import jax_moe
-from jax_moe import nvfp4
+from jax_moe import nvfp4, shapes
+from jax_moe.cli import timing
 from jax_moe.experts import Experts, Projection
 from jax_moe.kernels import targets
 from jax_moe.kernels.sm90.device import weight_block
@@ -22,18 +23,11 @@ GATED = (2, 96, 80)
 UNGATED = (1, 144, 64)
 
 
-def random_experts(rng, num_experts, projections, intermediate, hidden, bias=False):
-    def projection(lead, rows, columns):
-        codes = rng.integers(0, 256, (*lead, rows, columns // 2)).astype(np.uint8)
-        scales = rng.integers(1, 127, (*lead, rows, columns // 16)).astype(np.uint8).view(ml_dtypes.float8_e4m3fn)
-        global_scale = rng.uniform(0.5, 2, lead).astype(np.float32)
-        biases = jnp.asarray(rng.normal(size=(*lead, rows)), jnp.float32) if bias else None
-        return Projection(jnp.asarray(codes), jnp.asarray(scales), jnp.asarray(global_scale), bias=biases)
-
-    return Experts(
-        gate_up=projection((num_experts, projections), intermediate, hidden),
-        down=projection((num_experts,), hidden, intermediate),
-    )
+def random_experts(rng, num_experts, parts, intermediate, hidden, bias=False):
+    """With block scales of every size."""
+    shape = shapes.LayerShape(num_experts, 1, hidden, intermediate)
+    experts = timing.random_experts(shape, rng, parts=parts, bias=bias, block_scales=(1, 127))
+    return helpers.without_input_scales(experts)
 
 
 def rotate_right(words, bits):

@@ -29,7 +29,7 @@ def test_the_list_has_what_the_sources_read():
 
 def test_python_reads_them_in_one_place():
     python = {file for files in _readers().values() for file in files if file.endswith(".py")}
-    assert python - {"compile.py"} == {"settings.py"}  # until the kernels' cache asks settings.cache_folder()
+    assert python == {"settings.py"}
 
 
 def test_the_readme_lists_them():

@@ -6,7 +6,6 @@ import platform
 from typing import Annotated, Any
 
 import jax
-import jax.numpy as jnp
 import typer
 
 import jax_moe
@@ -39,7 +38,7 @@ def bench(
         arguments.choice("--combine", combine, problem.Combine)
         if output is not None:
             open(output, "a").close()  # whether it can be written is known before anything is measured
-        experts = random_experts(shape, seed)
+        experts = jax_moe.prepare(timing.random_experts(shape, seed))
     except OSError as error:
         raise typer.BadParameter(
             f"--json: got {output!r}, needs a file that can be written: {error.strerror}"
@@ -71,19 +70,6 @@ def bench(
         document = {**facts, "device": device.device_kind, "model": model, "combine": combine, "results": results}
         with open(output, "w") as file:
             json.dump(document, file, indent=2)
-
-
-def random_experts(shape: shapes.LayerShape, seed: int) -> jax_moe.Experts:
-    """Random experts with input scales, prepared for the default device."""
-    keys = jax.random.split(jax.random.key(seed), 5)
-    wide = (shape.num_experts, shape.intermediate_size, shape.hidden_size)
-    tall = (shape.num_experts, shape.hidden_size, shape.intermediate_size)
-    gate, up = (jax.random.normal(key, wide, jnp.bfloat16) * wide[2] ** -0.5 for key in keys[:2])
-    down = jax.random.normal(keys[2], tall, jnp.bfloat16) * tall[2] ** -0.5
-    experts = jax_moe.quantize_experts(gate, up, down)
-    x = jax.random.normal(keys[3], (64, shape.hidden_size), jnp.bfloat16)
-    logits = jax.random.normal(keys[4], (64, shape.num_experts))
-    return jax_moe.prepare(jax_moe.calibrate(experts, x, jax_moe.route(logits, shape.top_k)))
 
 
 def time_op(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_moe
-from jax_moe import shapes
+from jax_moe import nvfp4, shapes
 
 CHAINED_TOKENS = 128
 """On a GPU, calls of up to so many tokens may get each other's outputs; see :func:`op_chain`."""
@@ -39,6 +39,43 @@ def routings(shape: shapes.LayerShape, tokens: int, length: int, seed: int) -> t
 def random_x(shape: shapes.LayerShape, tokens: int, seed: int) -> jax.Array:
     """Normal bf16 ``[T, H]``."""
     return jax.random.normal(jax.random.key(seed), (tokens, shape.hidden_size), jnp.bfloat16)
+
+
+def random_experts(
+    shape: shapes.LayerShape,
+    seed: int | np.random.Generator,
+    *,
+    parts: int = 2,
+    bias: bool = False,
+    block_scales: tuple[int, int] = (0x30, 0x40),
+) -> jax_moe.Experts:
+    """Canonical experts with random codes, input scales, and scales under which intermediates are of order 1.
+
+    Args:
+      shape: E, H and I.
+      seed: or a generator to draw from.
+      parts: P; the global scales of two parts differ by up to 10x.
+      bias: with biases.
+      block_scales: bytes of the least e4m3 block scale and behind the largest: 0.5 up to 2.
+    """
+    rng = np.random.default_rng(seed)
+
+    def projection(lead: tuple[int, ...], rows: int, columns: int, input_scale: tuple) -> jax_moe.Projection:
+        payload = rng.integers(0, 256, (*lead, rows, columns // 2), np.uint8)
+        block_scale = rng.integers(*block_scales, (*lead, rows, columns // nvfp4.BLOCK_SIZE), np.uint8)
+        spread = 10 ** rng.uniform(-0.5, 0.5, lead)
+        return jax_moe.Projection(
+            jnp.asarray(payload),
+            jnp.asarray(block_scale.view(jnp.float8_e4m3fn)),
+            # 3.5 is the root mean square of a code times a block scale.
+            jnp.asarray(spread / (3.5 * np.sqrt(columns)), jnp.float32),
+            jnp.asarray(rng.uniform(*input_scale) / (nvfp4.E2M1_MAX * nvfp4.E4M3_MAX), jnp.float32),
+            jnp.asarray(rng.normal(size=(*lead, rows)), jnp.float32) if bias else None,
+        )
+
+    experts, hidden, intermediate = shape.num_experts, shape.hidden_size, shape.intermediate_size
+    gate_up = projection((experts, parts), intermediate, hidden, (3, 6))
+    return jax_moe.Experts(gate_up, projection((experts,), hidden, intermediate, (2, 12, experts)))
 
 
 def after(y: jax.Array) -> jax.Array:

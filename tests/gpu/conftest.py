@@ -2,14 +2,11 @@
 
 import os
 import pathlib
-import sys
 import tempfile
 
 # Where the handler writes the graphs that it is captured into; it looks once, at its first captured call.
 GRAPH_FOLDER = tempfile.mkdtemp(prefix="jax_moe_graphs.")
 os.environ["JAX_MOE_GRAPH_DUMP"] = GRAPH_FOLDER
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent))  # as tests/conftest.py does for its folder
 
 import calls  # noqa: E402
 import cuda_call  # noqa: E402
