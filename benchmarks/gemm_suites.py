@@ -73,8 +73,8 @@ def timed(suite):
 
 
 def gemm1(t, precision, activation, bias):
-    kind, *parameters = activation
-    return common_plan.Gemm1Spec(t, precision, kind, kind != "relu2", *parameters, bias)
+    kind, alpha, beta, limit = activation
+    return common_plan.Gemm1Spec(t, precision, kind, kind != "relu2", alpha, beta, limit, bias)
 
 
 def gemm2(t, precision, bias, combine, out):
