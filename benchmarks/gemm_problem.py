@@ -4,6 +4,7 @@ import ctypes
 import dataclasses
 import json
 import types
+from typing import Any
 
 from gemm_suites import gemm1, gemm2, specs
 
@@ -60,7 +61,7 @@ class Driver:
         self.call("cuLaunchKernel", function, grid, 1, 1, entry["threads"], 1, 1, entry["smem"], stream, pointers, None)
 
 
-def tile_map(torch, ids, weights, L, N):
+def tile_map(torch, ids, weights, L, N) -> dict[str, Any]:
     """What sort writes, by torch; ids [T, K] int32, local ones in [0, L)."""
     T, K = ids.shape
     R = T * K

@@ -252,10 +252,9 @@ def test_vmap_over_stacked_layers(verb):
 def stacked_layers(layout, mesh):
     """Three layers on the mesh one by one, and as one stack where ``expert_shardings`` puts it."""
     cases = [make_case(seed, hidden=48, intermediate=128, num_experts=4, tokens=6, bias=True) for seed in (20, 21, 22)]
-    placed = [jax.device_put(case.experts, jax_moe.expert_shardings(case.experts, mesh)) for case in cases]
-    if layout != "canonical":
-        placed = [jax_moe.prepare(experts, layout) for experts in placed]
-    stack = jax.tree.map(lambda *leaves: np.stack(leaves), *placed)
+    layers = [jax_moe.prepare(case.experts, layout, progress=False) for case in cases]  # I is two slices of whole tiles
+    placed = [jax.device_put(experts, jax_moe.expert_shardings(experts, mesh)) for experts in layers]
+    stack = jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
     return cases, placed, jax.device_put(stack, jax_moe.expert_shardings(stack, mesh))
 
 
