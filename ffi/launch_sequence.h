@@ -60,7 +60,7 @@ namespace jax_moe {
 struct Sequence {
   std::size_t output_bytes = 0;                // at least 1 where a launch adds
   std::size_t num_launches = 0;                // 0: a call that has nothing to do
-  std::optional<std::size_t> first_that_adds;  // into the output; none: nothing needs to be zero
+  std::optional<std::size_t> first_that_adds;  // < num_launches; none: nothing needs to be zero
 };
 
 enum class LaunchStep { kNone, kIsCapturing, kEmpty, kZero, kLaunch, kJoin };
@@ -122,7 +122,7 @@ LaunchResult Enqueue(Api& api, typename Api::Stream stream, const Sequence& sequ
     return result;
   }
 
-  // The branch starts at the entry, not right before its end, so that as many launches as can be hide it.
+  // The branch starts at the entry: every launch before the join hides it, also a sort that leaves the memory idle.
   typename Api::Node zeroed{};
   const bool zeroes = sequence.first_that_adds.has_value();
   if (zeroes && result.captured) {

@@ -14,7 +14,8 @@ using jax_moe::Sequence;
 constexpr int kInjected = 700;  // an injected error's code, plus the number of the driver call that returned it
 constexpr std::size_t kOutputBytes = 4096;
 
-// fused_moe's lists; then lists that other kinds of call may have: the first launch adds, several do, none but one.
+// fused_moe's lists; then lists that other kinds of call may have: the first launch adds, two add, a single one does
+// not.
 static const LaunchSpec kSort = {Kind::kSort, {{kRouting, Access::kRead}, {kSorted, Access::kWrite}}};
 static const LaunchSpec kPassOverX = {Kind::kXRows, {{kX, Access::kRead}, {kXRows, Access::kWrite}}};
 static const LaunchSpec kCombine = {Kind::kCombine, {{kRows, Access::kRead}, {kOut, Access::kWrite}}};

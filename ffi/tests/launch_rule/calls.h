@@ -36,10 +36,20 @@ struct LaunchList {
   std::optional<std::size_t> first_that_adds;
 };
 
-constexpr int kNumLists = 9;
-extern const std::array<LaunchList, kNumLists> kLists;
+enum ListName {
+  kAtomic,
+  kAtomicXRows,
+  kOrdered,
+  kOrderedXRows,
+  kEmptyList,
+  kAddsAtOnce,
+  kAddsFirst,
+  kAddsTwice,
+  kOne,
+  kNumLists,
+};
 
-enum ListName { kAtomic, kAtomicXRows, kOrdered, kOrderedXRows, kEmptyList, kAddsAtOnce, kAddsFirst, kAddsTwice, kOne };
+extern const std::array<LaunchList, kNumLists> kLists;
 
 struct Process {
   explicit Process(Violations* violations) : model(violations) {
