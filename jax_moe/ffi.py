@@ -11,7 +11,7 @@ import jax.export
 
 from jax_moe import settings
 
-__all__ = ["NO_CAPTURE_TARGET", "TARGET", "library_path"]
+__all__ = ["NO_CAPTURE_TARGET", "TARGET", "Counters", "counters", "library_path"]
 
 TARGET = "jax_moe_fused_moe_v2"
 """Target of the custom call. The version is in the name because exported programs outlive this library."""

@@ -58,9 +58,9 @@ def fused_moe(
       weight_on: ``"output"`` weights each expert's output; ``"input"`` multiplies x by the routing weight,
         rounded to bfloat16, instead (Llama-4).
       expert_offset: global id of the first local expert; an int or an int32 scalar, traced or not.
-      num_experts: E, the number of experts that routes may name, at least L; None means L as far as speed goes. GPU
-        kernels are chosen for T*K/E tokens an expert, and ``JAX_MOE_DEBUG`` finds ids of E or more (without it, only
-        negative ones are known to be wrong). No result depends on it.
+      num_experts: E, the number of experts that routes may name, at least L. It affects only speed (GPU kernels are
+        chosen for T*K/E tokens an expert; if None, as if E = L) and ``JAX_MOE_DEBUG``: without E it can report
+        negative ids but not too large ones.
       out_dtype: bfloat16 or float32.
       command_buffer: whether XLA may record the call into a command buffer (a CUDA graph); no effect on a CPU.
 

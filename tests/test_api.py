@@ -1,6 +1,7 @@
 """docs/api.md is the list of what is public, and docs/glossary.md has each term once."""
 
 import ast
+import dataclasses
 import importlib
 import inspect
 import pathlib
@@ -9,6 +10,7 @@ import re
 import pytest
 
 import jax_moe
+from jax_moe import problem
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "api.md").read_text()
@@ -48,6 +50,12 @@ def test_the_glossary_has_each_term_once():
     terms = [term for row in rows for term in row.split(", ") if term not in ("term", "letter")]
     assert len(terms) > 50
     assert sorted(set(terms)) == sorted(terms)
+
+
+def test_the_glossary_has_the_sizes_and_options_of_a_problem():
+    text = (DOCS / "glossary.md").read_text()
+    fields = {field.name for field in dataclasses.fields(problem.Problem)} - {"absent"}
+    assert {name for name in fields if f"`{name}`" not in text and f"| {name} |" not in text} == set()
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "docs/api.md"])
