@@ -50,8 +50,10 @@ def partition_specs(
     *_, num_experts = arguments.array("experts.down.global_scale", experts.down.global_scale, None, ("...", "E"))
     check_divides(mesh, "expert_axis", expert_axes, "E", num_experts)
     leading = _num_leading_axes(experts)
-    gate_up_axis, down_axis = _axes_of_intermediate(experts.layout)
-    sizes = experts.gate_up.payload.shape[leading + gate_up_axis], experts.down.payload.shape[leading + down_axis]
+    sizes = [
+        projection.payload.shape[leading + axes.index("I")]
+        for projection, axes in zip((experts.gate_up, experts.down), _payload_axes(experts.layout), strict=True)
+    ]
     if experts.layout == CANONICAL:
         check_divides(mesh, "tensor_axis", tensor_axes, "I", sizes[0], multiple=nvfp4.BLOCK_SIZE)
     else:
@@ -67,26 +69,26 @@ def partition_specs(
 
 def specs_of(experts: Experts, expert_axes: tuple[str, ...], tensor_axes: tuple[str, ...]) -> Experts:
     """The ``PartitionSpec`` of every leaf, whether or not a mesh divides it."""
-    e, i = expert_axes or None, tensor_axes or None
+    mesh_axes = {"E": expert_axes or None, "I": tensor_axes or None}
     layers = (None,) * _num_leading_axes(experts)
 
-    def spec(*axes) -> PartitionSpec:
-        return PartitionSpec(*layers, *axes)
+    def spec(*axes: str | None) -> PartitionSpec:
+        return PartitionSpec(*layers, *(axis and mesh_axes[axis] for axis in axes))
 
-    gate_up_payload, down_payload = (spec(e, *[None] * (axis - 1), i) for axis in _axes_of_intermediate(experts.layout))
+    gate_up_payload, down_payload = (spec(*axes) for axes in _payload_axes(experts.layout))
     gate_up = Projection(
         payload=gate_up_payload,
         block_scale=gate_up_payload,
-        global_scale=spec(e, None),
+        global_scale=spec("E", None),
         input_scale=spec(),
-        bias=spec(e, None, i),
+        bias=spec("E", None, "I"),
     )
     down = Projection(
         payload=down_payload,
         block_scale=down_payload,
-        global_scale=spec(e),
-        input_scale=spec(e),
-        bias=spec(e, None),
+        global_scale=spec("E"),
+        input_scale=spec("E"),
+        bias=spec("E", None),
     )
     return Experts(_where_present(gate_up, experts.gate_up), _where_present(down, experts.down), experts.layout)
 
@@ -94,7 +96,8 @@ def specs_of(experts: Experts, expert_axes: tuple[str, ...], tensor_axes: tuple[
 def model_axes(experts: Experts, spec: PartitionSpec) -> tuple[Axis, Axis]:
     """The mesh axes over E and over I, from the spec of ``experts.gate_up.payload``."""
     axes = (*spec, *[None] * experts.gate_up.payload.ndim)[_num_leading_axes(experts) :]
-    return axes[0], axes[_axes_of_intermediate(experts.layout)[0]]
+    names, _ = _payload_axes(experts.layout)
+    return axes[names.index("E")], axes[names.index("I")]
 
 
 def _num_leading_axes(experts: Experts) -> int:
@@ -102,9 +105,11 @@ def _num_leading_axes(experts: Experts) -> int:
     return experts.down.global_scale.ndim - 1
 
 
-def _axes_of_intermediate(layout: str) -> tuple[int, int]:
-    """Which axis of one layer's payloads I is, or its tiles are, in ``gate_up`` and in ``down``; E is axis 0."""
-    return (2 if layout == CANONICAL else 1), 2
+def _payload_axes(layout: str) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
+    """Of one layer's ``gate_up`` and ``down``: which axis of the payload is E, and which is I or its tiles."""
+    if layout == CANONICAL:
+        return ("E", None, "I", None), ("E", None, "I")
+    return ("E", "I", None, None), ("E", None, "I", None)
 
 
 def check_in_place(experts: Experts, specs: Experts, mesh: Mesh | AbstractMesh) -> None:
