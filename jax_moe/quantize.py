@@ -191,6 +191,6 @@ def _local_amaxes(where: placement.Placement, experts, x, routing, activation, w
 _amaxes = placement.InPlace(
     "calibrate",
     _local_amaxes,
-    lambda where, experts: (jax.sharding.PartitionSpec(), where.specs(experts).down.global_scale),
+    lambda where, experts, *_: (jax.sharding.PartitionSpec(), where.specs(experts).down.global_scale),
     num_arrays=2,
 )

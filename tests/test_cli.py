@@ -17,7 +17,7 @@ import jax_moe
 from jax_moe import activations, settings
 from jax_moe.__main__ import app
 from jax_moe.cli import bench, doctor, options, show
-from jax_moe.kernels import compile as kernels, lowering, specs
+from jax_moe.kernels import cache, compiler as dsl, lowering, specs
 
 CHECKPOINT = pathlib.Path(__file__).parent / "checkpoints" / "data" / "modelopt-qwen3_moe"
 
@@ -64,15 +64,15 @@ def compiler(monkeypatch):
 
     def compiled(spec, target):
         asked.append(spec.name)
-        return kernels.CompiledKernel(b"x" * 98765, spec.name, 384, 232448, (8,), 168, 0, 16)
+        return dsl.CompiledKernel(b"x" * 98765, spec.name, 384, 232448, (8,), 168, 0, 16)
 
-    monkeypatch.setattr(kernels, "compiled", compiled)
+    monkeypatch.setattr(cache, "compiled", compiled)
     return asked
 
 
 @pytest.fixture
 def no_compiler(monkeypatch, tmp_path):
-    monkeypatch.setattr(kernels, "_compiler", lambda: None)
+    monkeypatch.setattr(cache, "_compiler_version", lambda: None)
     monkeypatch.setenv("JAX_MOE_CACHE_DIR", str(tmp_path))
 
 
@@ -137,7 +137,7 @@ def test_bench_writes_what_it_shows(tmp_path):
 
 FOUR = "four positive integers"
 COUNTS = "needs numbers from 1, as 1,32, or ranges, as 1-8192"
-ACTIVATION = "SwiGLU, GeGLU, ReLU2, SiTU, alone or with alpha,beta,limit"
+ACTIVATION = "SwiGLU, GeGLU, ReLU2, SiTU, by itself or with alpha,beta,limit"
 
 
 @pytest.mark.parametrize(("command", "message"), [
@@ -216,20 +216,22 @@ def test_compile_makes_the_kernels_of_every_value_in_a_list(compiler, option, va
 def test_compile_shows_every_column_in_a_pipe(compiler):
     ran = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["compile", "--layer", "8,2,64,64", "--activation", "SiTU"])
     assert ran.exit_code == 0
-    for heading in ("kernel", "threads", "registers", "stack bytes", "shared bytes", "wgmma", "cubin bytes"):
+    for heading in ("kernel", "threads", "registers", "stack bytes", "shared bytes", "tensor core", "cubin bytes"):
         assert heading in row(ran.output, "kernel ")
     for name in compiler:
         assert row(ran.output, f" {name} ").split("│")[2:-1] == [
             f"{value:>{width}} "
-            for value, width in zip((384, 168, 0, 232448, 16, 98765), (8, 10, 12, 13, 6, 12), strict=True)
+            for value, width in zip((384, 168, 0, 232448, 16, 98765), (8, 10, 12, 13, 12, 12), strict=True)
         ]
 
 
-@pytest.mark.parametrize(("fact", "message"), [("stack_bytes", "it spills"), ("tensor_core_instructions", "no wgmma")])
+@pytest.mark.parametrize(
+    ("fact", "message"), [("stack_bytes", "it spills"), ("tensor_core_instructions", "no wgmma.mma_async")]
+)
 def test_check_fails_for_what_spills_or_has_no_wgmma(compiler, monkeypatch, fact, message):
-    stub = kernels.compiled
-    bad = {"stack_bytes": kernels.MOST_STACK_BYTES + 8, "tensor_core_instructions": 0}[fact]
-    monkeypatch.setattr(kernels, "compiled", lambda *call: dataclasses.replace(stub(*call), **{fact: bad}))
+    stub = cache.compiled
+    bad = {"stack_bytes": dsl.MOST_STACK_BYTES + 8, "tensor_core_instructions": 0}[fact]
+    monkeypatch.setattr(cache, "compiled", lambda *call: dataclasses.replace(stub(*call), **{fact: bad}))
     arguments = ["compile", "--layer", "8,2,64,64", "--tokens", "1-2"]
     assert run_here(*arguments).exit_code == 0
     ran = run_here(*arguments, "--check")
@@ -253,10 +255,10 @@ def test_processes_compile_every_kernel(monkeypatch, tmp_path):
     layer = {"top_k": 2, "local_experts": 8, "hidden_size": 64, "intermediate_size": 64}
     calls = [cuda_call.problem(num_tokens=tokens, **layer) for tokens in (1, 100)]
     wanted = {launch.spec for call in calls for launch in lowering.launches(call)}
-    kernel = kernels.CompiledKernel(b"x" * 98765, "symbol", 384, 232448, (8,), 168, 0, 16)
+    kernel = dsl.CompiledKernel(b"x" * 98765, "symbol", 384, 232448, (8,), 168, 0, 16)
     for spec in wanted:
-        name = kernels._file_name(spec, "sm_90a", kernels._compiler() or "1.0")
-        kernels._write(kernels.cache_folder() / name, kernel)
+        name = cache._file_name(spec, "sm_90a", cache._compiler_version() or "1.0")
+        cache._write(cache.cache_folder() / name, kernel)
     ran = run_here("compile", "--layer", "8,2,64,64", "--tokens", "1,100", "--jobs", "2")
     assert ran.exit_code == 0, ran.output
     assert all(row(ran.output, spec.name).count("98765") == 1 for spec in wanted)
@@ -272,7 +274,7 @@ def test_compile_without_the_compiler_is_one_plain_line(no_compiler):
 
 def test_bench_without_a_kernel_prints_the_error_alone(no_compiler, monkeypatch):
     def time_op(*_):
-        kernels.compiled(specs.CombineSpec("float32"), "sm_90a")
+        cache.compiled(specs.CombineSpec("float32"), "sm_90a")
 
     monkeypatch.setattr(bench, "time_op", time_op)
     ran = run_here("bench", "--model", "3,2,48,32")

@@ -1,7 +1,6 @@
 """``prepare``, ``unprepare`` and ``calibrate`` on experts that are spread over a mesh: right, and no weight moves."""
 
 import dataclasses
-import importlib
 import re
 
 import helpers
@@ -13,10 +12,9 @@ import numpy as np
 import pytest
 
 import jax_moe
-from jax_moe import placement, quantize
+from jax_moe import placement, preparation, quantize
 from jax_moe.kernels.sm90.device import weight_block
 
-prepare_module = importlib.import_module("jax_moe.prepare")  # jax_moe.prepare is the function
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 SWIGLU, RELU2 = jax_moe.SwiGLU(), jax_moe.ReLU2()
 
@@ -89,8 +87,8 @@ def test_prepare_and_unprepare(expert, tensor, activation, axis_type):
     prepared = jax_moe.prepare(placed, "sm_90a")
     again = jax_moe.unprepare(prepared, hidden, intermediate)
     assert_placed_like(again, case.experts, mesh)
-    assert moved(prepare_module._prepare_in_place.lower(placed)) == []
-    lowered = prepare_module._unprepare_in_place.lower(prepared, hidden, intermediate // tensor)
+    assert moved(preparation._prepare_in_place.lower(placed, "wgmma_v1")) == []
+    lowered = preparation._unprepare_in_place.lower(prepared, hidden, intermediate // tensor)
     assert moved(lowered) == []
 
 
@@ -311,6 +309,6 @@ def test_a_scan_over_stacked_prepared_layers_moves_no_weight():
 def test_one_compilation_serves_every_layer():
     layers = [make_case(seed, hidden=48, intermediate=64, num_experts=4).experts for seed in (10, 11)]
     placed = [place(experts, 2, 2)[1] for experts in layers]
-    run, _ = prepare_module._prepare_in_place._bind(placed[0], ())
-    again, _ = prepare_module._prepare_in_place._bind(placed[1], ())
+    run, _ = preparation._prepare_in_place._bind(placed[0], ("wgmma_v1",))
+    again, _ = preparation._prepare_in_place._bind(placed[1], ("wgmma_v1",))
     assert run is again

@@ -77,7 +77,7 @@ BAD = {
     "an unknown layout": (
         lambda arguments: {"experts": dataclasses.replace(arguments["experts"], layout="swizzled")},
         ValueError,
-        "experts.layout: got 'swizzled', needs 'canonical'",
+        "experts.layout: got 'swizzled', needs one of 'canonical', 'wgmma_v1'",
     ),
     "no experts": (
         lambda arguments: {"experts": jax.tree.map(lambda a: a[:0] if a.ndim else a, arguments["experts"])},
