@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV ?= .venv
 # Optional dependencies of the tests; CI adds `kernels` (CuTe DSL) to compile every GPU kernel.
 EXTRAS ?= dev
-# For CI: a version of jax instead of the newest, and the tests to run instead of all.
+# For CI: a version of jax and of CuTe DSL instead of the newest, and the tests to run instead of all.
 JAX ?=
+DSL ?=
 TESTS ?=
 BIN := $(VENV)/bin
 
@@ -40,7 +41,7 @@ $(VENV)/.installed: $(BIN)/python $(SOURCES)
 	touch $@
 
 $(VENV)/.installed-$(EXTRAS): $(BIN)/python $(SOURCES)
-	$(BIN)/python -m pip install --quiet '.[$(EXTRAS)]' $(if $(JAX),jax==$(JAX) jaxlib==$(JAX))
+	$(BIN)/python -m pip install --quiet '.[$(EXTRAS)]' $(if $(JAX),jax==$(JAX) jaxlib==$(JAX)) $(if $(DSL),nvidia-cutlass-dsl==$(DSL))
 	touch $@
 
 clean:

@@ -7,6 +7,7 @@ import pathlib
 import sys
 import time
 
+import cuda_call
 import helpers
 import jax
 import jax.numpy as jnp
@@ -132,3 +133,20 @@ def test_an_interval_of_the_median_holds_the_median(script):
     runs = {name: functools.partial(lambda name, _: turns.update([name]), name) for name in ("branch", "without")}
     assert zeroing.measure(runs, 4)["ratio_branch"].keys() == {"median", "interval"}
     assert turns["branch"] == turns["without"] - 1  # one run to see how long it takes
+
+
+def test_a_step_that_is_timed_is_launched_more_often_in_its_call(script, monkeypatch):
+    kernel_times = script("kernel_times")
+    cuda_call.stand_in_compiler(monkeypatch)
+    call = cuda_call.problem(combine="ordered")
+    plain = [launch.name for launch in cuda_call.program(call).launches]
+    config = kernel_times.config_named("n16m1k2b4c2s2")
+    with kernel_times.calls_made_of(config, ("sort", "gemm1")):
+        attributes, _ = cuda_call.kernels_of(call)
+        assert {launch.spec.config for launch in cuda_call.program(call).launches if "gemm" in launch.name} == {config}
+    names = attributes["launches"].split()
+    assert [name for name in names if name in plain] == plain
+    assert names[2:4] == ["sort_0", "gemm1_0"]
+    assert sum(name.startswith("gemm1") for name in names) == 1 + kernel_times._MORE
+    assert {key: value for key, value in attributes["gemm1_3"].items()} == attributes["gemm1"]
+    assert [launch.name for launch in cuda_call.program(call).launches] == plain

@@ -56,7 +56,7 @@ def compile(
         # The batch may be any of these; each has its own kernels.
         specs: dict[Spec, None] = {}
         for one, mode, count in itertools.product(layers, modes, counts):
-            call = _problem(one, count, num_experts, target, absent, function, mode)
+            call = problem_of(one, count, num_experts, target, absent, function, mode)
             specs |= dict.fromkeys(launch.spec for launch in lowering.launches(call))
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
@@ -83,7 +83,8 @@ def compile(
         raise typer.Exit(1)
 
 
-def _problem(layer: shapes.LayerShape, tokens, num_experts, target, absent, activation, mode) -> problem.Problem:
+def problem_of(layer: shapes.LayerShape, tokens, num_experts, target, absent, activation, mode) -> problem.Problem:
+    """The call of a layer with so many tokens; ``mode``: precision, combine, weight_on and out_dtype."""
     if num_experts is not None and num_experts < layer.num_experts:
         raise ValueError(f"--num-experts: got {num_experts}, needs at least L = {layer.num_experts}")
     precision, combine, weight_on, out_dtype = mode

@@ -140,7 +140,7 @@ class MoE(nnx.Module):
         experts = checkpoints.load_experts(directory, layer, mesh=mesh, progress=progress, **axes)
         shared_expert = checkpoints.load_shared_expert(directory, layer)
         if experts.layout == CANONICAL or target is not None:
-            experts = prepare(experts, target, progress=progress)
+            experts = prepare(experts, target, options.get("precision", "w4a16"), progress=progress)
         if mesh is not None:
             router = jax.device_put(router, NamedSharding(mesh, PartitionSpec()))
         if mesh is not None and shared_expert is not None:

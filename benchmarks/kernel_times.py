@@ -1,0 +1,122 @@
+"""Each kernel of a call on a Hopper GPU, config by config: where the costs of a card come from (sm90/target.py).
+
+    python benchmarks/kernel_times.py --model qwen3-235b-a22b --tokens 8,512 --config n48m3k1b2c1w32w40
+    python benchmarks/kernel_times.py ... --compile-only     # where the DSL is: fills the kernel cache, needs no GPU
+
+A call is a list of launches, and the handler takes any list. So a step is timed in the call that it belongs to: the
+call with a few more launches of it, minus the call as it is, divided by their number. A GEMM counts its units of work
+in words that the sort sets to zero, so the sort goes before each further one, and its own time is taken off. All else
+is as in gpu_op.py. Configs in `program.CONFIGS` are right (tests/gpu/test_op.py); others are only timed.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import dataclasses
+import itertools
+import json
+import re
+from typing import Annotated
+
+import gpu_methods
+from gpu_op import environment, floor_seconds
+import jax.numpy as jnp
+import typer
+
+import jax_moe
+from jax_moe import shapes
+from jax_moe.cli import timing
+from jax_moe.cli.compile import problem_of
+from jax_moe.kernels import cache, lowering, targets
+from jax_moe.kernels.sm90 import program
+from jax_moe.kernels.sm90.specs import Config, with_most_stages
+from jax_moe.kernels.sm90.target import SM90
+from jax_moe.kernels.target import Launch
+
+_MORE = 4
+"""Further launches of a step."""
+
+
+def config_named(text: str) -> Config:
+    """A config by name: n8m1k2b4c1, with a limit of stages n8m1k2b4c1s5, with narrower widths n48m3k1b2c1w32w40."""
+    found = re.fullmatch(r"n(\d+)m(\d+)k(\d+)b(\d+)c(\d+)(?:s(\d+))?((?:w\d+)*)", text)
+    if found is None:
+        raise typer.BadParameter(f"--config: got {text}, needs one such as n8m1k2b4c1, n8m1k2b4c1s5, n48m3k1b2c1w32w40")
+    *numbers, limit, widths = found.groups()
+    token_tile, *others = map(int, numbers)
+    widths = (*map(int, widths.split("w")[1:]), token_tile)
+    return with_most_stages(widths, *others, *([int(limit)] if limit else []))
+
+
+def with_more(launches: tuple[Launch, ...], steps: tuple[str, ...]) -> tuple[Launch, ...]:
+    """The list with ``steps`` again, so many times, behind the last of them."""
+    names = [launch.name for launch in launches]
+    place = names.index(steps[-1]) + 1
+    again = [launches[names.index(step)] for step in steps]
+    more = [dataclasses.replace(launch, name=f"{launch.name}_{i}") for i in range(_MORE) for launch in again]
+    return (*launches[:place], *more, *launches[place:])
+
+
+@contextlib.contextmanager
+def calls_made_of(config: Config | None, steps: tuple[str, ...]) -> Iterator[None]:
+    """Within, calls have this config, or the one that is chosen, and launch ``steps`` more often."""
+
+    def build(p, card):
+        made = program.build(p, card)
+        return dataclasses.replace(made, launches=with_more(made.launches, steps)) if steps else made
+
+    chosen = program.best_config
+    targets.TARGETS[SM90.name] = dataclasses.replace(SM90, program=build)
+    if config is not None:
+        program.best_config = lambda *_: config
+    try:
+        yield
+    finally:
+        targets.TARGETS[SM90.name] = SM90
+        program.best_config = chosen
+
+
+def main(
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(shapes.MODELS)}.")] = "qwen3-235b-a22b",
+    tokens: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = "8,128,512,2048",
+    precision: Annotated[str, typer.Option(help="w4a16 or w4a4.")] = "w4a16",
+    combine: Annotated[str, typer.Option(help="atomic or ordered.")] = "atomic",
+    config: Annotated[list[str] | None, typer.Option(help="Beside the one that is chosen; may be repeated.")] = None,
+    repeats: Annotated[int, typer.Option(help="Timed runs; the median counts.")] = 9,
+    output: Annotated[str | None, typer.Option(help="JSON file for the results.")] = None,
+    compile_only: Annotated[bool, typer.Option("--compile-only", help="Compile the kernels and stop.")] = False,
+) -> None:
+    """Time the steps of calls; see the module's text."""
+    shape, length, rows = shapes.MODELS[model], 4, []
+    configs = (None, *map(config_named, config or []))
+    if compile_only:
+        for count, one in itertools.product(map(int, tokens.split(",")), configs):
+            mode = (precision, combine, "output", jnp.dtype(jnp.bfloat16))
+            call = problem_of(shape, count, None, SM90.name, ("gate_up.bias", "down.bias"), jax_moe.SwiGLU(), mode)
+            with calls_made_of(one, ()):
+                for launch in lowering.launches(call):
+                    cache.compiled(launch.spec, SM90.name)
+        return
+    make = gpu_methods.ours(model, precision, combine)
+    for count in map(int, tokens.split(",")):
+        for one in configs:
+            seconds = {}
+            for steps in ((), ("sort",), ("sort", "gemm1"), ("sort", "gemm2")):
+                with calls_made_of(one, steps):
+                    chain = make(count, length)
+                    seconds[steps[-1:]] = timing.seconds_per_call(chain.run, length, repeats, limit=3)
+            step = {name[0]: (seconds[name] - seconds[()]) / _MORE for name in seconds if name}
+            floor = floor_seconds(shape, count, chain.touched)
+            row = {
+                "tokens": count, "config": one.name if one else "chosen", "call": seconds[()], "floor": floor,
+                "sort": step["sort"], **{gemm: step[gemm] - step["sort"] for gemm in ("gemm1", "gemm2")},
+            }  # fmt: skip
+            rows.append(row)
+            times = "  ".join(f"{name} {row[name] * 1e6:8.1f}" for name in ("sort", "gemm1", "gemm2", "call", "floor"))
+            print(f"T {count:5}  {row['config']:24} {times} us", flush=True)
+    if output:
+        with open(output, "w") as file:
+            json.dump({"environment": environment(), "model": model, "results": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
