@@ -58,7 +58,7 @@ def partition_specs(
 def specs_of(experts: Experts, expert_axes: tuple[str, ...], tensor_axes: tuple[str, ...]) -> Experts:
     """The ``PartitionSpec`` of every leaf, whether or not a mesh divides it."""
     mesh_axes = {layouts.E: expert_axes or None, layouts.I: tensor_axes or None, None: None}
-    layers = (None,) * _num_leading_axes(experts)
+    layers = (None,) * (experts.down.global_scale.ndim - 1)  # axes of stacked layers
 
     def specs(projection: Projection, partition: Projection) -> Projection:
         is_absent = {name: getattr(projection, name) is None for name in ("input_scale", "bias")}
@@ -75,18 +75,6 @@ def specs_of(experts: Experts, expert_axes: tuple[str, ...], tensor_axes: tuple[
     return Experts(
         specs(experts.gate_up, partition.gate_up), specs(experts.down, partition.down), layout=experts.layout
     )
-
-
-def model_axes(experts: Experts, spec: PartitionSpec) -> tuple[Axis, Axis]:
-    """The mesh axes over E and over I, from the spec of ``experts.gate_up.payload``."""
-    axes = (*spec, *[None] * experts.gate_up.payload.ndim)[_num_leading_axes(experts) :]
-    partition = layouts.get(experts.layout).partition.gate_up.payload
-    return axes[partition.index(layouts.E)], axes[partition.index(layouts.I)]
-
-
-def _num_leading_axes(experts: Experts) -> int:
-    """Of stacked layers; 0 of one layer."""
-    return experts.down.global_scale.ndim - 1
 
 
 def check_in_place(experts: Experts, specs: Experts, mesh: Mesh | AbstractMesh) -> None:
@@ -180,7 +168,9 @@ def find(experts: Experts) -> Placement:
         return Placement()
     if not isinstance(sharding, NamedSharding):
         raise ValueError(f"experts.gate_up.payload: got sharding {sharding}, needs a NamedSharding")
-    expert_axis, tensor_axis = model_axes(experts, sharding.spec)
+    spec = (*sharding.spec, *[None] * payload.ndim)[: payload.ndim]
+    axes = dict(zip(layouts.get(experts.layout).partition.gate_up.payload, spec, strict=True))
+    expert_axis, tensor_axis = axes[layouts.E], axes[layouts.I]
     mesh = sharding.mesh
     specs = partition_specs(experts, mesh, expert_axis=expert_axis, tensor_axis=tensor_axis)
     check_in_place(experts, specs, mesh)

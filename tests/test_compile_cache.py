@@ -106,24 +106,24 @@ def package(tmp_path, monkeypatch):
     """A copy of the kernels' sources, which :mod:`cache` takes for its own, and a device module beside it."""
     folder = tmp_path / "package"
     shutil.copytree(pathlib.Path(cache.__file__).parent, folder / "kernels")
-    (folder / "made_up" / "device").mkdir(parents=True)
-    for part in ("made_up", "made_up/device"):
+    (folder / "elsewhere" / "device").mkdir(parents=True)
+    for part in ("elsewhere", "elsewhere/device"):
         (folder / part / "__init__.py").touch()
-    (folder / "made_up/device/kernel.py").write_text('"""Doc."""\nSTEP = 1  # why\n\n\ndef f():\n    """Doc."""\n')
+    (folder / "elsewhere/device/kernel.py").write_text('"""Doc."""\nSTEP = 1  # why\n\n\ndef f():\n    """Doc."""\n')
     monkeypatch.syspath_prepend(folder)
     monkeypatch.setattr(cache, "__file__", str(folder / "kernels/cache.py"))
 
-    def digest(implementation="made_up.device.kernel:Kernel"):
+    def digest(implementation="elsewhere.device.kernel:Kernel"):
         cache._source_digest.cache_clear()
         return cache._source_digest(implementation)
 
     yield folder, digest
     cache._source_digest.cache_clear()
-    for name in [name for name in sys.modules if name.startswith("made_up")]:
+    for name in [name for name in sys.modules if name.startswith("elsewhere")]:
         del sys.modules[name]
 
 
-@pytest.mark.parametrize("file", ["kernels/device/ptx.py", "kernels/device/constants.py", "made_up/device/kernel.py"])
+@pytest.mark.parametrize("file", ["kernels/device/ptx.py", "kernels/device/constants.py", "elsewhere/device/kernel.py"])
 def test_a_change_of_device_code_is_another_key(package, file):
     folder, digest = package
     before = digest()
@@ -137,7 +137,7 @@ def test_host_code_other_targets_and_documentation_are_not_in_the_key(package):
     for file in ("kernels/lowering.py", "kernels/specs.py", "kernels/sm90/program.py", "kernels/sm90/device/gemm1.py"):
         (folder / file).write_text((folder / file).read_text() + "\nONE_MORE = 1\n")
     (folder / "kernels/README.md").write_text("other")
-    file = folder / "made_up/device/kernel.py"
+    file = folder / "elsewhere/device/kernel.py"
     file.write_text('"""Other words,\n\nand more of them."""\nSTEP = 1\ndef f():\n    # why\n    """D."""\n')
     assert digest() == before
     file.write_text(file.read_text().replace("STEP = 1", "STEP = 2"))
@@ -146,7 +146,7 @@ def test_host_code_other_targets_and_documentation_are_not_in_the_key(package):
 
 def test_a_hash_in_a_string_is_no_comment_and_a_string_that_is_used_no_documentation(package):
     folder, digest = package
-    file = folder / "made_up/device/kernel.py"
+    file = folder / "elsewhere/device/kernel.py"
     digests = set()
     for text in ('NAME = "a # b"', 'NAME = "a # c"', 'NAME = f"a # {1}"', 'NAME = (\n    "b"\n)', 'NAME = """b\n"""'):
         file.write_text(text + "\n")

@@ -138,6 +138,8 @@ def test_sizes_that_the_kernels_cannot_count_are_refused():
         lowering.cuda_call(cuda_call.problem(local_experts=513))
     with pytest.raises(ValueError, match="int32"):
         lowering.cuda_call(cuda_call.problem(num_tokens=2**29, top_k=16))
+    with pytest.raises(ValueError, match="int32"):  # rows, of few tokens that are short
+        lowering.cuda_call(cuda_call.problem(num_tokens=2**20, top_k=2**11, hidden_size=16))
     for combine in ("atomic", "ordered"):  # combine.py counts the output's vectors of four
         problem = cuda_call.problem(num_tokens=2**20, hidden_size=2**13, combine=combine)
         with pytest.raises(ValueError, match="int32"):

@@ -164,12 +164,10 @@ def test_unprepare_refuses_another_size():
         jax_moe.unprepare(prepared, 48, "320")
 
 
-def test_prepared_blocks_that_the_mesh_does_not_divide_say_what_to_do():
+def test_weight_blocks_that_the_mesh_does_not_divide_say_what_to_do():
     experts = jax_moe.prepare(make_case(6, hidden=48, intermediate=704).experts, "sm_90a", progress=False)
     mesh = jax.make_mesh((2,), ("tensor",), axis_types=(AUTO,))
-    with pytest.raises(
-        ValueError, match=r"tensor_axis.*11 prepared blocks; place canonical experts, then prepare them"
-    ):
+    with pytest.raises(ValueError, match=r"tensor_axis.*11 weight blocks; place canonical experts, then prepare them"):
         jax_moe.expert_shardings(experts, mesh)
     canonical = jax_moe.unprepare(experts, 48, 704)  # the advice works
     placed = jax.device_put(canonical, jax_moe.expert_shardings(canonical, mesh))
@@ -252,9 +250,7 @@ def test_vmap_over_stacked_layers(verb):
 def stacked_layers(layout, mesh):
     """Three layers on the mesh one by one, and as one stack where ``expert_shardings`` puts it."""
     cases = [make_case(seed, hidden=48, intermediate=128, num_experts=4, tokens=6, bias=True) for seed in (20, 21, 22)]
-    layers = [
-        jax_moe.prepare(case.experts, layout, progress=False) for case in cases
-    ]  # I is two slices of whole blocks
+    layers = [jax_moe.prepare(case.experts, layout, progress=False) for case in cases]  # I: two slices of whole blocks
     placed = [jax.device_put(experts, jax_moe.expert_shardings(experts, mesh)) for experts in layers]
     stack = jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
     return cases, placed, jax.device_put(stack, jax_moe.expert_shardings(stack, mesh))

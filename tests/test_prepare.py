@@ -1,6 +1,7 @@
 """The prepared layout, checked by doing to it what the kernel's instructions do, thread by thread."""
 
 import dataclasses
+import re
 import types
 
 import helpers
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 import jax_moe
-from jax_moe import nvfp4, shapes
+from jax_moe import layouts, nvfp4, shapes
 from jax_moe.cli import timing
 from jax_moe.experts import Experts, Projection
 from jax_moe.kernels import targets
@@ -201,6 +202,46 @@ def test_errors():
                         ("intermediate_size", (16, 0)), ("intermediate_size", (16, 80))):  # fmt: skip
         with pytest.raises(ValueError, match=f"{name}: got .*, needs a multiple of 16 from 16 to 64"):
             unprepare(prepared, *sizes)
+
+
+@pytest.mark.parametrize("projections", [GATED, UNGATED], ids=["gated", "ungated"])
+def test_a_call_checks_every_leaf_of_prepared_experts(projections):
+    parts, intermediate, hidden = projections
+    activation = jax_moe.SwiGLU() if parts == 2 else jax_moe.ReLU2()
+    case = helpers.make_case(intermediate=intermediate, hidden=hidden, activation=activation, bias=True)
+    experts = prepare(case.experts, "sm_90a", progress=False)
+
+    def trace(**changes):
+        changed = experts
+        for name, leaves in changes.items():
+            changed = dataclasses.replace(changed, **{name: dataclasses.replace(getattr(changed, name), **leaves)})
+        run = jax.jit(lambda x, *rest: jax_moe.fused_moe(x, *rest, activation=activation))
+        return run.trace(case.x, changed, case.routing)
+
+    assert trace()
+    padded = layouts.get("wgmma_v1").padded_intermediate_size(intermediate)
+    assert layouts.get("wgmma_v1").check(experts, hidden, (4, parts)) == padded
+    gate_up, down = experts.gate_up, experts.down
+    for changes, message in (
+        ({"gate_up": {"payload": gate_up.payload.astype(jnp.int8)}}, "gate_up.payload: got"),
+        ({"gate_up": {"payload": gate_up.payload[:, :, :-1]}}, "gate_up.payload: got"),
+        ({"gate_up": {"payload": gate_up.payload[:, :0]}}, "does not fit gate_up's 0"),
+        (
+            {"gate_up": {"block_scale": case.experts.gate_up.block_scale}},
+            "gate_up.block_scale: got an array, needs None",
+        ),
+        ({"gate_up": {"input_scale": down.input_scale}}, "gate_up.input_scale: got"),
+        ({"gate_up": {"bias": case.experts.gate_up.bias[..., :-1]}}, "gate_up.bias: got"),
+        ({"down": {"payload": down.payload[:3]}}, "down.payload: got"),
+        ({"down": {"payload": down.payload[:, :, :0]}}, "down.payload: got 0 blocks of I, which does not fit"),
+        ({"down": {"payload": jnp.tile(down.payload, (1, 1, 2, 1))}}, "blocks of I, which does not fit"),
+        ({"down": {"block_scale": case.experts.down.block_scale}}, "down.block_scale: got an array, needs None"),
+        ({"down": {"global_scale": down.global_scale[:3]}}, "down.global_scale: got"),
+        ({"down": {"input_scale": down.input_scale[:3]}}, "down.input_scale: got"),
+        ({"down": {"bias": down.bias[:, :-1]}}, "down.bias: got"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+            trace(**changes)
 
 
 def test_stacked_layers_are_refused_and_vmap_prepares_them():

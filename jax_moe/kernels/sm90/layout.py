@@ -68,9 +68,7 @@ class Wgmma:
     def why_not_sliced(self, experts: Experts, slices: int) -> str | None:
         for blocks in (experts.gate_up.payload.shape[-3], experts.down.payload.shape[-2]):
             if blocks % slices:
-                return (
-                    f"I in {blocks} prepared blocks; place canonical experts, then prepare them: that pads each slice"
-                )
+                return f"I in {blocks} weight blocks; place canonical experts, then prepare them: that pads each slice"
         return None
 
     def slice_unit(self, parts: int) -> int:

@@ -66,8 +66,8 @@ def scale_bit(step: int, bit: int) -> int:
 def row_in_block(half: int, warp: int, group: int, upper: int, gated: bool) -> tuple[int, int]:
     """``(part, row)`` that a thread's accumulator row stands for.
 
-    Gated: it is 64 gate and 64 up rows; 16 neighbouring ones (a block of NVFP4) in one warp. Otherwise it is 128 rows of
-    one part, four neighbouring ones in one thread.
+    A gated weight block is 64 gate and 64 up rows; 16 neighbouring ones (a block of NVFP4) in one warp. Otherwise it is
+    128 rows of one part, four neighbouring ones in one thread.
     """
     if gated:
         return upper, 16 * warp + 2 * group + half
