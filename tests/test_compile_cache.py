@@ -17,7 +17,7 @@ import pytest
 
 from jax_moe.kernels import cache, compiler as dsl, cubin, specs
 from jax_moe.kernels.sm90.program import CONFIGS
-from jax_moe.kernels.sm90.specs import Gemm1Spec, Gemm2Spec
+from jax_moe.kernels.sm90.specs import Config, Gemm1Spec, Gemm2Spec
 
 _HAS_COMPILER = pytest.mark.skipif(
     not any(d.name == "nvidia-cutlass-dsl" for d in importlib.metadata.distributions()),
@@ -246,6 +246,12 @@ def test_threads_that_need_the_same_kernel_compile_it_once(compiler, monkeypatch
 
 def test_every_field_of_a_spec_is_in_the_key():
     config = CONFIGS[0]
+
+    def another(value):
+        if isinstance(value, bool):
+            return not value
+        return "other" if isinstance(value, str) else value + type(value)([8] if isinstance(value, tuple) else 1)
+
     for spec in (
         specs.SortSpec(8, 4, 8, 1, True), specs.XRowsSpec(True, True), specs.CombineSpec("float32"),
         Gemm1Spec(config, "w4a16", "swiglu", True, 1.0, 0.0, 7.0, False),
@@ -255,11 +261,33 @@ def test_every_field_of_a_spec_is_in_the_key():
             value = getattr(spec, field.name)
             if value is config:
                 for part in dataclasses.fields(config):
-                    other = dataclasses.replace(spec, config=dataclasses.replace(config, **{part.name: "other"}))
+                    changed = dataclasses.replace(config, **{part.name: another(getattr(config, part.name))})
+                    other = dataclasses.replace(spec, config=changed)
                     assert cache._prefix(other, "sm_90a") != cache._prefix(spec, "sm_90a"), part.name
                 continue
-            other = dataclasses.replace(spec, **{field.name: not value if isinstance(value, bool) else "other"})
+            other = dataclasses.replace(spec, **{field.name: another(value)})
             assert cache._prefix(other, "sm_90a") != cache._prefix(spec, "sm_90a"), field.name
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "other"),
+    [
+        (specs.XRowsSpec, "threads", 128),
+        (specs.XRowsSpec, "parameters", dict(reversed(specs.XRowsSpec(True, True).parameters.items()))),
+        (specs.CombineSpec, "cluster", 2),
+        (Gemm2Spec, "overlap", False),
+        (Config, "reduction_bytes", 4),
+        (Config, "threads", 128),
+    ],
+)
+def test_constants_and_properties_of_a_spec_are_in_the_key(monkeypatch, kind, name, other):
+    """Device code reads them as it reads fields: a kernel of 256 threads must not be launched as one of 128."""
+    spec = {specs.XRowsSpec: specs.XRowsSpec(True, True), specs.CombineSpec: specs.CombineSpec("float32")}.get(
+        kind, Gemm2Spec(CONFIGS[0], "w4a16", "atomic", "float32", False)
+    )
+    before = cache._prefix(spec, "sm_90a")
+    monkeypatch.setattr(kind, name, other)
+    assert cache._prefix(spec, "sm_90a") != before
 
 
 def write_until(stop: pathlib.Path, file: pathlib.Path, number: int) -> None:

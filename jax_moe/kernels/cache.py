@@ -1,8 +1,8 @@
 """Compiled kernels, kept in memory and on disk.
 
 The cache is a folder of JSON files, one a kernel, written whole and then renamed into place, so that processes
-may share it, over a network file system too. A file's name holds what the kernel depends on: the target, the
-spec, the sources of device code and the compiler. Neither host code nor a comment is among them.
+may share it, over a network file system too. A file's name holds what the kernel depends on: the target, all that the
+spec says, the sources of device code and the compiler. Neither other host code nor a comment is among them.
 """
 
 import ast
@@ -119,8 +119,16 @@ def _file_name(spec: Spec, target: str, version: str) -> str:
 
 
 def _prefix(spec: Spec, target: str) -> str:
-    key = "\n".join([target, _source_digest(spec.implementation), repr(spec)])
-    return f"{target}.{_digest(key.encode())[:32]}"
+    return f"{target}.{_digest((_source_digest(spec.implementation) + _facts(spec)).encode())[:32]}"
+
+
+def _facts(value: Any) -> str:
+    """All that a spec says: fields, and constants and properties too, which device code reads as well."""
+    if not dataclasses.is_dataclass(value):
+        return repr(value)
+    facts = {name: getattr(value, name) for name in dir(value) if not name.startswith("_")}
+    said = [f"{name}={_facts(fact)}" for name, fact in facts.items() if not callable(fact)]
+    return f"{type(value).__name__}({', '.join(said)})"
 
 
 def _candidates(spec: Spec, target: str, folder: pathlib.Path, version: str | None) -> list[pathlib.Path]:

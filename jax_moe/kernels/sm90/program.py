@@ -5,13 +5,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax_moe.problem import Problem
 
 from jax_moe import activations
 from jax_moe.kernels import steps, tiling
 from jax_moe.kernels.sm90.device import weight_block
 from jax_moe.kernels.sm90.specs import Config, Gemm1Spec, Gemm2Spec, with_most_stages
 from jax_moe.kernels.target import Card, Launch, Program
+from jax_moe.problem import Problem
 
 
 def _config(*widths: int) -> Config:
