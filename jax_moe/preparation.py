@@ -31,10 +31,10 @@ def prepare(
 
     Returns:
       Experts with ``layout`` set to that of the target. E stays the first axis of every leaf and I an axis of its own,
-      in whole tiles: shard over these. ``jax_moe/layouts/`` says what each layout is.
+      in whole blocks of weights: shard over these. ``jax_moe/layouts/`` says what each layout is.
 
-      In ``"wgmma_v1"`` a block scale that is NaN makes the *global* scale of its expert and part NaN, because the
-      prepared scales have no NaN. Otherwise every weight keeps its value exactly.
+      Every weight keeps its value exactly; only, where the layout's scales have no NaN, a block scale that is NaN makes
+      the *global* scale of its expert and part NaN.
 
     Raises:
       TypeError: not Experts.

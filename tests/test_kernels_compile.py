@@ -1,4 +1,4 @@
-"""Every kernel that the plan picks for the shapes of published models, compiled for sm_90a and read back."""
+"""Every kernel that a program picks for the shapes of published models, compiled for sm_90a and read back."""
 
 import collections
 import dataclasses
@@ -79,7 +79,7 @@ def test_machine_code(spec):
         assert counts[HGMMA] == kernel.tensor_core_instructions == 0
         return
     config = spec.config
-    # The DSL adds up what the kernel allocates; the plan's sum leaves room for alignment.
+    # The DSL adds up what the kernel allocates; the config's sum leaves room for alignment.
     assert config.shared_bytes - 4096 <= kernel.shared_bytes <= config.shared_bytes
     assert counts[HGMMA] > 0
     assert counts[HGMMA] == kernel.tensor_core_instructions

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import pathlib
-import re
 
 import cuda_call
 import helpers
@@ -121,37 +119,3 @@ def test_the_commands_know_it(compiler):
     assert [spec.name for spec in compiler] == ["made_up_w4a16_7"]
     done = run(["doctor"])
     assert "Noether (sm_77x)" in done.output
-
-
-# --- Who may know what --------------------------------------------------------------------------------------------
-
-PACKAGE = pathlib.Path(__file__).parents[1] / "jax_moe"
-HOST = [path for path in PACKAGE.rglob("*.py") if "device" not in path.relative_to(PACKAGE).parts]
-DEVICE = [path for path in PACKAGE.rglob("*.py") if "device" in path.relative_to(PACKAGE).parts]
-
-
-def test_only_device_code_and_the_compiler_import_the_dsl():
-    assert len(HOST) > 30
-    assert len(DEVICE) > 8
-    importing = {
-        path.relative_to(PACKAGE).as_posix()
-        for path in HOST
-        if re.search(r"\b(import|from) (cutlass|cuda)\b", path.read_text())
-    }
-    assert importing == {"kernels/compiler.py"}
-
-
-def test_device_code_imports_device_code_only():
-    for path in DEVICE:
-        for module in re.findall(r"^\s*(?:from|import) (jax_moe[\w.]*)", path.read_text(), re.MULTILINE):
-            assert ".device" in module, f"{path}: {module}"
-
-
-def test_only_tables_and_its_own_folder_name_a_target():
-    names = "|".join([*targets.TARGETS, "sm90", "hopper", *(target.generation for target in targets.TARGETS.values())])
-    tables = {"kernels/targets.py", "layouts/__init__.py"}
-    sources = [path for path in PACKAGE.rglob("*.py") if "sm90" not in path.relative_to(PACKAGE).parts]
-    sources += [path for path in (PACKAGE.parent / "ffi").rglob("*.[ch]*") if "tests" not in path.parts]
-    naming = {path for path in sources if re.search(names, path.read_text(), re.IGNORECASE)}
-    assert {path.relative_to(PACKAGE).as_posix() for path in naming if PACKAGE in path.parents} <= tables
-    assert [path for path in naming if PACKAGE not in path.parents] == []

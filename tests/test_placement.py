@@ -80,7 +80,7 @@ def test_calibrate_on_tokens_that_are_spread_too():
     ],
 )
 def test_prepare_and_unprepare(expert, tensor, activation, axis_type):
-    """I = 320 in 2 or 4 slices: 160 and 80 are no whole tiles of 64 or 128, so every slice is padded by itself."""
+    """I = 320 in 2 or 4 slices: 160 and 80 are no whole blocks of 64 or 128, so every slice is padded by itself."""
     hidden, intermediate = 80, 320
     case = make_case(3, hidden=hidden, intermediate=intermediate, num_experts=8, activation=activation, bias=True)
     mesh, placed = place(case.experts, expert, tensor, axis_type)
@@ -115,7 +115,7 @@ def test_another_number_of_slices_is_no_padding(intermediate):
     ids=str,
 )
 def test_each_slice_is_prepared_as_if_it_were_the_whole(intermediate, slices, activation):
-    """What a device holds is what it would hold of experts of its slice only, padded with zeros to whole tiles."""
+    """What a device holds is what it would hold of experts of its slice only, padded with zeros to whole blocks."""
     case = make_case(4, hidden=32, intermediate=intermediate, num_experts=2, activation=activation, bias=True)
     _, placed = place(case.experts, 1, slices)
     prepared = jax_moe.prepare(placed, "sm_90a")
@@ -147,7 +147,7 @@ def test_each_slice_is_prepared_as_if_it_were_the_whole(intermediate, slices, ac
             helpers.assert_bit_equal(got, getattr(expected, name).payload)
             assert getattr(prepared, name).block_scale is None
         helpers.assert_bit_equal(prepared.gate_up.bias.addressable_shards[number].data, expected.gate_up.bias)
-        # Whole tiles of gate_up and of down are the same part of I: a device's h is what its down weights read.
+        # Whole blocks of gate_up and of down are the same part of I: a device's h is what its down weights read.
         assert expected.down.payload.shape[2] * weight_block.BLOCK_K == padded
 
 
@@ -164,10 +164,12 @@ def test_unprepare_refuses_another_size():
         jax_moe.unprepare(prepared, 48, "320")
 
 
-def test_prepared_tiles_that_the_mesh_does_not_divide_say_what_to_do():
+def test_prepared_blocks_that_the_mesh_does_not_divide_say_what_to_do():
     experts = jax_moe.prepare(make_case(6, hidden=48, intermediate=704).experts, "sm_90a", progress=False)
     mesh = jax.make_mesh((2,), ("tensor",), axis_types=(AUTO,))
-    with pytest.raises(ValueError, match=r"tensor_axis.*11 prepared tiles; place canonical experts, then prepare them"):
+    with pytest.raises(
+        ValueError, match=r"tensor_axis.*11 prepared blocks; place canonical experts, then prepare them"
+    ):
         jax_moe.expert_shardings(experts, mesh)
     canonical = jax_moe.unprepare(experts, 48, 704)  # the advice works
     placed = jax.device_put(canonical, jax_moe.expert_shardings(canonical, mesh))
@@ -250,7 +252,9 @@ def test_vmap_over_stacked_layers(verb):
 def stacked_layers(layout, mesh):
     """Three layers on the mesh one by one, and as one stack where ``expert_shardings`` puts it."""
     cases = [make_case(seed, hidden=48, intermediate=128, num_experts=4, tokens=6, bias=True) for seed in (20, 21, 22)]
-    layers = [jax_moe.prepare(case.experts, layout, progress=False) for case in cases]  # I is two slices of whole tiles
+    layers = [
+        jax_moe.prepare(case.experts, layout, progress=False) for case in cases
+    ]  # I is two slices of whole blocks
     placed = [jax.device_put(experts, jax_moe.expert_shardings(experts, mesh)) for experts in layers]
     stack = jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
     return cases, placed, jax.device_put(stack, jax_moe.expert_shardings(stack, mesh))

@@ -41,7 +41,7 @@ def gpu_lowering():
 
 
 def placed_case(mesh, tokens=16, **options):
-    """Prepared experts on the mesh (I = 96: three slices of 32 are no whole tiles), and where each array is."""
+    """Prepared experts on the mesh (I = 96: three slices of 32 are no whole blocks), and where each array is."""
     case = helpers.make_case(1, tokens=tokens, hidden=64, intermediate=96, num_experts=8, bias=True, **options)
     experts = jax.device_put(case.experts, jax_moe.expert_shardings(case.experts, mesh))
     experts = jax_moe.prepare(experts, "sm_90a")

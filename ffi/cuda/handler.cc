@@ -63,7 +63,7 @@ bool IsAligned(const ffi::AnyBuffer& buffer) {
 }
 
 // All of a call that Program::Decode could not know: what DecodeProblem checks, that the kernels were planned for just
-// these sizes, and the sizes and alignment of the buffers that only the kernels' own plan knows.
+// these sizes, and the sizes and alignment of the buffers that only the call's program knows.
 ffi::Error CheckBuffers(const Program& program, const Operands& operands, const Results& results) {
   Problem problem = {};  // its pointers serve the check: kernels are given buffers by number
   JAX_MOE_TRY(DecodeProblem(operands, results, program.options(), program.sizes().intermediate_size, &problem));

@@ -299,7 +299,7 @@ class Stored:
 def check_block_scale(scale: np.ndarray, where: str) -> None:
     """Refuses e4m3 block scales that are NaN or negative.
 
-    NVFP4's scales are unsigned: arithmetic that multiplies them sees a sign, Blackwell's tensor cores do not.
+    NVFP4's scales are unsigned: arithmetic that multiplies them sees a sign, tensor cores that take NVFP4 do not.
     """
     codes = scale.view(np.uint8)
     bad = (codes > 0x7E) & (codes != 0x80)  # of the codes with a sign, only -0 is a number that both read alike

@@ -2,8 +2,9 @@
 
 ``payload`` is uint8 ``[E, row_blocks, k_blocks, 4608]`` with the codes *and* block scales of 128 x 64 weight blocks
 (``device/weight_block.py`` says which bit lies where), ``block_scale`` is None, and ``gate_up.bias`` is
-padded to whole blocks of I. The tiles of I are axis 1 of ``gate_up.payload`` (64 values of I each where there is a
-gate, 128 otherwise) and axis 2 of ``down.payload`` (64 values each): mesh axes divide experts, or these.
+padded to whole weight blocks. These lie along I on axis 1 of ``gate_up.payload`` (64 values of I each where there is a
+gate, 128 otherwise) and on axis 2 of ``down.payload`` (64 values each): mesh axes divide experts, or these. The scales
+have no NaN: one makes the global scale of its expert and part NaN.
 """
 
 from collections.abc import Iterable
@@ -65,13 +66,15 @@ class Wgmma:
         return intermediate
 
     def why_not_sliced(self, experts: Experts, slices: int) -> str | None:
-        for tiles in (experts.gate_up.payload.shape[-3], experts.down.payload.shape[-2]):
-            if tiles % slices:
-                return f"I in {tiles} prepared tiles; place canonical experts, then prepare them: that pads each slice"
+        for blocks in (experts.gate_up.payload.shape[-3], experts.down.payload.shape[-2]):
+            if blocks % slices:
+                return (
+                    f"I in {blocks} prepared blocks; place canonical experts, then prepare them: that pads each slice"
+                )
         return None
 
     def slice_unit(self, parts: int) -> int:
-        return BLOCK_ROWS // parts  # whole tiles of gate_up and of down alike: they must match
+        return BLOCK_ROWS // parts  # whole weight blocks of gate_up and of down alike: they must match
 
     def padded_intermediate_size(self, intermediate_size: int) -> int:
         return -(-intermediate_size // BLOCK_K) * BLOCK_K
@@ -100,14 +103,13 @@ class Wgmma:
         if -(-hidden_size // block) != blocks or hidden_size % size:
             least, most = (blocks - 1) * block + size, blocks * block
             raise ValueError(f"hidden_size: got {hidden_size}, needs a multiple of {size} from {least} to {most}")
-        tile = BLOCK_ROWS // experts.gate_up.global_scale.shape[1]
-        tiles, blocks = experts.gate_up.payload.shape[1] // slices, experts.down.payload.shape[2] // slices
-        # A slice is padded to whole tiles; where I is in one piece, down keeps to its own smaller blocks.
-        unit = tile if slices > 1 else block
-        most = blocks * block
+        slice_unit = self.slice_unit(experts.gate_up.global_scale.shape[1])
+        # A slice is padded to whole blocks of gate_up; where I is in one piece, down keeps to its own smaller ones.
+        unit = slice_unit if slices > 1 else block
+        most = experts.down.payload.shape[2] // slices * block
         least = most - unit + size
-        part = intermediate_size // slices
-        if intermediate_size % (slices * size) or not least <= part <= most or -(-part // tile) != tiles:
+        part, units = intermediate_size // slices, experts.gate_up.payload.shape[1] // slices
+        if intermediate_size % (slices * size) or not least <= part <= most or -(-part // slice_unit) != units:
             raise ValueError(
                 f"intermediate_size: got {intermediate_size}, needs a multiple of {slices * size} "
                 f"from {slices * least} to {slices * most}"

@@ -1,7 +1,7 @@
-"""The prepared weight layout of sm_90a: where each code and each block scale of a 128 x 64 block lies.
+"""The weight block of sm_90a: where each code and each block scale of 128 x 64 weights lies.
 
 The matrix product runs with weights on the M side and A in registers, so the layout is the register layout
-of ``wgmma.m64nNk16`` (PTX ISA, "Register Fragments for wgmma.mma_async.m64nNk16"). A *block* is what one
+of ``wgmma.m64nNk16`` (PTX ISA, "Register Fragments for wgmma.mma_async.m64nNk16"). A weight block is what one
 warpgroup multiplies per step: 128 rows by 64 values of the contraction, 4608 contiguous bytes:
 
 * 4096 bytes of codes: ``u32[half 2][thread 128][step 4]``, so that a thread gets the four k16-steps of one
@@ -64,10 +64,10 @@ def scale_bit(step: int, bit: int) -> int:
 
 
 def row_in_block(half: int, warp: int, group: int, upper: int, gated: bool) -> tuple[int, int]:
-    """``(projection, row)`` that a thread's accumulator row stands for.
+    """``(part, row)`` that a thread's accumulator row stands for.
 
-    Gated: a block is 64 gate and 64 up rows; 16 neighbouring ones (a block of NVFP4) in one warp. Otherwise it is 128
-    rows of one projection, four neighbouring ones in one thread.
+    Gated: it is 64 gate and 64 up rows; 16 neighbouring ones (a block of NVFP4) in one warp. Otherwise it is 128 rows of
+    one part, four neighbouring ones in one thread.
     """
     if gated:
         return upper, 16 * warp + 2 * group + half
