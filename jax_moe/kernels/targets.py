@@ -91,4 +91,4 @@ def _default_device() -> Any:
 
 
 def _gpus() -> list[Any]:
-    return [device for device in jax.devices() if device.platform == "gpu"]
+    return [device for device in jax.local_devices() if device.platform == "gpu"]
