@@ -7,21 +7,10 @@ from typing import Any
 from jax_moe.experts import Experts
 
 OPERANDS = (
-    "x",
-    "expert_ids",
-    "routing_weights",
-    "expert_offset",
-    "gate_up.payload",
-    "gate_up.block_scale",
-    "gate_up.global_scale",
-    "gate_up.input_scale",
-    "gate_up.bias",
-    "down.payload",
-    "down.block_scale",
-    "down.global_scale",
-    "down.input_scale",
-    "down.bias",
-)
+    "x", "expert_ids", "routing_weights", "expert_offset",
+    "gate_up.payload", "gate_up.block_scale", "gate_up.global_scale", "gate_up.input_scale", "gate_up.bias",
+    "down.payload", "down.block_scale", "down.global_scale", "down.input_scale", "down.bias",
+)  # fmt: skip
 """In order. The first three lead with tokens; those with a dot are leaves of :class:`jax_moe.Experts`."""
 
 NUM_OF_TOKENS = OPERANDS.index("expert_offset")

@@ -62,6 +62,18 @@ def test_a_target_with_a_layout_for_each_precision_wants_to_know_which():
     assert jax_moe.prepare(experts, "sm_90a").layout == jax_moe.prepare(experts, "sm_90a", "w4a4").layout
 
 
+def test_a_target_may_have_kernels_for_one_precision_only(monkeypatch, compiler):
+    monkeypatch.setitem(targets.TARGETS, NAME, dataclasses.replace(MADE_UP, layouts={"w4a16": "made_up_v1"}))
+    case = _case()
+    assert jax_moe.prepare(case.experts, NAME).layout == "made_up_v1"
+    with pytest.raises(ValueError, match="precision: got 'w4a4', sm_77x has kernels for w4a16"):
+        jax_moe.prepare(case.experts, NAME, "w4a4")
+    with pytest.raises(
+        ValueError, match=r"got 'made_up_v1', .* with precision='w4a4' needs prepared weights: .*'sm_90a'"
+    ):
+        lowering.cuda_call(cuda_call.problem(layout="made_up_v1", precision="w4a4"))
+
+
 def test_the_default_device_chooses_the_target(monkeypatch):
     monkeypatch.setattr(targets, "_default_device", lambda: _Gpu("7.7"))
     assert jax_moe.prepare(_case().experts, precision="w4a16").layout == MADE_UP.layouts["w4a16"]

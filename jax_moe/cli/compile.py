@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jax_moe import layouts, problem, progress, shapes
+from jax_moe import problem, progress, shapes
 from jax_moe.cli import options, show
 from jax_moe.kernels import cache, compiler, lowering, targets
 from jax_moe.kernels.specs import Spec
@@ -88,7 +88,7 @@ def problem_of(layer: shapes.LayerShape, tokens, num_experts, target, absent, ac
     if num_experts is not None and num_experts < layer.num_experts:
         raise ValueError(f"--num-experts: got {num_experts}, needs at least L = {layer.num_experts}")
     precision, combine, weight_on, out_dtype = mode
-    layout = layouts.get(targets.TARGETS[target].layouts[precision])
+    layout = targets.layout_for(target, precision)
     return problem.Problem(
         num_tokens=tokens,
         top_k=layer.top_k,

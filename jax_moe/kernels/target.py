@@ -72,7 +72,7 @@ class Target:
       name: what the compiler calls it.
       generation: what people call it, and the cards that it was run on.
       compute_capabilities: of the devices that run its kernels, as JAX has them.
-      layouts: the layout of prepared weights for each precision.
+      layouts: the layout of prepared weights for each precision that it has kernels for.
       cards: known ones; the first is what programs are made for where no card is at hand.
       program: builds the program of one call for a card.
     """

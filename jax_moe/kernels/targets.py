@@ -35,6 +35,8 @@ def layout_for(name: str | None, precision: Precision | None, argument: str = "t
     else:
         known = ", ".join(map(repr, (*TARGETS, *layouts.LAYOUTS)))
         raise ValueError(f"{argument}: got {name!r}, needs one of {known}")
+    if precision not in (None, *target.layouts):
+        raise ValueError(f"precision: got {precision!r}, {target.name} has kernels for {', '.join(target.layouts)}")
     wanted = set(target.layouts.values()) if precision is None else {target.layouts[precision]}
     if len(wanted) > 1:
         raise ValueError(
@@ -63,7 +65,7 @@ def for_call(layout: str, precision: Precision) -> tuple[Target, Card]:
     Raises:
       ValueError: no target multiplies weights of this layout in this precision.
     """
-    fitting = [target for target in TARGETS.values() if target.layouts[precision] == layout]
+    fitting = [target for target in TARGETS.values() if target.layouts.get(precision) == layout]
     if not fitting:
         advice = ", or ".join(
             f"jax_moe.prepare(experts, {target.name!r}"
