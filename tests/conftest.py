@@ -4,9 +4,17 @@ pyproject.toml puts ``tests/``, ``tests/gpu`` and ``tests/checkpoints`` on the p
 helpers`` (cases, the comparison, programs in a fresh process) or ``import statement`` (the definitions in plain NumPy).
 """
 
+import os
+import pathlib
+
 import hypothesis
 import jax
 import pytest
+
+# Compiling is most of what the tests wait for, and XLA's optimiser most of compiling. `XLA_FLAGS= pytest` compiles as
+# users do; .ci/run does it for the newest jax. Nothing is set where there is a GPU, whose programs these flags reach too.
+if not pathlib.Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
 pytest.register_assert_rewrite("helpers")
 
