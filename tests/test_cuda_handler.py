@@ -94,14 +94,18 @@ _RACES = {
 }
 
 
-def _compile(folder: pathlib.Path, source: str, include: pathlib.Path = _FFI, sanitizer: tuple = ()) -> pathlib.Path:
+def _compile(folder: pathlib.Path, source: str, include: pathlib.Path = _FFI, more: tuple = ()) -> pathlib.Path:
     path = include / source if (include / source).exists() else _FFI / source
     target = folder / (path.stem + ".o")
-    flags = ["-std=c++20", "-O0", "-c", "-pthread", *sanitizer]
-    includes = [f"-I{include}", f"-I{_FFI}", f"-I{_FFI / 'tests/cuda'}", f"-isystem{jax.ffi.include_dir()}"]
-    built = subprocess.run([_COMPILER, *flags, *includes, path, "-o", target], capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
+    includes = [f"-I{include}", f"-I{_FFI}", f"-I{_FFI / 'tests/cuda'}"]
+    _build("-c", *more, *includes, path, "-o", target)
     return target
+
+
+def _build(*arguments) -> None:
+    command = [_COMPILER, "-std=c++20", "-O0", "-pthread", f"-isystem{jax.ffi.include_dir()}", *arguments]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
 
 
 def _run(folder: pathlib.Path, objects, sanitizer: tuple = ()) -> subprocess.CompletedProcess:
@@ -113,14 +117,23 @@ def _run(folder: pathlib.Path, objects, sanitizer: tuple = ()) -> subprocess.Com
 
 
 @pytest.fixture(scope="module")
-def objects(tmp_path_factory):
-    """The objects of the unchanged handler and of its test, by source."""
+def precompiled(tmp_path_factory):
+    """Flags that give XLA's headers ready compiled: reading them is half of what each mutant takes."""
     helpers.need_shipped_headers()
+    header = tmp_path_factory.mktemp("xla") / "headers.h"
+    header.write_text('#include "xla/ffi/api/ffi.h"\n')
+    _build("-x", "c++-header", header, "-o", f"{header}.gch")
+    return "-include", header
+
+
+@pytest.fixture(scope="module")
+def objects(precompiled, tmp_path_factory):
+    """The objects of the unchanged handler and of its test, by source."""
     folder = tmp_path_factory.mktemp("handler")
     built = {}
     for source in _SOURCES:
         (folder / source).parent.mkdir(parents=True, exist_ok=True)
-        built[source] = _compile((folder / source).parent, source)
+        built[source] = _compile((folder / source).parent, source, more=precompiled)
     return built
 
 
@@ -130,7 +143,7 @@ def test_handler_against_the_recording_driver(objects, tmp_path):
 
 
 @pytest.mark.parametrize("name", _MUTANTS)
-def test_a_mutant_of_the_handler_fails(name, objects, tmp_path):
+def test_a_mutant_of_the_handler_fails(name, objects, precompiled, tmp_path):
     source, original, replacement = _MUTANTS[name]
     text = (_FFI / source).read_text()
     assert text.count(original) >= 1, f"the mutant no longer applies to {source}"
@@ -141,7 +154,8 @@ def test_a_mutant_of_the_handler_fails(name, objects, tmp_path):
     if unit != source:  # a header: compile its user where the changed one is found first
         (tmp_path / unit).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(_FFI / unit, tmp_path / unit)
-    ran = _run(tmp_path, {**objects, unit: _compile(tmp_path, unit, include=tmp_path)}.values())
+    built = _compile(tmp_path, unit, include=tmp_path, more=precompiled)
+    ran = _run(tmp_path, {**objects, unit: built}.values())
     assert ran.returncode != 0, "the mutant survived"
 
 
@@ -150,7 +164,7 @@ def sanitized_objects(tmp_path_factory):
     """All but program.cc, for the thread sanitizer."""
     helpers.need_shipped_headers()
     folder = tmp_path_factory.mktemp("sanitized")
-    return [_compile(folder, source, sanitizer=_TSAN) for source in _SOURCES if source != "cuda/program.cc"]
+    return [_compile(folder, source, more=_TSAN) for source in _SOURCES if source != "cuda/program.cc"]
 
 
 @pytest.mark.parametrize("name", [None, *_RACES])
@@ -163,7 +177,7 @@ def test_threads_under_the_thread_sanitizer(name, sanitized_objects, tmp_path):
         text = text.replace(original, replacement)
     (tmp_path / "cuda").mkdir()
     (tmp_path / "cuda/program.cc").write_text(text)
-    program = _compile(tmp_path, "cuda/program.cc", include=tmp_path, sanitizer=_TSAN)
+    program = _compile(tmp_path, "cuda/program.cc", include=tmp_path, more=_TSAN)
     for _ in range(20 if name else 1):  # whether a race shows is a matter of luck
         ran = _run(tmp_path, [*sanitized_objects, program], _TSAN)
         raced = "WARNING: ThreadSanitizer: data race" in ran.stderr
@@ -216,10 +230,7 @@ def echo_target(objects, tmp_path_factory):
     folder = tmp_path_factory.mktemp("echo")
     library = folder / "echo.so"
     sources = [_FFI / "tests/cuda/echo_image.cc", _FFI / "cuda/program.cc"]
-    includes = [f"-I{_FFI}", f"-isystem{jax.ffi.include_dir()}"]
-    command = [_COMPILER, "-std=c++20", "-O0", "-fPIC", "-shared", *includes, *sources, "-o", library]
-    built = subprocess.run(command, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
+    _build("-fPIC", "-shared", f"-I{_FFI}", *sources, "-o", library)
     handler = ctypes.CDLL(str(library)).JaxMoeTestEchoImage
     jax.ffi.register_ffi_target("jax_moe_test_echo_image", jax.ffi.pycapsule(handler), platform="cpu")
     return "jax_moe_test_echo_image"
