@@ -91,6 +91,12 @@ def test_doctor_examines_an_installation_that_does_not_start():
     assert "JAX does not start" in row(done.stdout, "JAX devices")
 
 
+def test_doctor_examines_an_installation_without_its_library(tmp_path):
+    done = run("doctor", JAX_MOE_FFI_LIBRARY=str(tmp_path / "none.so"))
+    assert done.returncode == 0, done.stderr
+    assert "the FFI library is missing" in " ".join(done.stdout.split())
+
+
 def test_doctor_shows_the_kernel_cache_and_what_the_environment_sets(tmp_path, monkeypatch):
     for setting in settings.SETTINGS:
         monkeypatch.delenv(setting.name, raising=False)

@@ -27,7 +27,7 @@ def doctor() -> None:
     console.print(versions)
 
     facts = Table("what", Column(overflow="fold"), title="This installation", show_header=False)
-    facts.add_row("library", str(jax_moe.ffi.library_path()))
+    facts.add_row("library", _library())
     facts.add_row("custom call target", jax_moe.ffi.TARGET)
     devices, failure = _devices()
     facts.add_row("JAX devices", failure or ", ".join(map(str, devices)))
@@ -51,6 +51,13 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _library() -> str:
+    try:
+        return str(jax_moe.ffi.library_path())
+    except ImportError as error:
+        return str(error)
 
 
 def _command_buffers() -> str:
