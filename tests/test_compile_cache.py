@@ -86,8 +86,11 @@ def test_everything_that_matters_is_in_the_key(compiler, monkeypatch):
     monkeypatch.setattr(cache, "_source_digest", lambda implementation: "other source")
     _again()
     assert len(compiler.calls) == 4, "the kernels' source"
+    monkeypatch.setattr(cache, "_VERSION", "another")
+    _again()
+    assert len(compiler.calls) == 5, "the version of what the compiler is asked for"
     cache.compiled(_Spec(), "sm_100a")
-    assert len(compiler.calls) == 5, "the target"
+    assert len(compiler.calls) == 6, "the target"
 
 
 @dataclasses.dataclass(frozen=True)

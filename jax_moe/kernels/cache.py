@@ -28,6 +28,7 @@ from jax_moe.kernels import compiler
 from jax_moe.kernels.compiler import CompiledKernel
 from jax_moe.kernels.specs import Spec
 
+_VERSION = "1"  # of what compiler.py asks for and reads, which is host code and so in no other part of the key
 _lock = threading.Lock()  # the DSL keeps its state in globals; and whoever waited finds the kernel on disk
 
 
@@ -119,7 +120,7 @@ def _file_name(spec: Spec, target: str, version: str) -> str:
 
 
 def _prefix(spec: Spec, target: str) -> str:
-    return f"{target}.{_digest((_source_digest(spec.implementation) + _facts(spec)).encode())[:32]}"
+    return f"{target}.{_digest((_VERSION + _source_digest(spec.implementation) + _facts(spec)).encode())[:32]}"
 
 
 def _facts(value: Any) -> str:
