@@ -79,6 +79,11 @@ class SiTU:
 Activation = SwiGLU | GeGLU | ReLU2 | SiTU
 
 
+def num_parts(activation: Activation) -> int:
+    """P, the matrices in front of it: gate and up, or up only."""
+    return 2 if activation.gated else 1
+
+
 def parameters(activation: Activation) -> tuple[float, float, float]:
     """The three numbers that travel to the handler: (alpha, beta, limit); infinity means "no limit".
 

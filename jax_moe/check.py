@@ -107,7 +107,7 @@ def _check_experts(experts: Experts, hidden: int, activation: activations.Activa
     local_experts, parts = arguments.array(
         "experts.gate_up.global_scale", experts.gate_up.global_scale, jnp.float32, ("L", "P")
     )
-    if parts != (2 if activation.gated else 1):
+    if parts != activations.num_parts(activation):
         raise ValueError(
             f"activation: got {type(activation).__name__}, which has {'a' if activation.gated else 'no'} gate; "
             f"experts.gate_up has P = {parts} ({'gate and up' if parts == 2 else 'up alone' if parts == 1 else '?'})"

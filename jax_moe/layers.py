@@ -148,7 +148,7 @@ class SharedExpert:
         """
         activation = activation if self.activation is None else self.activation
         arguments.instance("activation", activation, activations.Activation)
-        num_parts = 2 if activation.gated else 1
+        num_parts = activations.num_parts(activation)
         _, intermediate, hidden = arguments.floats("SharedExpert.gate_up", self.gate_up, (num_parts, "I", "H"))
         arguments.floats("SharedExpert.down", self.down, (hidden, intermediate))
         optional = {"gate_up_bias": (num_parts, intermediate), "down_bias": (hidden,), "gate": (1, hidden)}

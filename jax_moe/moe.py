@@ -85,7 +85,7 @@ def fused_moe(
 def bind(problem: Problem, x: jax.Array, experts: Experts, routing: Routing, expert_offset) -> jax.Array:
     """The op on arguments that were checked: what :func:`fused_moe` returns for them."""
     flat_x, flat = check.flatten(x, routing)
-    weights = dict(expert_operands(experts))
+    weights = expert_operands(experts)
     for name in ("gate_up.payload", "down.payload"):
         weights[name] = nvfp4.payload_bytes(weights[name])
     given = (flat_x, flat.expert_ids, flat.weights, jnp.asarray(expert_offset, jnp.int32), *weights.values())

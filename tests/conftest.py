@@ -15,10 +15,7 @@ import pytest
 # `XLA_FLAGS= pytest` compiles as users do: .ci/run does for the newest jax, and for two files with the oldest. Where
 # there is a GPU nothing is set, because these flags reach its programs too.
 if not pathlib.Path("/dev/nvidiactl").exists():
-    flags = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
-    if jax.__version__.startswith("0.10."):  # newer jaxlibs abort at this one
-        flags.append("--xla_cpu_use_fusion_emitters=false")
-    os.environ.setdefault("XLA_FLAGS", " ".join(flags))
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
 pytest.register_assert_rewrite("helpers")
 

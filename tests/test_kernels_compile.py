@@ -106,7 +106,7 @@ def test_machine_code_has_run_on_a_gpu(spec):
 
 def test_tiles_fit_and_grow_with_the_routes():
     for layer in shapes.MODELS.values():
-        tiles = [program.best_config(COSTS, tokens, layer.top_k, layer.num_experts) for tokens in shapes.TOKENS]
+        tiles = [program.best_config(SM90.cards[0], tokens, layer.top_k, layer.num_experts) for tokens in shapes.TOKENS]
         # With more rows an expert than the widest tile has, what its last tile pads decides.
         one_tile = [
             t.token_tile
@@ -186,3 +186,12 @@ def test_max_tiles_is_the_worst_routing(num_routes, num_experts):
     busy = min(num_routes, num_experts)
     worst = busy + (num_routes - busy) // token_tile if busy else 0
     assert tiling.max_tiles(num_routes, num_experts, token_tile) == worst
+
+
+def test_a_config_is_chosen_once_for_the_layers_of_a_model(monkeypatch):
+    asked, cheapest = [], tiling.cheapest
+    monkeypatch.setattr(tiling, "cheapest", lambda *args: asked.append(args) or cheapest(*args))
+    program.best_config.cache_clear()
+    for _ in range(3):
+        cuda_call.program(problem("mixtral-8x7b", 8))
+    assert len(asked) == 1

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_moe import layouts, nvfp4
+from jax_moe import activations, layouts, nvfp4
 from jax_moe.checkpoints.files import CheckpointError, Files, read_floats, read_rows, TensorInfo
 from jax_moe.checkpoints.leaves import Leaf
 from jax_moe.checkpoints.model import Model, refuse_online_transforms, Sizes, sizes
@@ -104,7 +104,7 @@ def open_converted(model: Model, number: int) -> ConvertedLayer:
 def _expected(model: Model, number: int, layout: str) -> Experts:
     """Shapes and dtypes of the leaves, from the config."""
     prefix, size = f"{model.module(number)}.experts.", sizes(model, number)
-    parts = 2 if model.family.activation(model.settings(number)).gated else 1
+    parts = activations.num_parts(model.family.activation(model.settings(number)))
 
     def projection(
         name: str, rows: int, contraction: int, lead: tuple[int, ...], input_shape: tuple[int, ...]

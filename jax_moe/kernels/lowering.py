@@ -40,9 +40,10 @@ def cuda_call(problem: Problem) -> CudaCall:
         )
     target, card = targets.for_call(problem.layout, problem.precision)
     program = target.program(problem, card)
+    buffers = _buffers(program, problem)
     try:
         kernels: dict[str, object] = {
-            launch.name: _kernel_attributes(launch, program, problem, target.name) for launch in program.launches
+            launch.name: _kernel_attributes(launch, buffers, target.name) for launch in program.launches
         }
     except cache.MissingKernelError as error:
         command = " ".join(["python -m jax_moe compile --target", target.name, *command_arguments(problem)])
@@ -54,7 +55,7 @@ def cuda_call(problem: Problem) -> CudaCall:
         "num_tokens": problem.num_tokens,
         "top_k": problem.top_k,
         "local_experts": problem.local_experts,
-        "num_parts": 2 if problem.activation.gated else 1,
+        "num_parts": activations.num_parts(problem.activation),
         "hidden_size": problem.hidden_size,
         "intermediate_size": program.intermediate_size,
         "out_bytes": jnp.dtype(problem.out_dtype).itemsize,
@@ -98,12 +99,11 @@ def command_arguments(problem: Problem) -> list[str]:
     return arguments
 
 
-def _kernel_attributes(launch: Launch, program: Program, problem: Problem, target: str) -> dict[str, object]:
+def _kernel_attributes(launch: Launch, buffers: Mapping[str, tuple[str, str]], target: str) -> dict[str, object]:
     spec = launch.spec
     if set(launch.arguments) != set(spec.parameters):
         differing = sorted(set(launch.arguments) ^ set(spec.parameters))
         raise RuntimeError(f"jax_moe: {spec.name} and the launch of {launch.name} differ in {', '.join(differing)}")
-    buffers = _buffers(program, problem)
     arguments = [_argument(launch, name, kind, buffers) for name, kind in spec.parameters.items()]
     kernel = cache.compiled(spec, target)
     sizes = tuple(PARAMETER_BYTES[kind] for kind in spec.parameters.values())

@@ -24,7 +24,7 @@ class Card:
     name: str
     multiprocessors: int
     terabytes_per_second: float
-    costs: Any = dataclasses.field(repr=False)
+    costs: Any = dataclasses.field(repr=False, hash=False)  # may be a dictionary
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,9 +32,10 @@ need two tiles and few multiply padding; experts with many tiles want to multipl
 Costs = Mapping[int, Mapping[int, float]]
 
 
-def best_config(costs: Costs, num_tokens: int, top_k: int, num_experts: int) -> Config:
+@functools.lru_cache(maxsize=1024)  # every layer of a model asks, each time that it is lowered
+def best_config(card: Card, num_tokens: int, top_k: int, num_experts: int) -> Config:
     """The config with the least expected time (``tiling.py``)."""
-    return tiling.cheapest(CONFIGS, functools.partial(_cost, costs), num_tokens, top_k, num_experts)
+    return tiling.cheapest(CONFIGS, functools.partial(_cost, card.costs), num_tokens, top_k, num_experts)
 
 
 def _cost(costs: Costs, rows: int, config: Config) -> float:
@@ -64,13 +65,13 @@ def build(p: Problem, card: Card) -> Program:
       ValueError: a size is beyond what the kernels take.
     """
     # Without tokens nothing is launched, and any config will do.
-    config = best_config(card.costs, max(1, p.num_tokens), p.top_k, p.num_experts or p.local_experts)
+    config = best_config(card, max(1, p.num_tokens), p.top_k, p.num_experts or p.local_experts)
     gemm1, gemm2 = gemms(p, config)
     is_ordered, quantised = p.combine == "ordered", p.precision == "w4a4"
     has_x_rows = quantised or p.weight_on == "input"
 
     # Weight blocks of the prepared weights: rows and contraction of gate_up and of down.
-    parts = 2 if p.activation.gated else 1
+    parts = activations.num_parts(p.activation)
     gate_up_rows = _blocks(parts * p.intermediate_size, weight_block.BLOCK_ROWS)
     gate_up_columns = _blocks(p.hidden_size, weight_block.BLOCK_K)
     down_rows = _blocks(p.hidden_size, weight_block.BLOCK_ROWS)
