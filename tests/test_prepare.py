@@ -17,7 +17,7 @@ from jax_moe import layouts, nvfp4, shapes
 from jax_moe.cli import timing
 from jax_moe.experts import Experts, Projection
 from jax_moe.kernels import targets
-from jax_moe.kernels.sm90.device import weight_block
+from jax_moe.kernels.device import bf16_weights
 from jax_moe.preparation import prepare, unprepare
 
 GATED = (2, 96, 80)
@@ -262,11 +262,11 @@ def test_spread_never_carries():
             (bits >> i & 1) << (b, b + 16)[half]
             for i, (b, half) in enumerate((b, h) for h in (0, 1) for b in (0, 1, 3, 4))
         )
-        got = (word & weight_block.SPREAD_MASK) * weight_block.SPREAD_FACTOR & weight_block.PAIR_MASK
+        got = (word & bf16_weights.SPREAD_MASK) * bf16_weights.SPREAD_FACTOR & bf16_weights.PAIR_MASK
         want = 0
         for half in range(2):
             for bit, target in enumerate((6, 7, 8, 15)):
-                want |= (word >> weight_block.code_bit(3, half, bit) & 1) << (target + 16 * half)
+                want |= (word >> bf16_weights.code_bit(3, half, bit) & 1) << (target + 16 * half)
         assert got == want
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from jax_moe import arguments, nvfp4, stacking
 from jax_moe.experts import CANONICAL, Experts, Projection
-from jax_moe.kernels.sm90.device import weight_block
+from jax_moe.kernels.device import bf16_weights
 from jax_moe.kernels.sm90.device.weight_block import BLOCK_BYTES, BLOCK_K, BLOCK_ROWS, CODE_BYTES
 from jax_moe.layouts import base
 from jax_moe.layouts.base import E, I
@@ -26,7 +26,7 @@ from jax_moe.progress import track
 _E4M3_NAN = 0x7F
 _SIGN_BIT = 8
 _ZERO = 0  # e5m3 code of a zero scale
-_E5M3_FIRST = 13  # e5m3 exponent of 2**-9, the smallest e4m3: see weight_block.SCALE_EXPONENT
+_E5M3_FIRST = 13  # e5m3 exponent of 2**-9, the smallest e4m3: see bf16_weights.SCALE_EXPONENT
 
 
 class Wgmma:
@@ -186,7 +186,7 @@ def _pack_expert(payload: jax.Array, block_scale: jax.Array, *, gated: bool) -> 
     for pair in range(4):
         for value in range(2):
             for bit in range(4):
-                place = weight_block.code_bit(pair, value, bit)
+                place = bf16_weights.code_bit(pair, value, bit)
                 words |= ((codes[..., pair, value] >> bit) & 1) << place
 
     scales = blocks(scales, BLOCK_K // nvfp4.BLOCK_SIZE).reshape(-1, k_blocks, 2, 4, 8, 2, 4)
@@ -194,7 +194,7 @@ def _pack_expert(payload: jax.Array, block_scale: jax.Array, *, gated: bool) -> 
     scale_words = jnp.zeros(scales.shape[:-1], jnp.uint32)
     for step in range(4):
         for bit in range(8):
-            scale_words |= ((scales[..., step] >> bit) & 1) << weight_block.scale_bit(step, bit)
+            scale_words |= ((scales[..., step] >> bit) & 1) << bf16_weights.scale_bit(step, bit)
 
     def as_bytes(array: jax.Array) -> jax.Array:
         return jax.lax.bitcast_convert_type(array.reshape(*array.shape[:2], -1), jnp.uint8).reshape(
@@ -216,7 +216,7 @@ def _unpack_expert(payload: jax.Array, *, parts: int) -> tuple[jax.Array, jax.Ar
         [
             jnp.stack(
                 [
-                    sum((words >> weight_block.code_bit(pair, value, bit) & 1) << bit for bit in range(4))
+                    sum((words >> bf16_weights.code_bit(pair, value, bit) & 1) << bit for bit in range(4))
                     for value in range(2)
                 ],
                 -1,
@@ -229,7 +229,7 @@ def _unpack_expert(payload: jax.Array, *, parts: int) -> tuple[jax.Array, jax.Ar
     codes = codes.reshape(row_blocks, k_blocks, BLOCK_ROWS, BLOCK_K).astype(jnp.uint8)
     scale_words = scale_words.reshape(row_blocks, k_blocks, 4, 8, 2, 2).transpose(0, 1, 4, 2, 3, 5)
     scales = jnp.stack(
-        [sum((scale_words >> weight_block.scale_bit(step, bit) & 1) << bit for bit in range(8)) for step in range(4)],
+        [sum((scale_words >> bf16_weights.scale_bit(step, bit) & 1) << bit for bit in range(8)) for step in range(4)],
         axis=-1,
     ).reshape(row_blocks, k_blocks, BLOCK_ROWS, 4)
 
@@ -250,7 +250,7 @@ def _row_order(gated: bool) -> np.ndarray:
         for warp in range(4):
             for group in range(8):
                 for upper in range(2):
-                    part, row = weight_block.row_in_block(half, warp, group, upper, gated)
+                    part, row = bf16_weights.row_in_block(half, warp, group, upper, gated)
                     order.append(part * (BLOCK_ROWS // 2) + row)
     return np.array(order, np.int32)
 

@@ -4,7 +4,7 @@ import cutlass
 from cutlass import Float32, Int32, Int64
 import cutlass.cute as cute
 
-from jax_moe.kernels.device import epilogue, ptx, schedule
+from jax_moe.kernels.device import bf16_weights, epilogue, ptx, schedule
 from jax_moe.kernels.sm90.device import mainloop, weight_block
 from jax_moe.kernels.sm90.device.mainloop import NEXT_UNIT, TOKEN_ROW_BYTES, WARPGROUP
 from jax_moe.kernels.sm90.device.weight_block import BLOCK_K
@@ -138,7 +138,7 @@ class Gemm1(mainloop.Gemm):
         scales = [op.global_scale[expert * projections + p] for p in range(projections)]
         if spec.precision == "w4a4":
             scales = [scale * op.input_scale[0] for scale in scales]
-        scales = [scale * Float32(2.0**-weight_block.WEIGHT_LOG2) for scale in scales]
+        scales = [scale * Float32(2.0**-bf16_weights.WEIGHT_LOG2) for scale in scales]
         next_scale = op.down_input_scale[expert] if spec.precision == "w4a4" else None
         biases = [[Float32(0.0)] * values_per_thread for _ in range(projections)]
         if spec.has_bias:

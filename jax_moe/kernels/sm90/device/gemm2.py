@@ -4,7 +4,7 @@ import cutlass
 from cutlass import Float32, Int32, Int64
 import cutlass.cute as cute
 
-from jax_moe.kernels.device import ptx, schedule
+from jax_moe.kernels.device import bf16_weights, ptx, schedule
 from jax_moe.kernels.sm90.device import mainloop, weight_block
 from jax_moe.kernels.sm90.device.mainloop import EPILOGUE, WARPGROUP
 
@@ -99,7 +99,7 @@ class Gemm2(mainloop.Gemm):
         scale = op.global_scale[expert]
         if spec.precision == "w4a4":
             scale = scale * op.input_scale[expert]
-        scale = scale * Float32(2.0**-weight_block.WEIGHT_LOG2)
+        scale = scale * Float32(2.0**-bf16_weights.WEIGHT_LOG2)
         biases = [Float32(0.0)] * 4
         if spec.has_bias:
             biases = [op.bias[expert * op.hidden_size + feature + i] for i in range(4)]

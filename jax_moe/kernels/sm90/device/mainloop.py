@@ -35,7 +35,7 @@ from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32
 import cutlass.cute as cute
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
-from jax_moe.kernels.device import entry, ptx, schedule
+from jax_moe.kernels.device import bf16_weights, entry, ptx, schedule
 from jax_moe.kernels.device.entry import array, named
 from jax_moe.kernels.sm90.device import weight_block
 from jax_moe.kernels.sm90.device.weight_block import BLOCK_K
@@ -93,19 +93,19 @@ class Gemm(entry.Kernel):
         for step in range(4):
             word = words[step]
             lower, upper = scales[2 * half][step], scales[2 * half + 1][step]
-            mask = Uint32(weight_block.PAIR_MASK)
+            mask = Uint32(bf16_weights.PAIR_MASK)
             fragment[0, step] = ptx.multiply_bf16x2(word & mask, lower)
             fragment[1, step] = ptx.multiply_bf16x2(ptx.rotate_right(word, 3) & mask, upper)
             fragment[2, step] = ptx.multiply_bf16x2(ptx.rotate_right(word, 6) & mask, lower)
-            spread = (word & Uint32(weight_block.SPREAD_MASK)) * Uint32(weight_block.SPREAD_FACTOR)
+            spread = (word & Uint32(bf16_weights.SPREAD_MASK)) * Uint32(bf16_weights.SPREAD_FACTOR)
             fragment[3, step] = ptx.multiply_bf16x2(spread & mask, upper)
 
     def _unpack_scales(self, words):
         """bf16x2 block scales (both halves the same) of a thread's rows: 4 rows by 4 steps."""
         scales = []
         for word in words:
-            first = ptx.mask_and_set(word, weight_block.SCALE_MASK, weight_block.SCALE_EXPONENT)
-            second = ptx.mask_and_set(ptx.rotate_right(word, 8), weight_block.SCALE_MASK, weight_block.SCALE_EXPONENT)
+            first = ptx.mask_and_set(word, bf16_weights.SCALE_MASK, bf16_weights.SCALE_EXPONENT)
+            second = ptx.mask_and_set(ptx.rotate_right(word, 8), bf16_weights.SCALE_MASK, bf16_weights.SCALE_EXPONENT)
             scales.append([ptx.broadcast_half(first, False), ptx.broadcast_half(first, True),
                            ptx.broadcast_half(second, False), ptx.broadcast_half(second, True)])  # fmt: skip
         return scales
