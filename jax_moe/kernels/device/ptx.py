@@ -7,6 +7,7 @@ from cutlass.cutlass_dsl import dsl_user_op, T
 
 
 def assemble(result, operands, text, constraints, pure, loc, ip):
+    """Inline PTX; ``pure`` if it may be moved or left out where its result is not used."""
     return llvm.inline_asm(
         result, operands, text, constraints, has_side_effects=not pure, is_align_stack=False,
         asm_dialect=llvm.AsmDialect.AD_ATT, loc=loc, ip=ip,
@@ -54,6 +55,28 @@ def pack_bf16x2(low: Float32, high: Float32, *, loc=None, ip=None) -> Uint32:
 
 
 @dsl_user_op
+def pack_e2m1x2(low: Float32, high: Float32, *, loc=None, ip=None) -> Uint32:
+    """Two values as e2m1 codes in the low byte, to nearest even, saturating at 6; sm_100 and later."""
+    operands = [Float32(v).ir_value(loc=loc, ip=ip) for v in (high, low)]
+    text = "{ .reg .b8 codes; cvt.rn.satfinite.e2m1x2.f32 codes, $1, $2; cvt.u32.u8 $0, codes; }"
+    return Uint32(assemble(T.i32(), operands, text, "=r,f,f", True, loc, ip))
+
+
+@dsl_user_op
+def e4m3(value: Float32, *, loc=None, ip=None) -> Uint32:
+    """The e4m3 of a value that is one, in the low byte."""
+    text = "{ .reg .b16 pair; cvt.rn.satfinite.e4m3x2.f32 pair, 0f00000000, $1; cvt.u32.u16 $0, pair; }"
+    return Uint32(assemble(T.i32(), [Float32(value).ir_value(loc=loc, ip=ip)], text, "=r,f", True, loc, ip))
+
+
+@dsl_user_op
+def load_shared(address: Int32, *, loc=None, ip=None) -> Uint32:
+    """A word of shared memory; ``address`` in the shared window."""
+    operands = [Int32(address).ir_value(loc=loc, ip=ip)]
+    return Uint32(assemble(T.i32(), operands, "ld.shared.u32 $0, [$1];", "=r,r", False, loc, ip))
+
+
+@dsl_user_op
 def load_shared_v4(address: Int32, *, loc=None, ip=None) -> tuple[Uint32, Uint32, Uint32, Uint32]:
     """16 bytes of shared memory; ``address`` in the shared window."""
     struct = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
@@ -97,6 +120,23 @@ def gather_rows(
 
 
 @dsl_user_op
+def gather_words(shared: Int32, base: Int64, offsets, row_bytes: int, *, loc=None, ip=None) -> None:
+    """``cp.async`` of 4 bytes for each of ``offsets``: from ``base + 4 * offset`` to ``shared + i * row_bytes``.
+
+    Zeros are written, and nothing is read, where an offset is negative.
+    """
+    operands = [
+        Int32(shared).ir_value(loc=loc, ip=ip), Int64(base).ir_value(loc=loc, ip=ip),
+        *(Int32(offset).ir_value(loc=loc, ip=ip) for offset in offsets),
+    ]  # fmt: skip
+    text = "{ .reg .pred skip; .reg .u64 source; "
+    for i in range(len(offsets)):
+        text += f"setp.lt.s32 skip, ${2 + i}, 0; mad.wide.s32 source, ${2 + i}, 4, $1; "
+        text += f"cp.async.ca.shared.global [$0 + {i * row_bytes}], [source], 4, skip; "
+    assemble(None, operands, text + "}", "r,l" + ",r" * len(offsets) + ",~{memory}", False, loc, ip)
+
+
+@dsl_user_op
 def bulk_copy(shared: Int32, source: Int64, num_bytes: Int32, barrier: Int32, *, loc=None, ip=None) -> None:
     """Bulk copy of contiguous global memory, counted by an mbarrier; all 16-byte aligned."""
     operands = [
@@ -116,6 +156,13 @@ def store_global(address: Int64, words, *, loc=None, ip=None) -> None:
     names = f"{{{names}}}" if len(words) > 1 else names
     text = f"st.global{vector}.b32 [$0], {names};"
     assemble(None, operands, text, "l" + ",r" * len(words) + ",~{memory}", False, loc, ip)
+
+
+@dsl_user_op
+def store_global_bytes(address: Int64, word: Uint32, size: int, *, loc=None, ip=None) -> None:
+    """Stores the low 1 or 2 bytes of a word, aligned to their size."""
+    operands = [Int64(address).ir_value(loc=loc, ip=ip), *_words([word], loc, ip)]
+    assemble(None, operands, f"st.global.b{8 * size} [$0], $1;", "l,r,~{memory}", False, loc, ip)
 
 
 @dsl_user_op

@@ -4,8 +4,7 @@ import cutlass
 from cutlass import Int32, Int64
 import cutlass.cute as cute
 
-from jax_moe.kernels.device import bf16_weights, epilogue, ptx, schedule
-from jax_moe.kernels.device.outputs import Intermediate
+from jax_moe.kernels.device import bf16_weights, epilogue, outputs, ptx, schedule
 from jax_moe.kernels.sm90.device import mainloop
 from jax_moe.kernels.sm90.device.mainloop import NEXT_UNIT, TOKEN_ROW_BYTES, WARPGROUP
 from jax_moe.kernels.sm90.device.weight_block import BLOCK_K
@@ -129,19 +128,14 @@ class Gemm1(mainloop.Gemm):
     def _store(self, op, me, unit, row_block, accumulators, width):
         spec = self.spec
         warp, group, quad = me.tid // 32, me.tid % 32 // 4, me.tid % 4
-        # Where this thread's neighbouring values lie: in I, and in the blocks of 64 that GEMM2 reads.
-        block, num_blocks = row_block, op.m_blocks
-        if not spec.gated:
-            block, num_blocks = 2 * row_block + warp // 2, 2 * op.m_blocks
-        made = Intermediate(
-            op, spec, unit.expert, row_block, num_blocks * BLOCK_K, warp, group, 2.0**-bf16_weights.WEIGHT_LOG2
-        )
+        unscale = 2.0**-bf16_weights.WEIGHT_LOG2
+        made = outputs.intermediate(op, spec, unit.expert, row_block, warp, group, unscale)
         column = made.value % BLOCK_K
         chunk, within = column // 8, column % 8 * 2
-        tile_address = Int64(op.h.toint()) + (Int64(unit.token_tile) * num_blocks + block) * self.token_bytes
+        tile_address = Int64(op.h.toint()) + (Int64(unit.token_tile) * made.num_blocks + made.block) * self.token_bytes
 
         def store(j, c, values):
-            words = [ptx.pack_bf16x2(values[2 * i], values[2 * i + 1]) for i in range(made.values_per_thread // 2)]
+            words = [ptx.pack_bf16x2(values[2 * i], values[2 * i + 1]) for i in range(len(values) // 2)]
             row = 2 * quad + c  # modulo 8, which is all that the swizzle looks at
             address = tile_address + Int64((row + 8 * j) * TOKEN_ROW_BYTES + (chunk ^ row) * 16 + within)
             ptx.store_global(address, words)
@@ -152,7 +146,7 @@ class Gemm1(mainloop.Gemm):
         columns = [(j, c) for j in range(width // 8) for c in range(2)]
         for first in range(0, len(columns), lanes):
             some = columns[first : first + lanes]
-            values = [made.activated(accumulators, j, c) for j, c in some]
+            values = [outputs.activated(spec, made, accumulators, j, c) for j, c in some]
             if spec.precision == "w4a4":
                 values = epilogue.round_blocks(values, made.next_scale, group % lanes, lanes, 4)
             for (j, c), row in zip(some, values, strict=True):

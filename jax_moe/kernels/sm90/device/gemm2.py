@@ -4,8 +4,7 @@ import cutlass
 from cutlass import Float32, Int32, Int64
 import cutlass.cute as cute
 
-from jax_moe.kernels.device import bf16_weights, ptx, schedule
-from jax_moe.kernels.device.outputs import Contribution
+from jax_moe.kernels.device import bf16_weights, outputs, ptx, schedule
 from jax_moe.kernels.sm90.device import mainloop
 from jax_moe.kernels.sm90.device.mainloop import EPILOGUE, WARPGROUP
 
@@ -93,8 +92,9 @@ class Gemm2(mainloop.Gemm):
             self._store(op, shared, unit, mine + 2 * quad, feature, accumulators, width)
 
     def _store(self, op, shared, unit, first_row, feature, accumulators, width):
-        made = Contribution(op, self.spec, unit.expert, feature, 2.0**-bf16_weights.WEIGHT_LOG2)
+        made = outputs.contribution(op, self.spec, unit.expert, feature, 2.0**-bf16_weights.WEIGHT_LOG2)
         for j in range(width // 8):
             for c in range(2):
                 row = first_row + 8 * j + c
-                made.store(accumulators, j, c, shared.rows[0][row], shared.rows[1][row])
+                out_row, weight = shared.rows[0][row], shared.rows[1][row]
+                outputs.store_contribution(self.spec, made, accumulators, j, c, out_row, weight)
