@@ -6,12 +6,12 @@ import json
 import os
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-
 import emulator
 from emulator import Array, Launch, Memory
 from helpers import Case
+import jax.numpy as jnp
+import numpy as np
+
 import jax_moe
 from jax_moe import check, nvfp4
 from jax_moe.kernels import cache, compiler, targets
@@ -82,9 +82,7 @@ def prepare(case: Case, target: str, *, multiprocessors: int = 3, config: Any = 
     }  # fmt: skip
     for name in ("gate_up.payload", "down.payload"):
         operands[name] = nvfp4.payload_bytes(operands[name])
-    arrays = {
-        name: memory.array(np.asarray(value), name) for name, value in operands.items() if value is not None
-    }
+    arrays = {name: memory.array(np.asarray(value), name) for name, value in operands.items() if value is not None}
     for name, shape in program.workspaces.items():
         arrays[name] = memory.poisoned(shape.shape, shape.dtype, name)
     shape, dtype = case.x.shape, jnp.dtype(problem.out_dtype)

@@ -12,10 +12,10 @@ import functools
 from typing import Any, Literal
 
 import numpy as np
+from ptx import parser
 
 from emulator import build
 from emulator.encode import Encoder
-from ptx import parser
 
 Order = Literal["eager", "random", "starved"]
 ORDERS: tuple[Order, ...] = ("eager", "random", "starved")

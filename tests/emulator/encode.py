@@ -3,7 +3,6 @@
 import struct
 
 import numpy as np
-
 from ptx import parser
 from ptx.parser import Address, Immediate, Label, Pair, Register, Special, Symbol, Vector
 

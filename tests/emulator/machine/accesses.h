@@ -27,7 +27,8 @@ inline bool ReadBytes(const Place& place, int64_t bytes, void* out) {
   std::memcpy(out, place.data, static_cast<size_t>(bytes));
   uint8_t marks = 0;
   for (int64_t i = 0; i < bytes; ++i) marks |= place.marks[i];
-  if (marks & kBarrierByte) throw Error("reads an mbarrier as if it were memory, at " + Hex(static_cast<uint64_t>(place.offset)));
+  if (marks & kBarrierByte)
+    throw Error("reads an mbarrier as if it were memory, at " + Hex(static_cast<uint64_t>(place.offset)));
   return marks != 0;
 }
 
@@ -38,7 +39,8 @@ inline void MarkBytes(Machine& machine, const Place& place, int64_t bytes, bool 
     }
   }
   if (poison && place.space == Space::kGlobal && machine.memory().buffer(place.owner).strict) {
-    throw Error("stores poison to " + machine.memory().buffer(place.owner).name + " at " + std::to_string(place.offset));
+    throw Error("stores poison to " + machine.memory().buffer(place.owner).name + " at " +
+                std::to_string(place.offset));
   }
   std::memset(place.marks, poison ? kPoison : kWritten, static_cast<size_t>(bytes));
 }

@@ -74,8 +74,8 @@ uint64_t EmulatorBuffer(void* call, const char* name, void* data, void* marks, i
 }
 
 // One more grid of the call.
-void EmulatorGrid(void* call, const void* program, int ctas, int threads, int cluster, int64_t shared_bytes, int overlap,
-                  int ctas_per_multiprocessor, const void* parameters, int64_t parameter_bytes) {
+void EmulatorGrid(void* call, const void* program, int ctas, int threads, int cluster, int64_t shared_bytes,
+                  int overlap, int ctas_per_multiprocessor, const void* parameters, int64_t parameter_bytes) {
   auto& grids = static_cast<Call*>(call)->grids;
   Grid grid;
   grid.program = static_cast<const Program*>(program);

@@ -76,7 +76,9 @@ bool Checker::Ordered(const Record& record, bool tensor_memory, const Actor& act
   }
   const bool tensor = is_own || record.count <= At(view.tensor, record.component);
   if (actor.access != Access::kAsync && !tensor) {
-    if (seen) *why = component.tensor ? "; a tcgen05.fence or a wait is missing" : "; a tcgen05.fence::after_thread_sync is missing";
+    if (seen)
+      *why = component.tensor ? "; a tcgen05.fence or a wait is missing"
+                              : "; a tcgen05.fence::after_thread_sync is missing";
     return false;
   }
   if (!tensor_memory && record.writes && IsGeneric(record.access) &&
@@ -153,8 +155,7 @@ void Checker::Touch(const Place& place, int64_t bytes, bool writes, const Actor&
   }
 }
 
-void Checker::TouchTensor(int multiprocessor, int lane, int column, bool writes, const Actor& actor,
-                          const View& view) {
+void Checker::TouchTensor(int multiprocessor, int lane, int column, bool writes, const Actor& actor, const View& view) {
   auto& cells = cells_[{static_cast<int>(Space::kTensor), multiprocessor}];
   if (cells.empty()) cells.resize(static_cast<size_t>(TensorMemory::kTensorLanes) * TensorMemory::kColumns);
   const int64_t at = int64_t{lane} * TensorMemory::kColumns + column;

@@ -8,7 +8,8 @@
 //
 //   seen      ordered for instructions that access memory themselves (the generic proxy)
 //   fenced    a fence.proxy.async came after: ordered for bulk copies and products (the async proxy) too
-//   released  for accesses to tensor memory: a tcgen05.fence::before_thread_sync (or a commit) came after; others as seen
+//   released  for accesses to tensor memory: a tcgen05.fence::before_thread_sync (or a commit) came after; others as
+//   seen
 //
 // and a fourth time of a warp alone: `tensor`, what tcgen05 instructions may count on since the last
 // tcgen05.fence::after_thread_sync.

@@ -86,7 +86,8 @@ void RegisterConversions() {
   Register("cvt.f32.bf16", Elementwise<f32, u32>([](u32 a) { return FromBf16(a & 0xFFFF); }));
   Register("cvt.f32.f16", Elementwise<f32, u32>([](u32 a) { return FromF16(a & 0xFFFF); }));
   // Of two sources the first is in the upper half.
-  Register("cvt.rn.bf16x2.f32", Elementwise<u32, f32, f32>([](f32 a, f32 b) { return FloatToBf16(a) << 16 | FloatToBf16(b); }));
+  Register("cvt.rn.bf16x2.f32",
+           Elementwise<u32, f32, f32>([](f32 a, f32 b) { return FloatToBf16(a) << 16 | FloatToBf16(b); }));
   Register("cvt.rn.f16x2.f32", Elementwise<u32, f32, f32>([](f32 a, f32 b) { return ToF16(a) << 16 | ToF16(b); }));
   Register("cvt.rn.satfinite.e4m3x2.f32",
            Elementwise<u32, f32, f32>([](f32 a, f32 b) { return ToE4m3(a) << 8 | ToE4m3(b); }));

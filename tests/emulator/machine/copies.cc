@@ -204,7 +204,8 @@ Outcome BulkCopy(Step& step) {
   Addresses(step, OperandAt(step, 3), &barrier);
   ForLanes(step.mask, [&](int lane) {
     const int64_t bytes = sizes[lane];
-    if (bytes == 0 || bytes % 16 != 0) throw Error("a bulk copy is of multiples of 16 bytes, not " + std::to_string(bytes));
+    if (bytes == 0 || bytes % 16 != 0)
+      throw Error("a bulk copy is of multiples of 16 bytes, not " + std::to_string(bytes));
     Cta& cta = in_cluster ? step.machine.Peer(*step.warp.cta, to.lane[lane]) : *step.warp.cta;
     if (in_cluster && &step.machine.Peer(*step.warp.cta, barrier.lane[lane]) != &cta) {
       throw Error("a bulk copy goes to one CTA and is counted by another's mbarrier");
@@ -221,8 +222,7 @@ Outcome BulkCopy(Step& step) {
         part = 16 * (1 + static_cast<int64_t>(step.machine.random().Below(static_cast<size_t>(bytes / 16) - 1)));
       }
       const auto at = static_cast<uint64_t>(done);
-      step.machine.Issue(
-          std::make_shared<BulkPiece>(step, &cta, target + at, from.lane[lane] + at, part, counted));
+      step.machine.Issue(std::make_shared<BulkPiece>(step, &cta, target + at, from.lane[lane] + at, part, counted));
       done += part;
     }
   });

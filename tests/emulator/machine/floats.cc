@@ -35,8 +35,8 @@ u32 MultiplyBf16(f32 a, f32 b) {  // products are exact in a float, but for tiny
   return ToBf16(static_cast<double>(a) * b);
 }
 u32 MultiplyBf16x2(u32 a, u32 b) {
-  return MultiplyBf16(Float(a << 16), Float(b << 16)) |
-         MultiplyBf16(Float(a & 0xFFFF0000), Float(b & 0xFFFF0000)) << 16;
+  return MultiplyBf16(Float(a << 16), Float(b << 16)) | MultiplyBf16(Float(a & 0xFFFF0000), Float(b & 0xFFFF0000))
+                                                            << 16;
 }
 u32 MultiplyF16x2(u32 a, u32 b) {
   u32 result = 0;
@@ -66,16 +66,15 @@ void RegisterFloats() {
     Register("add" + rounding + ".f32", Elementwise<f32, f32, f32>([](f32 a, f32 b) { return Add(a, b); }));
     Register("sub" + rounding + ".f32", Elementwise<f32, f32, f32>([](f32 a, f32 b) { return Subtract(a, b); }));
     Register("mul" + rounding + ".f32", Elementwise<f32, f32, f32>([](f32 a, f32 b) { return Multiply(a, b); }));
-    Register("add" + rounding + ".ftz.f32", Elementwise<f32, f32, f32>([](f32 a, f32 b) {
-               return Flushed(Add(Flushed(a), Flushed(b)));
-             }));
-    Register("mul" + rounding + ".ftz.f32", Elementwise<f32, f32, f32>([](f32 a, f32 b) {
-               return Flushed(Multiply(Flushed(a), Flushed(b)));
-             }));
+    Register("add" + rounding + ".ftz.f32",
+             Elementwise<f32, f32, f32>([](f32 a, f32 b) { return Flushed(Add(Flushed(a), Flushed(b))); }));
+    Register("mul" + rounding + ".ftz.f32",
+             Elementwise<f32, f32, f32>([](f32 a, f32 b) { return Flushed(Multiply(Flushed(a), Flushed(b))); }));
   }
   for (const std::string rounding : {"", ".rn"}) {
     Register("add" + rounding + ".f32x2", Elementwise<u64, u64, u64>([](u64 a, u64 b) { return Twice(Add, a, b); }));
-    Register("mul" + rounding + ".f32x2", Elementwise<u64, u64, u64>([](u64 a, u64 b) { return Twice(Multiply, a, b); }));
+    Register("mul" + rounding + ".f32x2",
+             Elementwise<u64, u64, u64>([](u64 a, u64 b) { return Twice(Multiply, a, b); }));
   }
   Register("fma.rn.f32", Elementwise<f32, f32, f32, f32>([](f32 a, f32 b, f32 c) { return Fma(a, b, c); }));
   Register("fma.rn.f32x2", Elementwise<u64, u64, u64, u64>([](u64 a, u64 b, u64 c) {
@@ -93,7 +92,8 @@ void RegisterFloats() {
   Register("abs.f32", Elementwise<u32, u32>([](u32 a) { return a & 0x7FFFFFFF; }));
   Register("neg.f32", Elementwise<u32, u32>([](u32 a) { return a ^ 0x80000000; }));
   // The sign of the first, the magnitude of the second.
-  Register("copysign.f32", Elementwise<u32, u32, u32>([](u32 a, u32 b) { return (a & 0x80000000) | (b & 0x7FFFFFFF); }));
+  Register("copysign.f32",
+           Elementwise<u32, u32, u32>([](u32 a, u32 b) { return (a & 0x80000000) | (b & 0x7FFFFFFF); }));
   Register("max.f32", Elementwise<f32, f32, f32>([](f32 a, f32 b) { return Maximum(a, b, false); }));
   Register("min.f32", Elementwise<f32, f32, f32>([](f32 a, f32 b) { return Minimum(a, b, false); }));
   Register("max.NaN.f32", Elementwise<f32, f32, f32>([](f32 a, f32 b) { return Maximum(a, b, true); }));

@@ -34,7 +34,8 @@ T ShiftRight(T value, u32 amount) {  // of a signed type: with the sign
 template <typename T>
 T Divide(T a, T b) {  // what PTX leaves open is all ones
   if (b == 0) return static_cast<T>(-1);
-  if (std::is_signed_v<T> && b == static_cast<T>(-1)) return static_cast<T>(0 - static_cast<std::make_unsigned_t<T>>(a));
+  if (std::is_signed_v<T> && b == static_cast<T>(-1))
+    return static_cast<T>(0 - static_cast<std::make_unsigned_t<T>>(a));
   return a / b;
 }
 
@@ -302,9 +303,8 @@ void Register16() {
     Register("sub." + type, Elementwise<u32, u32, u32>([](u32 a, u32 b) { return Low16(a - b); }));
     Register("mul.lo." + type, Elementwise<u32, u32, u32>([](u32 a, u32 b) { return Low16(a * b); }));
   }
-  Register("shr.s16", Elementwise<u32, u32, u32>([](u32 a, u32 n) {
-             return Low16(static_cast<u32>(Signed16(a) >> std::min(n, 15u)));
-           }));
+  Register("shr.s16", Elementwise<u32, u32, u32>(
+                          [](u32 a, u32 n) { return Low16(static_cast<u32>(Signed16(a) >> std::min(n, 15u))); }));
   Register("shr.u16", Elementwise<u32, u32, u32>([](u32 a, u32 n) { return n > 15 ? 0 : Low16(a) >> n; }));
   Register("shl.b16", Elementwise<u32, u32, u32>([](u32 a, u32 n) { return n > 15 ? 0 : Low16(a << n); }));
   Register("and.b16", Elementwise<u32, u32, u32>([](u32 a, u32 b) { return Low16(a & b); }));
@@ -337,9 +337,8 @@ void RegisterIntegers() {
   Register("mul.wide.u32", Elementwise<u64, u32, u32>([](u32 a, u32 b) { return static_cast<u64>(a) * b; }));
   Register("mul.wide.s16", Elementwise<s32, u32, u32>([](u32 a, u32 b) { return Signed16(a) * Signed16(b); }));
   Register("mul.wide.u16", Elementwise<u32, u32, u32>([](u32 a, u32 b) { return Low16(a) * Low16(b); }));
-  Register("mad.wide.s32", Elementwise<u64, s32, s32, u64>([](s32 a, s32 b, u64 c) {
-             return static_cast<u64>(static_cast<s64>(a) * b) + c;
-           }));
+  Register("mad.wide.s32", Elementwise<u64, s32, s32, u64>(
+                               [](s32 a, s32 b, u64 c) { return static_cast<u64>(static_cast<s64>(a) * b) + c; }));
   Register("mad.wide.u32", Elementwise<u64, u32, u32, u64>([](u32 a, u32 b, u64 c) { return u64{a} * b + c; }));
   Register("neg.s32", Elementwise<u32, u32>([](u32 a) { return 0 - a; }));
   Register("neg.s64", Elementwise<u64, u64>([](u64 a) { return 0 - a; }));
@@ -352,7 +351,8 @@ void RegisterIntegers() {
              for (int i = 0; i < 32; ++i) result |= (a >> i & 1) << (31 - i);
              return result;
            }));
-  Register("bfind.u32", Elementwise<u32, u32>([](u32 a) { return a == 0 ? ~0u : 31 - static_cast<u32>(std::countl_zero(a)); }));
+  Register("bfind.u32",
+           Elementwise<u32, u32>([](u32 a) { return a == 0 ? ~0u : 31 - static_cast<u32>(std::countl_zero(a)); }));
   Register("shf.r.wrap.b32", Elementwise<u32, u32, u32, u32>([](u32 low, u32 high, u32 n) {
              return static_cast<u32>((static_cast<u64>(high) << 32 | low) >> (n & 31));
            }));
@@ -365,11 +365,13 @@ void RegisterIntegers() {
   Register("shf.l.clamp.b32", Elementwise<u32, u32, u32, u32>([](u32 low, u32 high, u32 n) {
              return n >= 32 ? low : static_cast<u32>((static_cast<u64>(high) << 32 | low) << n >> 32);
            }));
-  Register("lop3.b32", Elementwise<u32, u32, u32, u32, u32>([](u32 a, u32 b, u32 c, u32 t) { return Lop3(a, b, c, t); }));
+  Register("lop3.b32",
+           Elementwise<u32, u32, u32, u32, u32>([](u32 a, u32 b, u32 c, u32 t) { return Lop3(a, b, c, t); }));
   Register("prmt.b32", Elementwise<u32, u32, u32, u32>([](u32 a, u32 b, u32 c) { return Permute(a, b, c); }));
   Register("bfe.u32", Elementwise<u32, u32, u32, u32>([](u32 a, u32 b, u32 c) { return ExtractBits(a, b, c); }));
   Register("bfe.s32", Elementwise<s32, u32, u32, u32>([](u32 a, u32 b, u32 c) { return ExtractSigned(a, b, c); }));
-  Register("bfi.b32", Elementwise<u32, u32, u32, u32, u32>([](u32 a, u32 b, u32 c, u32 d) { return InsertBits(a, b, c, d); }));
+  Register("bfi.b32",
+           Elementwise<u32, u32, u32, u32, u32>([](u32 a, u32 b, u32 c, u32 d) { return InsertBits(a, b, c, d); }));
   Register("and.pred", AndPredicates);
   Register("or.pred", OrPredicates);
   Register("xor.pred", XorPredicates);

@@ -97,7 +97,8 @@ Outcome LoadParameter(Step& step) {
   const auto& parameters = step.warp.cta->grid->parameters;
   for (int i = 0; i < items.count; ++i) {
     const int64_t offset = address.value + int64_t{bytes} * i;
-    if (offset < 0 || offset + bytes > static_cast<int64_t>(parameters.size())) throw Error("outside of the parameters");
+    if (offset < 0 || offset + bytes > static_cast<int64_t>(parameters.size()))
+      throw Error("outside of the parameters");
     uint64_t value = 0;
     std::memcpy(&value, parameters.data() + offset, bytes);
     ForLanes(step.mask, [&](int lane) { Assign(step, items.first[i], lane, Widened<bytes, is_signed>(value)); });
@@ -126,7 +127,8 @@ using Combine = uint32_t (*)(uint32_t, uint32_t);
 // red: asynchronous, in no order with others; each word on its own.
 class Reduction : public AsyncOperation {
  public:
-  Reduction(Step& step, Combine combine) : AsyncOperation(step), combine_(combine), items_(Items(OperandAt(step, 1)).count) {
+  Reduction(Step& step, Combine combine)
+      : AsyncOperation(step), combine_(combine), items_(Items(OperandAt(step, 1)).count) {
     global_only = true;
     Addresses(step, OperandAt(step, 0), &addresses_);
     const Items items(OperandAt(step, 1));
@@ -202,7 +204,8 @@ template <int bytes, bool is_signed>
 void RegisterType(const std::string& type) {
   for (const std::string vector : {"", ".v2", ".v4"}) {
     if (bytes * (vector.empty() ? 1 : vector[2] - '0') > 16) continue;
-    for (const std::string cache : {"", ".nc", ".cs", ".L1::no_allocate", ".L1::no_allocate.L2::128B", ".nc.L1::no_allocate"}) {
+    for (const std::string cache :
+         {"", ".nc", ".cs", ".L1::no_allocate", ".L1::no_allocate.L2::128B", ".nc.L1::no_allocate"}) {
       Register("ld.global" + cache + vector + "." + type, Load<Space::kGlobal, bytes, is_signed>);
     }
     Register("ld.shared" + vector + "." + type, Load<Space::kShared, bytes, is_signed>);

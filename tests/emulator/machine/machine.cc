@@ -23,8 +23,7 @@ std::string Where(const Warp& warp, const Instruction& instruction) {
 
 }  // namespace
 
-AsyncOperation::AsyncOperation(const Step& step)
-    : warp(&step.warp), instruction(&step.instruction), lanes(step.mask) {
+AsyncOperation::AsyncOperation(const Step& step) : warp(&step.warp), instruction(&step.instruction), lanes(step.mask) {
   if (step.machine.checker()) {
     view = step.warp.view;
     actor.own = step.warp.component;
@@ -225,7 +224,8 @@ void Machine::Exit(Warp* warp, uint32_t lanes) {
 
 void Machine::LeaveCta(Cta* cta) {
   Grid* grid = cta->grid;
-  if (cta->home->tensor.Owns(cta->number)) throw Error("the CTA ends with columns of tensor memory that it never freed");
+  if (cta->home->tensor.Owns(cta->number))
+    throw Error("the CTA ends with columns of tensor memory that it never freed");
   for (const auto& operation : pending_) {
     if (operation->warp->cta == cta && !operation->global_only) {
       throw Error("the CTA ends before this is complete: " + operation->instruction->text);

@@ -50,8 +50,8 @@ class AsyncOperation {
   uint32_t lanes;
   bool done = false;
   bool global_only = false;  // needs nothing of its CTA, which may end before
-  bool late = false;  // in this run only when nothing else can go on
-  int waits_for = 0;  // operations that must be performed before
+  bool late = false;         // in this run only when nothing else can go on
+  int waits_for = 0;         // operations that must be performed before
   std::vector<AsyncOperation*> before;
   View view;  // of the warp as it issued this
   Actor actor;
@@ -66,17 +66,17 @@ struct Warp {
   std::vector<uint64_t> rows;                // of registers wider than a bit
   std::vector<uint32_t> predicates, poison;  // by register, a bit for each lane
 
-  Operations copies;        // cp.async, that nobody has waited for
-  uint32_t copy_count = 0;  // of all
+  Operations copies;                                                          // cp.async, that nobody has waited for
+  uint32_t copy_count = 0;                                                    // of all
   std::map<const AsyncOperation*, std::array<uint32_t, kLanes>> copy_groups;  // of each lane
   std::array<uint32_t, kLanes> open_group{};                                  // the one that it fills
   Operations products;                                                        // wgmma, in order
   std::map<const AsyncOperation*, uint32_t> product_groups;
   uint32_t open_products = 0, product_count = 0;
-  std::vector<uint16_t> in_flight;          // by register: products that nobody has waited for and that use it
+  std::vector<uint16_t> in_flight;           // by register: products that nobody has waited for and that use it
   std::vector<uint32_t> poison_in_products;  // of accumulators in flight, whose `poison` has all lanes
-  Operations loads, stores;                       // tcgen05.ld and .st
-  std::array<Operations, kLanes> tensor;          // tcgen05.mma and .cp of each thread
+  Operations loads, stores;                  // tcgen05.ld and .st
+  std::array<Operations, kLanes> tensor;     // tcgen05.mma and .cp of each thread
 
   uint64_t barrier_generation = 0;  // of the barrier that it is at, plus one
   uint64_t cluster_generation = 0;  // likewise
@@ -152,9 +152,9 @@ struct Grid {
   int released = 0, exited = 0;  // CTAs
   int operations = 0;            // asynchronous ones
   bool complete = false;
-  int dependents_know = 1 << 30;       // up to which grid all CTAs had waited when they released the next
-  std::vector<int64_t> counts;         // executed, by instruction and warp
-  Knowledge launched;                  // of its CTAs as they start
+  int dependents_know = 1 << 30;  // up to which grid all CTAs had waited when they released the next
+  std::vector<int64_t> counts;    // executed, by instruction and warp
+  Knowledge launched;             // of its CTAs as they start
   std::vector<std::unique_ptr<Cta>> resident;
 };
 

@@ -23,10 +23,10 @@ enum class OperandKind { kRegister, kImmediate, kSpecial, kLabel, kAddress, kPar
 
 struct Operand {
   OperandKind kind = OperandKind::kNone;
-  bool negated = false;  // a predicate
-  int bytes = 0;         // of a register: 1 (a predicate), 2, 4 or 8
-  int reg = -1;          // a register; of an address its base, -1: none
-  int64_t value = 0;     // an immediate's bits, a special register, a branch's target, an address' offset
+  bool negated = false;        // a predicate
+  int bytes = 0;               // of a register: 1 (a predicate), 2, 4 or 8
+  int reg = -1;                // a register; of an address its base, -1: none
+  int64_t value = 0;           // an immediate's bits, a special register, a branch's target, an address' offset
   std::vector<Operand> items;  // of a vector
 };
 

@@ -178,7 +178,8 @@ Outcome Fence(Step&) { return Outcome::kNext; }
 
 template <int columns>
 void RegisterWidths() {
-  Register("wgmma.mma_async.sync.aligned.m64n" + std::to_string(columns) + "k16.f32.bf16.bf16", Multiply<columns>, true);
+  Register("wgmma.mma_async.sync.aligned.m64n" + std::to_string(columns) + "k16.f32.bf16.bf16", Multiply<columns>,
+           true);
   if constexpr (columns > 8) RegisterWidths<columns - 8>();
 }
 
