@@ -8,6 +8,7 @@ import importlib
 import pathlib
 import re
 import tempfile
+from typing import Any
 
 from jax_moe.kernels import cubin
 from jax_moe.kernels.specs import Spec
@@ -46,6 +47,26 @@ class CompiledKernel:
 
 def compile(spec: Spec, target: str) -> CompiledKernel:
     """Compiles the kernel of ``spec`` for the architecture ``target``."""
+    result, text = _compile(spec, target)
+    image = result.__cubin__
+    (symbol,) = result.kernel_info
+    host_code = result.ir_module.operation.get_asm()
+    return CompiledKernel(
+        image=image,
+        symbol=symbol,
+        shared_bytes=_dynamic_shared_bytes(host_code, spec.name),
+        tensor_core_instructions=text.count(spec.tensor_core_ptx) if spec.tensor_core_ptx else 0,
+        **cubin.facts(image, symbol),
+    )
+
+
+def ptx(spec: Spec, target: str) -> str:
+    """The PTX of the kernel that :func:`compile` makes."""
+    return _compile(spec, target)[1]
+
+
+def _compile(spec: Spec, target: str) -> tuple[Any, str]:
+    """What the DSL makes of ``spec``, and the PTX that it went through."""
     import cutlass.cute as cute
 
     from jax_moe.kernels.device import entry
@@ -55,16 +76,7 @@ def compile(spec: Spec, target: str) -> CompiledKernel:
     with tempfile.TemporaryDirectory() as dump:
         options = f"--gpu-arch {target} --keep-cubin --keep-ptx --dump-dir {dump}"
         result = cute.compile(kernel.launch, *entry.example_arguments(spec), options=options)
-        image, ptx = result.__cubin__, "".join(p.read_text() for p in pathlib.Path(dump).glob("*.ptx"))
-        (symbol,) = result.kernel_info
-        host_code = result.ir_module.operation.get_asm()
-    return CompiledKernel(
-        image=image,
-        symbol=symbol,
-        shared_bytes=_dynamic_shared_bytes(host_code, spec.name),
-        tensor_core_instructions=ptx.count(spec.tensor_core_ptx) if spec.tensor_core_ptx else 0,
-        **cubin.facts(image, symbol),
-    )
+        return result, "".join(p.read_text() for p in pathlib.Path(dump).glob("*.ptx"))
 
 
 def _dynamic_shared_bytes(host_code: str, name: str) -> int:

@@ -1,0 +1,1 @@
+"""PTX text as data: :mod:`ptx.parser`."""
