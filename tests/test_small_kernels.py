@@ -36,6 +36,7 @@ def launch(spec, grid, target, arrays):
         SortCase(130, 4, 4, 192, granule=16),  # 520 routes
         SortCase(130, 4, 1, 192, "one", granule=16),  # 3 * 176 rows
         SortCase(64, 3, 1, 64, "one", granule=16),  # tiles without padding
+        SortCase(33, 1, 1, 32, "one", granule=16),  # half of them are one more than a granule
         SortCase(90, 8, 20, 32, "hostile", 3, granule=8),
         SortCase(250, 8, 5, 64, "skewed", weighted=False, granule=16),
         SortCase(50, 3, 16, 64, "none", granule=8),
