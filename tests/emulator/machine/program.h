@@ -16,7 +16,10 @@ constexpr uint32_t kAllLanes = 0xFFFFFFFFu;
 
 // What is wrong with the program that runs, or with the call; the message is for whoever wrote the kernel.
 class Error : public std::runtime_error {
-  using std::runtime_error::runtime_error;
+ public:
+  explicit Error(const std::string& message, bool says_where = false)
+      : std::runtime_error(message), says_where(says_where) {}
+  bool says_where;  // the message names an instruction already
 };
 
 enum class OperandKind { kRegister, kImmediate, kSpecial, kLabel, kAddress, kParameter, kVector, kNone };
