@@ -47,6 +47,7 @@ struct Operation {
   std::string name;
   Handler handler = nullptr;
   bool aligned = false;  // all lanes of the warp that have not exited execute it together
+  int variant = 0;       // for a handler of several operations
 };
 
 struct Instruction {
@@ -75,7 +76,7 @@ const Operation* FindOperation(std::string_view name);
 std::vector<std::string> OperationNames();
 
 // What the files of operations fill in.
-void Register(std::string name, Handler handler, bool aligned = false);
+void Register(std::string name, Handler handler, bool aligned = false, int variant = 0);
 
 // A program from words and texts (encode.py says how they are laid out).
 Program Decode(const int64_t* words, int64_t count, const std::vector<std::string>& texts);
