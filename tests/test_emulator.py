@@ -128,6 +128,7 @@ def test_endless_kernels_end():
 
 # --- Mbarriers and copies -----------------------------------------------------------------------------------------
 
+ARRIVED = wait("%r21")
 BARRIER = """
   mov.b32 %r20, dynamic; add.s32 %r21, %r20, 16384;
   setp.ne.b32 %p0, %r0, 0;
@@ -145,7 +146,7 @@ READ_BACK = """
 VALUES = np.arange(64, dtype=np.uint32)
 
 
-def bulk(*, expect=256, size=256, waits=wait("%r21")):
+def bulk(*, expect=256, size=256, waits=ARRIVED):
     return BARRIER + EXPECT.format(size=expect) + BULK.format(size=size) + waits + READ_BACK
 
 

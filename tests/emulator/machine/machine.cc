@@ -99,7 +99,9 @@ Cta& Machine::Peer(Cta& cta, uint64_t address) {
   const uint64_t rank = address >> 24;  // 0: the CTA itself; ReadMapa has the rest
   if (rank == 0) return cta;
   if (rank > cta.cluster->ctas.size()) throw Error("shared address " + Hex(address) + " is of no CTA of the cluster");
-  return *cta.cluster->ctas[rank - 1];
+  Cta& peer = *cta.cluster->ctas[rank - 1];
+  if (peer.live_warps == 0) throw Error("CTA " + std::to_string(peer.index) + " of the cluster has ended");
+  return peer;
 }
 
 // --- Asynchronous operations --------------------------------------------------------------------------------------
@@ -147,18 +149,24 @@ bool Machine::StartOne() {
     const size_t offset = random_.Below(multiprocessors_.size());
     const int64_t shared = grid.shared_bytes + kSharedOfSystem;
     std::vector<std::array<int64_t, 3>> taken(multiprocessors_.size(), {0, 0, 0});  // by this cluster so far
-    for (int rank = 0; rank < grid.cluster; ++rank) {
-      for (size_t j = 0; j < multiprocessors_.size(); ++j) {
-        const size_t at = (offset + j + static_cast<size_t>(rank)) % multiprocessors_.size();
-        Multiprocessor* home = multiprocessors_[at].get();
-        auto& [threads, bytes, ctas] = taken[at];
-        const int most = grid.ctas_per_multiprocessor > 0 ? grid.ctas_per_multiprocessor : kMostCtas;
-        if (home->threads + threads + grid.threads > kMostThreads || home->ctas + ctas + 1 > most ||
-            home->shared_bytes + bytes + shared > kSharedOfMultiprocessor) {
-          continue;
+    const auto has_room = [&](size_t at) {
+      const auto& [threads, bytes, ctas] = taken[at];
+      const Multiprocessor& home = *multiprocessors_[at];
+      const int most = grid.ctas_per_multiprocessor > 0 ? grid.ctas_per_multiprocessor : kMostCtas;
+      return home.threads + threads + grid.threads <= kMostThreads && home.ctas + ctas + 1 <= most &&
+             home.shared_bytes + bytes + shared <= kSharedOfMultiprocessor;
+    };
+    // The CTAs of a pair are on neighbours, the even one on the even one.
+    const size_t group = grid.program->cta_group == 2 ? 2 : 1;
+    const size_t places = multiprocessors_.size() / group;
+    for (size_t rank = 0; rank < static_cast<size_t>(grid.cluster); rank += group) {
+      for (size_t j = 0; j < places; ++j) {
+        const size_t at = (offset + j + rank) % places * group;
+        if (!has_room(at) || !has_room(at + group - 1)) continue;
+        for (size_t i = at; i < at + group; ++i) {
+          taken[i][0] += grid.threads, taken[i][1] += shared, taken[i][2] += 1;
+          homes.push_back(multiprocessors_[i].get());
         }
-        threads += grid.threads, bytes += shared, ctas += 1;
-        homes.push_back(home);
         break;
       }
     }
@@ -233,7 +241,7 @@ void Machine::LeaveCta(Cta* cta) {
   if (cta->home->tensor.Owns(cta->number))
     throw Error("the CTA ends with columns of tensor memory that it never freed");
   for (const auto& operation : pending_) {
-    if (operation->warp->cta == cta && !operation->global_only) {
+    if ((operation->warp->cta == cta && !operation->global_only) || operation->peer == cta) {
       throw Error("the CTA ends, and its shared memory with it, before this is complete: line " +
                   std::to_string(operation->instruction->line) + ": " + operation->instruction->text);
     }
