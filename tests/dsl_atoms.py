@@ -52,6 +52,7 @@ class _Issue(entry.Kernel):
     @cute.kernel
     def kernel(self, given):
         smem = SmemAllocator()
+        smem.allocate_array(Uint8, 1 << 17)  # so that every bit of an address counts
         blocks = named(
             base=given.base,
             a=smem.allocate_array(Uint8, BLOCK_BYTES, byte_alignment=1024),

@@ -79,7 +79,7 @@ def run(spec, width: int):
     memory = emulator.Memory()
     log = memory.array(np.zeros((len(issues), _ENTRY), np.uint64))
     arguments = [log, BASE, width]
-    emulator.run([emulator.Launch(kernel, 1, arguments, 32, shared_bytes=100_000)], memory)
+    emulator.run([emulator.Launch(kernel, 1, arguments, 32, shared_bytes=200_000)], memory)
     values = log.read()
     assert not values[:, -1].any()  # no lane is left out
     return [(*issue, *map(int, row[: len(_BITS[issue[0]])])) for issue, row in zip(issues, values, strict=True)]
