@@ -36,7 +36,7 @@ them, two stages ago, has been waited for: the products of the stage between kee
 
 A pair (``config.pair``) is two CTAs of a cluster: 256 rows of weights, half a tile's token rows in the shared memory of
 each. One thread of the *leader*, CTA 0, issues the products for both, and each CTA stores the sums of its own rows. So
-the leader waits for both: UNIT_EMPTY, SUMS_EMPTY and WEIGHTS_FULL are the leader's, all warps of both CTAs arrive there,
+the leader waits for both: UNIT_EMPTY, SUMS_EMPTY and WEIGHTS_FULL are its own, the warps of both CTAs arrive there,
 the peer's warp 4 tells it that a stage is full, and its own loads tell both CTAs of a unit. Commits arrive in both.
 
 Launch overlap is as on sm_90a (``kernels/README.md``). GEMM1 lets GEMM2 start after it has allocated its tensor memory:
@@ -348,6 +348,9 @@ class Gemm(entry.Kernel):
     def _load_unit(self, op, shared, lane, unit, slot, parity, early):
         for k_block in cutlass.range(0, op.k_blocks, self.blocks, unroll=1):
             self._wait(shared, self.empty + slot, parity)
+            if cutlass.const_expr(self.is_fp4):
+                # The commit speaks for the products only. They leave out steps behind K, whose bytes are copied too.
+                self._wait(shared, self.full + slot, parity)
             if lane == 0:
                 if k_block >= early:
                     self._copy_weights(op, shared, slot, unit, k_block)
@@ -419,6 +422,9 @@ class Gemm(entry.Kernel):
                 self._warp_arrives(shared, self.empty + slot, lane)
                 slot, parity = self._next(slot, parity, self.stages)
             expert, _, _, _ = self._receive(shared, place, place_parity, lane)
+        for _ in cutlass.range_constexpr(2):  # as in _drain
+            self._wait(shared, self.weights_empty + half, half_parity)
+            half, half_parity = self._next(half, half_parity, 2)
 
     @cute.jit
     def _dequantise(self, shared, address, lanes, row, lane, half, parity):
@@ -520,10 +526,10 @@ class Gemm(entry.Kernel):
         for step in cutlass.range_constexpr(_BLOCK_STEPS):
             if step < steps:
                 offset = step * STEP_K // 2
-                tcgen05.multiply_fp4(
-                    self.group, sums, tcgen05.operand_descriptor(a + offset), tcgen05.operand_descriptor(b + offset), instruction,
-                    a_columns + 4 * step, b_columns + 4 * step * self.atoms, k_block if step == 0 else Int32(1),
-                )  # fmt: skip
+                operands = tcgen05.operand_descriptor(a + offset), tcgen05.operand_descriptor(b + offset)
+                scales = a_columns + 4 * step, b_columns + 4 * step * self.atoms
+                accumulate = k_block if step == 0 else Int32(1)
+                tcgen05.multiply_fp4(self.group, sums, *operands, instruction, *scales, accumulate)
 
     @cute.jit
     def _multiply_dequantised(self, op, shared, base, sums, instruction, slot, half, parity, k_block):

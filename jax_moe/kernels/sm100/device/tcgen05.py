@@ -57,7 +57,7 @@ def scale_descriptor(address: Int32) -> Int64:
 
 
 def instruction_descriptor(fp4: bool, group: int, width: Int32) -> Int32:
-    """Of ``128 * group`` rows of A times ``width`` rows of B, a multiple of ``8 * group`` to 256; a value of run time."""
+    """Of ``128 * group`` rows of A times ``width`` of B, a multiple of ``8 * group`` up to 256, known at run time."""
     return Int32((_FP4 if fp4 else _BF16) | group * _M) | (width // 8 << 17)
 
 
