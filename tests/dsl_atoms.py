@@ -6,7 +6,7 @@ scales and of each product. So they allocate nothing, fill nothing, wait for not
 
 import dataclasses
 
-from cutlass import BFloat16, Float4E2M1FN, Float8E4M3FN, Float32, Int32, Uint8
+from cutlass import BFloat16, Float4E2M1FN, Float8E4M3FN, Float32, Int32, Uint8, Uint32
 import cutlass.cute as cute
 from cutlass.cute.nvgpu import tcgen05 as dsl
 from cutlass.memory import SmemAllocator
@@ -60,6 +60,63 @@ class _Issue(entry.Kernel):
             b_scales=smem.allocate_array(Uint8, 2 * SCALE_BYTES, byte_alignment=1024),
         )
         self._issue(blocks, given.width)
+
+
+@dataclasses.dataclass(frozen=True)
+class AccessSpec:
+    """A warp's loads of sums and its store of weights; ``width`` is which warp of a warpgroup."""
+
+    issue: str
+    blocks: int
+
+    threads, cluster, overlap, tensor_core_ptx = 32, 1, False, None
+    parameters = {"log": "u8*", "base": "i32", "width": "i32"}  # noqa: RUF012
+
+    @property
+    def name(self) -> str:
+        return f"{self.issue}_{self.blocks}"
+
+    @property
+    def implementation(self) -> str:
+        return f"dsl_atoms:{self.issue}"
+
+
+class DslAccess(entry.Kernel):
+    """By the DSL's copies; the loads are of both halves of the warp's lanes."""
+
+    @cute.kernel
+    def kernel(self, given):
+        tid, _, _ = cute.arch.thread_idx()
+        blocks = self.spec.blocks
+        repetition = getattr(dsl.Repetition, f"x{blocks}")
+        self._copy(given, tid, dsl.Ld16x256bOp(repetition), 8 * blocks, True)
+        self._copy(given, tid, dsl.St32x32bOp(dsl.Repetition.x32), 32, False)
+
+    def _copy(self, given, tid, operation, columns, is_load):
+        base = cute.make_ptr(Float32, given.base, cute.AddressSpace.tmem, assumed_align=16)
+        memory = cute.make_tensor(base, cute.make_layout((128, columns), stride=(1 << 16, 1)))
+        copy = dsl.make_tmem_copy(cute.make_copy_atom(operation, Float32), memory)
+        mine = copy.get_slice(given.width * 32 + tid)
+        if is_load:
+            source, places = mine.partition_S(memory), mine.partition_D(cute.make_identity_tensor((128, columns)))
+            values = cute.make_rmem_tensor(places.shape, Float32)
+            cute.copy(copy, source, values)
+        else:
+            target, places = mine.partition_D(memory), mine.partition_S(cute.make_identity_tensor((128, columns)))
+            values = cute.make_rmem_tensor(places.shape, Float32)
+            values.fill(0.0)
+            cute.copy(copy, values, target)
+
+
+class OursAccess(entry.Kernel):
+    """As the epilogues and the dequantising warps do."""
+
+    @cute.kernel
+    def kernel(self, given):
+        lanes = given.base + (given.width << 21)
+        for half in range(2):
+            tcgen05.load_fragments(lanes + (half * 16 << 16), self.spec.blocks)
+        tcgen05.store_columns(lanes, [Uint32(0)] * 32)
 
 
 class Dsl(_Issue):

@@ -53,16 +53,37 @@ def logged(text: str) -> tuple[str, list[tuple[str, ...]]]:
             lines += [f"st.global.b64 {place(i)}, %log64;"]
         return "\n\t".join(lines)
 
-    text = _ISSUE.sub(log, text)
+    return with_log(_ISSUE.sub(log, text)), issues
+
+
+def with_log(text: str) -> str:
+    """Adds what the stores to the log need."""
     assert "tcgen05" not in text
     parameter = re.search(r"\.param \.u64 \S+ \S+ \S+ \S+ (\w+_param_0)", text)[1]
     text = re.sub(r"(?<=[{ ])_(?=[,}])", "%sink", text)  # which the emulator does not know: ours has none
     start = f"\t.reg .b32 %log32, %sink;\n\t.reg .b64 %log, %log64;\n\n\tld.param.b64 %log, [{parameter}];\n"
-    return re.sub(r"\n\n(?=\tld\.param)", f"\n{start}", text, count=1), issues
+    return re.sub(r"\n\n(?=\tld\.param)", f"\n{start}", text, count=1)
+
+
+def accesses_logged(text: str) -> tuple[str, list[tuple[str, ...]]]:
+    """The same for its loads from and stores to tensor memory: their addresses. What is loaded becomes 0."""
+    issues = []
+
+    def log(match):
+        kind, form, operands = match.groups()
+        address = re.search(r"\[(%r\d+)\+?(\d*)\]", operands)
+        lines = [f"add.s32 %log32, {address[1]}, {address[2] or 0};", "cvt.u64.u32 %log64, %log32;"]
+        lines += [f"st.global.b64 [%log+{8 * _ENTRY * len(issues)}], %log64;"]
+        if kind == "ld":
+            lines += [f"mov.b32 {register}, 0;" for register in re.findall(r"%\w+", operands.partition("}")[0])]
+        issues.append((kind, form))
+        return "\n\t".join(lines)
+
+    return with_log(re.sub(r"tcgen05\.(ld|st)\.sync\.aligned\.(\S+)\s+([^;]*);", log, text)), issues
 
 
 @functools.cache
-def compiled(spec):
+def compiled(spec, logged=logged):
     text, issues = logged(compiler.ptx(spec, "sm_100f"))
     return emulator.Kernel(text), issues
 
@@ -115,3 +136,20 @@ def test_every_product_and_copy_is_given_what_the_atoms_give_it(fp4, group):
         # Copies in any order, for each its columns; then the products in theirs.
         assert sorted(got[:copies]) == sorted(wanted[:copies]), width
         assert got[copies:] == wanted[copies:], width
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 4])
+@pytest.mark.parametrize("warp", range(4))
+def test_loads_and_stores_of_tensor_memory_are_those_of_the_dsl(blocks, warp):
+    import dsl_atoms
+
+    found = []
+    for issue in ("DslAccess", "OursAccess"):
+        kernel, issues = compiled(dsl_atoms.AccessSpec(issue, blocks), accesses_logged)
+        memory = emulator.Memory()
+        log = memory.array(np.zeros((len(issues), _ENTRY), np.uint64))
+        # All lanes log, and what each writes is the same.
+        emulator.run([emulator.Launch(kernel, 1, [log, BASE, warp], 32)], memory, check=False)
+        found.append([(*access, int(row[0])) for access, row in zip(issues, log.read(), strict=True)])
+    assert found[0] == found[1]
+    assert [access[:2] for access in found[0]] == 2 * [("ld", f"16x256b.x{blocks}.b32")] + [("st", "32x32b.x32.b32")]
