@@ -51,11 +51,11 @@ Outcome SyncThreads(Step& step) {
     warp.barrier_generation = arrival.generation + 1;
     if (arrival.barrier->generation == arrival.generation) {
       const auto [barrier, generation] = arrival;
-      return Machine::Block(
-          step, [barrier, generation] { return barrier->generation != generation; },
-          "a barrier where " + std::to_string(barrier->arrived) + " of " + std::to_string(barrier->threads) +
-              " threads were by then",
-          true);
+      const auto what = [barrier] {
+        return "a barrier where " + std::to_string(barrier->arrived) + " of " + std::to_string(barrier->threads) +
+               " threads are";
+      };
+      return Machine::Block(step, [barrier, generation] { return barrier->generation != generation; }, what, true);
     }
   }
   const auto id = Uniform<uint32_t>(step, OperandAt(step, 0), "the number of a barrier");
@@ -212,11 +212,12 @@ Outcome WaitParity(Step& step) {
     const int lane = __builtin_ctz(step.mask);
     const Mbarrier* barrier = &MbarrierAt(cta, addresses.lane[lane]);
     const uint32_t parity = parities[lane];
-    return Machine::Block(
-        step, [barrier, parity] { return (barrier->phase & 1) != parity; },
-        "mbarrier " + Hex(addresses.lane[lane]) + " to end its phase of parity " + std::to_string(parity) +
-            " (of its phase " + std::to_string(barrier->phase) + " there are " + std::to_string(barrier->pending) +
-            " arrivals and " + std::to_string(barrier->bytes) + " bytes to come)");
+    const auto what = [barrier, parity, address = addresses.lane[lane]] {
+      return "mbarrier " + Hex(address) + " to end its phase of parity " + std::to_string(parity) + " (of its phase " +
+             std::to_string(barrier->phase) + " there are " + std::to_string(barrier->pending) + " arrivals and " +
+             std::to_string(barrier->bytes) + " bytes to come)";
+    };
+    return Machine::Block(step, [barrier, parity] { return (barrier->phase & 1) != parity; }, what);
   }
   if (Checker* checker = step.machine.checker(); checker && acquires) {
     ForLanes(step.mask & ended,

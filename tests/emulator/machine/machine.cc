@@ -52,9 +52,13 @@ Machine::Machine(GlobalMemory* memory, const Options& options)
 
 // --- For handlers -------------------------------------------------------------------------------------------------
 
-Outcome Machine::Block(Step& step, std::function<bool()> ready, std::string what, bool committed) {
+Outcome Machine::Block(Step& step, std::function<bool()> ready, std::function<std::string()> what, bool committed) {
   step.group.wait = {std::move(ready), committed, std::move(what)};
   return Outcome::kBlocked;
+}
+
+Outcome Machine::Block(Step& step, std::function<bool()> ready, const char* what) {
+  return Block(step, std::move(ready), [what] { return std::string(what); });
 }
 
 bool Machine::Converged(Step& step, uint32_t members) {
@@ -62,7 +66,7 @@ bool Machine::Converged(Step& step, uint32_t members) {
   const uint32_t here = step.group.mask;
   const auto missing = [warp, members, here] { return members & warp->live & ~here; };
   if (missing() == 0) return true;
-  step.group.wait = {[missing] { return missing() == 0; }, false, "the other lanes of its warp"};
+  Block(step, [missing] { return missing() == 0; }, "the other lanes of its warp");
   return false;
 }
 
@@ -169,7 +173,8 @@ void Machine::StartCluster(Grid* grid, const std::vector<Multiprocessor*>& homes
   const int first = grid->start_order[grid->started++] * grid->cluster;
   if (grid->number > 0) {
     const Grid& front = (*grids_)[static_cast<size_t>(grid->number) - 1];
-    grid->launched.launches = front.complete ? grid->number - 1 : front.dependents_know;
+    // Where it may start early, what it knows is what it would know then.
+    grid->launched.launches = grid->overlap ? front.dependents_know : grid->number - 1;
   }
   auto cluster = std::make_shared<Cluster>();
   for (int rank = 0; rank < grid->cluster; ++rank) {
@@ -235,7 +240,7 @@ void Machine::LeaveCta(Cta* cta) {
   }
   int known = -1;
   for (const auto& warp : cta->warps) known = std::max(known, warp->view.knowledge.launches);
-  if (grid->overlap && known < grid->number - 1) {
+  if (grid->overlap && known < grid->number - 1) {  // then its end would say nothing of those in front
     throw Error("the CTA ends without having waited for the grid in front (griddepcontrol.wait)");
   }
   if (!cta->released_dependents) {
@@ -268,8 +273,11 @@ void Machine::Execute(Warp* warp, Group* group) {
       const uint32_t guard = warp->predicates[static_cast<size_t>(instruction.guard)];
       mask &= instruction.guard_negated ? ~guard : guard;
     }
+    const auto warps = static_cast<size_t>((grid.threads + kLanes - 1) / kLanes);
+    int64_t& count = warp->cta->grid->counts[static_cast<size_t>(group->pc) * warps + static_cast<size_t>(warp->index)];
     if (mask == 0) {
       group->pc++;
+      ++count;  // it takes its turn all the same
       return;
     }
     Step step{*this, *warp, program, instruction, *group, mask};
@@ -277,12 +285,10 @@ void Machine::Execute(Warp* warp, Group* group) {
       if (mask != group->mask) throw Error("lanes of one warp differ in whether they execute this");
       if (!Converged(step, kAllLanes)) return;
     }
-    const int pc = group->pc;
     const Outcome outcome = instruction.operation->handler(step);  // a jump may move the groups
     if (outcome == Outcome::kBlocked) return;
     if (outcome == Outcome::kNext) group->pc++;
-    const auto warps = static_cast<size_t>((grid.threads + kLanes - 1) / kLanes);
-    warp->cta->grid->counts[static_cast<size_t>(pc) * warps + static_cast<size_t>(warp->index)]++;
+    ++count;
     if (outcome == Outcome::kJumped) {
       uint32_t left = 0;
       for (const Group& each : warp->groups) left |= each.mask;
@@ -373,7 +379,7 @@ void Machine::Deadlock() {
     for (const Group& group : warp->groups) {
       if (++told > 24) continue;
       const Instruction& instruction = warp->cta->grid->program->code[static_cast<size_t>(group.pc)];
-      message += "\n  " + Name(*warp) + ", lanes " + Hex(group.mask) + " wait for " + group.wait.what + " in line " +
+      message += "\n  " + Name(*warp) + ", lanes " + Hex(group.mask) + " wait for " + group.wait.what() + " in line " +
                  std::to_string(instruction.line) + ": " + instruction.text;
     }
   }

@@ -27,7 +27,7 @@ struct Grid;
 struct Wait {
   std::function<bool()> ready;  // empty: for nothing
   bool committed = false;       // lanes that come later may not join
-  std::string what;             // for the report of a deadlock
+  std::function<std::string()> what;
 };
 
 // Lanes of a warp that execute together.
@@ -184,8 +184,10 @@ class Machine {
   void Run(std::vector<Grid>* grids);
 
   // --- For handlers ---
-  // Waits until `ready`.
-  static Outcome Block(Step& step, std::function<bool()> ready, std::string what, bool committed = false);
+  // Waits until `ready`; `what` is for the report of a deadlock.
+  static Outcome Block(Step& step, std::function<bool()> ready, std::function<std::string()> what,
+                       bool committed = false);
+  static Outcome Block(Step& step, std::function<bool()> ready, const char* what);
   // Whether all live lanes of `members` are here; if not, `step` waits for them.
   static bool Converged(Step& step, uint32_t members);
   // Takes an operation over; it may be performed from now on, but not before those in `before`.

@@ -30,7 +30,7 @@ Outcome Allocate(Step& step) {
   if (room.empty()) {
     return Machine::Block(
         step, [tensor, columns] { return !tensor->Room(columns).empty(); },
-        std::to_string(columns) + " free columns of tensor memory");
+        [columns] { return std::to_string(columns) + " free columns of tensor memory"; });
   }
   const bool any = step.machine.options().order == Order::kRandom;
   const int column = any ? room[step.machine.random().Below(room.size())] : room[0];
