@@ -118,8 +118,7 @@ Outcome AllocateTogether(Step& step) {
     const std::vector<int> room = RoomInBoth(cta, peer, columns);
     if (room.empty()) {
       return Machine::Block(
-          step,
-          [&cta, &peer, columns] { return cta.granted_column >= 0 || !RoomInBoth(cta, peer, columns).empty(); },
+          step, [&cta, &peer, columns] { return cta.granted_column >= 0 || !RoomInBoth(cta, peer, columns).empty(); },
           std::to_string(columns) + " free columns of tensor memory in both CTAs");
     }
     const bool any = step.machine.options().order == Order::kRandom;
