@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 import jax_moe
-from jax_moe import placement, preparation, quantize
-from jax_moe.kernels.sm90.device import weight_block
+from jax_moe import activations, layouts, placement, preparation, quantize
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 SWIGLU, RELU2 = jax_moe.SwiGLU(), jax_moe.ReLU2()
@@ -70,24 +69,27 @@ def test_calibrate_on_tokens_that_are_spread_too():
 
 
 @pytest.mark.parametrize(
-    ("expert", "tensor", "activation", "axis_type"),
+    ("layout", "expert", "tensor", "activation", "axis_type"),
     [
-        (8, 1, SWIGLU, AUTO),
-        (1, 2, RELU2, EXPLICIT),
-        (2, 2, SWIGLU, EXPLICIT),
-        (2, 4, RELU2, AUTO),
-        (2, 4, SWIGLU, AUTO),
+        ("wgmma_v1", 8, 1, SWIGLU, AUTO),
+        ("wgmma_v1", 1, 2, RELU2, EXPLICIT),
+        ("wgmma_v1", 2, 2, SWIGLU, EXPLICIT),
+        ("wgmma_v1", 2, 4, RELU2, AUTO),
+        ("wgmma_v1", 2, 4, SWIGLU, AUTO),
+        ("tcgen05_bf16_v1", 2, 4, RELU2, AUTO),
+        ("tcgen05_fp4_v1", 2, 2, SWIGLU, EXPLICIT),
+        ("tcgen05_fp4_v1", 2, 4, RELU2, AUTO),
     ],
 )
-def test_prepare_and_unprepare(expert, tensor, activation, axis_type):
+def test_prepare_and_unprepare(layout, expert, tensor, activation, axis_type):
     """I = 320 in 2 or 4 slices: 160 and 80 are no whole blocks of 64 or 128, so every slice is padded by itself."""
     hidden, intermediate = 80, 320
     case = make_case(3, hidden=hidden, intermediate=intermediate, num_experts=8, activation=activation, bias=True)
     mesh, placed = place(case.experts, expert, tensor, axis_type)
-    prepared = jax_moe.prepare(placed, "sm_90a")
+    prepared = jax_moe.prepare(placed, layout)
     again = jax_moe.unprepare(prepared, hidden, intermediate)
     assert_placed_like(again, case.experts, mesh)
-    assert moved(preparation._prepare_in_place.lower(placed, "wgmma_v1")) == []
+    assert moved(preparation._prepare_in_place.lower(placed, layout)) == []
     lowered = preparation._unprepare_in_place.lower(prepared, hidden, intermediate // tensor)
     assert moved(lowered) == []
 
@@ -110,16 +112,27 @@ def test_another_number_of_slices_is_no_padding(intermediate):
 
 
 @pytest.mark.parametrize(
-    ("intermediate", "slices", "activation"),
-    [(160, 2, SWIGLU), (192, 4, RELU2), (704, 2, SWIGLU), (704, 2, RELU2), (1856, 2, SWIGLU), (1856, 4, RELU2)],
+    ("layout", "intermediate", "slices", "activation"),
+    [
+        ("wgmma_v1", 160, 2, SWIGLU),
+        ("wgmma_v1", 192, 4, RELU2),
+        ("wgmma_v1", 704, 2, SWIGLU),
+        ("wgmma_v1", 704, 2, RELU2),
+        ("wgmma_v1", 1856, 2, SWIGLU),
+        ("wgmma_v1", 1856, 4, RELU2),
+        ("tcgen05_bf16_v1", 704, 2, RELU2),
+        ("tcgen05_fp4_v1", 160, 2, SWIGLU),
+        ("tcgen05_fp4_v1", 704, 2, SWIGLU),
+        ("tcgen05_fp4_v1", 704, 2, RELU2),
+    ],
     ids=str,
 )
-def test_each_slice_is_prepared_as_if_it_were_the_whole(intermediate, slices, activation):
+def test_each_slice_is_prepared_as_if_it_were_the_whole(layout, intermediate, slices, activation):
     """What a device holds is what it would hold of experts of its slice only, padded with zeros to whole blocks."""
     case = make_case(4, hidden=32, intermediate=intermediate, num_experts=2, activation=activation, bias=True)
     _, placed = place(case.experts, 1, slices)
-    prepared = jax_moe.prepare(placed, "sm_90a")
-    tile = 64 if activation.gated else 128
+    prepared = jax_moe.prepare(placed, layout)
+    tile = layouts.get(layout).slice_unit(activations.num_parts(activation))
     size = intermediate // slices
     padded = -(-size // tile) * tile
     gate_up, down = case.experts.gate_up, case.experts.down
@@ -141,14 +154,14 @@ def test_each_slice_is_prepared_as_if_it_were_the_whole(intermediate, slices, ac
             ),
             dataclasses.replace(down, payload=fit(down.payload, 2, 2), block_scale=fit(down.block_scale, 2, 16)),
         )
-        expected = jax_moe.prepare(alone, "sm_90a", progress=False)
+        expected = jax_moe.prepare(alone, layout, progress=False)
         for name in ("gate_up", "down"):
             got = getattr(prepared, name).payload.addressable_shards[number].data
             helpers.assert_bit_equal(got, getattr(expected, name).payload)
             assert getattr(prepared, name).block_scale is None
         helpers.assert_bit_equal(prepared.gate_up.bias.addressable_shards[number].data, expected.gate_up.bias)
         # Whole blocks of gate_up and of down are the same part of I: a device's h is what its down weights read.
-        assert expected.down.payload.shape[2] * weight_block.BLOCK_K == padded
+        assert expected.down.payload.shape[2] * (256 if layout == "tcgen05_fp4_v1" else 64) == padded
 
 
 def test_unprepare_refuses_another_size():
@@ -164,14 +177,23 @@ def test_unprepare_refuses_another_size():
         jax_moe.unprepare(prepared, 48, "320")
 
 
-def test_weight_blocks_that_the_mesh_does_not_divide_say_what_to_do():
-    experts = jax_moe.prepare(make_case(6, hidden=48, intermediate=704).experts, "sm_90a", progress=False)
+@pytest.mark.parametrize(
+    ("layout", "intermediate", "what", "down_blocks"),
+    [
+        ("wgmma_v1", 704, "I in 11 weight blocks", 12),
+        ("tcgen05_fp4_v1", 704, "I in 11 weight blocks", 4),
+        # Both numbers of blocks are even, but half of gate_up's is less of I than half of down's.
+        ("tcgen05_fp4_v1", 384, r"I = 6 \* 64 in gate_up, 2 \* 256 in down alike", 2),
+    ],
+)
+def test_weight_blocks_that_the_mesh_does_not_divide_say_what_to_do(layout, intermediate, what, down_blocks):
+    experts = jax_moe.prepare(make_case(6, hidden=48, intermediate=intermediate).experts, layout, progress=False)
     mesh = jax.make_mesh((2,), ("tensor",), axis_types=(AUTO,))
-    with pytest.raises(ValueError, match=r"tensor_axis.*11 weight blocks; place canonical experts, then prepare them"):
+    with pytest.raises(ValueError, match=rf"tensor_axis.*{what}; place canonical experts, then prepare them"):
         jax_moe.expert_shardings(experts, mesh)
-    canonical = jax_moe.unprepare(experts, 48, 704)  # the advice works
+    canonical = jax_moe.unprepare(experts, 48, intermediate)  # the advice works
     placed = jax.device_put(canonical, jax_moe.expert_shardings(canonical, mesh))
-    assert jax_moe.prepare(placed, "sm_90a").down.payload.shape[2] == 12
+    assert jax_moe.prepare(placed, layout).down.payload.shape[2] == down_blocks
 
 
 VERBS = {

@@ -1,6 +1,7 @@
 """The prepared layout, checked by doing to it what the kernel's instructions do, thread by thread."""
 
 import dataclasses
+import itertools
 import re
 import types
 
@@ -17,11 +18,16 @@ from jax_moe import layouts, nvfp4, shapes
 from jax_moe.cli import timing
 from jax_moe.experts import Experts, Projection
 from jax_moe.kernels import targets
-from jax_moe.kernels.sm90.device import weight_block
+from jax_moe.kernels.device import bf16_weights
 from jax_moe.preparation import prepare, unprepare
 
 GATED = (2, 96, 80)
 UNGATED = (1, 144, 64)
+BLOCKS = {"wgmma_v1": (64, 4608), "tcgen05_bf16_v1": (64, 4608), "tcgen05_fp4_v1": (256, 18432)}
+"""Of each layout of blocks: values of the contraction in one, and its bytes."""
+HAVE_NAN = {"tcgen05_fp4_v1"}
+"""Layouts whose block scales may be NaN."""
+each_layout = pytest.mark.parametrize("layout", BLOCKS)
 
 
 def random_experts(rng, num_experts, parts, intermediate, hidden, bias=False):
@@ -134,13 +140,27 @@ def test_every_code_and_scale():
     assert len(seen) == 16 * 127
 
 
-@pytest.mark.parametrize(("projections", "intermediate", "hidden"), [GATED, UNGATED, (2, 16, 16), (2, 192, 176)])
-def test_round_trip(projections, intermediate, hidden):
+def test_every_layout_is_tested():
+    assert {*BLOCKS, "canonical"} == {*layouts.LAYOUTS}
+
+
+@pytest.mark.parametrize(
+    ("layout", "sizes"),
+    [
+        *itertools.product(BLOCKS, (GATED, UNGATED, (2, 16, 16), (2, 192, 176))),
+        ("tcgen05_fp4_v1", (1, 272, 528)),
+        ("tcgen05_fp4_v1", (2, 336, 256)),  # its blocks are longer
+    ],
+    ids=str,
+)
+def test_round_trip(layout, sizes):
+    projections, intermediate, hidden = sizes
     experts = random_experts(np.random.default_rng(1), 3, projections, intermediate, hidden, bias=True)
-    prepared = prepare(experts, "sm_90a", progress=False)
-    assert prepared.layout == "wgmma_v1"
-    assert prepared.gate_up.payload.shape == (3, -(-projections * intermediate // 128), -(-hidden // 64), 4608)
-    assert prepared.down.payload.shape == (3, -(-hidden // 128), -(-intermediate // 64), 4608)
+    prepared = prepare(experts, layout, progress=False)
+    assert prepared.layout == layout
+    block_k, size = BLOCKS[layout]
+    assert prepared.gate_up.payload.shape == (3, -(-projections * intermediate // 128), -(-hidden // block_k), size)
+    assert prepared.down.payload.shape == (3, -(-hidden // 128), -(-intermediate // block_k), size)
     assert prepared.gate_up.bias.shape[2] * projections == 128 * prepared.gate_up.payload.shape[1]
     again = unprepare(prepared, hidden, intermediate)
     for name in ("gate_up", "down"):
@@ -149,7 +169,8 @@ def test_round_trip(projections, intermediate, hidden):
             np.testing.assert_array_equal(np.asarray(got).view(np.uint8), np.asarray(want).view(np.uint8))
 
 
-def test_zero_negative_and_nan_block_scales():
+@each_layout
+def test_zero_negative_and_nan_block_scales(layout):
     rng = np.random.default_rng(2)
     experts = random_experts(rng, 2, 2, 64, 64)
     scales = np.asarray(experts.gate_up.block_scale).view(np.uint8).copy()
@@ -158,12 +179,14 @@ def test_zero_negative_and_nan_block_scales():
         experts,
         gate_up=dataclasses.replace(experts.gate_up, block_scale=jnp.asarray(scales.view(ml_dtypes.float8_e4m3fn))),
     )
-    prepared = prepare(experts, "sm_90a", progress=False)
-    np.testing.assert_array_equal(np.isnan(prepared.gate_up.global_scale), [[False, False], [False, True]])
+    prepared = prepare(experts, layout, progress=False)
+    is_nan = layout not in HAVE_NAN
+    np.testing.assert_array_equal(np.isnan(prepared.gate_up.global_scale), [[False, False], [False, is_nan]])
     assert not np.isnan(prepared.down.global_scale).any()
     again = unprepare(prepared, 64, 64)
-    want = np.asarray(nvfp4.dequantize(experts.gate_up.payload, experts.gate_up.block_scale))[0]
-    got = np.asarray(nvfp4.dequantize(again.gate_up.payload, again.gate_up.block_scale))[0]
+    of_interest = slice(None) if layout in HAVE_NAN else 0
+    want = np.asarray(nvfp4.dequantize(experts.gate_up.payload, experts.gate_up.block_scale))[of_interest]
+    got = np.asarray(nvfp4.dequantize(again.gate_up.payload, again.gate_up.block_scale))[of_interest]
     np.testing.assert_array_equal(got, want)
 
 
@@ -204,12 +227,14 @@ def test_errors():
             unprepare(prepared, *sizes)
 
 
-@pytest.mark.parametrize("projections", [GATED, UNGATED], ids=["gated", "ungated"])
-def test_a_call_checks_every_leaf_of_prepared_experts(projections):
+@pytest.mark.parametrize(
+    ("layout", "projections"), [*itertools.product(BLOCKS, (GATED, UNGATED)), ("tcgen05_fp4_v1", (2, 288, 80))], ids=str
+)
+def test_a_call_checks_every_leaf_of_prepared_experts(layout, projections):
     parts, intermediate, hidden = projections
     activation = jax_moe.SwiGLU() if parts == 2 else jax_moe.ReLU2()
     case = helpers.make_case(intermediate=intermediate, hidden=hidden, activation=activation, bias=True)
-    experts = prepare(case.experts, "sm_90a", progress=False)
+    experts = prepare(case.experts, layout, progress=False)
 
     def trace(**changes):
         changed = experts
@@ -219,8 +244,14 @@ def test_a_call_checks_every_leaf_of_prepared_experts(projections):
         return run.trace(case.x, changed, case.routing)
 
     assert trace()
-    padded = layouts.get("wgmma_v1").padded_intermediate_size(intermediate)
-    assert layouts.get("wgmma_v1").check(experts, hidden, (4, parts)) == padded
+    padded = layouts.get(layout).padded_intermediate_size(intermediate, parts)
+    assert (
+        padded
+        == {64: -(-intermediate // 64) * 64, 256: -(-intermediate // (128 // parts)) * (128 // parts)}[
+            BLOCKS[layout][0]
+        ]
+    )
+    assert layouts.get(layout).check(experts, hidden, (4, parts)) == padded
     gate_up, down = experts.gate_up, experts.down
     for changes, message in (
         ({"gate_up": {"payload": gate_up.payload.astype(jnp.int8)}}, "gate_up.payload: got"),
@@ -235,6 +266,7 @@ def test_a_call_checks_every_leaf_of_prepared_experts(projections):
         ({"down": {"payload": down.payload[:3]}}, "down.payload: got"),
         ({"down": {"payload": down.payload[:, :, :0]}}, "down.payload: got 0 blocks of I, which does not fit"),
         ({"down": {"payload": jnp.tile(down.payload, (1, 1, 2, 1))}}, "blocks of I, which does not fit"),
+        ({"gate_up": {"payload": jnp.tile(gate_up.payload, (1, 5, 1, 1))}}, "which does not fit"),
         ({"down": {"block_scale": case.experts.down.block_scale}}, "down.block_scale: got an array, needs None"),
         ({"down": {"global_scale": down.global_scale[:3]}}, "down.global_scale: got"),
         ({"down": {"input_scale": down.input_scale[:3]}}, "down.input_scale: got"),
@@ -244,15 +276,16 @@ def test_a_call_checks_every_leaf_of_prepared_experts(projections):
             trace(**changes)
 
 
-def test_stacked_layers_are_refused_and_vmap_prepares_them():
+@each_layout
+def test_stacked_layers_are_refused_and_vmap_prepares_them(layout):
     layers = [random_experts(np.random.default_rng(seed), 2, *GATED[:1], 96, 80) for seed in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
     with pytest.raises(ValueError, match=r"experts\.gate_up\.payload: got 5 axes, needs \[E, \*, I, \*\], .*jax\.vmap"):
-        prepare(stacked, "sm_90a")
-    together = jax.vmap(lambda experts: prepare(experts, "sm_90a"))(stacked)
+        prepare(stacked, layout)
+    together = jax.vmap(lambda experts: prepare(experts, layout))(stacked)
     for layer, experts in enumerate(layers):
         one = jax.tree.map(lambda leaf, layer=layer: leaf[layer], together)
-        assert_same(one, prepare(experts, "sm_90a", progress=False))
+        assert_same(one, prepare(experts, layout, progress=False))
 
 
 def test_spread_never_carries():
@@ -262,11 +295,11 @@ def test_spread_never_carries():
             (bits >> i & 1) << (b, b + 16)[half]
             for i, (b, half) in enumerate((b, h) for h in (0, 1) for b in (0, 1, 3, 4))
         )
-        got = (word & weight_block.SPREAD_MASK) * weight_block.SPREAD_FACTOR & weight_block.PAIR_MASK
+        got = (word & bf16_weights.SPREAD_MASK) * bf16_weights.SPREAD_FACTOR & bf16_weights.PAIR_MASK
         want = 0
         for half in range(2):
             for bit, target in enumerate((6, 7, 8, 15)):
-                want |= (word >> weight_block.code_bit(3, half, bit) & 1) << (target + 16 * half)
+                want |= (word >> bf16_weights.code_bit(3, half, bit) & 1) << (target + 16 * half)
         assert got == want
 
 
@@ -298,22 +331,24 @@ def test_the_default_device_may_be_chosen(monkeypatch, default):
 
 
 @pytest.mark.parametrize("nan", [0x7F, 0xFF])
-def test_nan_of_either_sign_in_either_projection(nan):
+@pytest.mark.parametrize("layout", BLOCKS.keys() - HAVE_NAN)
+def test_nan_of_either_sign_in_either_projection(layout, nan):
     experts = random_experts(np.random.default_rng(2), 2, 2, 64, 64)
     for name, place, want in (("gate_up", (1, 1, 3, 3), [[0, 0], [0, 1]]), ("down", (1, 3, 3), [0, 1])):
         projection = getattr(experts, name)
         scales = np.asarray(projection.block_scale).view(np.uint8).copy()
         scales[place] = nan
         changed = dataclasses.replace(projection, block_scale=jnp.asarray(scales.view(ml_dtypes.float8_e4m3fn)))
-        prepared = prepare(dataclasses.replace(experts, **{name: changed}), "sm_90a", progress=False)
+        prepared = prepare(dataclasses.replace(experts, **{name: changed}), layout, progress=False)
         np.testing.assert_array_equal(np.isnan(getattr(prepared, name).global_scale), want)
 
 
-def test_what_is_not_repacked_is_kept():
+@each_layout
+def test_what_is_not_repacked_is_kept(layout):
     experts = random_experts(np.random.default_rng(2), 2, *UNGATED, bias=True)
     gate_up = dataclasses.replace(experts.gate_up, input_scale=jnp.float32(3))
     down = dataclasses.replace(experts.down, input_scale=jnp.asarray([5.0, 6.0]))
-    prepared = prepare(dataclasses.replace(experts, gate_up=gate_up, down=down), "sm_90a", progress=False)
+    prepared = prepare(dataclasses.replace(experts, gate_up=gate_up, down=down), layout, progress=False)
     assert prepared.gate_up.input_scale == 3
     np.testing.assert_array_equal(prepared.down.input_scale, [5, 6])
     np.testing.assert_array_equal(prepared.down.bias, down.bias)
@@ -338,10 +373,11 @@ def assert_same(got, expected):
 
 
 @pytest.mark.parametrize("shape", [GATED, UNGATED])
-def test_traced_experts_become_the_same(shape):
+@each_layout
+def test_traced_experts_become_the_same(layout, shape):
     experts = random_experts(np.random.default_rng(5), 3, *shape, bias=True)
-    expected = prepare(experts, "sm_90a", progress=False)
-    assert_same(jax.jit(lambda e: prepare(e, "sm_90a"))(experts), expected)
+    expected = prepare(experts, layout, progress=False)
+    assert_same(jax.jit(lambda e: prepare(e, layout))(experts), expected)
 
 
 def test_a_traced_program_does_not_grow_with_the_experts():

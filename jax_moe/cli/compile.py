@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jax_moe import problem, progress, shapes
+from jax_moe import activations, problem, progress, shapes
 from jax_moe.cli import options, show
 from jax_moe.kernels import cache, compiler, lowering, targets
 from jax_moe.kernels.specs import Spec
@@ -95,7 +95,7 @@ def problem_of(layer: shapes.LayerShape, tokens, num_experts, target, absent, ac
         local_experts=layer.num_experts,
         num_experts=num_experts,
         hidden_size=layer.hidden_size,
-        intermediate_size=layout.padded_intermediate_size(layer.intermediate_size),
+        intermediate_size=layout.padded_intermediate_size(layer.intermediate_size, activations.num_parts(activation)),
         activation=activation,
         precision=precision,
         combine=combine,

@@ -3,10 +3,11 @@
 from typing import Any
 
 from jax_moe.kernels.sm90.layout import Wgmma
+from jax_moe.kernels.sm100.layout import Tcgen05Bf16, Tcgen05Fp4
 from jax_moe.layouts.base import E as E, I as I, Layout as Layout
 from jax_moe.layouts.canonical import Canonical
 
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (Canonical(), Wgmma())}
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (Canonical(), Wgmma(), Tcgen05Bf16(), Tcgen05Fp4())}
 
 
 def get(name: str) -> Layout:

@@ -43,8 +43,8 @@ class Layout(Protocol):
         """To a multiple of this :func:`jax_moe.prepare` pads each slice of I on a mesh; ``parts``: P."""
         ...
 
-    def padded_intermediate_size(self, intermediate_size: int) -> int:
-        """I as the layout has it, where it is in one piece: what :meth:`check` returns."""
+    def padded_intermediate_size(self, intermediate_size: int, parts: int) -> int:
+        """I as the layout has it, where it is in one piece: what :meth:`check` returns; ``parts``: P."""
         ...
 
     def pack(self, experts: Experts, *, progress: bool, tensor_axes: tuple[str, ...]) -> Experts:

@@ -51,7 +51,7 @@ class Canonical:
     def slice_unit(self, parts: int) -> int:
         return nvfp4.BLOCK_SIZE
 
-    def padded_intermediate_size(self, intermediate_size: int) -> int:
+    def padded_intermediate_size(self, intermediate_size: int, parts: int) -> int:
         return intermediate_size
 
     def pack(self, experts: Experts, *, progress: bool, tensor_axes: tuple[str, ...]) -> Experts:

@@ -37,7 +37,7 @@ class MadeUpLayout:
     def slice_unit(self, parts):
         return UNIT
 
-    def padded_intermediate_size(self, intermediate_size):
+    def padded_intermediate_size(self, intermediate_size, parts):
         return -(-intermediate_size // UNIT) * UNIT
 
     def pack(self, experts, *, progress, tensor_axes):
@@ -62,7 +62,7 @@ class MadeUpLayout:
         )
 
     def check_unpadded(self, experts, hidden_size, intermediate_size, slices):
-        if experts.gate_up.payload.shape[1] != slices * self.padded_intermediate_size(intermediate_size // slices):
+        if experts.gate_up.payload.shape[1] != slices * self.padded_intermediate_size(intermediate_size // slices, 1):
             raise ValueError(f"intermediate_size: got {intermediate_size}")
 
     def unpack(self, experts, hidden_size, intermediate_size):

@@ -3,7 +3,7 @@
 import math
 
 import cutlass
-from cutlass import Float32
+from cutlass import Float32, Uint32
 import cutlass.cute as cute
 
 from jax_moe.kernels.device import ptx
@@ -82,15 +82,16 @@ def _round(value: Float32, scale: Float32, inverse: Float32) -> Float32:
     return ptx.copy_sign((magnitude + magic) - magic, scaled) * scale
 
 
-def round_blocks(values, global_scale: Float32, lane, lanes: int, stride: int):
-    """NVFP4 rounding of blocks of 16 that lie across ``lanes`` lanes, ``stride`` apart.
+def _shared_scales(values, global_scale: Float32, lane, lanes: int, stride: int):
+    """Block scales of blocks of 16 that lie across ``lanes`` lanes, ``stride`` apart, each computed in one lane.
 
     Args:
       values: at most ``lanes`` lists of this lane's values of one block each.
       lane: this lane's place among the ``lanes``.
 
     Returns:
-      The same lists, each value ``code * block_scale``.
+      Scale and inverse of the block that this lane looks after, and for every block a lane that does. With 2**b blocks
+      (or, of fewer, room for so many) that is block ``lane * 2**b // lanes``.
     """
     amaxes = []
     for row in values:
@@ -114,14 +115,38 @@ def round_blocks(values, global_scale: Float32, lane, lanes: int, stride: int):
         amaxes = [ptx.maximum(a, b) for a, b in zip(mine, received, strict=True)]
         distance //= 2
     scale, inverse = _block_scale(amaxes[0], global_scale)
-    rounded = []
     first_lane = cute.arch.lane_idx() - lane * stride
-    for i, row in enumerate(values):
-        source = first_lane + i * (lanes // blocks) * stride
+    return scale, inverse, [first_lane + i * (lanes // blocks) * stride for i in range(len(values))]
+
+
+def round_blocks(values, global_scale: Float32, lane, lanes: int, stride: int):
+    """The same lists as ``values`` (:func:`_shared_scales`), each value rounded: ``code * block_scale``."""
+    scale, inverse, sources = _shared_scales(values, global_scale, lane, lanes, stride)
+    rounded = []
+    for row, source in zip(values, sources, strict=True):
         row_scale = cute.arch.shuffle_sync(scale, source)
         row_inverse = cute.arch.shuffle_sync(inverse, source)
         rounded.append([_round(value, row_scale, row_inverse) for value in row])
     return rounded
+
+
+def quantise_blocks(values, global_scale: Float32, lane, lanes: int, stride: int):
+    """Codes of each list of ``values`` (:func:`_shared_scales`) as the low bits of a word, four bits for each value.
+
+    Returns:
+      The words, and the e4m3 scale of the block that this lane looks after, as the low byte of a word.
+    """
+    scale, inverse, sources = _shared_scales(values, global_scale, lane, lanes, stride)
+    words = []
+    for row, source in zip(values, sources, strict=True):
+        row_inverse = cute.arch.shuffle_sync(inverse, source)
+        scaled = [value * row_inverse for value in row]
+        pairs = [ptx.pack_e2m1x2(scaled[i], scaled[i + 1]) for i in range(0, len(row), 2)]
+        word = pairs[0]
+        for i, pair in enumerate(pairs[1:]):
+            word = word | (pair << Uint32(8 * (i + 1)))
+        words.append(word)
+    return words, ptx.e4m3(scale)
 
 
 @cute.jit

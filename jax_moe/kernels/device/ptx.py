@@ -6,7 +6,8 @@ from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import dsl_user_op, T
 
 
-def _asm(result, operands, text, constraints, pure, loc, ip):
+def assemble(result, operands, text, constraints, pure, loc, ip):
+    """Inline PTX; ``pure`` if it may be moved or left out where its result is not used."""
     return llvm.inline_asm(
         result, operands, text, constraints, has_side_effects=not pure, is_align_stack=False,
         asm_dialect=llvm.AsmDialect.AD_ATT, loc=loc, ip=ip,
@@ -21,7 +22,7 @@ def _words(values, loc, ip):
 def rotate_right(word: Uint32, bits: int, *, loc=None, ip=None) -> Uint32:
     """``word`` rotated by a constant."""
     (w,) = _words([word], loc, ip)
-    return Uint32(_asm(T.i32(), [w], f"shf.r.wrap.b32 $0, $1, $1, {bits};", "=r,r", True, loc, ip))
+    return Uint32(assemble(T.i32(), [w], f"shf.r.wrap.b32 $0, $1, $1, {bits};", "=r,r", True, loc, ip))
 
 
 @dsl_user_op
@@ -29,13 +30,13 @@ def mask_and_set(word: Uint32, mask: int, bits: int, *, loc=None, ip=None) -> Ui
     """``word & mask | bits``; one LOP3 has room for one immediate, so ``bits`` is kept in a register."""
     operands = _words([word, Uint32(bits)], loc, ip)
     text = f"lop3.b32 $0, $1, {mask:#x}, $2, 0xea;"
-    return Uint32(_asm(T.i32(), operands, text, "=r,r,r", True, loc, ip))
+    return Uint32(assemble(T.i32(), operands, text, "=r,r,r", True, loc, ip))
 
 
 @dsl_user_op
 def multiply_bf16x2(a: Uint32, b: Uint32, *, loc=None, ip=None) -> Uint32:
     """Products of two pairs of bf16, subnormals included, rounded to nearest even."""
-    return Uint32(_asm(T.i32(), _words([a, b], loc, ip), "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", True, loc, ip))
+    return Uint32(assemble(T.i32(), _words([a, b], loc, ip), "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", True, loc, ip))
 
 
 @dsl_user_op
@@ -43,21 +44,43 @@ def broadcast_half(word: Uint32, upper: bool, *, loc=None, ip=None) -> Uint32:
     """Both halves of the result are the low (or upper) half of ``word``."""
     pick = "{h, h}" if upper else "{l, l}"
     text = f"{{ .reg .b16 l, h; mov.b32 {{l, h}}, $1; mov.b32 $0, {pick}; }}"
-    return Uint32(_asm(T.i32(), _words([word], loc, ip), text, "=r,r", True, loc, ip))
+    return Uint32(assemble(T.i32(), _words([word], loc, ip), text, "=r,r", True, loc, ip))
 
 
 @dsl_user_op
 def pack_bf16x2(low: Float32, high: Float32, *, loc=None, ip=None) -> Uint32:
     """Two fp32 values rounded to nearest even."""
     operands = [Float32(v).ir_value(loc=loc, ip=ip) for v in (high, low)]
-    return Uint32(_asm(T.i32(), operands, "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", True, loc, ip))
+    return Uint32(assemble(T.i32(), operands, "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", True, loc, ip))
+
+
+@dsl_user_op
+def pack_e2m1x2(low: Float32, high: Float32, *, loc=None, ip=None) -> Uint32:
+    """Two values as e2m1 codes in the low byte, to nearest even, saturating at 6; sm_100 and later."""
+    operands = [Float32(v).ir_value(loc=loc, ip=ip) for v in (high, low)]
+    text = "{ .reg .b8 codes; cvt.rn.satfinite.e2m1x2.f32 codes, $1, $2; cvt.u32.u8 $0, codes; }"
+    return Uint32(assemble(T.i32(), operands, text, "=r,f,f", True, loc, ip))
+
+
+@dsl_user_op
+def e4m3(value: Float32, *, loc=None, ip=None) -> Uint32:
+    """The e4m3 of a value that is one, in the low byte."""
+    text = "{ .reg .b16 pair; cvt.rn.satfinite.e4m3x2.f32 pair, 0f00000000, $1; cvt.u32.u16 $0, pair; }"
+    return Uint32(assemble(T.i32(), [Float32(value).ir_value(loc=loc, ip=ip)], text, "=r,f", True, loc, ip))
+
+
+@dsl_user_op
+def load_shared(address: Int32, *, loc=None, ip=None) -> Uint32:
+    """A word of shared memory; ``address`` in the shared window."""
+    operands = [Int32(address).ir_value(loc=loc, ip=ip)]
+    return Uint32(assemble(T.i32(), operands, "ld.shared.u32 $0, [$1];", "=r,r", False, loc, ip))
 
 
 @dsl_user_op
 def load_shared_v4(address: Int32, *, loc=None, ip=None) -> tuple[Uint32, Uint32, Uint32, Uint32]:
     """16 bytes of shared memory; ``address`` in the shared window."""
     struct = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
-    value = _asm(
+    value = assemble(
         struct, [Int32(address).ir_value(loc=loc, ip=ip)], "ld.shared.v4.u32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r",
         False, loc, ip,
     )  # fmt: skip
@@ -72,7 +95,7 @@ def load_global_f32x4(address: Int64, wanted: Int32, *, loc=None, ip=None) -> tu
     text = "{ .reg .pred p; setp.ne.s32 p, $5, 0; "
     text += "".join(f"mov.f32 ${i}, 0f00000000; " for i in range(4))
     text += "@p ld.global.L1::no_allocate.v4.f32 {$0, $1, $2, $3}, [$4]; }"
-    value = _asm(struct, operands, text, "=&f,=&f,=&f,=&f,l,r", False, loc, ip)
+    value = assemble(struct, operands, text, "=&f,=&f,=&f,=&f,l,r", False, loc, ip)
     return tuple(Float32(llvm.extractvalue(T.f32(), value, [i], loc=loc, ip=ip)) for i in range(4))
 
 
@@ -93,7 +116,24 @@ def gather_rows(
     for i in range(len(offsets)):
         text += f"setp.lt.or.s32 skip, ${4 + i}, 0, outside; mad.wide.s32 source, ${4 + i}, 16, $1; "
         text += f"cp.async.cg.shared.global.L2::128B [$0 + {i * row_bytes}], [source], 16, skip; "
-    _asm(None, operands, text + "}", "r,l,r,r" + ",r" * len(offsets) + ",~{memory}", False, loc, ip)
+    assemble(None, operands, text + "}", "r,l,r,r" + ",r" * len(offsets) + ",~{memory}", False, loc, ip)
+
+
+@dsl_user_op
+def gather_words(shared: Int32, base: Int64, offsets, row_bytes: int, *, loc=None, ip=None) -> None:
+    """``cp.async`` of 4 bytes for each of ``offsets``: from ``base + 4 * offset`` to ``shared + i * row_bytes``.
+
+    Zeros are written, and nothing is read, where an offset is negative.
+    """
+    operands = [
+        Int32(shared).ir_value(loc=loc, ip=ip), Int64(base).ir_value(loc=loc, ip=ip),
+        *(Int32(offset).ir_value(loc=loc, ip=ip) for offset in offsets),
+    ]  # fmt: skip
+    text = "{ .reg .pred skip; .reg .u64 source; "
+    for i in range(len(offsets)):
+        text += f"setp.lt.s32 skip, ${2 + i}, 0; mad.wide.s32 source, ${2 + i}, 4, $1; "
+        text += f"cp.async.ca.shared.global [$0 + {i * row_bytes}], [source], 4, skip; "
+    assemble(None, operands, text + "}", "r,l" + ",r" * len(offsets) + ",~{memory}", False, loc, ip)
 
 
 @dsl_user_op
@@ -104,7 +144,7 @@ def bulk_copy(shared: Int32, source: Int64, num_bytes: Int32, barrier: Int32, *,
         Int32(num_bytes).ir_value(loc=loc, ip=ip), Int32(barrier).ir_value(loc=loc, ip=ip),
     ]  # fmt: skip
     text = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];"
-    _asm(None, operands, text, "r,l,r,r,~{memory}", False, loc, ip)
+    assemble(None, operands, text, "r,l,r,r,~{memory}", False, loc, ip)
 
 
 @dsl_user_op
@@ -115,7 +155,14 @@ def store_global(address: Int64, words, *, loc=None, ip=None) -> None:
     vector = f".v{len(words)}" if len(words) > 1 else ""
     names = f"{{{names}}}" if len(words) > 1 else names
     text = f"st.global{vector}.b32 [$0], {names};"
-    _asm(None, operands, text, "l" + ",r" * len(words) + ",~{memory}", False, loc, ip)
+    assemble(None, operands, text, "l" + ",r" * len(words) + ",~{memory}", False, loc, ip)
+
+
+@dsl_user_op
+def store_global_bytes(address: Int64, word: Uint32, size: int, *, loc=None, ip=None) -> None:
+    """Stores the low 1 or 2 bytes of a word, aligned to their size."""
+    operands = [Int64(address).ir_value(loc=loc, ip=ip), *_words([word], loc, ip)]
+    assemble(None, operands, f"st.global.b{8 * size} [$0], $1;", "l,r,~{memory}", False, loc, ip)
 
 
 @dsl_user_op
@@ -123,7 +170,7 @@ def store_global_f32x4(address: Int64, values, *, loc=None, ip=None) -> None:
     """Stores four fp32 values that this kernel never reads again, 16-byte aligned."""
     operands = [Int64(address).ir_value(loc=loc, ip=ip), *(Float32(v).ir_value(loc=loc, ip=ip) for v in values)]
     text = "st.global.cs.v4.f32 [$0], {$1, $2, $3, $4};"
-    _asm(None, operands, text, "l,f,f,f,f,~{memory}", False, loc, ip)
+    assemble(None, operands, text, "l,f,f,f,f,~{memory}", False, loc, ip)
 
 
 @dsl_user_op
@@ -131,7 +178,7 @@ def add_global_bf16x4(address: Int64, low: Uint32, high: Uint32, *, loc=None, ip
     """Adds four bf16 values atomically (each of the four on its own), 8-byte aligned."""
     operands = [Int64(address).ir_value(loc=loc, ip=ip), *_words([low, high], loc, ip)]
     text = "red.relaxed.gpu.global.add.noftz.v2.bf16x2 [$0], {$1, $2};"
-    _asm(None, operands, text, "l,r,r,~{memory}", False, loc, ip)
+    assemble(None, operands, text, "l,r,r,~{memory}", False, loc, ip)
 
 
 @dsl_user_op
@@ -139,7 +186,7 @@ def add_global_f32x4(address: Int64, values, *, loc=None, ip=None) -> None:
     """Adds four fp32 values atomically (each of the four on its own), 16-byte aligned."""
     operands = [Int64(address).ir_value(loc=loc, ip=ip), *(Float32(v).ir_value(loc=loc, ip=ip) for v in values)]
     text = "red.relaxed.gpu.global.add.v4.f32 [$0], {$1, $2, $3, $4};"
-    _asm(None, operands, text, "l,f,f,f,f,~{memory}", False, loc, ip)
+    assemble(None, operands, text, "l,f,f,f,f,~{memory}", False, loc, ip)
 
 
 @dsl_user_op
@@ -147,14 +194,14 @@ def fetch_add_global(address: Int64, value: Int32, *, loc=None, ip=None) -> Int3
     """Adds to an int32 atomically; what was there before."""
     operands = [Int64(address).ir_value(loc=loc, ip=ip), Int32(value).ir_value(loc=loc, ip=ip)]
     text = "atom.relaxed.gpu.global.add.s32 $0, [$1], $2;"
-    return Int32(_asm(T.i32(), operands, text, "=r,l,r,~{memory}", False, loc, ip))
+    return Int32(assemble(T.i32(), operands, text, "=r,l,r,~{memory}", False, loc, ip))
 
 
 def _unary(text, name):
     @dsl_user_op
     def operation(a: Float32, *, loc=None, ip=None) -> Float32:
         operand = Float32(a).ir_value(loc=loc, ip=ip)
-        return Float32(_asm(T.f32(), [operand], text, "=f,f", True, loc, ip))
+        return Float32(assemble(T.f32(), [operand], text, "=f,f", True, loc, ip))
 
     operation.__name__ = name
     return operation
@@ -177,7 +224,7 @@ def _binary(text, name):
     @dsl_user_op
     def operation(a: Float32, b: Float32, *, loc=None, ip=None) -> Float32:
         operands = [Float32(v).ir_value(loc=loc, ip=ip) for v in (a, b)]
-        return Float32(_asm(T.f32(), operands, text, "=f,f,f", True, loc, ip))
+        return Float32(assemble(T.f32(), operands, text, "=f,f,f", True, loc, ip))
 
     operation.__name__ = name
     return operation

@@ -1,11 +1,11 @@
 """GEMM1 of sm_90a: x rows, gathered by route, times gate and up -> the activated intermediate."""
 
 import cutlass
-from cutlass import Float32, Int32, Int64
+from cutlass import Int32, Int64
 import cutlass.cute as cute
 
-from jax_moe.kernels.device import epilogue, ptx, schedule
-from jax_moe.kernels.sm90.device import mainloop, weight_block
+from jax_moe.kernels.device import bf16_weights, epilogue, outputs, ptx, schedule
+from jax_moe.kernels.sm90.device import mainloop
 from jax_moe.kernels.sm90.device.mainloop import NEXT_UNIT, TOKEN_ROW_BYTES, WARPGROUP
 from jax_moe.kernels.sm90.device.weight_block import BLOCK_K
 
@@ -126,44 +126,16 @@ class Gemm1(mainloop.Gemm):
             self._store(op, me, unit, row_block, accumulators, width)
 
     def _store(self, op, me, unit, row_block, accumulators, width):
-        spec, expert = self.spec, unit.expert
+        spec = self.spec
         warp, group, quad = me.tid // 32, me.tid % 32 // 4, me.tid % 4
-        # Where this thread's neighbouring values lie: in I, and in the blocks of 64 that GEMM2 reads.
-        if spec.gated:
-            projections, values_per_thread, value = 2, 2, 16 * warp + 2 * group
-            block, num_blocks = row_block, op.m_blocks
-        else:
-            projections, values_per_thread, value = 1, 4, 32 * warp + 4 * group
-            block, num_blocks = 2 * row_block + warp // 2, 2 * op.m_blocks
-        scales = [op.global_scale[expert * projections + p] for p in range(projections)]
-        if spec.precision == "w4a4":
-            scales = [scale * op.input_scale[0] for scale in scales]
-        scales = [scale * Float32(2.0**-weight_block.WEIGHT_LOG2) for scale in scales]
-        next_scale = op.down_input_scale[expert] if spec.precision == "w4a4" else None
-        biases = [[Float32(0.0)] * values_per_thread for _ in range(projections)]
-        if spec.has_bias:
-            first = row_block * (weight_block.BLOCK_ROWS // projections) + value
-            starts = [(expert * projections + p) * (num_blocks * BLOCK_K) + first for p in range(projections)]
-            biases = [[op.bias[start + i] for i in range(values_per_thread)] for start in starts]
-        column = value % BLOCK_K
+        unscale = 2.0**-bf16_weights.WEIGHT_LOG2
+        made = outputs.intermediate(op, spec, unit.expert, row_block, warp, group, unscale)
+        column = made.value % BLOCK_K
         chunk, within = column // 8, column % 8 * 2
-        tile_address = Int64(op.h.toint()) + (Int64(unit.token_tile) * num_blocks + block) * self.token_bytes
-
-        def activated(j, c):
-            """The activated values of token 8*j + 2*quad + c."""
-            if spec.gated:
-                gates = [accumulators[i][4 * j + c] * scales[0] + biases[0][i] for i in range(2)]
-                ups = [accumulators[i][4 * j + 2 + c] * scales[1] + biases[1][i] for i in range(2)]
-            else:
-                ups = [accumulators[i // 2][4 * j + 2 * (i % 2) + c] * scales[0] + biases[0][i] for i in range(4)]
-                gates = ups
-            return [
-                epilogue.activate(gate, up, spec.activation, spec.alpha, spec.beta, spec.limit)
-                for gate, up in zip(gates, ups, strict=True)
-            ]
+        tile_address = Int64(op.h.toint()) + (Int64(unit.token_tile) * made.num_blocks + made.block) * self.token_bytes
 
         def store(j, c, values):
-            words = [ptx.pack_bf16x2(values[2 * i], values[2 * i + 1]) for i in range(values_per_thread // 2)]
+            words = [ptx.pack_bf16x2(values[2 * i], values[2 * i + 1]) for i in range(len(values) // 2)]
             row = 2 * quad + c  # modulo 8, which is all that the swizzle looks at
             address = tile_address + Int64((row + 8 * j) * TOKEN_ROW_BYTES + (chunk ^ row) * 16 + within)
             ptx.store_global(address, words)
@@ -174,8 +146,8 @@ class Gemm1(mainloop.Gemm):
         columns = [(j, c) for j in range(width // 8) for c in range(2)]
         for first in range(0, len(columns), lanes):
             some = columns[first : first + lanes]
-            values = [activated(j, c) for j, c in some]
+            values = [outputs.activated(spec, made, accumulators, j, c) for j, c in some]
             if spec.precision == "w4a4":
-                values = epilogue.round_blocks(values, next_scale, group % lanes, lanes, 4)
+                values = epilogue.round_blocks(values, made.next_scale, group % lanes, lanes, 4)
             for (j, c), row in zip(some, values, strict=True):
                 store(j, c, row)

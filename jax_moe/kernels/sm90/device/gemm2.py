@@ -4,8 +4,8 @@ import cutlass
 from cutlass import Float32, Int32, Int64
 import cutlass.cute as cute
 
-from jax_moe.kernels.device import ptx, schedule
-from jax_moe.kernels.sm90.device import mainloop, weight_block
+from jax_moe.kernels.device import bf16_weights, outputs, ptx, schedule
+from jax_moe.kernels.sm90.device import mainloop
 from jax_moe.kernels.sm90.device.mainloop import EPILOGUE, WARPGROUP
 
 
@@ -13,9 +13,6 @@ class Gemm2(mainloop.Gemm):
     """Multiplies the intermediate with down and adds (atomic) or stores (ordered) the weighted rows."""
 
     arrays = ("row_route", "row_weight", "tile_expert", "expert_tiles", "global_scale", "input_scale", "bias")
-
-    def _bf16(self):
-        return self.spec.combine == "atomic" and self.spec.out_dtype == "bfloat16"
 
     def _full_arrivals(self):
         return 1
@@ -90,37 +87,14 @@ class Gemm2(mainloop.Gemm):
         for i in cutlass.range_constexpr(len(prefetched)):
             self._share_row(op, shared, me, i * WARPGROUP + me.tid, *prefetched[i])
         cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP)
-        feature = row_block * weight_block.BLOCK_ROWS + 32 * warp + 4 * group
+        feature = row_block * bf16_weights.BLOCK_ROWS + 32 * warp + 4 * group
         if feature < op.hidden_size:
             self._store(op, shared, unit, mine + 2 * quad, feature, accumulators, width)
 
     def _store(self, op, shared, unit, first_row, feature, accumulators, width):
-        spec, expert = self.spec, unit.expert
-        scale = op.global_scale[expert]
-        if spec.precision == "w4a4":
-            scale = scale * op.input_scale[expert]
-        scale = scale * Float32(2.0**-weight_block.WEIGHT_LOG2)
-        biases = [Float32(0.0)] * 4
-        if spec.has_bias:
-            biases = [op.bias[expert * op.hidden_size + feature + i] for i in range(4)]
-        size = 2 if self._bf16() else 4
-        column = Int64(op.out.toint()) + Int64(feature) * size
+        made = outputs.contribution(op, self.spec, unit.expert, feature, 2.0**-bf16_weights.WEIGHT_LOG2)
         for j in range(width // 8):
             for c in range(2):
-                out_row = shared.rows[0][first_row + 8 * j + c]
-                weight = shared.rows[1][first_row + 8 * j + c]
-                sums = [accumulators[i // 2][4 * j + 2 * (i % 2) + c] for i in range(4)]
-                values = [(total * scale + bias) * weight for total, bias in zip(sums, biases, strict=True)]
-                self._store_row(out_row, column, op.hidden_size * size, values)
-
-    @cute.jit
-    def _store_row(self, out_row, column, row_bytes, values):
-        if out_row >= 0:
-            address = column + Int64(out_row) * Int64(row_bytes)
-            if cutlass.const_expr(self.spec.combine == "ordered"):
-                ptx.store_global_f32x4(address, values)
-            elif cutlass.const_expr(self._bf16()):
-                low, high = ptx.pack_bf16x2(values[0], values[1]), ptx.pack_bf16x2(values[2], values[3])
-                ptx.add_global_bf16x4(address, low, high)
-            else:
-                ptx.add_global_f32x4(address, values)
+                row = first_row + 8 * j + c
+                out_row, weight = shared.rows[0][row], shared.rows[1][row]
+                outputs.store_contribution(self.spec, made, accumulators, j, c, out_row, weight)

@@ -35,7 +35,7 @@ from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32
 import cutlass.cute as cute
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
-from jax_moe.kernels.device import entry, ptx, schedule
+from jax_moe.kernels.device import dequantise, entry, ptx, schedule
 from jax_moe.kernels.device.entry import array, named
 from jax_moe.kernels.sm90.device import weight_block
 from jax_moe.kernels.sm90.device.weight_block import BLOCK_K
@@ -91,24 +91,9 @@ class Gemm(entry.Kernel):
     def _dequantise(self, words, fragment, half, scales):
         """Fills ``fragment`` (u32[4 registers, 4 steps]) with one 64-row half of a block."""
         for step in range(4):
-            word = words[step]
-            lower, upper = scales[2 * half][step], scales[2 * half + 1][step]
-            mask = Uint32(weight_block.PAIR_MASK)
-            fragment[0, step] = ptx.multiply_bf16x2(word & mask, lower)
-            fragment[1, step] = ptx.multiply_bf16x2(ptx.rotate_right(word, 3) & mask, upper)
-            fragment[2, step] = ptx.multiply_bf16x2(ptx.rotate_right(word, 6) & mask, lower)
-            spread = (word & Uint32(weight_block.SPREAD_MASK)) * Uint32(weight_block.SPREAD_FACTOR)
-            fragment[3, step] = ptx.multiply_bf16x2(spread & mask, upper)
-
-    def _unpack_scales(self, words):
-        """bf16x2 block scales (both halves the same) of a thread's rows: 4 rows by 4 steps."""
-        scales = []
-        for word in words:
-            first = ptx.mask_and_set(word, weight_block.SCALE_MASK, weight_block.SCALE_EXPONENT)
-            second = ptx.mask_and_set(ptx.rotate_right(word, 8), weight_block.SCALE_MASK, weight_block.SCALE_EXPONENT)
-            scales.append([ptx.broadcast_half(first, False), ptx.broadcast_half(first, True),
-                           ptx.broadcast_half(second, False), ptx.broadcast_half(second, True)])  # fmt: skip
-        return scales
+            pairs = dequantise.pairs(words[step], scales[2 * half][step], scales[2 * half + 1][step])
+            for i, pair in enumerate(pairs):
+                fragment[i, step] = pair
 
     def _multiply(self, mma, accumulators, fragments, tokens, shared, me, slot, block, first_group_done):
         """Dequantises one block of a stage and issues its products, as one or two ``wgmma`` groups.
@@ -120,7 +105,8 @@ class Gemm(entry.Kernel):
             slot * self.config.m_warpgroups + me.m_warpgroup
         ) * self.weight_bytes + block * weight_block.BLOCK_BYTES
         address = Int32(shared.weights.toint()) + place
-        scales = self._unpack_scales(ptx.load_shared_v4(address + weight_block.CODE_BYTES + me.tid // 4 * 16))
+        scale_words = ptx.load_shared_v4(address + weight_block.CODE_BYTES + me.tid // 4 * 16)
+        scales = [dequantise.scales(word) for word in scale_words]  # of a thread's rows: 4 rows by 4 steps
         codes = [ptx.load_shared_v4(address + half * (weight_block.CODE_BYTES // 2) + me.tid * 16) for half in range(2)]
         groups = ((0,), (1,)) if self.group_per_half else ((0, 1),)
         for group in groups:

@@ -1,0 +1,142 @@
+"""The GEMMs of sm_100f, and how their CTAs are put together: frozen values, importable without the DSL."""
+
+import dataclasses
+
+from jax_moe.kernels.sm100.device import weight_block
+from jax_moe.problem import Precision
+
+SHARED_MEMORY = 232_448
+"""Bytes of shared memory that one CTA may use on sm_100."""
+
+_RESERVED_PER_CTA = 1024  # what the driver keeps of a multiprocessor's shared memory for each resident CTA
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How a CTA is put together.
+
+    Attributes:
+      token_tile: N of the products at most, a multiple of 16 up to 208 (tensor memory); how much of it a tile needs, in
+        eights, is a value of run time.
+      stage_blocks: weight blocks that are copied and announced together; 1 for w4a4, whose blocks are four times as wide.
+      stages: how many of those are in flight.
+      ctas_per_sm: resident CTAs of one multiprocessor, all persistent.
+      dequantisers: w4a16: warpgroups that dequantise, 1 or 2; else 0.
+    """
+
+    token_tile: int
+    stage_blocks: int
+    stages: int
+    ctas_per_sm: int
+    dequantisers: int
+
+    @property
+    def name(self) -> str:
+        return f"n{self.token_tile}b{self.stage_blocks}s{self.stages}c{self.ctas_per_sm}d{self.dequantisers}"
+
+    @property
+    def threads(self) -> int:
+        return 256 + 128 * self.dequantisers
+
+    @property
+    def stage_bytes(self) -> int:
+        tokens = self.token_tile * weight_block.ROW_BYTES
+        if self.dequantisers:
+            return self.stage_blocks * (weight_block.BF16_BLOCK_BYTES + tokens)
+        scales = -(-self.token_tile // weight_block.BLOCK_ROWS) * weight_block.SCALE_BYTES
+        return self.stage_blocks * (weight_block.BLOCK_BYTES + tokens + scales)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Upper bound of what the kernel allocates."""
+        barriers = 16 * self.stages + 256
+        rows = 8 * self.token_tile  # GEMM2: output row and weight
+        alignment = 1024
+        return self.stages * self.stage_bytes + barriers + rows + alignment
+
+
+def with_most_stages(precision: Precision, token_tile: int, ctas_per_sm: int, dequantisers: int = 1) -> Config:
+    """A config with as many stages as shared memory holds."""
+    blocks, dequantisers = (1, 0) if precision == "w4a4" else (4, dequantisers)
+    config = Config(token_tile, blocks, 0, ctas_per_sm, dequantisers)
+    available = SHARED_MEMORY // ctas_per_sm - (_RESERVED_PER_CTA if ctas_per_sm > 1 else 0)
+    return dataclasses.replace(config, stages=(available - config.shared_bytes) // config.stage_bytes)
+
+
+class _Gemm:
+    """How both GEMMs are launched."""
+
+    config: Config
+    precision: Precision
+    cluster = 1
+    overlap = True
+
+    @property
+    def threads(self) -> int:
+        return self.config.threads
+
+    @property
+    def tensor_core_ptx(self) -> str:
+        return "tcgen05.mma"
+
+
+@dataclasses.dataclass(frozen=True)
+class Gemm1Spec(_Gemm):
+    """x rows, gathered by route -> intermediate. ``activation`` is its kind, with its parameters behind it."""
+
+    config: Config
+    precision: Precision
+    activation: str
+    gated: bool
+    alpha: float
+    beta: float
+    limit: float
+    has_bias: bool
+
+    implementation = "jax_moe.kernels.sm100.device.gemm1:Gemm1"
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        rows, h = ("bf16*", "bf16*") if self.precision == "w4a16" else ("u8*", "u8*")
+        return {
+            "x": rows, "x_scales": "u8*", "row_route": "i32*", "tile_expert": "i32*", "expert_tiles": "i32*",
+            "payload": "u8*", "global_scale": "f32*", "input_scale": "f32*", "bias": "f32*",
+            "down_input_scale": "f32*", "h": h, "hidden_size": "i32", "row_divisor": "i32", "local_experts": "i32",
+            "m_blocks": "i32", "k_steps": "i32", "h_blocks": "i32",
+        }  # fmt: skip
+
+    @property
+    def name(self) -> str:
+        numbers = "_".join(float(v).hex().replace(".", "p").replace("-", "m").replace("+", "")
+                           for v in (self.alpha, self.beta, self.limit))  # fmt: skip
+        bias = "_bias" if self.has_bias else ""
+        return f"jax_moe_gemm1_{self.config.name}_{self.precision}_{self.activation}_{numbers}{bias}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Gemm2Spec(_Gemm):
+    """Intermediate -> out (atomic) or contributions (ordered)."""
+
+    config: Config
+    precision: Precision
+    combine: str
+    out_dtype: str
+    has_bias: bool
+
+    implementation = "jax_moe.kernels.sm100.device.gemm2:Gemm2"
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        out = "bf16*" if self.out_dtype == "bfloat16" else "f32*"
+        h = "bf16*" if self.precision == "w4a16" else "u8*"
+        return {
+            "h": h, "row_route": "i32*", "row_weight": "f32*", "tile_expert": "i32*", "expert_tiles": "i32*",
+            "payload": "u8*", "global_scale": "f32*", "input_scale": "f32*", "bias": "f32*", "out": out,
+            "hidden_size": "i32", "row_divisor": "i32", "local_experts": "i32", "m_blocks": "i32", "k_steps": "i32",
+            "h_blocks": "i32",
+        }  # fmt: skip
+
+    @property
+    def name(self) -> str:
+        bias = "_bias" if self.has_bias else ""
+        return f"jax_moe_gemm2_{self.config.name}_{self.precision}_{self.combine}_{self.out_dtype}{bias}"
