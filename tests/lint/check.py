@@ -58,9 +58,10 @@ class _Check:
 
     def findings(self) -> list[Finding]:
         found: dict[flow.Breach, list[int]] = {}
-        wanted = rules.rules_for(self.graph, self.overlap, self._announces, self._is_operand)
         all_wait = not self.overlap
         for threads in self.groups.values():
+            first = threads[0] % 32 == 0
+            wanted = rules.rules_for(self.graph, self.overlap, self._announces, self._is_operand, first)
             walk = flow.Walk(self.graph, self.slice, threads[0], wanted)
             no_wait = {breach for breach in walk.breaches if breach.rule == rules.GridWait.name}
             all_wait |= not no_wait
@@ -86,20 +87,20 @@ class _Check:
         first, second = [*[self._line(site.index) for site in sites[:2]], None, None][:2]
         return Finding(self.kernel.name, rule, message, first, second)
 
-    def _groups(self) -> dict[frozenset[int], list[int]]:
+    def _groups(self) -> dict[tuple[frozenset[int], bool], list[int]]:
         """Two threads of each warp, its first and another, put together where they can reach the same instructions."""
-        groups: dict[frozenset[int], list[int]] = {}
+        groups: dict[tuple, list[int]] = {}
         total = self.kernel.threads or 32
         for warp in range(0, total, 32):
             for thread in (warp, warp + 1):
                 walk = flow.Walk(self.graph, self.slice, thread)
-                groups.setdefault(frozenset(walk.reached), []).append(thread)
+                groups.setdefault((frozenset(walk.reached), thread % 32 == 0), []).append(thread)
         return groups
 
     def _threads_of(self, *sites: Site) -> set[int]:
         """Of the threads that were looked at, those that can reach one of these."""
         indices = {site.index for site in sites}
-        return {thread for reached, threads in self.groups.items() if indices & reached for thread in threads}
+        return {thread for (reached, _), threads in self.groups.items() if indices & reached for thread in threads}
 
     def _announces(self, site: Site) -> bool:
         """Whether an arrival tells threads that read shared memory through the async proxy."""

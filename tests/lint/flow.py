@@ -72,6 +72,7 @@ class Walk:
         self._joins: dict[tuple, int] = {}
         self._todo: list[tuple[int, tuple]] = []
         self._concerned = [{site.index for site in graph.sites if rule.concerns(site)} for rule in rules]
+        self._beginning = [_first_of_runs(graph, indices) for indices in self._concerned]
         self._leading = [graph.leading_to(indices) for indices in self._concerned]
         interesting = slice_.indices.union(*self._concerned)
         self._interesting = {
@@ -131,7 +132,7 @@ class Walk:
         if fact is None:
             after.append((None, values))
             for number, rule in enumerate(self.rules):
-                if site.index in self._concerned[number] and (state := rule.begin(site)) is not None:
+                if site.index in self._beginning[number] and (state := rule.begin(site)) is not None:
                     after.append(((number, site.index, state), values.copy()))
             return after
         number, first, state = fact
@@ -157,3 +158,14 @@ class Walk:
                 way = values.copy()
                 way.predicates[guard.name] = taken != guard.negated
                 self._arrive(block, fact, way)
+
+
+def _first_of_runs(graph: Graph, indices: set[int]) -> set[int]:
+    """Of instructions of one kind in a row, with no other that the rule looks at in between, the first speaks for all."""
+    firsts, previous = set(), None
+    for index in sorted(indices):
+        kind = graph.sites[index].kind
+        if previous is None or previous[0] != kind or any(i in graph.block_of for i in range(previous[1] + 1, index + 1)):
+            firsts.add(index)
+        previous = kind, index
+    return firsts

@@ -30,12 +30,17 @@ class AfterSync(Rule):
 class BeforeSync(Rule):
     """tcgen05.wait::ld or ::st, then tcgen05.fence::before_thread_sync, before other threads are told (9.7.16.6.2, .3).
 
-    An allocation needs only the fence. The tensor cores' own work is announced by tcgen05.commit, which implies it.
+    An allocation needs only the fence. The tensor cores' own work is announced by tcgen05.commit, which implies it. What
+    is fenced has to be announced before the next load or store: by the first thread of a warp on an mbarrier, by others by
+    meeting it.
     """
 
     name = "fence before"
-    kinds = ARRIVALS | {"ld", "st", "alloc", "wait_ld", "wait_st", "fence_before"}
+    kinds = ARRIVALS | {"ld", "st", "alloc", "wait_ld", "wait_st", "fence_before", "ret"}
     _WAITS = {"ld": "wait_ld", "st": "wait_st"}
+
+    def __init__(self, first_of_warp: bool):
+        self._announcing = ARRIVALS - {"warp_sync"} if first_of_warp else ARRIVALS
 
     def begin(self, site):
         if site.kind in self._WAITS:
@@ -44,10 +49,14 @@ class BeforeSync(Rule):
 
     def step(self, state, site):
         (missing,) = state
+        if missing == "arrival":
+            if site.kind in self._announcing:
+                return None, None
+            return state, "nothing tells other threads between them" if site.kind in ("ld", "st", "ret") else None
         if site.kind == missing:
             return ("fence",), None
         if site.kind == "fence_before" and missing == "fence":
-            return None, None
+            return ("arrival",), None
         if site.kind in ARRIVALS:
             wanted = "fence::before_thread_sync" if missing == "fence" else missing.replace("_", "::")
             return None, f"no tcgen05.{wanted} between them"
@@ -74,25 +83,31 @@ class Commit(Rule):
 class Copies(Rule):
     """Copies of cp.async: commit_group, wait_group, fence.proxy.async, then the arrival that announces them (9.7.16.6.5).
 
-    States: ("issued",); ("flying", groups committed since, whether a wait_group has left it flying);
-    ("fence",): complete, but the async proxy may not see it. An arrival while a wait_group leaves some copies flying
+    States: ("issued",); ("flying", groups committed since, whether a wait_group has left it flying); ("fence",), which is
+    complete, but the async proxy may not see it; ("arrival",). An arrival while a wait_group leaves some copies flying
     announces others, so it is no breach. Which they are is for the emulator to see.
 
     Args:
       announces: whether an arrival tells threads that multiply; a barrier of the producers alone does not.
+      first_of_warp: the thread that arrives for its warp; for the others meeting it (bar.warp.sync) will do.
     """
 
     name = "copies"
     kinds = ARRIVALS | {"copy", "copy_commit", "copy_wait", "copy_wait_all", "proxy_fence", "ret"}
 
-    def __init__(self, announces):
-        self._announces = announces
+    def __init__(self, announces, first_of_warp: bool):
+        self._announces, self._first_of_warp = announces, first_of_warp
 
     def begin(self, site):
         return ("issued",) if site.kind == "copy" else None
 
     def step(self, state, site):
         stage = state[0]
+        told = site.kind in ARRIVALS - {"expect", "warp_sync"} and self._announces(site)
+        if stage == "arrival":
+            if told or (site.kind == "warp_sync" and not self._first_of_warp):
+                return None, None
+            return state, "nothing announces the copy between them" if site.kind in ("copy", "ret") else None
         if site.kind == "copy_commit":
             return ("flying", 0, False) if stage == "issued" else _older(state), None
         if site.kind == "copy_wait_all" or (site.kind == "copy_wait" and stage == "flying"):
@@ -100,10 +115,10 @@ class Copies(Rule):
                 return ("fence",), None
             return ("flying", state[1], True), None
         if site.kind == "proxy_fence" and stage == "fence":
-            return None, None
+            return ("arrival",), None
         if site.kind == "ret" and stage != "fence":
             return None, "no cp.async.wait_group between them"
-        if site.kind in ARRIVALS - {"expect", "warp_sync"} and self._announces(site):
+        if told:
             if stage == "issued":
                 return None, "no cp.async.commit_group between them"
             if stage == "fence":
@@ -349,14 +364,14 @@ def _groups(graph) -> dict[int, tuple[frozenset[str], frozenset[str]]]:
     return groups
 
 
-def rules_for(graph, overlap: bool, announces, is_operand) -> tuple[Rule, ...]:
+def rules_for(graph, overlap: bool, announces, is_operand, first_of_warp: bool) -> tuple[Rule, ...]:
     """The rules that a kernel's instructions call for."""
     kinds, threads = {site.kind for site in graph.sites}, graph.kernel.threads
     rules: list[Rule] = []
     if kinds & TENSOR_MEMORY or "alloc" in kinds:
-        rules += [AfterSync(), BeforeSync(), Commit(), Allocation(), LastBarrier(threads)]
+        rules += [AfterSync(), BeforeSync(first_of_warp), Commit(), Allocation(), LastBarrier(threads)]
     if kinds & ASYNC_READERS:
-        rules += [Copies(announces), Stores(is_operand, announces)]
+        rules += [Copies(announces, first_of_warp), Stores(is_operand, announces)]
     if "init" in kinds:
         rules += [FirstBarrier(threads), Initialised()]
     if "launch_dependents" in kinds:
