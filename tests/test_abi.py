@@ -77,7 +77,7 @@ def test_each_parameter_is_given_what_is_called_so():
     ({"H": 576}, "the launch of gemm1 differ in H"),
 ], ids=str)  # fmt: skip
 def test_an_argument_of_another_type_or_name_is_refused(monkeypatch, change, message):
-    (target,) = TARGETS.values()
+    target = TARGETS["sm_90a"]
 
     def wrong(problem, card):
         made = target.program(problem, card)

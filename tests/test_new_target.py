@@ -78,7 +78,7 @@ def test_the_default_device_chooses_the_target(monkeypatch):
     monkeypatch.setattr(targets, "_default_device", lambda: _Gpu("7.7"))
     assert jax_moe.prepare(_case().experts, precision="w4a16").layout == MADE_UP.layouts["w4a16"]
     monkeypatch.setattr(targets, "_default_device", lambda: _Gpu("6.6"))
-    with pytest.raises(ValueError, match=r"compute capability 6.6, kernels exist for 9.0, 7.7"):
+    with pytest.raises(ValueError, match=r"compute capability 6.6, kernels exist for 9.0, 10.0, 10.3, 7.7"):
         jax_moe.prepare(_case().experts)
 
 

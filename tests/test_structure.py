@@ -84,16 +84,28 @@ def test_device_code_imports_device_code_only():
             assert ".device" in module, f"{path}: {module}"
 
 
+FOLDERS = [path.parent for path in (PACKAGE / "kernels").glob("*/target.py")]
+"""Of the targets."""
+
+
 def test_only_tables_and_its_own_folder_name_a_target():
     kinds = [*targets.TARGETS.values()]
-    words = [*targets.TARGETS, "sm90", "hopper", *(target.generation for target in kinds)]
+    words = [*targets.TARGETS, *(folder.name for folder in FOLDERS), *(target.generation for target in kinds)]
     words += {layout for target in kinds for layout in target.layouts.values()}
+    assert len(FOLDERS) == len(kinds) > 1
     tables = {"kernels/targets.py", "layouts/__init__.py"}
-    sources = [path for path in SOURCES if "sm90" not in path.relative_to(PACKAGE).parts]
+    sources = [path for path in SOURCES if not any(folder in path.parents for folder in FOLDERS)]
     sources += [path for path in (ROOT / "ffi").rglob("*.[ch]*") if "tests" not in path.parts]
     naming = {path for path in sources if re.search("|".join(words), path.read_text(), re.IGNORECASE)}
     assert {path.relative_to(PACKAGE).as_posix() for path in naming if PACKAGE in path.parents} <= tables
     assert [path for path in naming if PACKAGE not in path.parents] == []
+
+
+def test_no_target_imports_another():
+    for folder in FOLDERS:
+        others = "|".join(other.name for other in FOLDERS if other != folder)
+        importing = [path for path in folder.rglob("*.py") if re.search(rf"import.*({others})\b", path.read_text())]
+        assert importing == [], folder
 
 
 def test_no_file_is_too_long():

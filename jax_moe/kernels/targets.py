@@ -7,10 +7,11 @@ import jax
 from jax_moe import layouts
 from jax_moe.experts import CANONICAL
 from jax_moe.kernels.sm90.target import SM90
+from jax_moe.kernels.sm100.target import SM100
 from jax_moe.kernels.target import Card, Target
 from jax_moe.problem import Precision
 
-TARGETS: dict[str, Target] = {target.name: target for target in (SM90,)}
+TARGETS: dict[str, Target] = {target.name: target for target in (SM90, SM100)}
 
 
 def layout_for(name: str | None, precision: Precision | None, argument: str = "target") -> layouts.Layout:

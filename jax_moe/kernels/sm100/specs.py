@@ -55,12 +55,15 @@ class Config:
         return self.stages * self.stage_bytes + barriers + rows + alignment
 
 
-def with_most_stages(precision: Precision, token_tile: int, ctas_per_sm: int, dequantisers: int = 1) -> Config:
+def with_most_stages(
+    precision: Precision, token_tile: int, ctas_per_sm: int, stage_blocks: int = 1, dequantisers: int = 0
+) -> Config:
     """A config with as many stages as shared memory holds."""
-    blocks, dequantisers = (1, 0) if precision == "w4a4" else (4, dequantisers)
-    config = Config(token_tile, blocks, 0, ctas_per_sm, dequantisers)
+    if (precision == "w4a16") != bool(dequantisers) or (precision == "w4a4" and stage_blocks != 1):
+        raise ValueError(f"{precision} with {stage_blocks} blocks in a stage, {dequantisers} dequantising warpgroups")
+    config = Config(token_tile, stage_blocks, 0, ctas_per_sm, dequantisers)
     available = SHARED_MEMORY // ctas_per_sm - (_RESERVED_PER_CTA if ctas_per_sm > 1 else 0)
-    return dataclasses.replace(config, stages=(available - config.shared_bytes) // config.stage_bytes)
+    return dataclasses.replace(config, stages=(available - config.shared_bytes) // (config.stage_bytes + 16))
 
 
 class _Gemm:

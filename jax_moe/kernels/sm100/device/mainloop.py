@@ -449,4 +449,3 @@ class Gemm(entry.Kernel):
     def _fragments(self, sums, column, blocks: int):
         """This thread's sums of ``8 * blocks`` columns: what ``outputs.py`` calls ``accumulators``."""
         return [tcgen05.load_fragments(sums + (half * 16 << 16) + column, blocks) for half in range(2)]
-

@@ -1,0 +1,162 @@
+"""The program of one call on sm_100f: which kernels, over which buffers. ``README.md`` says what is in these."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jax_moe import activations
+from jax_moe.kernels import steps, tiling
+from jax_moe.kernels.sm100.device import weight_block
+from jax_moe.kernels.sm100.device.weight_block import BLOCK_K, BLOCK_ROWS, STEP_K
+from jax_moe.kernels.sm100.specs import Config, Gemm1Spec, Gemm2Spec, with_most_stages
+from jax_moe.kernels.target import Card, Launch, Program
+from jax_moe.problem import Precision, Problem
+
+CONFIGS: dict[Precision, tuple[Config, ...]] = {
+    "w4a4": tuple(
+        with_most_stages("w4a4", tile, ctas) for tile, ctas in ((16, 2), (32, 2), (64, 2), (128, 1), (192, 1))
+    ),
+    "w4a16": (
+        with_most_stages("w4a16", 16, 2, stage_blocks=4, dequantisers=1),
+        with_most_stages("w4a16", 32, 2, stage_blocks=4, dequantisers=1),
+        with_most_stages("w4a16", 64, 2, stage_blocks=2, dequantisers=1),
+        with_most_stages("w4a16", 128, 1, stage_blocks=2, dequantisers=2),
+        with_most_stages("w4a16", 192, 1, stage_blocks=1, dequantisers=2),
+    ),
+}
+"""What a call chooses from, by precision; the width of a tile is a value of run time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Clocks of a multiprocessor for 128 x 256 weights; from data sheets, not measured (docs/blackwell.md).
+
+    Attributes:
+      memory: to get them from memory, all multiprocessors at once.
+      fill: bytes that it gets from the L2 cache in a clock.
+      product: of the tensor cores, for one token, by precision.
+      tile: that a tile costs beyond these.
+    """
+
+    memory: float
+    fill: float
+    product: dict[Precision, float]
+    tile: float
+
+
+@functools.lru_cache(maxsize=1024)  # every layer of a model asks, each time that it is lowered
+def best_config(card: Card, precision: Precision, num_tokens: int, top_k: int, num_experts: int) -> Config:
+    """The config with the least expected time (``tiling.py``)."""
+    cost = functools.partial(_cost, card.costs, precision)
+    return tiling.cheapest(CONFIGS[precision], cost, num_tokens, top_k, num_experts)
+
+
+def _cost(costs: Costs, precision: Precision, rows: int, config: Config) -> float:
+    """Of 128 x 256 weights of an expert with so many rows: memory and all else hide each other but for a tenth."""
+    full, rest = divmod(rows, config.token_tile)
+    busy = sum(
+        tiles * max(costs.product[precision] * width, _loaded_bytes(precision, width) / costs.fill) + costs.tile
+        for tiles, width in ((full, config.token_tile), (1 if rest else 0, -(-rest // 8) * 8))
+    )
+    return max(costs.memory, busy) + min(costs.memory, busy) / 10
+
+
+def _loaded_bytes(precision: Precision, width: int) -> int:
+    """What a CTA loads for 128 x 256 weights times a tile."""
+    row_bytes = BLOCK_K // 2 + BLOCK_K // 16 if precision == "w4a4" else 2 * BLOCK_K
+    return weight_block.BLOCK_BYTES + width * row_bytes
+
+
+def gemms(p: Problem, config: Config) -> tuple[Gemm1Spec, Gemm2Spec]:
+    """Both GEMMs of a call have one config: GEMM2 reads the tiles that GEMM1 writes."""
+    alpha, beta, limit = activations.parameters(p.activation)
+    out_dtype = str(p.out_dtype) if p.combine == "atomic" else "float32"
+    return (
+        Gemm1Spec(config, p.precision, p.activation.kind, p.activation.gated, alpha, beta, limit, p.has_gate_up_bias),
+        Gemm2Spec(config, p.precision, p.combine, out_dtype, p.has_down_bias),
+    )
+
+
+def build(p: Problem, card: Card) -> Program:
+    """The program of a call, its kernels chosen from its shapes and for ``card``.
+
+    Raises:
+      ValueError: a size is beyond what the kernels take.
+    """
+    # Without tokens nothing is launched, and any config will do.
+    num_experts = p.num_experts or p.local_experts
+    config = best_config(card, p.precision, max(1, p.num_tokens), p.top_k, num_experts)
+    gemm1, gemm2 = gemms(p, config)
+    is_ordered, quantised = p.combine == "ordered", p.precision == "w4a4"
+
+    # Weight blocks of the prepared weights: rows and contraction of gate_up and of down.
+    block_k, block_bytes = BLOCK_K, weight_block.BLOCK_BYTES
+    if not quantised:
+        block_k, block_bytes = weight_block.BF16_BLOCK_K, weight_block.BF16_BLOCK_BYTES
+    parts = activations.num_parts(p.activation)
+    gate_up_rows, down_rows = _blocks(parts * p.intermediate_size, BLOCK_ROWS), _blocks(p.hidden_size, BLOCK_ROWS)
+    padded_intermediate = gate_up_rows * BLOCK_ROWS // parts
+    h_blocks = _blocks(padded_intermediate, block_k)
+
+    sort, workspaces = steps.sort(p, config.token_tile)
+    tiles = workspaces["tile_expert"].size
+    before, after = [sort], []
+    rows = {"x": "x", "x_scales": None}
+    if quantised:
+        x_codes, more = steps.x_codes(p)
+        before.append(x_codes)
+        rows = steps.same("x_scales") | {"x": "x_codes"}
+        workspaces |= more
+        tile_bytes = config.token_tile * weight_block.ROW_BYTES
+        tile_bytes += _blocks(config.token_tile, BLOCK_ROWS) * weight_block.SCALE_BYTES
+        workspaces["h"] = jax.ShapeDtypeStruct((tiles, h_blocks, tile_bytes), jnp.uint8)
+    else:
+        workspaces["h"] = jax.ShapeDtypeStruct((tiles, h_blocks, config.token_tile, block_k), jnp.bfloat16)
+        if p.weight_on == "input":
+            x_rows, more = steps.x_rows(p)
+            before.append(x_rows)
+            rows["x"] = "x_rows"
+            workspaces |= more
+    if is_ordered:
+        combine, more = steps.combine(p)
+        after.append(combine)
+        workspaces |= more
+
+    grid = card.multiprocessors * config.ctas_per_sm  # persistent
+    sizes = {"hidden_size": p.hidden_size, "local_experts": p.local_experts, "h_blocks": h_blocks}
+    launch1 = Launch("gemm1", gemm1, grid, {
+        **steps.same("row_route", "tile_expert", "expert_tiles", "h"), **sizes, **rows,
+        "payload": "gate_up.payload", "global_scale": "gate_up.global_scale",
+        "input_scale": "gate_up.input_scale" if quantised else None,
+        "bias": "gate_up.bias" if p.has_gate_up_bias else None,
+        "down_input_scale": "down.input_scale" if quantised else None,
+        "row_divisor": 1 if p.weight_on == "input" else p.top_k,
+        "m_blocks": gate_up_rows, "k_steps": _blocks(p.hidden_size, STEP_K),
+    })  # fmt: skip
+    launch2 = Launch("gemm2", gemm2, grid, {
+        **steps.same("h", *steps.TILE_MAP), **sizes,
+        "payload": "down.payload", "global_scale": "down.global_scale",
+        "input_scale": "down.input_scale" if quantised else None,
+        "bias": "down.bias" if p.has_down_bias else None,
+        "out": "contributions" if is_ordered else "out",
+        "row_divisor": 1 if is_ordered else p.top_k,
+        "m_blocks": down_rows, "k_steps": _blocks(p.intermediate_size, STEP_K),
+    })  # fmt: skip
+
+    blocks = p.local_experts * block_bytes
+    return Program(
+        launches=(*before, launch1, launch2, *after) if p.num_tokens else (),
+        adds="gemm2" if p.num_tokens and not is_ordered else None,
+        workspaces=workspaces,
+        weight_bytes={  # a prepared payload has the block scales inside
+            "gate_up.payload": blocks * gate_up_rows * _blocks(p.hidden_size, block_k), "gate_up.block_scale": 0,
+            "down.payload": blocks * down_rows * _blocks(p.intermediate_size, block_k), "down.block_scale": 0,
+        },
+        intermediate_size=padded_intermediate,
+    )  # fmt: skip
+
+
+def _blocks(size: int, block: int) -> int:
+    return -(-size // block)
