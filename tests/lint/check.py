@@ -1,5 +1,6 @@
 """``check(kernel)``: all findings of the lint in one kernel."""
 
+import copy
 import dataclasses
 import functools
 
@@ -8,6 +9,9 @@ from ptx.parser import Address, Kernel
 from lint import flow, rules
 from lint.sites import ASYNC_READERS, Graph, Site
 from lint.values import Slice
+
+_USERS = ("try_wait", "arrive", "expect", "commit", "bulk")
+"""Kinds of instructions that use an mbarrier."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,26 +50,34 @@ def check(kernel: Kernel, overlap: bool = False) -> list[Finding]:
     Raises:
       UnknownInstruction: an operation that the lint should know and does not.
     """
-    return _Check(kernel, overlap).findings()
+    return Lint(kernel, overlap).findings()
 
 
-class _Check:
-    def __init__(self, kernel: Kernel, overlap: bool):
+class Lint:
+    """The lint of one kernel; arguments are those of :func:`check`.
+
+    Attributes:
+      graph: the kernel's instructions as the rules see them.
+    """
+
+    def __init__(self, kernel: Kernel, overlap: bool = False):
         self.kernel, self.overlap = kernel, overlap
         self.graph = Graph(kernel)
-        self.slice = Slice(self.graph)
-        self.groups = self._groups()
+        self._slice = Slice(self.graph)
+        self._groups = self._threads_by_reach()
+        self._breaches: dict[int, frozenset[flow.Breach]] = {}  # of the group that begins with a thread
 
     def findings(self) -> list[Finding]:
+        """All of them, in the order of lines."""
         found: dict[flow.Breach, list[int]] = {}
         all_wait = not self.overlap
-        for threads in self.groups.values():
-            first = threads[0] % 32 == 0
-            wanted = rules.rules_for(self.graph, self.overlap, self._announces, self._is_operand, first)
-            walk = flow.Walk(self.graph, self.slice, threads[0], wanted)
-            no_wait = {breach for breach in walk.breaches if breach.rule == rules.GridWait.name}
+        for threads in self._groups.values():
+            if threads[0] not in self._breaches:
+                self._breaches[threads[0]] = self._walk(threads[0])
+            breaches = self._breaches[threads[0]]
+            no_wait = {breach for breach in breaches if breach.rule == rules.GridWait.name}
             all_wait |= not no_wait
-            for breach in walk.breaches - no_wait:
+            for breach in breaches - no_wait:
                 found.setdefault(breach, []).extend(threads)
         findings = [
             Finding(self.kernel.name, b.rule, b.message, self._line(b.first), self._line(b.second), tuple(threads))
@@ -74,8 +86,23 @@ class _Check:
         if not all_wait:
             message = "every thread has a way to the end without it"
             findings.append(self._finding(rules.GridWait.name, message))
-        findings += [*self._roles(), *self._pairs(), *self._cta_groups()]
+        findings += [*self._roles(), *self._pairs(), *self._counts(), *self._cta_groups()]
         return sorted(findings, key=lambda each: (each.second or each.first or (0,), each.first or (0,), each.rule))
+
+    def without(self, index: int) -> list[Finding]:
+        """The findings if an instruction, no branch, were not there. Only the threads that reach it are walked again."""
+        self.findings()
+        other = copy.copy(self)
+        other.graph = self.graph.without(index)
+        other.__dict__.pop("_starts", None)
+        again = [threads[0] for (reached, _), threads in self._groups.items() if index in reached]
+        other._breaches = {first: breaches for first, breaches in self._breaches.items() if first not in again}
+        return other.findings()
+
+    def _walk(self, thread: int) -> frozenset[flow.Breach]:
+        announces = functools.cache(self._announces)
+        wanted = rules.rules_for(self.graph, self.overlap, announces, self._is_operand, thread % 32 == 0)
+        return frozenset(flow.Walk(self.graph, self._slice, thread, wanted).breaches)
 
     def _line(self, index: int) -> tuple[int, str] | None:
         if index == flow.ENTRY:
@@ -87,20 +114,20 @@ class _Check:
         first, second = [*[self._line(site.index) for site in sites[:2]], None, None][:2]
         return Finding(self.kernel.name, rule, message, first, second)
 
-    def _groups(self) -> dict[tuple[frozenset[int], bool], list[int]]:
+    def _threads_by_reach(self) -> dict[tuple[frozenset[int], bool], list[int]]:
         """Two threads of each warp, its first and another, put together where they can reach the same instructions."""
         groups: dict[tuple, list[int]] = {}
         total = self.kernel.threads or 32
         for warp in range(0, total, 32):
             for thread in (warp, warp + 1):
-                walk = flow.Walk(self.graph, self.slice, thread)
+                walk = flow.Walk(self.graph, self._slice, thread)
                 groups.setdefault((frozenset(walk.reached), thread % 32 == 0), []).append(thread)
         return groups
 
     def _threads_of(self, *sites: Site) -> set[int]:
         """Of the threads that were looked at, those that can reach one of these."""
         indices = {site.index for site in sites}
-        return {thread for (reached, _), threads in self.groups.items() if indices & reached for thread in threads}
+        return {thread for (reached, _), threads in self._groups.items() if indices & reached for thread in threads}
 
     def _announces(self, site: Site) -> bool:
         """Whether an arrival tells threads that read shared memory through the async proxy."""
@@ -167,12 +194,35 @@ class _Check:
             (("arrive", "expect", "commit"), ("try_wait",), "nothing waits for this barrier"),
             (("bulk",), ("expect",), "no bytes are announced at this barrier"),
             (("expect",), ("bulk",), "no bytes are copied to this barrier"),
-            (("try_wait", "arrive", "expect", "commit", "bulk"), ("init",), "this barrier is not initialised"),
+            (_USERS, ("init",), "this barrier is not initialised"),
         ):
             others = self.graph.kinds(*arrivals)
             for site in self.graph.kinds(*waits):
                 if not any(self._same_array(site, other) for other in others):
                     findings.append(self._finding("barriers", message, site))
+        return findings
+
+    def _counts(self) -> list[Finding]:
+        """As many threads can arrive at a barrier as its phase counts, and the first of an array is initialised."""
+        findings = []
+        inits = {site.offset: site for site in self.graph.kinds("init")}
+        for start in sorted(self._starts) if None not in inits else ():
+            users = [site for site in self.graph.kinds(*_USERS) if site.offset == start]
+            arrivals = [site for site in users if site.kind in ("arrive", "expect", "commit")]
+            if start not in inits:
+                findings.append(self._finding("barriers", f"the barrier at {start} is not initialised", users[0]))
+                continue
+            count = self.graph.initial_count(inits[start])
+            # Of each warp two threads were looked at; the second stands for 31. A thread may arrive at several places.
+            able = sum(31 if thread % 32 else 1 for site in arrivals for thread in self._threads_of(site))
+            if arrivals and count is not None and able < count:
+                message = f"a phase counts {count} arrivals, and no more than {able} can come"
+                findings.append(self._finding("barriers", message, inits[start], arrivals[0]))
+        holes = sorted(inits) if None not in inits else []
+        for before, after in zip(holes, holes[1:], strict=False):
+            if before % 8 == after % 8 and 8 < after - before <= 64:
+                message = f"{(after - before) // 8 - 1} barriers between them are not initialised"
+                findings.append(self._finding("barriers", message, inits[before], inits[after]))
         return findings
 
     def _same_array(self, a: Site, b: Site) -> bool:
@@ -188,5 +238,4 @@ class _Check:
 
     @functools.cached_property
     def _starts(self) -> set[int]:
-        users = self.graph.kinds("try_wait", "arrive", "expect", "commit", "bulk")
-        return {site.offset for site in users if site.offset is not None}
+        return {site.offset for site in self.graph.kinds(*_USERS) if site.offset is not None}

@@ -8,13 +8,14 @@ from lint.sites import ARRIVALS, ASYNC_READERS, Site, TENSOR_MEMORY, WAITS
 
 
 class AfterSync(Rule):
-    """tcgen05.fence::after_thread_sync between any wait or barrier and the next use of tensor memory (9.7.16.6.3).
+    """tcgen05.fence::after_thread_sync between any wait or barrier and the next use of tensor memory or its dealloc
+    (9.7.16.6.3).
 
     Also where what was waited for has nothing to do with tensor memory: the fence costs nothing.
     """
 
     name = "fence after"
-    kinds = WAITS | TENSOR_MEMORY | {"fence_after"}
+    kinds = WAITS | TENSOR_MEMORY | {"fence_after", "dealloc"}
 
     def begin(self, site):
         return ("fence",) if site.kind in WAITS else None
@@ -22,7 +23,7 @@ class AfterSync(Rule):
     def step(self, state, site):
         if site.kind == "fence_after":
             return None, None
-        if site.kind in TENSOR_MEMORY:
+        if site.kind in TENSOR_MEMORY or site.kind == "dealloc":
             return None, "no tcgen05.fence::after_thread_sync between them"
         return state, None
 

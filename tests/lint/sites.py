@@ -5,6 +5,7 @@ has no kind here is refused: a lint that overlooks an instruction is worse than 
 """
 
 from collections.abc import Iterable, Iterator
+import copy
 import dataclasses
 import re
 
@@ -117,14 +118,24 @@ class Graph:
         ordered = sorted(start for start in starts if start < len(kernel.instructions))
         self.block_of = dict(zip(ordered, [*ordered[1:], len(kernel.instructions)], strict=True))
 
-        self._by_kind: dict[str | None, list[Site]] = {}
-        for site in self.sites:
-            self._by_kind.setdefault(site.kind, []).append(site)
+        self._by_kind = _by_kind(self.sites)
+
+    def without(self, index: int) -> "Graph":
+        """The same, but for an instruction, no branch, that does nothing."""
+        other = copy.copy(self)
+        nothing = dataclasses.replace(self.sites[index], kind=None, writes=frozenset(), reads=frozenset())
+        other.sites = (*self.sites[:index], nothing, *self.sites[index + 1 :])
+        other._by_kind = _by_kind(other.sites)
+        return other
 
     def kinds(self, *kinds: str) -> list[Site]:
         """Sites of these kinds, in order."""
         found = [site for kind in kinds for site in self._by_kind.get(kind, ())]
         return sorted(found, key=lambda site: site.index)
+
+    def initial_count(self, site: Site) -> int | None:
+        """Arrivals of one phase, where an mbarrier.init has a constant."""
+        return self.offsets.constant(self.kernel.instructions[site.index].operands[1])
 
     def leading_to(self, indices: Iterable[int]) -> frozenset[int]:
         """Starts of the blocks from which one of these instructions can be reached."""
@@ -140,6 +151,13 @@ class Graph:
             found |= more
             todo += more
         return frozenset(found)
+
+
+def _by_kind(sites: tuple[Site, ...]) -> dict[str | None, list[Site]]:
+    found: dict[str | None, list[Site]] = {}
+    for site in sites:
+        found.setdefault(site.kind, []).append(site)
+    return found
 
 
 def is_branch(instruction: Instruction) -> bool:
@@ -226,6 +244,11 @@ class Offsets:
         """The constant part, to which belongs what follows from the thread's index, if that is given. None: no telling."""
         base, _ = self._operand(address.base, thread, 0) if isinstance(address.base, Register) else (0, True)
         return None if base is None else base + address.offset
+
+    def constant(self, operand) -> int | None:
+        """The value of an operand that is constant."""
+        value, whole = self._operand(operand, None, 0)
+        return value if whole else None
 
     def _operand(self, operand, thread: int | None, depth: int) -> tuple[int | None, bool]:
         """(constant part, whether that is all)."""
