@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from jax_moe import activations
-from jax_moe.kernels import lowering, specs, tiling
+from jax_moe.kernels import lowering, specs, steps, tiling
 from jax_moe.kernels.targets import TARGETS
 from jax_moe.operands import OPERANDS
 
@@ -121,6 +121,29 @@ def test_launches_have_their_grids_and_attributes():
     assert lowering.launches(cuda_call.problem(num_tokens=1))[1].grid == 264  # two CTAs a multiprocessor
     assert [specs.XRowsSpec(True, False).grid(rows, 16) for rows in (1, 256, 257)] == [1, 1, 2]
     assert [specs.CombineSpec("float32").grid(rows, 16) for rows in (1, 32, 33)] == [1, 1, 2]
+
+
+@pytest.mark.parametrize(("weight_on", "rows", "divisor"), [("output", 40, 1), ("input", 160, 4)])
+def test_x_as_codes_is_padded_to_whole_blocks(weight_on, rows, divisor):
+    launch, workspaces = steps.x_codes(cuda_call.problem(**{**_ALL, "weight_on": weight_on}), 256)
+    assert launch.arguments.keys() == launch.spec.parameters.keys()
+    got = " ".join(str(launch.arguments[name]) for name in launch.spec.parameters)
+    assert got == f"x routing_weights gate_up.input_scale x_codes x_scales {rows} {divisor} 36 48"
+    assert launch.spec == specs.XRowsSpec(quantise=True, per_route=weight_on == "input", codes=True)
+    assert launch.grid == -(-rows * 48 // 256)
+    shapes = {name: (w.shape, jnp.dtype(w.dtype).name) for name, w in workspaces.items()}
+    assert shapes == {"x_codes": ((rows, 384), "uint8"), "x_scales": ((rows, 48), "uint8")}
+
+
+def test_x_as_codes_counts_in_int32():
+    """Rows of H = 16 are padded sixteenfold."""
+    call = {**_ALL, "num_tokens": 2**25, "top_k": 1, "hidden_size": 16}
+    steps.sort(cuda_call.problem(**{**call, "num_tokens": 2**26}), 8)
+    steps.x_codes(cuda_call.problem(**call), 256)
+    with pytest.raises(ValueError, match="count in int32"):
+        steps.x_codes(cuda_call.problem(**{**call, "num_tokens": 2**27}), 256)
+    with pytest.raises(ValueError, match="codes: got True, needs quantise"):
+        specs.XRowsSpec(quantise=False, per_route=True, codes=True)
 
 
 def test_specs_say_what_the_call_says():

@@ -116,14 +116,20 @@ class XRowsSpec:
     """The pass over x: what GEMM1 multiplies, where that is not x itself.
 
     Attributes:
-      quantise: round to NVFP4 and back (w4a4).
+      quantise: round to NVFP4 (w4a4).
       per_route: a row for each route, multiplied by its routing weight (weight_on="input"); else for each token.
+      codes: what is rounded becomes codes and block scales, for tensor cores that take them (that needs instructions of
+        sm_100); else bf16 again, code * block scale.
     """
 
     quantise: bool
     per_route: bool
+    codes: bool = False
 
-    implementation = "jax_moe.kernels.device.x_rows:XRows"
+    def __post_init__(self):
+        if self.codes and not self.quantise:
+            raise ValueError("codes: got True, needs quantise")
+
     threads = 256
     cluster = 1
     overlap = False
@@ -131,18 +137,25 @@ class XRowsSpec:
 
     @property
     def parameters(self) -> dict[str, str]:
+        out = {"x_codes": "u8*", "x_scales": "u8*"} if self.codes else {"x_rows": "bf16*"}
+        padded = {"padded_blocks": "i32"} if self.codes else {}
         return {
-            "x": "bf16*", "routing_weights": "f32*", "input_scale": "f32*", "x_rows": "bf16*", "num_rows": "i32",
-            "row_divisor": "i32", "row_blocks": "i32",
+            "x": "bf16*", "routing_weights": "f32*", "input_scale": "f32*", **out, "num_rows": "i32",
+            "row_divisor": "i32", "row_blocks": "i32", **padded,
         }  # fmt: skip
 
     @property
-    def name(self) -> str:
-        return f"jax_moe_x_rows{'_nvfp4' if self.quantise else ''}{'_weighted' if self.per_route else ''}"
+    def implementation(self) -> str:
+        return f"jax_moe.kernels.device.x_rows:{'XCodes' if self.codes else 'XRows'}"
 
-    def grid(self, num_rows: int, hidden_size: int) -> int:
-        """CTAs: a thread takes 16 values."""
-        return -(-num_rows * (hidden_size // 16) // self.threads)
+    @property
+    def name(self) -> str:
+        form = "_codes" if self.codes else "_nvfp4" if self.quantise else ""
+        return f"jax_moe_x_rows{form}{'_weighted' if self.per_route else ''}"
+
+    def grid(self, num_rows: int, width: int) -> int:
+        """CTAs: a thread takes 16 values of rows of ``width``."""
+        return -(-num_rows * (width // 16) // self.threads)
 
 
 @dataclasses.dataclass(frozen=True)

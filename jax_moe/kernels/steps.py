@@ -28,11 +28,7 @@ def sort(p: Problem, token_tile: int) -> tuple[Launch, Workspaces]:
     spec = specs.sort_spec(p.num_routes, p.local_experts, token_tile, weighted=p.weight_on == "output")
     tiles = tiling.max_tiles(p.num_routes, p.local_experts, token_tile)
     vectors = max(num_x_rows(p) * p.hidden_size // 8, p.num_tokens * p.hidden_size // 4)  # of x and of the output
-    if max(tiles * token_tile, vectors) > _INT32_MAX:
-        raise ValueError(
-            f"x: got T*K = {p.num_routes} routes of H = {p.hidden_size}, the GPU kernels count in int32; "
-            "call fused_moe on parts of the tokens"
-        )
+    _check_count(p, max(tiles * token_tile, vectors))
     buffers = same("expert_ids", "routing_weights", "expert_offset", *TILE_MAP, "cta_counts")
     return Launch("sort", spec, spec.cluster, {**buffers, "num_routes": p.num_routes}), {
         "expert_tiles": jax.ShapeDtypeStruct((p.local_experts + 1 + WORK_COUNTERS,), jnp.int32),
@@ -41,6 +37,14 @@ def sort(p: Problem, token_tile: int) -> tuple[Launch, Workspaces]:
         "row_weight": jax.ShapeDtypeStruct((tiles * token_tile,), jnp.float32),
         "cta_counts": jax.ShapeDtypeStruct((spec.cluster, p.local_experts), jnp.int32),
     }
+
+
+def _check_count(p: Problem, count: int) -> None:
+    if count > _INT32_MAX:
+        raise ValueError(
+            f"x: got T*K = {p.num_routes} routes of H = {p.hidden_size}, the GPU kernels count in int32; "
+            "call fused_moe on parts of the tokens"
+        )
 
 
 def num_x_rows(p: Problem) -> int:
@@ -58,6 +62,27 @@ def x_rows(p: Problem) -> tuple[Launch, Workspaces]:
     }  # fmt: skip
     workspaces = {"x_rows": jax.ShapeDtypeStruct((rows, p.hidden_size), jnp.bfloat16)}
     return Launch("x_rows", spec, spec.grid(rows, p.hidden_size), arguments), workspaces
+
+
+def x_codes(p: Problem, block_k: int) -> tuple[Launch, Workspaces]:
+    """The pass over x of w4a4 where the tensor cores multiply NVFP4: codes and block scales.
+
+    ``block_k``: rows are padded with zeros to whole blocks of so many values.
+
+    Raises:
+      ValueError: more values than the kernels can count.
+    """
+    per_route, rows, width = p.weight_on == "input", num_x_rows(p), -(-p.hidden_size // block_k) * block_k
+    _check_count(p, rows * width // 16)
+    spec = specs.XRowsSpec(quantise=True, per_route=per_route, codes=True)
+    arguments = {
+        **same("x", "routing_weights", "x_codes", "x_scales"), "input_scale": "gate_up.input_scale", "num_rows": rows,
+        "row_divisor": p.top_k if per_route else 1, "row_blocks": p.hidden_size // 16, "padded_blocks": width // 16,
+    }  # fmt: skip
+    return Launch("x_rows", spec, spec.grid(rows, width), arguments), {
+        "x_codes": jax.ShapeDtypeStruct((rows, width // 2), jnp.uint8),
+        "x_scales": jax.ShapeDtypeStruct((rows, width // 16), jnp.uint8),
+    }
 
 
 def combine(p: Problem) -> tuple[Launch, Workspaces]:

@@ -14,7 +14,7 @@ def scales(word: Uint32):
 
 
 def pairs(word: Uint32, even: Uint32, odd: Uint32):
-    """The four pairs of a word of codes times their scales, which are ``even`` for pairs 0 and 2 and ``odd`` for 1, 3."""
+    """The four pairs of a word of codes times their scales: ``even`` those of pairs 0 and 2, ``odd`` of 1 and 3."""
     mask = Uint32(bf16_weights.PAIR_MASK)
     yield ptx.multiply_bf16x2(word & mask, even)
     yield ptx.multiply_bf16x2(ptx.rotate_right(word, 3) & mask, odd)

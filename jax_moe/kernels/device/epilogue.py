@@ -82,6 +82,22 @@ def _round(value: Float32, scale: Float32, inverse: Float32) -> Float32:
     return ptx.copy_sign((magnitude + magic) - magic, scaled) * scale
 
 
+def _amax(values) -> Float32:
+    amax = ptx.absolute(values[0])
+    for value in values[1:]:
+        amax = ptx.maximum(amax, ptx.absolute(value))
+    return amax
+
+
+def _pack(values, inverse: Float32) -> Uint32:
+    """e2m1 codes of at most 8 values, the first in the low bits."""
+    scaled = [value * inverse for value in values]
+    word = ptx.pack_e2m1x2(scaled[0], scaled[1])
+    for i in range(2, len(scaled), 2):
+        word = word | (ptx.pack_e2m1x2(scaled[i], scaled[i + 1]) << Uint32(4 * i))
+    return word
+
+
 def _shared_scales(values, global_scale: Float32, lane, lanes: int, stride: int):
     """Block scales of blocks of 16 that lie across ``lanes`` lanes, ``stride`` apart, each computed in one lane.
 
@@ -93,12 +109,7 @@ def _shared_scales(values, global_scale: Float32, lane, lanes: int, stride: int)
       Scale and inverse of the block that this lane looks after, and for every block a lane that does. With 2**b blocks
       (or, of fewer, room for so many) that is block ``lane * 2**b // lanes``.
     """
-    amaxes = []
-    for row in values:
-        amax = ptx.absolute(row[0])
-        for value in row[1:]:
-            amax = ptx.maximum(amax, ptx.absolute(value))
-        amaxes.append(amax)
+    amaxes = [_amax(row) for row in values]
     blocks = 1 << (len(values) - 1).bit_length()
     amaxes += [Float32(0.0)] * (blocks - len(values))
     # Each exchange halves the blocks that a lane looks after: it hands over the other half and takes in its own.
@@ -139,14 +150,18 @@ def quantise_blocks(values, global_scale: Float32, lane, lanes: int, stride: int
     scale, inverse, sources = _shared_scales(values, global_scale, lane, lanes, stride)
     words = []
     for row, source in zip(values, sources, strict=True):
-        row_inverse = cute.arch.shuffle_sync(inverse, source)
-        scaled = [value * row_inverse for value in row]
-        pairs = [ptx.pack_e2m1x2(scaled[i], scaled[i + 1]) for i in range(0, len(row), 2)]
-        word = pairs[0]
-        for i, pair in enumerate(pairs[1:]):
-            word = word | (pair << Uint32(8 * (i + 1)))
-        words.append(word)
+        words.append(_pack(row, cute.arch.shuffle_sync(inverse, source)))
     return words, ptx.e4m3(scale)
+
+
+@cute.jit
+def quantise_block(values, global_scale: Float32):
+    """The 16 codes of one thread's block as two words, and its e4m3 scale as the low byte of a word."""
+    scale, inverse = _block_scale(_amax(values), global_scale)
+    low, high = _pack(values[:8], inverse), _pack(values[8:], inverse)
+    if scale == Float32(0.0):  # the products with zeros of either sign are right too, but a zero code is 0
+        low, high = Uint32(0), Uint32(0)
+    return low, high, ptx.e4m3(scale)
 
 
 @cute.jit

@@ -105,7 +105,7 @@ def build(p: Problem, card: Card) -> Program:
     before, after = [sort], []
     rows = {"x": "x", "x_scales": None}
     if quantised:
-        x_codes, more = steps.x_codes(p)
+        x_codes, more = steps.x_codes(p, BLOCK_K)
         before.append(x_codes)
         rows = steps.same("x_scales") | {"x": "x_codes"}
         workspaces |= more

@@ -18,7 +18,7 @@ class Config:
     Attributes:
       token_tile: N of the products at most, a multiple of 16 up to 208 (tensor memory); how much of it a tile needs, in
         eights, is a value of run time.
-      stage_blocks: weight blocks that are copied and announced together; 1 for w4a4, whose blocks are four times as wide.
+      stage_blocks: weight blocks that are copied and announced together; 1 for w4a4, whose blocks are 4 times as wide.
       stages: how many of those are in flight.
       ctas_per_sm: resident CTAs of one multiprocessor, all persistent.
       dequantisers: w4a16: warpgroups that dequantise, 1 or 2; else 0.

@@ -1,6 +1,6 @@
 """Blackwell: the target sm_100f and its cards."""
 
-from jax_moe.kernels.sm100.program import Costs, build
+from jax_moe.kernels.sm100.program import build, Costs
 from jax_moe.kernels.target import Card, Target
 
 # From data sheets, with 7.2 of 8 TB/s and 1.855 GHz; nothing here was measured. docs/blackwell.md has the sums.

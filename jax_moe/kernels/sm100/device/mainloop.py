@@ -18,7 +18,7 @@ one of a ring of units, ``half`` one of two):
 
     barrier               waits                        arrives, and how often in one phase
     FULL + stage          products, dequantise         loads (with the bytes of its copies); GEMM1: 2 warps that gather
-    EMPTY + stage         loads, gather; products      the commit of the stage's products; w4a16: each warp that dequantises
+    EMPTY + stage         loads, gather; products      the commit of the stage's products; w4a16: each dequantising warp
     UNIT_FULL + place     everybody but loads          loads
     UNIT_EMPTY + place    loads                        every warp but the one that loads, when it has read the unit
     SUMS_FULL + half      epilogue                     the commit of the unit's products
@@ -182,7 +182,7 @@ class Gemm(entry.Kernel):
         if warp == LOADS:
             self._load_all(op, shared, lane)
         if cutlass.const_expr(self._gather_warps() > 0):
-            if warp >= GATHER and warp < GATHER + GATHER_WARPS:
+            if warp >= GATHER and warp < DEQUANTISE:
                 self._gather_all(op, shared, tid - GATHER * 32)
         if cutlass.const_expr(not self.is_fp4):
             if warp >= DEQUANTISE:

@@ -1,4 +1,4 @@
-"""``tcgen05``: tensor memory and the tensor cores of sm_100, one function for each PTX instruction, and their descriptors.
+"""``tcgen05``: tensor memory and tensor cores of sm_100, one function for each PTX instruction, and descriptors.
 
 PTX ISA 9.1, sections 9.7.16.4 (descriptors) to 9.7.16.12. A tensor-memory address is ``lane << 16 | column``. One fixed
 thread issues the copies of scales, the products and the commits: they are asynchronous, and only those of one thread

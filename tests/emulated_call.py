@@ -1,0 +1,123 @@
+"""A whole ``fused_moe`` call on the emulator: the launches of its program, over its operands and workspaces."""
+
+import dataclasses
+import functools
+import json
+import os
+from typing import Any
+
+import emulator
+from emulator import Array, Launch, Memory
+from helpers import Case
+import jax.numpy as jnp
+import numpy as np
+
+import jax_moe
+from jax_moe import check, nvfp4
+from jax_moe.kernels import cache, compiler, targets
+from jax_moe.kernels.specs import Spec
+from jax_moe.kernels.target import Program
+from jax_moe.operands import expert_operands
+from jax_moe.problem import Options, Problem
+
+
+@dataclasses.dataclass
+class Call:
+    """A call that is ready to run.
+
+    Attributes:
+      problem: what is static about it.
+      program: what it launches.
+      target: the architecture.
+      memory: with all buffers.
+      arrays: operands, workspaces and "out", by name.
+    """
+
+    problem: Problem
+    program: Program
+    target: str
+    memory: Memory
+    arrays: dict[str, Array]
+    counts: dict[str, emulator.Counts] = dataclasses.field(default_factory=dict)
+
+    def run(self, *, kernels: dict[str, emulator.Kernel] | None = None, **options: Any) -> np.ndarray:
+        """Runs all launches; the output. ``kernels``: instead of a launch's own, by its name. ``options``: of run."""
+        launches = []
+        for launch in self.program.launches:
+            kernel, shared_bytes = compiled(launch.spec, self.target)
+            given = [launch.arguments[name] for name in launch.spec.parameters]
+            launches.append(
+                Launch(
+                    (kernels or {}).get(launch.name, kernel), launch.grid,
+                    [self.arrays[value] if isinstance(value, str) else value for value in given],
+                    launch.spec.threads, launch.spec.cluster, shared_bytes, launch.spec.overlap,
+                    getattr(getattr(launch.spec, "config", None), "ctas_per_sm", None),
+                )
+            )  # fmt: skip
+        counts = emulator.run(launches, self.memory, **options)
+        self.counts = {launch.name: count for launch, count in zip(self.program.launches, counts, strict=True)}
+        return self.arrays["out"].read()
+
+
+def prepare(case: Case, target: str, *, multiprocessors: int = 3, config: Any = None, **options: Any) -> Call:
+    """The call that ``case`` is on a GPU with so many multiprocessors, its weights prepared for ``target``.
+
+    ``config``: that the program should have, instead of the one that it would choose.
+    """
+    options = {"activation": jax_moe.SwiGLU(), "precision": "w4a16"} | case.options | options
+    offset, num_experts = options.pop("expert_offset", 0), options.pop("num_experts", None)
+    static = {"combine": "atomic", "weight_on": "output", "out_dtype": jnp.bfloat16, "command_buffer": True} | options
+    experts = jax_moe.prepare(case.experts, target, static["precision"], progress=False)
+    problem = check.check(
+        case.x, experts, case.routing, Options(**static), expert_offset=offset, num_experts=num_experts
+    )
+    made_for, card = targets.for_call(problem.layout, problem.precision)
+    assert made_for.name == target
+    card = dataclasses.replace(card, multiprocessors=multiprocessors)
+    program = made_for.program(problem, card)
+    memory = Memory()
+    operands = {
+        "x": case.x, "expert_ids": case.routing.expert_ids, "routing_weights": case.routing.weights,
+        "expert_offset": jnp.int32(offset), **expert_operands(experts),
+    }  # fmt: skip
+    for name in ("gate_up.payload", "down.payload"):
+        operands[name] = nvfp4.payload_bytes(operands[name])
+    arrays = {name: memory.array(np.asarray(value), name) for name, value in operands.items() if value is not None}
+    for name, shape in program.workspaces.items():
+        arrays[name] = memory.poisoned(shape.shape, shape.dtype, name)
+    shape, dtype = case.x.shape, jnp.dtype(problem.out_dtype)
+    if program.adds or not program.launches:
+        arrays["out"] = memory.array(np.zeros(shape, dtype), "out", strict=True)
+    else:
+        arrays["out"] = memory.poisoned(shape, dtype, "out", strict=True)
+    return Call(problem, program, target, memory, arrays)
+
+
+@functools.cache
+def compiled(spec: Spec, target: str) -> tuple[emulator.Kernel, int]:
+    """The kernel of ``spec``, and its dynamic shared memory."""
+    text, shared_bytes = ptx(spec, target)
+    return emulator.Kernel(text), shared_bytes
+
+
+def ptx(spec: Spec, target: str) -> tuple[str, int]:
+    """The PTX of ``spec``, and the dynamic shared memory that it is launched with; from disk, or compiled now.
+
+    Raises:
+      MissingKernelError: it would have to be compiled, and the DSL is not installed.
+    """
+    folder = cache.cache_folder().with_name("ptx")
+    version = cache._compiler_version()
+    if version is None:
+        raise cache.MissingKernelError(f"{compiler.PACKAGE} is not installed to compile {spec.name}")
+    path = folder / cache._file_name(spec, target, version)
+    if not path.exists():
+        with cache._lock:
+            result, text = compiler._compile(spec, target)
+            shared_bytes = compiler._dynamic_shared_bytes(result.ir_module.operation.get_asm(), spec.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.tmp")
+        part.write_text(json.dumps({"ptx": text, "shared_bytes": shared_bytes}))
+        os.replace(part, path)
+    found = json.loads(path.read_text())
+    return found["ptx"], found["shared_bytes"]

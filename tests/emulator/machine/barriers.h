@@ -1,0 +1,22 @@
+// Mbarriers, for whoever arrives on them.
+
+#ifndef JAX_MOE_EMULATOR_BARRIERS_H_
+#define JAX_MOE_EMULATOR_BARRIERS_H_
+
+#include "step.h"
+
+namespace emulator {
+
+// Throws if there is none.
+Mbarrier& MbarrierAt(Cta& cta, uint64_t address);
+// The use of an mbarrier as an access: it must not race with its initialisation.
+void TouchMbarrier(Step& step, Cta& cta, uint64_t address);
+void ArriveOn(Mbarrier* barrier, int64_t count);
+void CompleteBytes(Mbarrier* barrier, int64_t bytes);
+void Advance(Mbarrier* barrier);
+// After a release: what the warp does from now on is no part of it.
+void NextEpoch(Warp* warp);
+
+}  // namespace emulator
+
+#endif  // JAX_MOE_EMULATOR_BARRIERS_H_

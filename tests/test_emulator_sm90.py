@@ -1,0 +1,34 @@
+"""Calls on the emulator with today's sm_90a kernels: where all sums are exact, the bits of the CPU handler."""
+
+import importlib.util
+import shutil
+
+import emulated_call
+import emulator
+from helpers import assert_bit_equal, make_exact_case
+import jax.numpy as jnp
+import pytest
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("cutlass") is None, reason="nvidia-cutlass-dsl is not installed"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is compiled with g++, which is not here"),
+]
+
+
+@pytest.mark.parametrize("order", emulator.ORDERS)
+@pytest.mark.parametrize(("precision", "combine"), [("w4a16", "atomic"), ("w4a4", "ordered")])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(tokens=1, num_experts=3, top_k=2, hidden=128, intermediate=64),
+        dict(tokens=20, num_experts=8, top_k=4, hidden=320, intermediate=192),
+        dict(tokens=7, num_experts=5, top_k=3, hidden=144, intermediate=96, gated=False),
+    ],
+    ids=lambda sizes: str(sizes["tokens"]),
+)
+def test_exact_calls_have_the_bits_of_the_cpu(sizes, precision, combine, order):
+    case = make_exact_case(sizes["tokens"], precision=precision, combine=combine, out_dtype=jnp.float32, **sizes)
+    expected = case.run()
+    for seed in range(2):
+        call = emulated_call.prepare(case, "sm_90a")
+        assert_bit_equal(call.run(order=order, seed=seed), expected)
