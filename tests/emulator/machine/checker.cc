@@ -74,7 +74,8 @@ bool Checker::Ordered(const Record& record, bool tensor_memory, const Actor& act
   if (tensor_memory && actor.access == Access::kTensorProduct && record.component == actor.component) {
     return true;  // a thread's products, and copies before products, are a pipeline
   }
-  const bool tensor = is_own || record.count <= At(view.tensor, record.component);
+  const bool tensor = is_own || record.count <= At(view.tensor, record.component) ||
+                      (actor.access == Access::kTensorFree && record.count <= At(view.acquired, record.component));
   if (actor.access != Access::kAsync && !tensor) {
     if (seen)
       *why = component.tensor ? "; a tcgen05.fence or a wait is missing"

@@ -76,7 +76,8 @@ struct Warp {
   std::vector<uint16_t> in_flight;           // by register: products that nobody has waited for and that use it
   std::vector<uint32_t> poison_in_products;  // of accumulators in flight, whose `poison` has all lanes
   Operations loads, stores;                  // tcgen05.ld and .st
-  std::array<Operations, kLanes> tensor;     // tcgen05.mma and .cp of each thread
+  uint32_t load_count = 0, store_count = 0, tensor_count = 0;
+  std::array<Operations, kLanes> tensor;  // tcgen05.mma and .cp of each thread
 
   uint64_t barrier_generation = 0;  // of the barrier that it is at, plus one
   uint64_t cluster_generation = 0;  // likewise

@@ -61,15 +61,17 @@ void SharedMemory::Free() {
   marks_ = {};
 }
 
-int TensorMemory::Allocate(int cta, int columns) {
-  for (int first = 0; first + columns <= kColumns; first += columns) {  // an allocation is aligned to its size
-    const auto begin = owner_.begin() + first, end = begin + columns;
-    if (std::all_of(begin, end, [](int owner) { return owner < 0; })) {
-      std::fill(begin, end, cta);
-      return first;
-    }
+std::vector<int> TensorMemory::Room(int columns) const {
+  std::vector<int> room;
+  for (int first = 0; first + columns <= kColumns; first += columns) {
+    const auto begin = owner_.begin() + first;
+    if (std::all_of(begin, begin + columns, [](int owner) { return owner < 0; })) room.push_back(first);
   }
-  return -1;
+  return room;
+}
+
+void TensorMemory::Allocate(int cta, int column, int columns) {
+  std::fill(owner_.begin() + column, owner_.begin() + column + columns, cta);
 }
 
 void TensorMemory::Free(int cta, int column, int columns) {

@@ -68,8 +68,9 @@ class TensorMemory {
 
   TensorMemory() : cells_(kTensorLanes * kColumns), marks_(kTensorLanes * kColumns, kPoison), owner_(kColumns, -1) {}
 
-  // The first column of `columns` free ones for a CTA; -1 if there are none just now.
-  int Allocate(int cta, int columns);
+  // Where `columns` free ones start, each at a multiple of their number.
+  std::vector<int> Room(int columns) const;
+  void Allocate(int cta, int column, int columns);
   void Free(int cta, int column, int columns);
   // Whether a CTA has any.
   bool Owns(int cta) const;
