@@ -32,12 +32,12 @@ class BeforeSync(Rule):
     """tcgen05.wait::ld or ::st, then tcgen05.fence::before_thread_sync, before other threads are told (9.7.16.6.2, .3).
 
     An allocation needs only the fence. The tensor cores' own work is announced by tcgen05.commit, which implies it. What
-    is fenced has to be announced before the next load or store: by the first thread of a warp on an mbarrier, by others by
+    is fenced has to be announced before the next load, store or product: by the first thread of a warp on an mbarrier, by others by
     meeting it.
     """
 
     name = "fence before"
-    kinds = ARRIVALS | {"ld", "st", "alloc", "wait_ld", "wait_st", "fence_before", "ret"}
+    kinds = ARRIVALS | {"ld", "st", "mma", "alloc", "wait_ld", "wait_st", "fence_before", "ret"}
     _WAITS = {"ld": "wait_ld", "st": "wait_st"}
 
     def __init__(self, first_of_warp: bool):
@@ -53,12 +53,12 @@ class BeforeSync(Rule):
         if missing == "arrival":
             if site.kind in self._announcing:
                 return None, None
-            return state, "nothing tells other threads between them" if site.kind in ("ld", "st", "ret") else None
+            return state, "nothing tells other threads between them" if site.kind in ("ld", "st", "mma", "ret") else None
         if site.kind == missing:
             return ("fence",), None
         if site.kind == "fence_before" and missing == "fence":
             return ("arrival",), None
-        if site.kind in ARRIVALS:
+        if site.kind in ARRIVALS or site.kind == "mma":
             wanted = "fence::before_thread_sync" if missing == "fence" else missing.replace("_", "::")
             return None, f"no tcgen05.{wanted} between them"
         return state, None
@@ -117,8 +117,8 @@ class Copies(Rule):
             return ("flying", state[1], True), None
         if site.kind == "proxy_fence" and stage == "fence":
             return ("arrival",), None
-        if site.kind == "ret" and stage != "fence":
-            return None, "no cp.async.wait_group between them"
+        if site.kind == "ret":
+            return None, "nothing announces the copy between them"
         if told:
             if stage == "issued":
                 return None, "no cp.async.commit_group between them"
