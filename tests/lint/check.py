@@ -71,12 +71,13 @@ class Lint:
         """All of them, in the order of lines."""
         found: dict[flow.Breach, list[int]] = {}
         all_wait = not self.overlap
-        for threads in self._groups.values():
+        waits = {site.index for site in self.graph.kinds("grid_wait")}
+        for (reached, _), threads in self._groups.items():
             if threads[0] not in self._breaches:
-                self._breaches[threads[0]] = self._walk(threads[0])
+                self._breaches[threads[0]] = self._walk(threads[0], not waits.isdisjoint(reached))
             breaches = self._breaches[threads[0]]
             no_wait = {breach for breach in breaches if breach.rule == rules.GridWait.name}
-            all_wait |= not no_wait
+            all_wait |= not no_wait and not waits.isdisjoint(reached)
             for breach in breaches - no_wait:
                 found.setdefault(breach, []).extend(threads)
         findings = [
@@ -99,9 +100,10 @@ class Lint:
         other._breaches = {first: breaches for first, breaches in self._breaches.items() if first not in again}
         return other.findings()
 
-    def _walk(self, thread: int) -> frozenset[flow.Breach]:
+    def _walk(self, thread: int, may_wait: bool) -> frozenset[flow.Breach]:
         announces = functools.cache(self._announces)
         wanted = rules.rules_for(self.graph, self.overlap, announces, self._is_operand, thread % 32 == 0)
+        wanted = tuple(rule for rule in wanted if may_wait or not isinstance(rule, rules.GridWait))
         return frozenset(flow.Walk(self.graph, self._slice, thread, wanted).breaches)
 
     def _line(self, index: int) -> tuple[int, str] | None:

@@ -29,6 +29,8 @@ class Rule:
     """Of instructions that begin facts or change them."""
     registers: frozenset[str] = frozenset()
     """Whose use does, too."""
+    one_origin = False
+    """All facts count as begun by the first instruction that begins one: fewer to follow, where they live long."""
 
     def concerns(self, site: Site) -> bool:
         return site.kind in self.kinds or not self.registers.isdisjoint(site.reads | site.writes)
@@ -91,6 +93,7 @@ class Walk:
             return
         live = self.slice.live[block]
         values.predicates = {name: known for name, known in values.predicates.items() if name in live}
+        values.intervals = {name: interval for name, interval in values.intervals.items() if name in live}
         values.links = {}
         table = self._known.setdefault(block, {})
         key = fact, frozenset(values.predicates.items())
@@ -133,7 +136,8 @@ class Walk:
             after.append((None, values))
             for number, rule in enumerate(self.rules):
                 if site.index in self._beginning[number] and (state := rule.begin(site)) is not None:
-                    after.append(((number, site.index, state), values.copy()))
+                    first = min(self._beginning[number]) if rule.one_origin else site.index
+                    after.append(((number, first, state), values.copy()))
             return after
         number, first, state = fact
         if site.index not in self._concerned[number]:

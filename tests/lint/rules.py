@@ -186,12 +186,13 @@ class LastBarrier(Rule):
 
     name = "dealloc"
     kinds = TENSOR_MEMORY | WAITS | {"commit", "alloc", "dealloc"}
+    one_origin = True
 
     def __init__(self, threads):
         self._threads = threads
 
     def begin(self, site):
-        return ("barrier",) if site.kind in TENSOR_MEMORY | {"commit", "try_wait", "alloc"} else None
+        return ("barrier",) if site.kind in TENSOR_MEMORY | {"commit", "alloc"} else None
 
     def step(self, state, site):
         if site.is_cta_barrier(self._threads):

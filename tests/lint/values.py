@@ -72,7 +72,7 @@ class Slice:
 
     Attributes:
       indices: of the instructions in it.
-      live: start of a block -> the predicates in it that are used later, before they are written again.
+      live: start of a block -> what of it is used later, before it is written again.
     """
 
     def __init__(self, graph: Graph):
@@ -119,15 +119,15 @@ class Slice:
 
     def _live(self) -> dict[int, frozenset[str]]:
         kernel = self.graph.kernel
-        predicates = {name for name in self.wanted if kernel.registers[name].type == "pred"}
         use, define = {}, {}
         for start, end in self.graph.block_of.items():
             used, defined = set(), set()
             for index in range(start, end):
                 site, guard = self.graph.sites[index], kernel.instructions[index].guard
-                reads = site.reads | ({guard.name} if guard else set())
-                used |= (reads & predicates) - defined
-                defined |= site.writes & predicates
+                reads = site.reads if index in self.indices else frozenset()
+                used |= ((reads | ({guard.name} if guard else set())) & self.wanted) - defined
+                if guard is None:
+                    defined |= site.writes & self.wanted
             use[start], define[start] = used, defined
         live = {start: frozenset(use[start]) for start in use}
         changed = True
