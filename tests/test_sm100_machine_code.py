@@ -2,6 +2,9 @@
 
 import collections
 import importlib.util
+import os
+import subprocess
+import sys
 
 from lint import machine_code
 from lint.compiled import compiled, some_specs
@@ -76,3 +79,30 @@ def test_nothing_was_moved_above_its_wait(spec):
         if kind in ("ld", "st", "cp", "mma", "bulk", "copy", "commit"):
             assert in_code <= in_ptx, (kind, in_ptx, in_code)
             assert bool(in_code) == bool(in_ptx), kind
+
+
+@needs_dsl
+@needs_nvdisasm
+@by_name([spec for spec in GEMMS if "gemm1_n16" in spec.name])
+def test_what_is_moved_above_its_wait_would_be_seen(spec):
+    kernel, ptx = compiled(spec, TARGET)
+    graph, code = Graph(ptx), machine_code.disassemble(kernel.image)
+    load = next(i for i, each in enumerate(code) if each.opcode.startswith("LDTM"))
+    wait = max(i for i, each in enumerate(code[:load]) if each.opcode.startswith("SYNCS.PHASECHK"))
+    code[load], code[wait] = code[wait], code[load]
+    ((_, in_ptx, in_code),) = (each for each in waited_before(graph, code) if each[0] == "ld")
+    assert not in_code <= in_ptx
+
+
+@needs_dsl
+def test_the_assembler_has_no_remarks():
+    """ptxas -v by way of the DSL: no spilled registers and no warnings; of the kernels that need most registers."""
+    program = (
+        "from lint.compiled import compiler, some_specs\n"
+        "for spec in some_specs('sm_100f'):\n"
+        "    if any(part in spec.name for part in ('gemm1_n192b1', 'gemm1_n128b2')): compiler.ptx(spec, 'sm_100f')\n"
+    )
+    environment = os.environ | {"CUTE_DSL_COMPILER_OPT": "remarks{ptx}", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stderr.count("0 bytes spill stores, 0 bytes spill loads") == done.stderr.count("bytes spill stores") == 2
+    assert "warning" not in done.stderr.lower()
