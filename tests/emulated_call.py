@@ -97,7 +97,7 @@ def prepare(case: Case, target: str, *, multiprocessors: int = 3, config: Any = 
 def compiled(spec: Spec, target: str) -> tuple[emulator.Kernel, int]:
     """The kernel of ``spec``, and its dynamic shared memory."""
     text, shared_bytes = ptx(spec, target)
-    return emulator.Kernel(text), shared_bytes
+    return emulator.Kernel(text, spec.name), shared_bytes
 
 
 def ptx(spec: Spec, target: str) -> tuple[str, int]:

@@ -67,6 +67,8 @@ class SortSpec:
       warps: of a CTA.
       cluster: CTAs, all of one cluster.
       weighted: whether a row's weight is its routing weight; else it is 1.
+      granule: 0: an expert's tiles are full but for the last one. Else they are balanced: the same number of tiles, each
+        but the last of the same width, the least multiple of this that holds the rows.
     """
 
     token_tile: int
@@ -74,6 +76,11 @@ class SortSpec:
     warps: int
     cluster: int
     weighted: bool
+    granule: int = 0
+
+    def __post_init__(self):
+        if self.granule and self.token_tile % self.granule:
+            raise ValueError(f"granule: got {self.granule}, which does not divide a tile of {self.token_tile}")
 
     implementation = "jax_moe.kernels.device.sort:Sort"
     overlap = False
@@ -89,14 +96,15 @@ class SortSpec:
     @property
     def name(self) -> str:
         weight = "weighted" if self.weighted else "ones"
-        return f"jax_moe_sort_n{self.token_tile}e{self.local_experts}w{self.warps}c{self.cluster}_{weight}"
+        balanced = f"g{self.granule}" if self.granule else ""
+        return f"jax_moe_sort_n{self.token_tile}{balanced}e{self.local_experts}w{self.warps}c{self.cluster}_{weight}"
 
     @property
     def threads(self) -> int:
         return 32 * self.warps
 
 
-def sort_spec(num_routes: int, local_experts: int, token_tile: int, weighted: bool) -> SortSpec:
+def sort_spec(num_routes: int, local_experts: int, token_tile: int, weighted: bool, granule: int = 0) -> SortSpec:
     """The sort of so many routes.
 
     Raises:
@@ -105,10 +113,11 @@ def sort_spec(num_routes: int, local_experts: int, token_tile: int, weighted: bo
     if local_experts > MAX_EXPERTS:
         raise ValueError(f"experts: got {local_experts} local experts, the GPU kernels take at most {MAX_EXPERTS}")
     if num_routes > _SMALL:
-        return SortSpec(token_tile, local_experts, warps=32, cluster=_CLUSTER, weighted=weighted)
+        return SortSpec(token_tile, local_experts, warps=32, cluster=_CLUSTER, weighted=weighted, granule=granule)
     # A warp for each 64 routes, a thread for each expert, and enough to mark many experts' padding side by side.
     warps = max(8, -(-num_routes // 64), -(-local_experts // 32))
-    return SortSpec(token_tile, local_experts, warps=1 << (warps - 1).bit_length(), cluster=1, weighted=weighted)
+    warps = 1 << (warps - 1).bit_length()
+    return SortSpec(token_tile, local_experts, warps, cluster=1, weighted=weighted, granule=granule)
 
 
 @dataclasses.dataclass(frozen=True)

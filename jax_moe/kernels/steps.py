@@ -19,13 +19,13 @@ def same(*names: str) -> dict[str, str]:
     return {name: name for name in names}
 
 
-def sort(p: Problem, token_tile: int) -> tuple[Launch, Workspaces]:
-    """Routes -> tile map.
+def sort(p: Problem, token_tile: int, granule: int = 0) -> tuple[Launch, Workspaces]:
+    """Routes -> tile map; ``granule``: of balanced tiles (``specs.SortSpec``).
 
     Raises:
       ValueError: more experts or rows than the kernels can count.
     """
-    spec = specs.sort_spec(p.num_routes, p.local_experts, token_tile, weighted=p.weight_on == "output")
+    spec = specs.sort_spec(p.num_routes, p.local_experts, token_tile, p.weight_on == "output", granule)
     tiles = tiling.max_tiles(p.num_routes, p.local_experts, token_tile)
     vectors = max(num_x_rows(p) * p.hidden_size // 8, p.num_tokens * p.hidden_size // 4)  # of x and of the output
     _check_count(p, max(tiles * token_tile, vectors))

@@ -76,16 +76,17 @@ class Memory:
 
 
 class Kernel:
-    """A kernel from PTX.
+    """A kernel from PTX; messages call it ``name``.
 
     Raises:
       ptx.parser.PTXError: the parser does not know the text.
       EmulatorError: the machine does not know an instruction.
     """
 
-    def __init__(self, text: str):
+    def __init__(self, text: str, name: str | None = None):
         self.parsed = parser.parse(text)
-        self.name = self.parsed.name
+        self.name = name or self.parsed.name
+        self.parsed = dataclasses.replace(self.parsed, name=self.name)
         encoder = Encoder(self.parsed)
         self.parameter_bytes = encoder.parameter_bytes
         texts = b"".join(each.encode() + b"\0" for each in encoder.texts)

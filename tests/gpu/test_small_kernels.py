@@ -1,35 +1,18 @@
 """The sort of routes and the pass over x on a GPU, against NumPy and ``jax_moe.nvfp4``, bit for bit."""
 
-import dataclasses
-
 import calls
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_kernels
+from small_kernels import SortCase
 
 from jax_moe import nvfp4
 from jax_moe.kernels import cache, specs, tiling
 from jax_moe.kernels.device.constants import WORK_COUNTERS
 
 TARGET = "sm_90a"
-
-
-@dataclasses.dataclass(frozen=True)
-class SortCase:
-    """One call of the sort; ``routing`` says how the ids are drawn."""
-
-    tokens: int
-    top_k: int
-    num_experts: int
-    token_tile: int
-    routing: str = "uniform"
-    offset: int = 0
-    weighted: bool = True
-
-    @property
-    def spec(self):
-        return specs.sort_spec(self.tokens * self.top_k, self.num_experts, self.token_tile, self.weighted)
 
 
 SORT_CASES = [
@@ -49,38 +32,10 @@ SORT_CASES = [
     SortCase(8192, 8, 128, 128, "one"),
     SortCase(8192, 16, 512, 128, "hostile", 100),
     SortCase(8191, 2, 8, 128, "skewed", weighted=False),
+    SortCase(255, 8, 33, 24, "skewed", 5, granule=8),
+    SortCase(8192, 8, 128, 192, "hostile", 3, granule=16),
 ]
 ROWS_SPECS = [specs.XRowsSpec(True, False), specs.XRowsSpec(True, True), specs.XRowsSpec(False, True)]
-
-
-def _ids(case: SortCase, rng) -> np.ndarray:
-    shape, low, high = (case.tokens, case.top_k), case.offset, case.offset + case.num_experts
-    match case.routing:
-        case "uniform":
-            ids = rng.integers(0, high, shape)
-        case "one":
-            ids = np.full(shape, high - 1)
-        case "none":
-            ids = np.full(shape, high)
-        case "skewed":
-            ids = low + np.minimum(rng.geometric(0.3, shape) - 1, case.num_experts - 1)
-        case _:  # hostile
-            extremes = [-1, -(2**31), 2**31 - 1, low - 1, high, low - 2**31, -low]
-            ids = np.where(rng.random(shape) < 0.3, rng.choice(extremes, shape), rng.integers(low, high, shape))
-            ids = np.clip(ids, -(2**31), 2**31 - 1)
-    return ids.astype(np.int32)
-
-
-def _expected(case: SortCase, ids: np.ndarray):
-    """Tile starts of the experts, expert of each tile, route of each row: stable: by expert, then by route."""
-    local = ids.reshape(-1).astype(np.int64) - case.offset
-    routes = [np.flatnonzero(local == expert) for expert in range(case.num_experts)]
-    tiles = [-(-len(r) // case.token_tile) for r in routes]
-    starts = np.concatenate([[0], np.cumsum(tiles)])
-    rows = np.full(starts[-1] * case.token_tile, -1)
-    for r, start in zip(routes, starts, strict=False):
-        rows[start * case.token_tile : start * case.token_tile + len(r)] = r
-    return starts, np.repeat(np.arange(case.num_experts), tiles), rows
 
 
 def _kernel_step(spec, arguments: str, grid: int) -> dict:
@@ -120,8 +75,8 @@ def test_sort(build_folder, poison, case):
 
     sort = calls.jit(call_of, {})
     for _ in range(2):
-        ids, weights = _ids(case, rng), rng.normal(size=(case.tokens, case.top_k)).astype(np.float32)
-        starts, experts, rows = _expected(case, ids)
+        ids, weights = small_kernels.ids(case, rng), rng.normal(size=(case.tokens, case.top_k)).astype(np.float32)
+        starts, experts, rows = small_kernels.expected_sort(case, ids)
         poison(0.25)
         _, got_starts, got_experts, got_rows, got_weights, _ = map(np.asarray, sort(ids, weights))
         np.testing.assert_array_equal(got_starts, np.append(starts, [0] * WORK_COUNTERS))
@@ -132,33 +87,13 @@ def test_sort(build_folder, poison, case):
         np.testing.assert_array_equal(got_weights[: len(rows)][filled], expected)
 
 
-def _hard_values(rng, shape) -> jax.Array:
-    """bf16 values with blocks of zeros, ties of both roundings, huge, tiny and non-finite ones."""
-    x = rng.normal(size=shape) * np.exp2(rng.integers(-12, 12, (shape[0], 1)))
-    blocks = x.reshape(-1, 16)
-    special = np.resize(
-        [
-            np.zeros(16),
-            np.full(16, 3e38),
-            np.full(16, 1e-38),
-            np.resize([5.0, 2.5, 1.75, 0.25, 6.0], 16),
-            -np.zeros(16),
-        ],
-        (len(blocks[::7]), 16),
-    )
-    blocks[::7] = special
-    blocks[3::50, 5] = np.nan
-    blocks[4::50, 7] = np.inf
-    return jnp.asarray(x, jnp.bfloat16)
-
-
 @pytest.mark.parametrize("spec", ROWS_SPECS, ids=str)
 @pytest.mark.parametrize(("tokens", "hidden"), [(1, 16), (5, 2880), (300, 4096)])
 def test_rows(build_folder, poison, spec, tokens, hidden):
     slots = 3 if spec.per_route else 1
     num_rows = tokens * slots
     rng = np.random.default_rng(hidden)
-    x, scale = _hard_values(rng, (tokens, hidden)), jnp.float32(1 / 448)
+    x, scale = small_kernels.hard_values(rng, (tokens, hidden)), jnp.float32(1 / 448)
     weights = jnp.asarray(rng.normal(size=(tokens, slots)), jnp.float32)
     arguments = f"operand:0 operand:2 operand:7 result:1 i32:{num_rows} i32:{slots} i32:{hidden // 16}"
     steps = {
@@ -175,14 +110,10 @@ def test_rows(build_folder, poison, spec, tokens, hidden):
 
     run = calls.jit(call_of, {})
 
-    expected = x
-    if spec.per_route:
-        with np.errstate(over="ignore"):
-            product = np.asarray(x, np.float32)[:, None] * np.asarray(weights)[..., None]
-        expected = jnp.asarray(product, jnp.bfloat16).reshape(num_rows, hidden)
+    expected = small_kernels.expected_rows(x, weights if spec.per_route else None)
     if spec.quantise:
         with jax.default_device(jax.devices("cpu")[0]):
-            values = np.asarray(expected)
+            values = expected
             expected = np.array(nvfp4.quantize_dequantize(jnp.asarray(values), np.float32(scale)))
         # XLA's CPU backend loses a NaN in the maximum of a large array: a block with a NaN is all NaN.
         expected.reshape(-1, 16)[np.isnan(values).reshape(-1, 16).any(1)] = np.nan

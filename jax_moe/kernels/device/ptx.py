@@ -148,6 +148,38 @@ def bulk_copy(shared: Int32, source: Int64, num_bytes: Int32, barrier: Int32, *,
 
 
 @dsl_user_op
+def in_cta(address: Int32, rank: int, *, loc=None, ip=None) -> Int32:
+    """The place that ``address`` of this CTA's shared memory has in CTA ``rank`` of the cluster."""
+    operands = [Int32(address).ir_value(loc=loc, ip=ip)]
+    return Int32(assemble(T.i32(), operands, f"mapa.shared::cluster.u32 $0, $1, {rank};", "=r,r", True, loc, ip))
+
+
+@dsl_user_op
+def store_cluster(address: Int32, word: Int32, *, loc=None, ip=None) -> None:
+    """Stores a word to the shared memory of a CTA of the cluster (:func:`in_cta`)."""
+    operands = [Int32(value).ir_value(loc=loc, ip=ip) for value in (address, word)]
+    assemble(None, operands, "st.shared::cluster.b32 [$0], $1;", "r,r,~{memory}", False, loc, ip)
+
+
+@dsl_user_op
+def arrive_cluster(barrier: Int32, *, loc=None, ip=None) -> None:
+    """Arrives at an mbarrier of a CTA of the cluster (:func:`in_cta`)."""
+    operands = [Int32(barrier).ir_value(loc=loc, ip=ip)]
+    text = "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [$0];"
+    assemble(None, operands, text, "r,~{memory}", False, loc, ip)
+
+
+@dsl_user_op
+def try_wait_cluster(barrier: Int32, parity: Int32, *, loc=None, ip=None) -> Int32:
+    """Waits a while for a phase of an mbarrier that other CTAs arrive at; 0 if it is not complete."""
+    operands = [Int32(value).ir_value(loc=loc, ip=ip) for value in (barrier, parity)]
+    text = (
+        "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [$1], $2; selp.b32 $0, 1, 0, p; }"
+    )
+    return Int32(assemble(T.i32(), operands, text, "=r,r,r,~{memory}", False, loc, ip))
+
+
+@dsl_user_op
 def store_global(address: Int64, words, *, loc=None, ip=None) -> None:
     """Stores 1, 2 or 4 words, aligned to their size."""
     operands = [Int64(address).ir_value(loc=loc, ip=ip), *_words(words, loc, ip)]

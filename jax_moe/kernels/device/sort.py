@@ -10,6 +10,9 @@ One counting sort. Each warp of each CTA has a contiguous part of the routes, in
    the order within an expert is that of the routes.
 
 All CTAs compute step 2 in full: that is cheaper than handing it round.
+
+Every tile but an expert's last one is full, unless ``spec.granule`` asks for balanced tiles: then an expert's tiles, as
+many as before, have the same *width*, the least multiple of the granule that will do.
 """
 
 import cutlass
@@ -49,6 +52,7 @@ class Sort(entry.Kernel):
         first_tiles = self._allocate(smem, self.spec.local_experts + 1)
         totals = self._allocate(smem, self.spec.local_experts)
         warp_tiles = self._allocate(smem, self.spec.warps + 1)
+        widths = self._allocate(smem, self.spec.local_experts) if self.spec.granule else None
 
         for i in cutlass.range(tid, self.spec.warps * self.spec.local_experts, self.spec.threads):
             counts[i] = Int32(0)
@@ -71,7 +75,11 @@ class Sort(entry.Kernel):
         first_tile = self._exclusive_sum(warp_tiles, tiles, tid, warp, lane)
         if tid < self.spec.local_experts:
             first_tiles[tid] = first_tile
-            first_rows[tid] = first_tile * self.spec.token_tile + before
+            if cutlass.const_expr(self.spec.granule):
+                first_rows[tid] = before  # of the expert's: which tile it is in is another question
+                widths[tid] = self._width(total, tiles)
+            else:
+                first_rows[tid] = first_tile * self.spec.token_tile + before
             totals[tid] = total
         if tid == 0:
             first_tiles[self.spec.local_experts] = warp_tiles[self.spec.warps]
@@ -87,7 +95,10 @@ class Sort(entry.Kernel):
 
         thread = cta * self.spec.threads + tid
         self._write_tiles(first_tiles, array(given.tile_expert), thread)
-        self._write_padding(first_tiles, totals, row_route, thread)
+        if cutlass.const_expr(self.spec.granule):
+            self._write_balanced_padding(first_tiles, totals, widths, row_route, thread)
+        else:
+            self._write_padding(first_tiles, totals, row_route, thread)
 
         for chunk in cutlass.range(0, steps, _UNROLL):
             experts = [self._expert(routes, first, chunk + i, steps, num_routes) for i in range(_UNROLL)]
@@ -95,6 +106,9 @@ class Sort(entry.Kernel):
             for i in cutlass.range_constexpr(_UNROLL):
                 row = self._place(counts, first_rows, mine, experts[i], lane)
                 if experts[i] >= 0:
+                    if cutlass.const_expr(self.spec.granule):
+                        tile, row = self._balanced(row, widths[experts[i]])
+                        row = (first_tiles[experts[i]] + tile) * self.spec.token_tile + row
                     row_route[row] = first + (chunk + i) * _WARP
                     row_weight[row] = weights[i]
 
@@ -187,6 +201,20 @@ class Sort(entry.Kernel):
         return warp_sums[warp] + inclusive - value
 
     @cute.jit
+    def _width(self, total, tiles) -> Int32:
+        """Rows of each tile of an expert but the last, which has the rest: at least one."""
+        width = Int32(self.spec.token_tile)
+        if tiles > 0:
+            width = (total + tiles - 1) // tiles
+            width = (width + self.spec.granule - 1) // self.spec.granule * self.spec.granule
+        return width
+
+    def _balanced(self, row, width):
+        """(Tile, row in the tile) of an expert's ``row``."""
+        tile = row // width
+        return tile, row - tile * width
+
+    @cute.jit
     def _write_tiles(self, first_tiles, tile_expert, thread):
         """The expert of every tile, by bisection: one expert may have all the tiles."""
         tiles = first_tiles[self.spec.local_experts]
@@ -209,3 +237,19 @@ class Sort(entry.Kernel):
             end = first_tiles[expert + 1] * self.spec.token_tile
             for row in cutlass.range(first + thread % _PADDING_LANES, end, _PADDING_LANES):
                 row_route[row] = Int32(-1)
+
+    @cute.jit
+    def _write_balanced_padding(self, first_tiles, totals, widths, row_route, thread):
+        """Marks the rows behind the last one of each tile."""
+        groups = self.spec.threads * self.spec.cluster // _PADDING_LANES
+        for expert in cutlass.range(thread // _PADDING_LANES, self.spec.local_experts, groups):
+            first_tile, width = first_tiles[expert], widths[expert]
+            last = first_tiles[expert + 1] - first_tile - 1
+            each = self.spec.token_tile - width  # padding of a tile but the last
+            count = (last + 1) * self.spec.token_tile - totals[expert]
+            for i in cutlass.range(thread % _PADDING_LANES, count, _PADDING_LANES):
+                tile, row = last, totals[expert] - last * width + i - last * each
+                if i < last * each:
+                    tile, row = self._balanced(i, each)
+                    row = width + row
+                row_route[(first_tile + tile) * self.spec.token_tile + row] = Int32(-1)

@@ -22,6 +22,8 @@ class Config:
       stages: how many of those are in flight.
       ctas_per_sm: resident CTAs of one multiprocessor, all persistent.
       dequantisers: w4a16: warpgroups that dequantise, 1 or 2; else 0.
+      pair: whether two CTAs of a cluster multiply 256 rows of weights with one tile, half of whose rows each of them
+        loads. Widths are then multiples of 16.
     """
 
     token_tile: int
@@ -29,10 +31,12 @@ class Config:
     stages: int
     ctas_per_sm: int
     dequantisers: int
+    pair: bool = False
 
     @property
     def name(self) -> str:
-        return f"n{self.token_tile}b{self.stage_blocks}s{self.stages}c{self.ctas_per_sm}d{self.dequantisers}"
+        name = f"n{self.token_tile}b{self.stage_blocks}s{self.stages}c{self.ctas_per_sm}d{self.dequantisers}"
+        return name + ("p" if self.pair else "")
 
     @property
     def threads(self) -> int:
@@ -40,7 +44,7 @@ class Config:
 
     @property
     def stage_bytes(self) -> int:
-        tokens = self.token_tile * weight_block.ROW_BYTES
+        tokens = self.token_tile // (1 + self.pair) * weight_block.ROW_BYTES
         if self.dequantisers:
             return self.stage_blocks * (weight_block.BF16_BLOCK_BYTES + tokens)
         scales = -(-self.token_tile // weight_block.BLOCK_ROWS) * weight_block.SCALE_BYTES
@@ -49,21 +53,22 @@ class Config:
     @property
     def shared_bytes(self) -> int:
         """Upper bound of what the kernel allocates."""
-        barriers = 16 * self.stages + 256
+        barriers = 24 * self.stages + 256 + 16 * 8
         rows = 8 * self.token_tile  # GEMM2: output row and weight
         alignment = 1024
         return self.stages * self.stage_bytes + barriers + rows + alignment
 
 
 def with_most_stages(
-    precision: Precision, token_tile: int, ctas_per_sm: int, stage_blocks: int = 1, dequantisers: int = 0
-) -> Config:
+    precision: Precision, token_tile: int, ctas_per_sm: int, stage_blocks: int = 1, dequantisers: int = 0,
+    pair: bool = False,
+) -> Config:  # fmt: skip
     """A config with as many stages as shared memory holds."""
     if (precision == "w4a16") != bool(dequantisers) or (precision == "w4a4" and stage_blocks != 1):
         raise ValueError(f"{precision} with {stage_blocks} blocks in a stage, {dequantisers} dequantising warpgroups")
-    config = Config(token_tile, stage_blocks, 0, ctas_per_sm, dequantisers)
+    config = Config(token_tile, stage_blocks, 0, ctas_per_sm, dequantisers, pair)
     available = SHARED_MEMORY // ctas_per_sm - (_RESERVED_PER_CTA if ctas_per_sm > 1 else 0)
-    return dataclasses.replace(config, stages=(available - config.shared_bytes) // (config.stage_bytes + 16))
+    return dataclasses.replace(config, stages=(available - config.shared_bytes) // (config.stage_bytes + 24))
 
 
 class _Gemm:
@@ -71,8 +76,11 @@ class _Gemm:
 
     config: Config
     precision: Precision
-    cluster = 1
     overlap = True
+
+    @property
+    def cluster(self) -> int:
+        return 1 + self.config.pair
 
     @property
     def threads(self) -> int:

@@ -53,6 +53,11 @@ void Checker::Complete(int component, uint32_t count, Knowledge* into) {
   Raise(&into->released, component, count);
 }
 
+void Checker::CompletePipeline(const View& from, Knowledge* into) {
+  Join(&into->seen, from.tensor);
+  Join(&into->released, from.tensor);
+}
+
 void Checker::CompleteForSelf(int component, uint32_t count, View* into) {
   Raise(&into->knowledge.seen, component, count);
   Raise(&into->tensor, component, count);

@@ -70,6 +70,8 @@ class Checker {
   void Acquire(const Knowledge& from, View* into) const;
   // Accesses of a component up to a count are complete, as a thread or an mbarrier learns.
   static void Complete(int component, uint32_t count, Knowledge* into);
+  // All that tcgen05 operations of a thread that knows `from` come after.
+  static void CompletePipeline(const View& from, Knowledge* into);
   static void CompleteForSelf(int component, uint32_t count, View* into);
   static void ProxyFence(View* view);
   static void TensorFenceBefore(View* view);

@@ -93,9 +93,10 @@ u32 InsertBits(u32 bits, u32 into, u32 start, u32 length) {
 
 // --- Comparisons --------------------------------------------------------------------------------------------------
 
-enum class Join { kNone, kAnd, kOr, kXor };
+// What a comparison is joined with a predicate by: the variant of its operation.
+enum Join { kNone, kAnd, kOr, kXor };
 
-template <typename T, Join join, typename F>
+template <typename T, typename F>
 Handler Comparison(F) {
   return [](Step& step) {
     Row<T> first, second;
@@ -104,20 +105,15 @@ Handler Comparison(F) {
     const T *left = Source<T>(step, a, &first), *right = Source<T>(step, b, &second);
     uint32_t bits = 0;
     for (int lane = 0; lane < kLanes; ++lane) bits |= static_cast<uint32_t>(F{}(left[lane], right[lane])) << lane;
-    if constexpr (join != Join::kNone) {
+    const int join = step.instruction.operation->variant;
+    if (join != kNone) {
       const Operand& other = OperandAt(step, 3);
       const uint32_t joined = Bits(step, other), other_poison = PoisonOf(step, other);
       // What one side decides alone is known.
-      if constexpr (join == Join::kAnd) {
-        poison = (poison | other_poison) & ~(~poison & ~bits) & ~(~other_poison & ~joined);
-        bits &= joined;
-      } else if constexpr (join == Join::kOr) {
-        poison = (poison | other_poison) & ~(~poison & bits) & ~(~other_poison & joined);
-        bits |= joined;
-      } else {
-        poison |= other_poison;
-        bits ^= joined;
-      }
+      const uint32_t decides = join == kAnd ? 0 : kAllLanes;
+      const uint32_t decided = join == kXor ? 0 : (~poison & ~(bits ^ decides)) | (~other_poison & ~(joined ^ decides));
+      poison = (poison | other_poison) & ~decided;
+      bits = join == kAnd ? bits & joined : join == kOr ? bits | joined : bits ^ joined;
     }
     SetBits(step, OperandAt(step, 0), bits, poison);
     return Outcome::kNext;
@@ -127,10 +123,10 @@ Handler Comparison(F) {
 template <typename T, typename F>
 void RegisterComparison(const std::string& comparison, const std::string& type, F f) {
   const std::string name = "setp." + comparison + ".";
-  Register(name + type, Comparison<T, Join::kNone>(f));
-  Register(name + "and." + type, Comparison<T, Join::kAnd>(f));
-  Register(name + "or." + type, Comparison<T, Join::kOr>(f));
-  Register(name + "xor." + type, Comparison<T, Join::kXor>(f));
+  Register(name + type, Comparison<T>(f), false, kNone);
+  Register(name + "and." + type, Comparison<T>(f), false, kAnd);
+  Register(name + "or." + type, Comparison<T>(f), false, kOr);
+  Register(name + "xor." + type, Comparison<T>(f), false, kXor);
 }
 
 template <typename T>

@@ -105,7 +105,8 @@ void Machine::Perform(AsyncOperation* operation) {
   try {
     operation->Perform(*this);
   } catch (const Error& error) {
-    throw Error(Where(*operation->warp, *operation->instruction) + ": " + error.what());
+    if (error.says_where) throw;
+    throw Error(Where(*operation->warp, *operation->instruction) + ": " + error.what(), true);
   }
   operation->done = true;
   for (AsyncOperation* other : operation->before) other->waits_for--;
@@ -228,7 +229,8 @@ void Machine::LeaveCta(Cta* cta) {
     throw Error("the CTA ends with columns of tensor memory that it never freed");
   for (const auto& operation : pending_) {
     if (operation->warp->cta == cta && !operation->global_only) {
-      throw Error("the CTA ends before this is complete: " + operation->instruction->text);
+      throw Error("the CTA ends, and its shared memory with it, before this is complete: line " +
+                  std::to_string(operation->instruction->line) + ": " + operation->instruction->text);
     }
   }
   int known = -1;
@@ -287,7 +289,8 @@ void Machine::Execute(Warp* warp, Group* group) {
       if (left != warp->live) Exit(warp, warp->live & ~left);
     }
   } catch (const Error& error) {
-    throw Error(Where(*warp, instruction) + ": " + error.what());
+    if (error.says_where) throw;
+    throw Error(Where(*warp, instruction) + ": " + error.what(), true);
   }
 }
 

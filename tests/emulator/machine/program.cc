@@ -71,8 +71,8 @@ class Reader {
 
 }  // namespace
 
-void Register(std::string name, Handler handler, bool aligned) {
-  const auto [entry, is_new] = Table().emplace(name, Operation{name, handler, aligned});
+void Register(std::string name, Handler handler, bool aligned, int variant) {
+  const auto [entry, is_new] = Table().emplace(name, Operation{name, handler, aligned, variant});
   if (!is_new) throw Error("the table has " + name + " twice");
 }
 

@@ -16,7 +16,10 @@ constexpr uint32_t kAllLanes = 0xFFFFFFFFu;
 
 // What is wrong with the program that runs, or with the call; the message is for whoever wrote the kernel.
 class Error : public std::runtime_error {
-  using std::runtime_error::runtime_error;
+ public:
+  explicit Error(const std::string& message, bool says_where = false)
+      : std::runtime_error(message), says_where(says_where) {}
+  bool says_where;  // the message names an instruction already
 };
 
 enum class OperandKind { kRegister, kImmediate, kSpecial, kLabel, kAddress, kParameter, kVector, kNone };
@@ -44,6 +47,7 @@ struct Operation {
   std::string name;
   Handler handler = nullptr;
   bool aligned = false;  // all lanes of the warp that have not exited execute it together
+  int variant = 0;       // for a handler of several operations
 };
 
 struct Instruction {
@@ -72,7 +76,7 @@ const Operation* FindOperation(std::string_view name);
 std::vector<std::string> OperationNames();
 
 // What the files of operations fill in.
-void Register(std::string name, Handler handler, bool aligned = false);
+void Register(std::string name, Handler handler, bool aligned = false, int variant = 0);
 
 // A program from words and texts (encode.py says how they are laid out).
 Program Decode(const int64_t* words, int64_t count, const std::vector<std::string>& texts);

@@ -275,7 +275,11 @@ class CommitArrives : public AsyncOperation {
 
   void Perform(Machine& machine) override {
     Mbarrier& barrier = MbarrierAt(*cta_, barrier_);
-    if (machine.checker() && count_ > 0) Checker::Complete(warp->tensor_component, count_, &barrier.arriving);
+    if (machine.checker()) {
+      // What the thread's operations were ordered after was complete before they were.
+      Checker::CompletePipeline(view, &barrier.arriving);
+      if (count_ > 0) Checker::Complete(warp->tensor_component, count_, &barrier.arriving);
+    }
     ArriveOn(&barrier, 1);
   }
 

@@ -43,27 +43,36 @@ class Gemm1(mainloop.Gemm):
     def _gather_all(self, op, shared, tid):
         """Token rows, 8 threads each; w4a4: also their scales, a thread of four copying one step's."""
         chunk, first_row, lane = tid % _CHUNKS, tid // _CHUNKS, tid % 32
-        passes = self.n // _PASS_ROWS
-        rows = cute.make_rmem_tensor(passes, Int32)  # of x, or -1
+        passes, own_passes = self.n // _PASS_ROWS, self.n // self.group // _PASS_ROWS
+        rows = cute.make_rmem_tensor(own_passes, Int32)  # of x, or -1
+        scale_rows = cute.make_rmem_tensor(passes, Int32)  # of a pair both CTAs need the scales of all
         place, place_parity = Int32(0), Int32(0)
         slot, parity = Int32(0), Int32(1)
         announced, in_flight = Int32(0), Int32(0)
         expert, _, token_tile, width = self._receive(shared, place, place_parity, lane)
         while expert != mainloop._NO_UNIT:
             place, place_parity = self._next(place, place_parity, mainloop._UNITS)
-            for i in cutlass.range_constexpr(passes):
-                row = Int32(-1)
-                if i * _PASS_ROWS < width:
-                    route = op.row_route[token_tile * self.n + i * _PASS_ROWS + first_row]
-                    if route >= 0:
-                        row = route // op.row_divisor
-                rows[i] = row
+            own_width = width // self.group
+            first = token_tile * self.n + first_row
+            for i in cutlass.range_constexpr(own_passes):
+                rows[i] = self._row(op, first + shared.rank * own_width, i * _PASS_ROWS, own_width)
+            if cutlass.const_expr(self.is_fp4):
+                for i in cutlass.range_constexpr(passes):
+                    if cutlass.const_expr(self.group == 1):
+                        scale_rows[i] = rows[i]
+                    else:
+                        scale_rows[i] = self._row(op, first, i * _PASS_ROWS, width)
             for k_block in cutlass.range(0, op.k_blocks, self.blocks, unroll=1):
                 self._wait(shared, self.empty + slot, parity)
-                for first in cutlass.range_constexpr(0, passes, _PASSES):
-                    if first * _PASS_ROWS < width:
-                        some = [rows[i] for i in range(first, min(first + _PASSES, passes))]
-                        self._gather(op, shared, slot, k_block, some, first, first_row, chunk)
+                for some in cutlass.range_constexpr(0, own_passes, _PASSES):
+                    if some * _PASS_ROWS < own_width:
+                        chosen = [rows[i] for i in range(some, min(some + _PASSES, own_passes))]
+                        self._gather(op, shared, slot, k_block, chosen, some, first_row, chunk)
+                if cutlass.const_expr(self.is_fp4):
+                    for some in cutlass.range_constexpr(0, passes, _PASSES):
+                        if some * _PASS_ROWS < width and chunk < BLOCK_K // STEP_K:
+                            chosen = [scale_rows[i] for i in range(some, min(some + _PASSES, passes))]
+                            self._gather_scales(op, shared, slot, k_block, chosen, some, first_row, chunk)
                 cute.arch.cp_async_commit_group()
                 in_flight = in_flight + 1
                 if in_flight > self.copies_in_flight:
@@ -75,6 +84,16 @@ class Gemm1(mainloop.Gemm):
         cute.arch.cp_async_wait_group(0)
         for _ in cutlass.range(in_flight, unroll=1):
             announced = self._announce(shared, announced, lane)
+
+    @cute.jit
+    def _row(self, op, first, row: cutlass.Constexpr, width):
+        """Of x, for row ``first + row`` of the tile map; -1 if it has none, or is behind ``width``."""
+        found = Int32(-1)
+        if row < width:
+            route = op.row_route[first + row]
+            if route >= 0:
+                found = route // op.row_divisor
+        return found
 
     @cute.jit
     def _announce(self, shared, slot, lane):
@@ -93,16 +112,9 @@ class Gemm1(mainloop.Gemm):
         place = shared.tokens + slot * (self.blocks * self.token_bytes) + first * _PASS_ROWS * ROW_BYTES
         place = place + swizzled(first_row, chunk)
         if cutlass.const_expr(self.is_fp4):
-            width = (op.hidden_size + BLOCK_K - 1) // BLOCK_K * BLOCK_K  # of x, as it is quantised
-            chunks = [_offset(row, width // 32, chunk) for row in rows]
+            chunks = [_offset(row, _padded(op.hidden_size) // 32, chunk) for row in rows]
             source = Int64(op.x.toint()) + Int64(k_block) * ROW_BYTES
             ptx.gather_rows(place, source, chunks, Int32(0), Int32(1), _PASS_ROWS * ROW_BYTES)
-            if chunk < BLOCK_K // STEP_K:
-                words = [_offset(row, width // STEP_K, chunk) for row in rows]
-                scales = shared.token_scales + slot * self.token_scale_bytes + chunk * ATOM_BYTES + first_row * 16
-                scales = scales + first // 16 * SCALE_BYTES + first // _PASSES % 4 * 4
-                source = Int64(op.x_scales.toint()) + Int64(k_block) * (BLOCK_K // 16)
-                ptx.gather_words(scales, source, words, _PASS_ROWS * 16)
         else:
             chunks = [_offset(row, op.hidden_size // 8, chunk) for row in rows]
             for i in cutlass.range(self._count(op, k_block), unroll=1):
@@ -111,6 +123,15 @@ class Gemm1(mainloop.Gemm):
                 column = block * STEP_K + chunk * 8
                 ptx.gather_rows(place, source, chunks, column, op.hidden_size, _PASS_ROWS * ROW_BYTES)
                 place = place + self.token_bytes
+
+    @cute.jit
+    def _gather_scales(self, op, shared, slot, k_block, rows, first: cutlass.Constexpr, first_row, step):
+        """The scales of one step of some passes' rows: words of an atom."""
+        words = [_offset(row, _padded(op.hidden_size) // STEP_K, step) for row in rows]
+        place = shared.token_scales + slot * self.token_scale_bytes + step * ATOM_BYTES + first_row * 16
+        place = place + first // 16 * SCALE_BYTES + first // _PASSES % 4 * 4
+        source = Int64(op.x_scales.toint()) + Int64(k_block) * (BLOCK_K // 16)
+        ptx.gather_words(place, source, words, _PASS_ROWS * 16)
 
     # -- epilogue ---------------------------------------------------------------------------------------------------
 
@@ -145,7 +166,7 @@ class Gemm1(mainloop.Gemm):
                     self._store_bf16(op, made, unit, row, some_values)
 
     def _store_bf16(self, op, made, unit, row, values):
-        tile = Int64(op.h.toint()) + (Int64(unit.token_tile) * op.h_blocks + made.block) * self.token_bytes
+        tile = Int64(op.h.toint()) + (Int64(unit.token_tile) * op.h_blocks + made.block) * (self.n * ROW_BYTES)
         byte = made.value % STEP_K * 2
         words = [ptx.pack_bf16x2(values[2 * i], values[2 * i + 1]) for i in range(len(values) // 2)]
         ptx.store_global(tile + Int64(swizzled(row, byte // 16) + byte % 16), words)
@@ -154,7 +175,7 @@ class Gemm1(mainloop.Gemm):
         """Codes and scales of some tokens, as GEMM2's stages have them."""
         steps = BLOCK_K // STEP_K
         tile = Int64(unit.token_tile) * op.h_blocks + made.block // steps
-        tile = Int64(op.h.toint()) + tile * (self.token_bytes + self.token_scale_bytes)
+        tile = Int64(op.h.toint()) + tile * (self.n * ROW_BYTES + self.token_scale_bytes)
         step, value = made.block % steps, made.value % STEP_K
         codes, scale = epilogue.quantise_blocks(values, made.next_scale, lane, lanes, 4)
         byte = step * (STEP_K // 2) + value // 2
@@ -165,12 +186,17 @@ class Gemm1(mainloop.Gemm):
         mine = lane // share
         row = rows[0] + 8 * (mine // 2) + mine % 2
         atom = weight_block.ATOM_BYTES * step + weight_block.atom_word(row % 128) + row // 128 * SCALE_BYTES
-        self._store_scale(tile + Int64(self.token_bytes + atom + value // 16), scale, lane, share)
+        self._store_scale(tile + Int64(self.n * ROW_BYTES + atom + value // 16), scale, lane, share)
 
     @cute.jit
     def _store_scale(self, address, scale, lane, share: cutlass.Constexpr):
         if lane % share == 0:
             ptx.store_global_bytes(address, scale, 1)
+
+
+def _padded(hidden_size):
+    """Values of a row of x, as it is quantised."""
+    return (hidden_size + BLOCK_K - 1) // BLOCK_K * BLOCK_K
 
 
 def _offset(row, stride, chunk):

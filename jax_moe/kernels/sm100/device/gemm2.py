@@ -27,19 +27,22 @@ class Gemm2(mainloop.Gemm):
     # -- loads: GEMM1 has stored its result in the order of shared memory ----------------------------------------
 
     def _token_bytes_loaded(self, unit):
-        return unit.width * ROW_BYTES + self.token_scale_bytes
+        return unit.width // self.group * ROW_BYTES + self.token_scale_bytes
 
     @cute.jit
     def _copy_tokens(self, op, shared, slot, unit, k_block):
         full = Int32((shared.barriers + self.full + slot).toint())
-        bytes_per_block = self.token_bytes + self.token_scale_bytes
+        rows = self.n * ROW_BYTES
+        bytes_per_block = rows + self.token_scale_bytes
         source = Int64(op.h.toint()) + (Int64(unit.token_tile) * op.h_blocks + k_block) * bytes_per_block
+        num_bytes = unit.width // self.group * ROW_BYTES
+        first = Int64(shared.rank) * num_bytes
         place = shared.tokens + slot * (self.blocks * self.token_bytes)
         for _ in cutlass.range(self._count(op, k_block), unroll=1):
-            ptx.bulk_copy(place, source, unit.width * ROW_BYTES, full)
+            ptx.bulk_copy(place, source + first, num_bytes, full)
             if cutlass.const_expr(self.is_fp4):  # a stage is one block
                 scales = shared.token_scales + slot * self.token_scale_bytes
-                ptx.bulk_copy(scales, source + self.token_bytes, self.token_scale_bytes, full)
+                ptx.bulk_copy(scales, source + rows, self.token_scale_bytes, full)
             place, source = place + self.token_bytes, source + bytes_per_block
 
     # -- epilogue -------------------------------------------------------------------------------------------------

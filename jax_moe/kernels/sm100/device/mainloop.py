@@ -25,6 +25,7 @@ one of a ring of units, ``half`` one of two):
     SUMS_EMPTY + half     products                     each warp of the epilogue
     WEIGHTS_FULL + half   products                     w4a16: each warp of one warpgroup
     WEIGHTS_EMPTY + half  dequantise                   w4a16: the commit of the block's products
+    PEER + stage          products                     pairs: the peer's warp 4, when its FULL is complete
 
 All start a phase ahead where what they guard is empty at first: who waits for EMPTY begins with parity 1.
 
@@ -32,6 +33,11 @@ Tensor memory has two sets of sums, so that the epilogue of one unit runs beside
 two sets of scale columns, or, w4a16, two blocks of weights. PTX orders a copy of scales before the products that follow
 it, but not after those in front of it. So scale columns are written again only when the commit of the stage that read
 them, two stages ago, has been waited for: the products of the stage between keep the tensor cores busy meanwhile.
+
+A pair (``config.pair``) is two CTAs of a cluster: 256 rows of weights, half a tile's token rows in the shared memory of
+each. One thread of the *leader*, CTA 0, issues the products for both, and each CTA stores the sums of its own rows. So
+the leader waits for both: UNIT_EMPTY, SUMS_EMPTY and WEIGHTS_FULL are its own, the warps of both CTAs arrive there,
+the peer's warp 4 tells it that a stage is full, and its own loads tell both CTAs of a unit. Commits arrive in both.
 
 Launch overlap is as on sm_90a (``kernels/README.md``). GEMM1 lets GEMM2 start after it has allocated its tensor memory:
 else a CTA of GEMM2, which waits for GEMM1, could hold what a CTA of GEMM1 still needs.
@@ -68,11 +74,12 @@ class Gemm(entry.Kernel):
         self.n = config.token_tile
         self.stages = config.stages
         self.blocks = config.stage_blocks
+        self.group = 2 if config.pair else 1  # CTAs that multiply together
         self.is_fp4 = spec.precision == "w4a4"
         self.unscale = 1.0 if self.is_fp4 else 2.0**-bf16_weights.WEIGHT_LOG2
         self.block_bytes = weight_block.BLOCK_BYTES if self.is_fp4 else weight_block.BF16_BLOCK_BYTES
         self.atoms = (self.n + 127) // 128  # of the scales of a step's tokens
-        self.token_bytes = self.n * ROW_BYTES  # of one block, without scales
+        self.token_bytes = self.n // self.group * ROW_BYTES  # of one block in this CTA, without scales
         self.token_scale_bytes = self.atoms * weight_block.SCALE_BYTES if self.is_fp4 else 0
         # Barriers, in this order.
         self.full, self.empty = 0, self.stages
@@ -82,7 +89,8 @@ class Gemm(entry.Kernel):
         self.sums_empty = self.sums_full + 2
         self.weights_full = self.sums_empty + 2
         self.weights_empty = self.weights_full + 2
-        self.num_barriers = self.weights_empty + 2
+        self.peer = self.weights_empty + 2
+        self.num_barriers = self.peer + (self.stages if config.pair else 0)
         # Columns of tensor memory.
         self.scale_columns = _BLOCK_STEPS * 4 * (1 + self.atoms)  # of one stage: those of weights, then of tokens
         self.a_column = 2 * self.n
@@ -98,32 +106,66 @@ class Gemm(entry.Kernel):
         """Of one phase of every barrier, in order."""
         dequantising = 4 if not self.is_fp4 else 0  # a block is one warpgroup's
         readers = EPILOGUE_WARPS + 1 + self._gather_warps() + self.config.dequantisers * 4
+        readers = self.group * readers + self.group - 1  # and the peer's loads
         return (
             [1 + self._gather_warps()] * self.stages
             + [1 + self.config.dequantisers * 4] * self.stages
             + [1] * _UNITS
             + [readers] * _UNITS
             + [1, 1]
-            + [EPILOGUE_WARPS] * 2
-            + [dequantising or 1] * 2
+            + [self.group * EPILOGUE_WARPS] * 2
+            + [self.group * dequantising or 1] * 2
             + [1, 1]
+            + [1] * (self.num_barriers - self.peer)
         )
 
+    def _address(self, shared, index):
+        return Int32((shared.barriers + index).toint())
+
+    @cute.jit
     def _wait(self, shared, index, parity):
-        cute.arch.mbarrier_wait(shared.barriers + index, parity)
+        if cutlass.const_expr(self.group == 1):
+            cute.arch.mbarrier_wait(shared.barriers + index, parity)
+        else:
+            done = ptx.try_wait_cluster(self._address(shared, index), parity)
+            while done == 0:
+                done = ptx.try_wait_cluster(self._address(shared, index), parity)
 
     def _arrive(self, shared, index):
         cute.arch.mbarrier_arrive(shared.barriers + index)
+
+    def _arrive_at_leader(self, shared, index):
+        if self.group == 1:
+            self._arrive(shared, index)
+        else:
+            ptx.arrive_cluster(ptx.in_cta(self._address(shared, index), 0))
 
     @cute.jit
     def _warp_arrives(self, shared, index, lane):
         """For what all lanes of the warp have done."""
         cute.arch.sync_warp()
         if lane == 0:
-            cute.arch.mbarrier_arrive(shared.barriers + index)
+            self._arrive(shared, index)
+
+    @cute.jit
+    def _warp_arrives_at_leader(self, shared, index, lane):
+        cute.arch.sync_warp()
+        if lane == 0:
+            self._arrive_at_leader(shared, index)
 
     def _commit(self, shared, index):
-        tcgen05.commit(Int32((shared.barriers + index).toint()))
+        tcgen05.commit(self.group, self._address(shared, index))
+
+    def _synchronise(self):
+        """All threads of the CTA, or of the pair."""
+        tcgen05.fence_before()
+        if self.group == 1:
+            cute.arch.sync_threads()
+        else:
+            cute.arch.sync_warp()
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
+        tcgen05.fence_after()
 
     @cute.jit
     def _next(self, index, parity, size: cutlass.Constexpr):
@@ -144,12 +186,16 @@ class Gemm(entry.Kernel):
         """``given``, with what is indexed by element as arrays, and with the number of weight blocks along K."""
         values = {name: array(value) if name in self.arrays else value for name, value in given._asdict().items()}
         steps = _BLOCK_STEPS if self.is_fp4 else 1
-        return named(**values, k_blocks=(given.k_steps + steps - 1) // steps)
+        k_blocks = (given.k_steps + steps - 1) // steps
+        return named(**values, k_blocks=k_blocks, m_tiles=(given.m_blocks + self.group - 1) // self.group)
 
     @cute.jit
     def _run(self, op):
         tid, _, _ = cute.arch.thread_idx()
         warp, lane = cute.arch.make_warp_uniform(tid // 32), tid % 32
+        rank = Int32(0)
+        if cutlass.const_expr(self.group == 2):
+            rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
         smem = cutlass.memory.SmemAllocator()
         tokens = smem.allocate_array(Uint8, self.stages * self.blocks * self.token_bytes, byte_alignment=1024)
         weights = smem.allocate_array(Uint8, self.stages * self.blocks * self.block_bytes, byte_alignment=1024)
@@ -158,8 +204,9 @@ class Gemm(entry.Kernel):
             weights=Int32(weights.toint()),
             token_scales=self._bytes(smem, self.stages * self.token_scale_bytes),
             barriers=smem.allocate_array(Int64, self.num_barriers),
-            units=self._array(smem, Int32, 4 * _UNITS),  # of a place: expert, weight block, token tile, width
+            units=self._array(smem, Int32, 4 * _UNITS),  # of a place: expert, m tile, token tile, width
             rows=self._allocate_rows(smem),
+            rank=rank,  # of this CTA in its pair
         )
         tensor_memory = smem.allocate_array(Int32, 1)
         if tid == 0:
@@ -167,18 +214,22 @@ class Gemm(entry.Kernel):
                 cute.arch.mbarrier_init(shared.barriers + i, count)
             cute.arch.mbarrier_init_fence()
         if warp == PRODUCTS:  # one whole warp allocates, and the same frees
-            cute.arch.alloc_tmem(self.columns, tensor_memory)
-            cute.arch.relinquish_tmem_alloc_permit()
-        tcgen05.fence_before()
-        cute.arch.sync_threads()
-        tcgen05.fence_after()
+            cute.arch.alloc_tmem(self.columns, tensor_memory, is_two_cta=self.config.pair)
+            cute.arch.relinquish_tmem_alloc_permit(is_two_cta=self.config.pair)
+        self._synchronise()
         base = cute.make_tensor(tensor_memory, cute.make_layout(1))[0]
 
         if warp < EPILOGUE_WARPS:
             self._store_all(op, shared, base, tid)
         if warp == PRODUCTS:
             with cute.arch.elect_one():
-                self._multiply_all(op, shared, base)
+                if cutlass.const_expr(self.group == 1):
+                    self._multiply_all(op, shared, base)
+                else:
+                    if rank == 0:
+                        self._multiply_all(op, shared, base)
+                    else:
+                        self._tell_of_stages(op, shared)
         if warp == LOADS:
             self._load_all(op, shared, lane)
         if cutlass.const_expr(self._gather_warps() > 0):
@@ -188,11 +239,11 @@ class Gemm(entry.Kernel):
             if warp >= DEQUANTISE:
                 self._dequantise_all(op, shared, base, tid - DEQUANTISE * 32)
 
-        tcgen05.fence_before()
-        cute.arch.sync_threads()
-        tcgen05.fence_after()
+        cute.arch.sync_warp()
+        self._synchronise()
         if warp == PRODUCTS:
-            cute.arch.dealloc_tmem(cute.arch.retrieve_tmem_ptr(Float32, 16, tensor_memory), self.columns)
+            pointer = cute.arch.retrieve_tmem_ptr(Float32, 16, tensor_memory)
+            cute.arch.dealloc_tmem(pointer, self.columns, is_two_cta=self.config.pair)
 
     def _array(self, smem, dtype, size):
         return cute.make_tensor(smem.allocate_array(dtype, size), cute.make_layout(size)) if size else None
@@ -203,36 +254,49 @@ class Gemm(entry.Kernel):
     # -- units ------------------------------------------------------------------------------------------------------
 
     def _num_units(self, op):
-        return op.expert_tiles[op.local_experts] * op.m_blocks
+        return op.expert_tiles[op.local_experts] * op.m_tiles
 
     @cute.jit
     def _receive(self, shared, place, parity, lane):
         """Expert, weight block, token tile and width of the next unit; for a whole warp."""
         self._wait(shared, self.unit_full + place, parity)
         values = [shared.units[place * 4 + i] for i in range(4)]
-        self._warp_arrives(shared, self.unit_empty + place, lane)
-        return tuple(values)
+        self._warp_arrives_at_leader(shared, self.unit_empty + place, lane)
+        return self._of_this_cta(shared, values)
+
+    def _of_this_cta(self, shared, values):
+        expert, m_tile, token_tile, width = values
+        return expert, self.group * m_tile + shared.rank, token_tile, width
 
     # -- loads ------------------------------------------------------------------------------------------------------
 
     @cute.jit
     def _unit(self, op, index, lane):
         """A unit, its width the rows of its tile up to the last with a route, in eights; for a whole warp."""
-        expert, m_block, token_tile = schedule.locate(index, op.m_blocks, op.tile_expert, op.expert_tiles)
+        expert, m_tile, token_tile = schedule.locate(index, op.m_tiles, op.tile_expert, op.expert_tiles)
         route = Int32(-1)
         if lane * 8 < self.n:
             route = op.row_route[token_tile * self.n + lane * 8]
         width = 8 * Int32(cute.arch.popc(cute.arch.vote_ballot_sync(route >= 0)))  # padding rows come last
+        if cutlass.const_expr(self.group == 2):
+            width = (width + 15) // 16 * 16
+        return named(expert=expert, m_tile=m_tile, token_tile=token_tile, width=width)
+
+    def _loaded(self, shared, unit):
+        """The unit, with this CTA's weight block."""
+        values = (unit.expert, unit.m_tile, unit.token_tile, unit.width)
+        expert, m_block, token_tile, width = self._of_this_cta(shared, values)
         return named(expert=expert, m_block=m_block, token_tile=token_tile, width=width)
 
     @cute.jit
     def _load_all(self, op, shared, lane):
         index, _, _ = cute.arch.block_idx()
         ctas, _, _ = cute.arch.grid_dim()
+        index, ctas = index // self.group, ctas // self.group
         early = Int32(0)  # blocks of the first unit whose weights are asked for before the kernel in front has ended
         if cutlass.const_expr(self.early_weights):
             if index < self._num_units(op):
-                unit = self._unit(op, index, lane)
+                unit = self._loaded(shared, self._unit(op, index, lane))
                 early = min(op.k_blocks, self.stages * self.blocks)
                 for k_block in cutlass.range(0, early, self.blocks, unroll=1):
                     if lane == 0:
@@ -240,6 +304,16 @@ class Gemm(entry.Kernel):
         cute.arch.griddepcontrol_wait()
         if cutlass.const_expr(not self.early_weights):
             cute.arch.griddepcontrol_launch_dependents()
+        if cutlass.const_expr(self.group == 1):
+            self._lead_loads(op, shared, lane, index, ctas, early)
+        else:
+            if shared.rank == 0:
+                self._lead_loads(op, shared, lane, index, ctas, early)
+            else:
+                self._follow_loads(op, shared, lane, early)
+
+    @cute.jit
+    def _lead_loads(self, op, shared, lane, index, ctas, early):
         slot, parity = Int32(0), Int32(1)
         place, place_parity = Int32(0), Int32(1)
         units = self._num_units(op)
@@ -248,19 +322,45 @@ class Gemm(entry.Kernel):
             taken = Int32(0)
             if lane == 0:  # long before it is needed
                 taken = schedule.take(op.expert_tiles, op.local_experts, self.counter, ctas)
-            self._tell(shared, place, place_parity, (unit.expert, unit.m_block, unit.token_tile, unit.width), lane)
+            self._tell(shared, place, place_parity, (unit.expert, unit.m_tile, unit.token_tile, unit.width), lane)
             place, place_parity = self._next(place, place_parity, _UNITS)
-            for k_block in cutlass.range(0, op.k_blocks, self.blocks, unroll=1):
-                self._wait(shared, self.empty + slot, parity)
-                if lane == 0:
-                    if k_block >= early:
-                        self._copy_weights(op, shared, slot, unit, k_block)
-                    self._copy_tokens(op, shared, slot, unit, k_block)
-                slot, parity = self._next(slot, parity, self.stages)
+            slot, parity = self._load_unit(op, shared, lane, self._loaded(shared, unit), slot, parity, early)
             early = Int32(0)
             index = cute.arch.shuffle_sync(taken, 0)
         self._tell(shared, place, place_parity, (_NO_UNIT, 0, 0, 0), lane)
-        # The last stages' commits arrive before this CTA's shared memory is given back.
+        self._drain(shared, slot, parity)
+
+    @cute.jit
+    def _follow_loads(self, op, shared, lane, early):
+        """The peer's, of the units that the leader takes."""
+        slot, parity = Int32(0), Int32(1)
+        place, place_parity = Int32(0), Int32(0)
+        expert, m_block, token_tile, width = self._receive(shared, place, place_parity, lane)
+        while expert != _NO_UNIT:
+            place, place_parity = self._next(place, place_parity, _UNITS)
+            unit = named(expert=expert, m_block=m_block, token_tile=token_tile, width=width)
+            slot, parity = self._load_unit(op, shared, lane, unit, slot, parity, early)
+            early = Int32(0)
+            expert, m_block, token_tile, width = self._receive(shared, place, place_parity, lane)
+        self._drain(shared, slot, parity)
+
+    @cute.jit
+    def _load_unit(self, op, shared, lane, unit, slot, parity, early):
+        for k_block in cutlass.range(0, op.k_blocks, self.blocks, unroll=1):
+            self._wait(shared, self.empty + slot, parity)
+            if cutlass.const_expr(self.is_fp4):
+                # The commit speaks for the products only. They leave out steps behind K, whose bytes are copied too.
+                self._wait(shared, self.full + slot, parity)
+            if lane == 0:
+                if k_block >= early:
+                    self._copy_weights(op, shared, slot, unit, k_block)
+                self._copy_tokens(op, shared, slot, unit, k_block)
+            slot, parity = self._next(slot, parity, self.stages)
+        return slot, parity
+
+    @cute.jit
+    def _drain(self, shared, slot, parity):
+        """The last stages' commits arrive before this CTA's shared memory is given back."""
         for _ in cutlass.range(self.stages, unroll=1):
             self._wait(shared, self.empty + slot, parity)
             slot, parity = self._next(slot, parity, self.stages)
@@ -272,6 +372,11 @@ class Gemm(entry.Kernel):
             for i in cutlass.range_constexpr(4):
                 shared.units[place * 4 + i] = Int32(values[i])
             self._arrive(shared, self.unit_full + place)
+            if cutlass.const_expr(self.group == 2):
+                peers = ptx.in_cta(Int32(shared.units.iterator.toint()) + place * 16, 1)
+                for i in cutlass.range_constexpr(4):
+                    ptx.store_cluster(peers + 4 * i, Int32(values[i]))
+                ptx.arrive_cluster(ptx.in_cta(self._address(shared, self.unit_full + place), 1))
 
     @cute.jit
     def _count(self, op, k_block):
@@ -284,7 +389,8 @@ class Gemm(entry.Kernel):
         full = shared.barriers + self.full + slot
         count = self._count(op, k_block)
         cute.arch.mbarrier_arrive_and_expect_tx(full, count * (self.block_bytes + self._token_bytes_loaded(unit)))
-        block = (Int64(unit.expert) * op.m_blocks + unit.m_block) * op.k_blocks + k_block
+        # The last pair may have a block to spare; its sums are never stored.
+        block = (Int64(unit.expert) * op.m_blocks + min(unit.m_block, op.m_blocks - 1)) * op.k_blocks + k_block
         ptx.bulk_copy(
             shared.weights + slot * (self.blocks * self.block_bytes), op.payload.toint() + block * self.block_bytes,
             count * self.block_bytes, Int32(full.toint()),
@@ -316,6 +422,9 @@ class Gemm(entry.Kernel):
                 self._warp_arrives(shared, self.empty + slot, lane)
                 slot, parity = self._next(slot, parity, self.stages)
             expert, _, _, _ = self._receive(shared, place, place_parity, lane)
+        for _ in cutlass.range_constexpr(2):  # as in _drain
+            self._wait(shared, self.weights_empty + half, half_parity)
+            half, half_parity = self._next(half, half_parity, 2)
 
     @cute.jit
     def _dequantise(self, shared, address, lanes, row, lane, half, parity):
@@ -332,7 +441,7 @@ class Gemm(entry.Kernel):
         tcgen05.store_columns(lanes + self.a_column + half * _A_COLUMNS, words)
         tcgen05.wait_stores()
         tcgen05.fence_before()
-        self._warp_arrives(shared, self.weights_full + half, lane)
+        self._warp_arrives_at_leader(shared, self.weights_full + half, lane)
 
     # -- products ---------------------------------------------------------------------------------------------------
 
@@ -349,9 +458,11 @@ class Gemm(entry.Kernel):
             self._wait(shared, self.sums_empty + half, half_parity)
             tcgen05.fence_after()
             sums = base + half * self.n
-            instruction = tcgen05.instruction_descriptor(self.is_fp4, width)
+            instruction = tcgen05.instruction_descriptor(self.is_fp4, self.group, width)
             for k_block in cutlass.range(0, op.k_blocks, self.blocks, unroll=1):
                 self._wait(shared, self.full + slot, parity)
+                if cutlass.const_expr(self.group == 2):
+                    self._wait(shared, self.peer + slot, parity)
                 tcgen05.fence_after()
                 if cutlass.const_expr(self.is_fp4):
                     self._multiply_stage(op, shared, base, sums, instruction, slot, parity, other, k_block)
@@ -371,8 +482,22 @@ class Gemm(entry.Kernel):
         """Expert and width of the next unit; for one thread, which is its warp's."""
         self._wait(shared, self.unit_full + place, parity)
         expert, width = shared.units[place * 4], shared.units[place * 4 + 3]
-        self._arrive(shared, self.unit_empty + place)
+        self._arrive_at_leader(shared, self.unit_empty + place)
         return expert, width
+
+    @cute.jit
+    def _tell_of_stages(self, op, shared):
+        """The peer's thread, which issues no products: tells the leader of each stage that is full here."""
+        place, place_parity = Int32(0), Int32(0)
+        slot, parity = Int32(0), Int32(0)
+        expert, _ = self._receive_width(shared, place, place_parity)
+        while expert != _NO_UNIT:
+            place, place_parity = self._next(place, place_parity, _UNITS)
+            for _ in cutlass.range(0, op.k_blocks, self.blocks, unroll=1):
+                self._wait(shared, self.full + slot, parity)
+                self._arrive_at_leader(shared, self.peer + slot)
+                slot, parity = self._next(slot, parity, self.stages)
+            expert, _ = self._receive_width(shared, place, place_parity)
 
     @cute.jit
     def _multiply_stage(self, op, shared, base, sums, instruction, slot, parity, half, k_block):
@@ -393,17 +518,18 @@ class Gemm(entry.Kernel):
         for step in cutlass.range_constexpr(_BLOCK_STEPS):
             if step < steps:
                 atom = step * weight_block.ATOM_BYTES
-                tcgen05.copy_scales(a_columns + 4 * step, tcgen05.scale_descriptor(a_scales + atom))
+                tcgen05.copy_scales(self.group, a_columns + 4 * step, tcgen05.scale_descriptor(a_scales + atom))
                 for i in cutlass.range_constexpr(self.atoms):
                     source = b_scales + i * weight_block.SCALE_BYTES + atom
-                    tcgen05.copy_scales(b_columns + 4 * (step * self.atoms + i), tcgen05.scale_descriptor(source))
+                    columns = b_columns + 4 * (step * self.atoms + i)
+                    tcgen05.copy_scales(self.group, columns, tcgen05.scale_descriptor(source))
         for step in cutlass.range_constexpr(_BLOCK_STEPS):
             if step < steps:
                 offset = step * STEP_K // 2
-                tcgen05.multiply_fp4(
-                    sums, tcgen05.operand_descriptor(a + offset), tcgen05.operand_descriptor(b + offset), instruction,
-                    a_columns + 4 * step, b_columns + 4 * step * self.atoms, k_block if step == 0 else Int32(1),
-                )  # fmt: skip
+                operands = tcgen05.operand_descriptor(a + offset), tcgen05.operand_descriptor(b + offset)
+                scales = a_columns + 4 * step, b_columns + 4 * step * self.atoms
+                accumulate = k_block if step == 0 else Int32(1)
+                tcgen05.multiply_fp4(self.group, sums, *operands, instruction, *scales, accumulate)
 
     @cute.jit
     def _multiply_dequantised(self, op, shared, base, sums, instruction, slot, half, parity, k_block):
@@ -417,7 +543,7 @@ class Gemm(entry.Kernel):
                 columns = base + self.a_column + half * _A_COLUMNS
                 for step in cutlass.range_constexpr(4):  # 16 values each: 8 columns, 32 bytes
                     tcgen05.multiply_bf16(
-                        sums, columns + 8 * step,
+                        self.group, sums, columns + 8 * step,
                         tcgen05.operand_descriptor(tokens + i * self.token_bytes + 32 * step), instruction,
                         k_block if i == 0 and step == 0 else Int32(1),
                     )  # fmt: skip
@@ -439,10 +565,14 @@ class Gemm(entry.Kernel):
             self._prepare_rows(op, shared, unit, tid)
             self._wait(shared, self.sums_full + half, parity)
             tcgen05.fence_after()
-            self._store_unit(op, shared, base + half * self.n + (warp << 21), unit, tid)
+            if cutlass.const_expr(self.group == 1):
+                self._store_unit(op, shared, base + half * self.n + (warp << 21), unit, tid)
+            else:
+                if m_block < op.m_blocks:
+                    self._store_unit(op, shared, base + half * self.n + (warp << 21), unit, tid)
             tcgen05.wait_loads()
             tcgen05.fence_before()
-            self._warp_arrives(shared, self.sums_empty + half, lane)
+            self._warp_arrives_at_leader(shared, self.sums_empty + half, lane)
             half, parity = self._next(half, parity, 2)
             expert, m_block, token_tile, width = self._receive(shared, place, place_parity, lane)
 

@@ -39,7 +39,7 @@ _BF16 = 1 << 4 | 1 << 7 | 1 << 10
 """``kind::f16``: sums in fp32 (1), A and B are bf16 (1)."""
 
 _M = 128 // 16 << 24
-"""128 rows of A. (The block-scaled form has M / 128 at bit 27, which is the same bit.)"""
+"""128 rows of A for each CTA. (The block-scaled form has M / 128 at bit 27, which is the same.)"""
 
 
 def _shared(constant: int, address: Int32) -> Int64:
@@ -56,12 +56,15 @@ def scale_descriptor(address: Int32) -> Int64:
     return _shared(_PLAIN, address)
 
 
-def instruction_descriptor(fp4: bool, width: Int32) -> Int32:
-    """Of 128 rows of A times ``width`` rows of B, a multiple of 8 from 8 to 256; a value of run time."""
-    return Int32((_FP4 if fp4 else _BF16) | _M) | (width // 8 << 17)
+def instruction_descriptor(fp4: bool, group: int, width: Int32) -> Int32:
+    """Of ``128 * group`` rows of A times ``width`` of B, a multiple of ``8 * group`` up to 256, known at run time."""
+    return Int32((_FP4 if fp4 else _BF16) | group * _M) | (width // 8 << 17)
 
 
 # -- asynchronous, one thread -----------------------------------------------------------------------------------------
+#
+# ``group`` is the number of CTAs: 1, or 2 where one thread of a pair works for both. Shared addresses and tensor-memory
+# addresses are then the same in both. All instructions of a kernel must have the same.
 
 
 def _values(kinds, values, loc, ip):
@@ -69,38 +72,47 @@ def _values(kinds, values, loc, ip):
 
 
 @dsl_user_op
-def copy_scales(columns: Int32, descriptor: Int64, *, loc=None, ip=None) -> None:
+def copy_scales(group: int, columns: Int32, descriptor: Int64, *, loc=None, ip=None) -> None:
     """A scale atom to 4 columns: row r's four scales to lane r % 32 (and + 32, 64, 96) of column r // 32."""
     operands = _values((Int32, Int64), (columns, descriptor), loc, ip)
-    assemble(None, operands, "tcgen05.cp.cta_group::1.32x128b.warpx4 [$0], $1;", "r,l,~{memory}", False, loc, ip)
+    text = f"tcgen05.cp.cta_group::{group}.32x128b.warpx4 [$0], $1;"
+    assemble(None, operands, text, "r,l,~{memory}", False, loc, ip)
 
 
 @dsl_user_op
 def multiply_fp4(
-    sums: Int32, a: Int64, b: Int64, instruction: Int32, a_scales: Int32, b_scales: Int32, accumulate: Int32, *,
-    loc=None, ip=None,
+    group: int, sums: Int32, a: Int64, b: Int64, instruction: Int32, a_scales: Int32, b_scales: Int32,
+    accumulate: Int32, *, loc=None, ip=None,
 ) -> None:  # fmt: skip
-    """128 rows times the descriptor's rows over 64 values of e2m1, with a scale for each 16; 0 overwrites the sums."""
+    """The rows of A times those of B over 64 values of e2m1, with a scale for each 16; 0 overwrites the sums.
+
+    A pair has 128 rows of A and half the rows of B in each CTA, the scales of all rows of B in both.
+    """
     kinds = (Int32, Int64, Int64, Int32, Int32, Int32, Int32)
     operands = _values(kinds, (sums, a, b, instruction, a_scales, b_scales, accumulate), loc, ip)
     text = "{ .reg .pred p; setp.ne.b32 p, $6, 0; "
-    text += "tcgen05.mma.cta_group::1.kind::mxf4nvf4.block_scale.block16 [$0], $1, $2, $3, [$4], [$5], p; }"
+    text += f"tcgen05.mma.cta_group::{group}.kind::mxf4nvf4.block_scale.block16 [$0], $1, $2, $3, [$4], [$5], p; }}"
     assemble(None, operands, text, "r,l,l,r,r,r,r,~{memory}", False, loc, ip)
 
 
 @dsl_user_op
-def multiply_bf16(sums: Int32, a: Int32, b: Int64, instruction: Int32, accumulate: Int32, *, loc=None, ip=None) -> None:
+def multiply_bf16(
+    group: int, sums: Int32, a: Int32, b: Int64, instruction: Int32, accumulate: Int32, *, loc=None, ip=None
+) -> None:
     """The same over 16 values of bf16, with A in tensor memory: row r in lane r, two values a column."""
     operands = _values((Int32, Int32, Int64, Int32, Int32), (sums, a, b, instruction, accumulate), loc, ip)
-    text = "{ .reg .pred p; setp.ne.b32 p, $4, 0; tcgen05.mma.cta_group::1.kind::f16 [$0], [$1], $2, $3, p; }"
+    text = f"{{ .reg .pred p; setp.ne.b32 p, $4, 0; tcgen05.mma.cta_group::{group}.kind::f16 [$0], [$1], $2, $3, p; }}"
     assemble(None, operands, text, "r,r,l,r,r,~{memory}", False, loc, ip)
 
 
 @dsl_user_op
-def commit(barrier: Int32, *, loc=None, ip=None) -> None:
-    """An arrival at an mbarrier when all copies and products that this thread has issued are complete."""
+def commit(group: int, barrier: Int32, *, loc=None, ip=None) -> None:
+    """An arrival at an mbarrier, in each CTA, when all copies and products that this thread has issued are complete."""
     operands = _values((Int32,), (barrier,), loc, ip)
     text = "tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [$0];"
+    if group == 2:
+        text = "{ .reg .b16 both; mov.b16 both, 3; tcgen05.commit.cta_group::2.mbarrier::arrive::one"
+        text += ".shared::cluster.multicast::cluster.b64 [$0], both; }"
     assemble(None, operands, text, "r,~{memory}", False, loc, ip)
 
 
