@@ -2,10 +2,9 @@
 
 import sys
 
+from jax_moe.kernels.targets import TARGETS
 from lint.check import check
 from lint.compiled import all_specs, compiled
-
-from jax_moe.kernels.targets import TARGETS
 
 failed = 0
 for target in sys.argv[1:] or TARGETS:

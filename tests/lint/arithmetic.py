@@ -14,8 +14,9 @@ def exact(operation: Sequence[str], numbers: Sequence[int]) -> int | None:
     if name in ("mul", "mad") and operation[1] != "lo":
         return None
     result = {
-        "add": lambda: a + b, "sub": lambda: a - b, "neg": lambda: -a, "min": lambda: min(a, b), "max": lambda: max(a, b),
-        "and": lambda: a & b, "or": lambda: a | b, "xor": lambda: a ^ b, "not": lambda: ~a, "mul": lambda: a * b,
+        "add": lambda: a + b, "sub": lambda: a - b, "neg": lambda: -a, "min": lambda: min(a, b),
+        "max": lambda: max(a, b), "and": lambda: a & b, "or": lambda: a | b, "xor": lambda: a ^ b, "not": lambda: ~a,
+        "mul": lambda: a * b,
         "shl": lambda: a << b if 0 <= b < 32 else 0, "shr": lambda: a >> b if a >= 0 and 0 <= b < 32 else None,
         "mad": lambda: a * numbers[1] + b,
     }.get(name, lambda: None)()  # fmt: skip

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import itertools
 
 from ptx.parser import Address, Kernel
 
@@ -48,7 +49,7 @@ def check(kernel: Kernel, overlap: bool = False) -> list[Finding]:
       overlap: whether it is launched before the kernel in front of it has ended (``Spec.overlap``).
 
     Raises:
-      UnknownInstruction: an operation that the lint should know and does not.
+      UnknownInstructionError: an operation that the lint should know and does not.
     """
     return Lint(kernel, overlap).findings()
 
@@ -91,7 +92,7 @@ class Lint:
         return sorted(findings, key=lambda each: (each.second or each.first or (0,), each.first or (0,), each.rule))
 
     def without(self, index: int) -> list[Finding]:
-        """The findings if an instruction, no branch, were not there. Only the threads that reach it are walked again."""
+        """The findings if an instruction, no branch, were not there. Only threads that reach it are walked again."""
         self.findings()
         other = copy.copy(self)
         other.graph = self.graph.without(index)
@@ -221,7 +222,7 @@ class Lint:
                 message = f"a phase counts {count} arrivals, and no more than {able} can come"
                 findings.append(self._finding("barriers", message, inits[start], arrivals[0]))
         holes = sorted(inits) if None not in inits else []
-        for before, after in zip(holes, holes[1:], strict=False):
+        for before, after in itertools.pairwise(holes):
             if before % 8 == after % 8 and 8 < after - before <= 64:
                 message = f"{(after - before) // 8 - 1} barriers between them are not initialised"
                 findings.append(self._finding("barriers", message, inits[before], inits[after]))

@@ -1,10 +1,10 @@
 """Facts along the paths that one thread can take.
 
 A rule is a small automaton. At some instructions it *begins* a fact ("this load is not waited for"), whose state the
-instructions behind it change or end; where one must not be reached in that state, the rule says what is wrong. The engine
-follows every fact over every path on which the thread's known values agree with the branches taken, loops included, until
-nothing new turns up. What it reports is therefore a path in the control-flow graph on which no known value contradicts
-another; it may still be one that never happens.
+instructions behind it change or end; where one must not be reached in that state, the rule says what is wrong. The
+engine follows every fact over every path on which the thread's known values agree with the branches taken, loops
+included, until nothing new turns up. What it reports is a path in the control-flow graph on which no known value
+contradicts another; it may still be one that never happens.
 """
 
 from collections.abc import Hashable
@@ -165,11 +165,15 @@ class Walk:
 
 
 def _first_of_runs(graph: Graph, indices: set[int]) -> set[int]:
-    """Of instructions of one kind in a row, with no other that the rule looks at in between, the first speaks for all."""
+    """Of instructions of one kind in a row, with no other that the rule looks at between, the first speaks for all."""
     firsts, previous = set(), None
     for index in sorted(indices):
         kind = graph.sites[index].kind
-        if previous is None or previous[0] != kind or any(i in graph.block_of for i in range(previous[1] + 1, index + 1)):
+        if (
+            previous is None
+            or previous[0] != kind
+            or any(i in graph.block_of for i in range(previous[1] + 1, index + 1))
+        ):
             firsts.add(index)
         previous = kind, index
     return firsts

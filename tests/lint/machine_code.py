@@ -5,6 +5,7 @@ nvdisasm needs no GPU; pip has it (``nvidia-cuda-nvdisasm``, the extra ``lint``)
 
 from collections.abc import Iterable, Sequence
 import dataclasses
+import functools
 import importlib.metadata
 import pathlib
 import re
@@ -17,10 +18,10 @@ from lint.sites import Graph, successors
 PACKAGE = "nvidia-cuda-nvdisasm"
 
 OPCODES = {
-    "ld": "LDTM", "st": "STTM", "cp": "UTCCP", "commit": "UTCBAR", "bulk": "UBLKCP", "copy": "LDGSTS", "init": "SYNCS.EXCH",
-    "launch_dependents": "PREEXIT", "grid_wait": "ACQBULK",
+    "ld": "LDTM", "st": "STTM", "cp": "UTCCP", "commit": "UTCBAR", "bulk": "UBLKCP", "copy": "LDGSTS",
+    "init": "SYNCS.EXCH", "launch_dependents": "PREEXIT", "grid_wait": "ACQBULK",
 }  # fmt: skip
-"""The machine instruction of each kind (:mod:`lint.sites`) that has just one. Of products it depends on the operands."""
+"""The machine instruction of each kind (:mod:`lint.sites`) that has just one. For products there are several."""
 
 PRODUCTS = {"kind::mxf4nvf4": "UTCOMMA", "kind::f16": "UTCHMMA"}
 
@@ -49,7 +50,8 @@ class Instruction:
 _LINE = re.compile(r"\s*/\*[0-9a-f]+\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 
 
-def disassemble(image: bytes) -> list[Instruction]:
+@functools.cache
+def disassemble(image: bytes) -> tuple[Instruction, ...]:
     """The instructions of a cubin's kernel, and of the subroutines behind it."""
     tool = nvdisasm()
     assert tool is not None
@@ -68,7 +70,7 @@ def disassemble(image: bytes) -> list[Instruction]:
         label = re.search(r"`\(([^)]+)\)", operands)
         target = labels.get(label[1]) if label else None
         instructions.append(Instruction(opcode, operands, guard or "", target))
-    return instructions
+    return tuple(instructions)
 
 
 def _after(instructions: Sequence[Instruction], index: int) -> Iterable[int]:

@@ -3,6 +3,8 @@
 A state is a tuple whose first item says what is still missing.
 """
 
+from typing import ClassVar
+
 from lint.flow import Rule
 from lint.sites import ARRIVALS, ASYNC_READERS, Site, TENSOR_MEMORY, WAITS
 
@@ -31,14 +33,14 @@ class AfterSync(Rule):
 class BeforeSync(Rule):
     """tcgen05.wait::ld or ::st, then tcgen05.fence::before_thread_sync, before other threads are told (9.7.16.6.2, .3).
 
-    An allocation needs only the fence. The tensor cores' own work is announced by tcgen05.commit, which implies it. What
-    is fenced has to be announced before the next load, store or product: by the first thread of a warp on an mbarrier, by others by
-    meeting it.
+    An allocation needs only the fence. The tensor cores' own work is announced by tcgen05.commit, which implies it.
+    What is fenced has to be announced before the next load, store or product: by the first thread of a warp on an
+    mbarrier, by others by meeting it.
     """
 
     name = "fence before"
     kinds = ARRIVALS | {"ld", "st", "mma", "alloc", "wait_ld", "wait_st", "fence_before", "ret"}
-    _WAITS = {"ld": "wait_ld", "st": "wait_st"}
+    _WAITS: ClassVar = {"ld": "wait_ld", "st": "wait_st"}
 
     def __init__(self, first_of_warp: bool):
         self._announcing = ARRIVALS - {"warp_sync"} if first_of_warp else ARRIVALS
@@ -53,7 +55,12 @@ class BeforeSync(Rule):
         if missing == "arrival":
             if site.kind in self._announcing:
                 return None, None
-            return state, "nothing tells other threads between them" if site.kind in ("ld", "st", "mma", "ret") else None
+            return state, "nothing tells other threads between them" if site.kind in (
+                "ld",
+                "st",
+                "mma",
+                "ret",
+            ) else None
         if site.kind == missing:
             return ("fence",), None
         if site.kind == "fence_before" and missing == "fence":
@@ -82,11 +89,11 @@ class Commit(Rule):
 
 
 class Copies(Rule):
-    """Copies of cp.async: commit_group, wait_group, fence.proxy.async, then the arrival that announces them (9.7.16.6.5).
+    """Copies of cp.async: commit_group, wait_group, fence.proxy.async, then the arrival that announces them.
 
-    States: ("issued",); ("flying", groups committed since, whether a wait_group has left it flying); ("fence",), which is
-    complete, but the async proxy may not see it; ("arrival",). An arrival while a wait_group leaves some copies flying
-    announces others, so it is no breach. Which they are is for the emulator to see.
+    PTX ISA 9.7.16.6.5. States: ("issued",); ("flying", groups committed since, whether a wait_group has left it
+    flying); ("fence",), which is complete, but the async proxy may not see it; ("arrival",). An arrival while a
+    wait_group leaves some copies flying announces others, so it is no breach. Which ones is for the emulator to see.
 
     Args:
       announces: whether an arrival tells threads that multiply; a barrier of the producers alone does not.
@@ -158,7 +165,7 @@ class Stores(Rule):
 
 
 class Allocation(Rule):
-    """Tensor memory: relinquish_alloc_permit and dealloc on every way from an alloc to the end; no use after (9.7.16.7.1)."""
+    """relinquish_alloc_permit and dealloc on every way from an alloc to the end; no use after (9.7.16.7.1)."""
 
     name = "allocation"
     kinds = TENSOR_MEMORY | {"alloc", "relinquish", "dealloc", "commit", "ret"}
@@ -246,7 +253,8 @@ class Initialised(Rule):
 class LaunchDependents(Rule):
     """Dependents start when GEMM1 is behind its own griddepcontrol.wait, and holds its tensor memory.
 
-    A CTA of the next kernel that allocates first would keep this one's from doing so until it ends, and it waits for this one.
+    A CTA of the next kernel that allocates first would keep this one's from doing so until it ends, and it waits for
+    this one.
     """
 
     name = "launch_dependents"
@@ -275,7 +283,7 @@ class LaunchDependents(Rule):
 
 
 class GridWait(Rule):
-    """The way to the end without griddepcontrol.wait: a breach for this thread; :mod:`lint.check` wants one that has none."""
+    """A way to the end without griddepcontrol.wait: a breach for this thread; :mod:`lint.check` wants one without."""
 
     name = "griddepcontrol.wait"
     kinds = frozenset({"grid_wait", "ret"})
@@ -312,8 +320,8 @@ class WgmmaFence(Rule):
 class Wgmma(Rule):
     """A product's commit_group; then its wait_group before its registers are touched or its stage is given back.
 
-    States: ("issued", ...), then ("flying", groups committed since, whether an mbarrier was waited for since, i.e. it is
-    of an earlier stage, whether a wait_group has been passed).
+    States: ("issued", ...), then ("flying", groups committed since, whether an mbarrier was waited for since, so that
+    it is of an earlier stage, whether a wait_group has been passed).
     """
 
     name = "wgmma"
@@ -354,7 +362,7 @@ class Wgmma(Rule):
 
 
 def _groups(graph) -> dict[int, tuple[frozenset[str], frozenset[str]]]:
-    """First product of a group, or of its part in one block -> the registers that the group writes, and that it reads."""
+    """First product of a group, or of its part in one block -> the registers that it writes, and that it reads."""
     groups, first = {}, None
     for site in graph.sites:
         if site.index in graph.block_of or site.kind in ("wgmma_fence", "wgmma_commit"):

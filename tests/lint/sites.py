@@ -69,7 +69,7 @@ WAITS = frozenset({"try_wait", "bar", "cluster_wait"})
 """After what other threads' work may be relied on."""
 
 
-class UnknownInstruction(ValueError):
+class UnknownInstructionError(ValueError):
     """An operation of a family that the lint looks at, but which it does not know."""
 
 
@@ -114,7 +114,9 @@ class Graph:
         self.offsets = offsets = Offsets(kernel)
         self.sites = tuple(_site(i, instruction, offsets) for i, instruction in enumerate(kernel.instructions))
         starts = {0, *kernel.labels.values()}
-        starts |= {i + 1 for i, each in enumerate(kernel.instructions) if is_branch(each) or self.sites[i].kind == "ret"}
+        starts |= {
+            i + 1 for i, each in enumerate(kernel.instructions) if is_branch(each) or self.sites[i].kind == "ret"
+        }
         ordered = sorted(start for start in starts if start < len(kernel.instructions))
         self.block_of = dict(zip(ordered, [*ordered[1:], len(kernel.instructions)], strict=True))
 
@@ -168,13 +170,13 @@ def kind(operation: str) -> str | None:
     """What the rules call an operation; None if none looks at it.
 
     Raises:
-      UnknownInstruction: one should, probably.
+      UnknownInstructionError: one should, probably.
     """
     for name, pattern in _KINDS:
         if pattern.fullmatch(operation):
             return name
     if operation.startswith(_FAMILIES):
-        raise UnknownInstruction(f"{operation}: not known to the lint")
+        raise UnknownInstructionError(f"{operation}: not known to the lint")
     return None
 
 
@@ -241,7 +243,7 @@ class Offsets:
                     self._definitions.setdefault(operand.name, []).append(instruction)
 
     def of(self, address: Address, thread: int | None = None) -> int | None:
-        """The constant part, to which belongs what follows from the thread's index, if that is given. None: no telling."""
+        """The constant part, with what follows from the thread's index, if that is given. None: no telling."""
         base, _ = self._operand(address.base, thread, 0) if isinstance(address.base, Register) else (0, True)
         return None if base is None else base + address.offset
 

@@ -35,7 +35,7 @@ def kernel(body: str, target: str = "sm_100f", threads: int = 192) -> str:
     return _FRAME.format(target=target, threads=threads, body=body)
 
 
-# Barriers: 40960 full, 40968 empty, 40976 sums full, 40984 sums empty. Warps 0-3 take the sums, 4 multiplies, 5 gathers.
+# Barriers: 40960 full, 40968 empty, 40976 sums full, 40984 sums empty. Warps 0-3 store sums, 4 multiplies, 5 gathers.
 TENSOR_MEMORY = kernel(f"""
  setp.ne.s32 %p1, %r1, 0;
  @%p1 bra INITIALISED;

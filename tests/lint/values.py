@@ -1,8 +1,8 @@
 """What one thread knows of its registers on its way through a kernel: enough to tell which branches it can take.
 
-A thread's index is a number here, so that ``if warp == 4`` is decided. Other registers are intervals of signed 32-bit integers
-(anything that was loaded: any), and a comparison that both outcomes are possible for makes two ways of one, each with what
-it has learnt. Only what branches depend on is kept. Counters are taken not to overflow.
+A thread's index is a number here, so that ``if warp == 4`` is decided. Other registers are intervals of signed 32-bit
+integers (anything that was loaded: any), and a comparison that both outcomes are possible for makes two ways of one,
+each with what it has learnt. Only what branches depend on is kept. Counters are taken not to overflow.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ _SWAPPED = {"lt": "gt", "gt": "lt", "le": "ge", "ge": "le", "eq": "eq", "ne": "n
 
 @dataclasses.dataclass
 class Values:
-    """Intervals of registers (absent: any), predicates that are known, and which register is another plus a constant."""
+    """Intervals of registers (absent: any), known predicates, and which register is another plus a constant."""
 
     intervals: dict[str, Interval] = dataclasses.field(default_factory=dict)
     predicates: dict[str, bool] = dataclasses.field(default_factory=dict)
@@ -143,8 +143,8 @@ class Slice:
 
 def _computes(instruction: Instruction) -> bool:
     return instruction.operation.split(".")[0] in (
-        "mov", "add", "sub", "neg", "min", "max", "selp", "shl", "shr", "and", "or", "xor", "not", "setp", "shfl", "cvt",
-        "mul", "mad",
+        "mov", "add", "sub", "neg", "min", "max", "selp", "shl", "shr", "and", "or", "xor", "not", "setp", "shfl",
+        "cvt", "mul", "mad",
     )  # fmt: skip
 
 
@@ -246,7 +246,12 @@ def _predicate(operation, result: Register, sources, values: Values) -> list[Val
         known = _logic(name, inputs)
     elif name == "mov" and isinstance(sources[0], Immediate):
         known = bool(sources[0].bits)
-    elif name == "setp" and operation[1] in _COMPARISONS and operation[2] in ("s32", "u32", "b32") and len(operation) == 3:
+    elif (
+        name == "setp"
+        and operation[1] in _COMPARISONS
+        and operation[2] in ("s32", "u32", "b32")
+        and len(operation) == 3
+    ):
         return _compare(operation, result, sources, values)
     _decide(values, result.name, known)
     return [values]
