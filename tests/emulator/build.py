@@ -7,7 +7,6 @@ import os
 import pathlib
 import shutil
 import subprocess
-import tempfile
 
 from jax_moe import settings
 
@@ -28,32 +27,39 @@ def library() -> pathlib.Path:
     """
     if COMPILER is None:
         raise RuntimeError("the emulator is compiled with g++, which is not here")
-    files = sorted(SOURCES.iterdir())
-    digest = hashlib.sha256(repr(_FLAGS).encode() + _processor().encode())
-    for file in files:
-        digest.update(file.name.encode() + file.read_bytes())
-    path = settings.cache_folder() / "emulator" / f"machine-{digest.hexdigest()[:24]}.so"
+    common = [
+        repr(_FLAGS).encode(),
+        _processor().encode(),
+        *(path.read_bytes() for path in sorted(SOURCES.glob("*.h"))),
+    ]
+    folder = settings.cache_folder() / "emulator"
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = sorted(SOURCES.glob("*.cc"))
+    objects = [folder / f"{source.stem}-{_digest([*common, source.read_bytes()])}.o" for source in sources]
+    path = folder / f"machine-{_digest([file.name.encode() for file in objects])}.so"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            sources = [file for file in files if file.suffix == ".cc"]
-            objects = [pathlib.Path(folder) / f"{file.stem}.o" for file in sources]
-            with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-                list(pool.map(_compile, sources, objects))
-            built = pathlib.Path(folder) / path.name
-            _run([COMPILER, "-shared", *map(str, objects), "-o", str(built)])
-            os.replace(built, path)
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(_compile, sources, objects))
+        _make(path, "-shared", *map(str, objects))
     return path
 
 
+def _digest(parts: list[bytes]) -> str:
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
+
+
 def _compile(source: pathlib.Path, output: pathlib.Path) -> None:
-    _run([str(COMPILER), *_FLAGS, "-c", str(source), "-o", str(output)])
+    if not output.exists():
+        _make(output, *_FLAGS, "-c", str(source))
 
 
-def _run(command: list[str]) -> None:
-    ran = subprocess.run(command, capture_output=True, text=True)
+def _make(output: pathlib.Path, *arguments: str) -> None:
+    """Under a name of its own first: other processes see the whole file or none."""
+    part = output.with_name(f"{os.getpid()}-{output.name}")
+    ran = subprocess.run([str(COMPILER), *arguments, "-o", str(part)], capture_output=True, text=True)
     if ran.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}\n{ran.stderr}")
+        raise RuntimeError(f"{COMPILER} {' '.join(arguments)}\n{ran.stderr}")
+    os.replace(part, output)
 
 
 def _processor() -> str:

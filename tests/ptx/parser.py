@@ -82,7 +82,7 @@ class Vector:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A result with a predicate, ``%r1|%p1``; a ``_`` is None."""
+    """A result with a predicate, ``%r1|%p1``; a ``_`` is None, and one that stands alone a pair of two."""
 
     value: Register | None
     predicate: Register | None
@@ -437,7 +437,7 @@ class _Parser:
             if not all(each is None or isinstance(each, Register) for each in both):
                 raise self.error("a pair of what are no registers")
             return Pair(*both)  # type: ignore[arg-type]
-        return self.named(name)
+        return Pair(None, None) if name == "_" else self.named(name)
 
     def address(self) -> Address:
         self.take("[")

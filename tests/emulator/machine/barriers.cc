@@ -51,11 +51,11 @@ Outcome SyncThreads(Step& step) {
     warp.barrier_generation = arrival.generation + 1;
     if (arrival.barrier->generation == arrival.generation) {
       const auto [barrier, generation] = arrival;
-      return Machine::Block(
-          step, [barrier, generation] { return barrier->generation != generation; },
-          "a barrier where " + std::to_string(barrier->arrived) + " of " + std::to_string(barrier->threads) +
-              " threads were by then",
-          true);
+      const auto what = [barrier] {
+        return "a barrier where " + std::to_string(barrier->arrived) + " of " + std::to_string(barrier->threads) +
+               " threads are";
+      };
+      return Machine::Block(step, [barrier, generation] { return barrier->generation != generation; }, what, true);
     }
   }
   const auto id = Uniform<uint32_t>(step, OperandAt(step, 0), "the number of a barrier");
@@ -81,6 +81,11 @@ template <bool releases>
 Outcome ArriveCluster(Step& step) {
   Cluster& cluster = *step.warp.cta->cluster;
   step.warp.cluster_generation = cluster.generation + 1;
+  if (releases) {  // and with it its arrivals at other CTAs' mbarriers are performed
+    for (const auto& each : std::exchange(step.warp.remote, {})) {
+      if (!each->done) step.machine.Force(each.get());
+    }
+  }
   if (Checker* checker = step.machine.checker(); checker && releases) {
     checker->Release(step.warp.view, &cluster.arriving);
     NextEpoch(&step.warp);
@@ -151,7 +156,7 @@ Outcome Invalidate(Step& step) {
 }
 
 // mbarrier.arrive: operands are [state,] address [, count or bytes].
-template <bool expects_bytes, bool remote>
+template <bool expects_bytes>
 Outcome Arrive(Step& step) {
   const auto& operands = step.instruction.operands;
   const size_t at = operands[0].kind == OperandKind::kAddress ? 0 : 1;
@@ -166,10 +171,9 @@ Outcome Arrive(Step& step) {
   if (expects_bytes && numbers == nullptr) throw Error("an arrival without the bytes that it expects");
   Row<uint64_t> states{};
   ForLanes(step.mask, [&](int lane) {
-    Cta& cta = remote ? step.machine.Peer(*step.warp.cta, addresses.lane[lane]) : *step.warp.cta;
-    const uint64_t address = remote ? addresses.lane[lane] & 0xFFFFFF : addresses.lane[lane];
-    Mbarrier& barrier = MbarrierAt(cta, address);
-    TouchMbarrier(step, cta, address);
+    Cta& cta = *step.warp.cta;
+    Mbarrier& barrier = MbarrierAt(cta, addresses.lane[lane]);
+    TouchMbarrier(step, cta, addresses.lane[lane]);
     states.lane[lane] = barrier.phase;
     if (expects_bytes) barrier.bytes += numbers[lane];
     if (Checker* checker = step.machine.checker()) checker->Release(step.warp.view, &barrier.arriving);
@@ -193,7 +197,8 @@ Outcome ExpectBytes(Step& step) {
 }
 
 // Waits for the end of the phase of a parity. `may_block`: returns when it has ended, or, in some orders, before.
-template <bool may_block, bool acquires>
+// `of_others`: at the scope of the cluster, so that it also learns what other CTAs released.
+template <bool may_block, bool acquires, bool of_others = false>
 Outcome WaitParity(Step& step) {
   Cta& cta = *step.warp.cta;
   Row<uint64_t> addresses;
@@ -212,15 +217,19 @@ Outcome WaitParity(Step& step) {
     const int lane = __builtin_ctz(step.mask);
     const Mbarrier* barrier = &MbarrierAt(cta, addresses.lane[lane]);
     const uint32_t parity = parities[lane];
-    return Machine::Block(
-        step, [barrier, parity] { return (barrier->phase & 1) != parity; },
-        "mbarrier " + Hex(addresses.lane[lane]) + " to end its phase of parity " + std::to_string(parity) +
-            " (of its phase " + std::to_string(barrier->phase) + " there are " + std::to_string(barrier->pending) +
-            " arrivals and " + std::to_string(barrier->bytes) + " bytes to come)");
+    const auto what = [barrier, parity, address = addresses.lane[lane]] {
+      return "mbarrier " + Hex(address) + " to end its phase of parity " + std::to_string(parity) + " (of its phase " +
+             std::to_string(barrier->phase) + " there are " + std::to_string(barrier->pending) + " arrivals and " +
+             std::to_string(barrier->bytes) + " bytes to come)";
+    };
+    return Machine::Block(step, [barrier, parity] { return (barrier->phase & 1) != parity; }, what);
   }
   if (Checker* checker = step.machine.checker(); checker && acquires) {
-    ForLanes(step.mask & ended,
-             [&](int lane) { checker->Acquire(MbarrierAt(cta, addresses.lane[lane]).complete, &step.warp.view); });
+    ForLanes(step.mask & ended, [&](int lane) {
+      const Mbarrier& barrier = MbarrierAt(cta, addresses.lane[lane]);
+      checker->Acquire(barrier.complete, &step.warp.view);
+      if (of_others) checker->Acquire(barrier.complete_others, &step.warp.view);
+    });
   }
   SetBits(step, OperandAt(step, 0), ended, 0);
   return Outcome::kNext;
@@ -259,6 +268,7 @@ void Advance(Mbarrier* barrier) {
   barrier->pending = barrier->expected;
   barrier->phase++;
   barrier->complete = std::exchange(barrier->arriving, {});
+  barrier->complete_others = std::exchange(barrier->arriving_others, {});
 }
 
 void RegisterBarriers() {
@@ -276,16 +286,15 @@ void RegisterBarriers() {
   Register("mbarrier.init.shared.b64", Initialise);
   Register("mbarrier.init.shared::cta.b64", Initialise);
   Register("mbarrier.inval.shared.b64", Invalidate);
-  Register("mbarrier.arrive.shared.b64", Arrive<false, false>);
-  Register("mbarrier.arrive.shared::cta.b64", Arrive<false, false>);
-  Register("mbarrier.arrive.shared::cluster.b64", Arrive<false, true>);
-  Register("mbarrier.arrive.expect_tx.shared.b64", Arrive<true, false>);
-  Register("mbarrier.arrive.expect_tx.shared::cta.b64", Arrive<true, false>);
-  Register("mbarrier.arrive.release.cluster.shared::cluster.b64", Arrive<false, true>);
+  Register("mbarrier.arrive.shared.b64", Arrive<false>);
+  Register("mbarrier.arrive.shared::cta.b64", Arrive<false>);
+  Register("mbarrier.arrive.expect_tx.shared.b64", Arrive<true>);
+  Register("mbarrier.arrive.expect_tx.shared::cta.b64", Arrive<true>);
   Register("mbarrier.expect_tx.relaxed.cta.shared::cta.b64", ExpectBytes);
   Register("mbarrier.try_wait.parity.shared.b64", WaitParity<true, true>);
   Register("mbarrier.try_wait.parity.shared::cta.b64", WaitParity<true, true>);
   Register("mbarrier.try_wait.parity.acquire.cta.shared::cta.b64", WaitParity<true, true>);
+  Register("mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64", WaitParity<true, true, true>);
   Register("mbarrier.try_wait.parity.relaxed.cta.shared::cta.b64", WaitParity<true, false>);
   Register("mbarrier.test_wait.parity.shared.b64", WaitParity<false, true>);
 }

@@ -110,13 +110,12 @@ void Checker::TouchCell(Cell* cell, uint8_t bytes, bool writes, bool tensor_memo
                     components_[static_cast<size_t>(record.component)].who + ", line " +
                     std::to_string(record.instruction->line) + ": " + record.instruction->text);
       }
-      // A write that is ordered after a record stands for it; so does a reader's later read.
-      const bool both_atomic = record.access == Access::kAtomic && actor.access == Access::kAtomic;
-      if ((writes && !both_atomic) || (!writes && !record.writes && record.component == actor.component)) {
-        record.bytes &= static_cast<uint8_t>(~bytes);
-      } else if (both_atomic && record.component == actor.component) {
-        record.bytes &= static_cast<uint8_t>(~bytes);
-      }
+      // A write that is ordered after a record stands for it; so does a reader's later read. An atomic access does not:
+      // others like it need not be ordered after what it is ordered after.
+      const bool same = record.component == actor.component;
+      const bool stands_for_it = actor.access == Access::kAtomic ? same && record.access == Access::kAtomic
+                                                                 : writes || (same && !record.writes);
+      if (stands_for_it) record.bytes &= static_cast<uint8_t>(~bytes);
     }
     if (record.bytes != 0) (*cell)[kept++] = record;
   }

@@ -174,6 +174,7 @@ class BulkPiece : public AsyncOperation {
       actor.count = ++counted.copies;
       actor.access = Access::kAsync;
     }
+    if (cta != warp->cta) peer = cta;
   }
 
   void Perform(Machine& machine) override {
@@ -182,7 +183,8 @@ class BulkPiece : public AsyncOperation {
     Touch(machine, to, bytes_, true, actor, view);
     CopyBytes(machine, from, to, bytes_);
     Mbarrier& barrier = MbarrierAt(*cta_, barrier_);
-    if (machine.checker()) Checker::Complete(actor.component, actor.count, &barrier.arriving);
+    Knowledge* arriving = peer == nullptr ? &barrier.arriving : &barrier.arriving_others;
+    if (machine.checker()) Checker::Complete(actor.component, actor.count, arriving);
     CompleteBytes(&barrier, bytes_);
   }
 

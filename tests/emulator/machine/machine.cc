@@ -52,9 +52,13 @@ Machine::Machine(GlobalMemory* memory, const Options& options)
 
 // --- For handlers -------------------------------------------------------------------------------------------------
 
-Outcome Machine::Block(Step& step, std::function<bool()> ready, std::string what, bool committed) {
+Outcome Machine::Block(Step& step, std::function<bool()> ready, std::function<std::string()> what, bool committed) {
   step.group.wait = {std::move(ready), committed, std::move(what)};
   return Outcome::kBlocked;
+}
+
+Outcome Machine::Block(Step& step, std::function<bool()> ready, const char* what) {
+  return Block(step, std::move(ready), [what] { return std::string(what); });
 }
 
 bool Machine::Converged(Step& step, uint32_t members) {
@@ -62,7 +66,7 @@ bool Machine::Converged(Step& step, uint32_t members) {
   const uint32_t here = step.group.mask;
   const auto missing = [warp, members, here] { return members & warp->live & ~here; };
   if (missing() == 0) return true;
-  step.group.wait = {[missing] { return missing() == 0; }, false, "the other lanes of its warp"};
+  Block(step, [missing] { return missing() == 0; }, "the other lanes of its warp");
   return false;
 }
 
@@ -95,7 +99,9 @@ Cta& Machine::Peer(Cta& cta, uint64_t address) {
   const uint64_t rank = address >> 24;  // 0: the CTA itself; ReadMapa has the rest
   if (rank == 0) return cta;
   if (rank > cta.cluster->ctas.size()) throw Error("shared address " + Hex(address) + " is of no CTA of the cluster");
-  return *cta.cluster->ctas[rank - 1];
+  Cta& peer = *cta.cluster->ctas[rank - 1];
+  if (peer.live_warps == 0) throw Error("CTA " + std::to_string(peer.index) + " of the cluster has ended");
+  return peer;
 }
 
 // --- Asynchronous operations --------------------------------------------------------------------------------------
@@ -143,18 +149,24 @@ bool Machine::StartOne() {
     const size_t offset = random_.Below(multiprocessors_.size());
     const int64_t shared = grid.shared_bytes + kSharedOfSystem;
     std::vector<std::array<int64_t, 3>> taken(multiprocessors_.size(), {0, 0, 0});  // by this cluster so far
-    for (int rank = 0; rank < grid.cluster; ++rank) {
-      for (size_t j = 0; j < multiprocessors_.size(); ++j) {
-        const size_t at = (offset + j + static_cast<size_t>(rank)) % multiprocessors_.size();
-        Multiprocessor* home = multiprocessors_[at].get();
-        auto& [threads, bytes, ctas] = taken[at];
-        const int most = grid.ctas_per_multiprocessor > 0 ? grid.ctas_per_multiprocessor : kMostCtas;
-        if (home->threads + threads + grid.threads > kMostThreads || home->ctas + ctas + 1 > most ||
-            home->shared_bytes + bytes + shared > kSharedOfMultiprocessor) {
-          continue;
+    const auto has_room = [&](size_t at) {
+      const auto& [threads, bytes, ctas] = taken[at];
+      const Multiprocessor& home = *multiprocessors_[at];
+      const int most = grid.ctas_per_multiprocessor > 0 ? grid.ctas_per_multiprocessor : kMostCtas;
+      return home.threads + threads + grid.threads <= kMostThreads && home.ctas + ctas + 1 <= most &&
+             home.shared_bytes + bytes + shared <= kSharedOfMultiprocessor;
+    };
+    // The CTAs of a pair are on neighbours, the even one on the even one.
+    const size_t group = grid.program->cta_group == 2 ? 2 : 1;
+    const size_t places = multiprocessors_.size() / group;
+    for (size_t rank = 0; rank < static_cast<size_t>(grid.cluster); rank += group) {
+      for (size_t j = 0; j < places; ++j) {
+        const size_t at = (offset + j + rank) % places * group;
+        if (!has_room(at) || !has_room(at + group - 1)) continue;
+        for (size_t i = at; i < at + group; ++i) {
+          taken[i][0] += grid.threads, taken[i][1] += shared, taken[i][2] += 1;
+          homes.push_back(multiprocessors_[i].get());
         }
-        threads += grid.threads, bytes += shared, ctas += 1;
-        homes.push_back(home);
         break;
       }
     }
@@ -169,7 +181,8 @@ void Machine::StartCluster(Grid* grid, const std::vector<Multiprocessor*>& homes
   const int first = grid->start_order[grid->started++] * grid->cluster;
   if (grid->number > 0) {
     const Grid& front = (*grids_)[static_cast<size_t>(grid->number) - 1];
-    grid->launched.launches = front.complete ? grid->number - 1 : front.dependents_know;
+    // Where it may start early, what it knows is what it would know then.
+    grid->launched.launches = grid->overlap ? front.dependents_know : grid->number - 1;
   }
   auto cluster = std::make_shared<Cluster>();
   for (int rank = 0; rank < grid->cluster; ++rank) {
@@ -228,14 +241,14 @@ void Machine::LeaveCta(Cta* cta) {
   if (cta->home->tensor.Owns(cta->number))
     throw Error("the CTA ends with columns of tensor memory that it never freed");
   for (const auto& operation : pending_) {
-    if (operation->warp->cta == cta && !operation->global_only) {
+    if ((operation->warp->cta == cta && !operation->global_only) || operation->peer == cta) {
       throw Error("the CTA ends, and its shared memory with it, before this is complete: line " +
                   std::to_string(operation->instruction->line) + ": " + operation->instruction->text);
     }
   }
   int known = -1;
   for (const auto& warp : cta->warps) known = std::max(known, warp->view.knowledge.launches);
-  if (grid->overlap && known < grid->number - 1) {
+  if (grid->overlap && known < grid->number - 1) {  // then its end would say nothing of those in front
     throw Error("the CTA ends without having waited for the grid in front (griddepcontrol.wait)");
   }
   if (!cta->released_dependents) {
@@ -268,8 +281,11 @@ void Machine::Execute(Warp* warp, Group* group) {
       const uint32_t guard = warp->predicates[static_cast<size_t>(instruction.guard)];
       mask &= instruction.guard_negated ? ~guard : guard;
     }
+    const auto warps = static_cast<size_t>((grid.threads + kLanes - 1) / kLanes);
+    int64_t& count = warp->cta->grid->counts[static_cast<size_t>(group->pc) * warps + static_cast<size_t>(warp->index)];
     if (mask == 0) {
       group->pc++;
+      ++count;  // it takes its turn all the same
       return;
     }
     Step step{*this, *warp, program, instruction, *group, mask};
@@ -277,12 +293,10 @@ void Machine::Execute(Warp* warp, Group* group) {
       if (mask != group->mask) throw Error("lanes of one warp differ in whether they execute this");
       if (!Converged(step, kAllLanes)) return;
     }
-    const int pc = group->pc;
     const Outcome outcome = instruction.operation->handler(step);  // a jump may move the groups
     if (outcome == Outcome::kBlocked) return;
     if (outcome == Outcome::kNext) group->pc++;
-    const auto warps = static_cast<size_t>((grid.threads + kLanes - 1) / kLanes);
-    warp->cta->grid->counts[static_cast<size_t>(pc) * warps + static_cast<size_t>(warp->index)]++;
+    ++count;
     if (outcome == Outcome::kJumped) {
       uint32_t left = 0;
       for (const Group& each : warp->groups) left |= each.mask;
@@ -373,7 +387,7 @@ void Machine::Deadlock() {
     for (const Group& group : warp->groups) {
       if (++told > 24) continue;
       const Instruction& instruction = warp->cta->grid->program->code[static_cast<size_t>(group.pc)];
-      message += "\n  " + Name(*warp) + ", lanes " + Hex(group.mask) + " wait for " + group.wait.what + " in line " +
+      message += "\n  " + Name(*warp) + ", lanes " + Hex(group.mask) + " wait for " + group.wait.what() + " in line " +
                  std::to_string(instruction.line) + ": " + instruction.text;
     }
   }

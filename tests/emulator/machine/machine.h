@@ -27,7 +27,7 @@ struct Grid;
 struct Wait {
   std::function<bool()> ready;  // empty: for nothing
   bool committed = false;       // lanes that come later may not join
-  std::string what;             // for the report of a deadlock
+  std::function<std::string()> what;
 };
 
 // Lanes of a warp that execute together.
@@ -52,6 +52,7 @@ class AsyncOperation {
   bool global_only = false;  // needs nothing of its CTA, which may end before
   bool late = false;         // in this run only when nothing else can go on
   int waits_for = 0;         // operations that must be performed before
+  Cta* peer = nullptr;       // another CTA of the cluster whose memory or mbarriers it uses
   std::vector<AsyncOperation*> before;
   View view;  // of the warp as it issued this
   Actor actor;
@@ -76,11 +77,13 @@ struct Warp {
   std::vector<uint16_t> in_flight;           // by register: products that nobody has waited for and that use it
   std::vector<uint32_t> poison_in_products;  // of accumulators in flight, whose `poison` has all lanes
   Operations loads, stores;                  // tcgen05.ld and .st
+  Operations remote;                         // arrivals at mbarriers of other CTAs
   uint32_t load_count = 0, store_count = 0, tensor_count = 0;
   std::array<Operations, kLanes> tensor;  // tcgen05.mma and .cp of each thread
 
   uint64_t barrier_generation = 0;  // of the barrier that it is at, plus one
   uint64_t cluster_generation = 0;  // likewise
+  int together = 0;                 // which of the operations that a pair of CTAs performs together it is at; 0: none
   View view;
   int component = -1, copy_component = -1, product_component = -1, tensor_component = -1, load_component = -1,
       store_component = -1, reduction_component = -1;
@@ -98,7 +101,8 @@ struct Mbarrier {
   uint64_t phase = 0;
   int component = -1;  // of the bulk copies that it counts
   uint32_t copies = 0;
-  Knowledge arriving, complete;
+  Knowledge arriving, complete;                // of its CTA's threads
+  Knowledge arriving_others, complete_others;  // of other CTAs, for who waits at the scope of the cluster
 };
 
 struct NamedBarrier {
@@ -138,6 +142,9 @@ struct Cta {
   int live_warps = 0;
   bool released_dependents = false, may_allocate = true;
   int operations = 0;  // asynchronous ones that use its shared or tensor memory
+  // What it performs together with the other CTA of its pair (pairs.cc).
+  std::array<int, 3> together{};      // how often its warps have come to each kind of operation
+  int wanted_columns = 0, granted_column = -1;
 };
 
 struct Grid {
@@ -184,8 +191,10 @@ class Machine {
   void Run(std::vector<Grid>* grids);
 
   // --- For handlers ---
-  // Waits until `ready`.
-  static Outcome Block(Step& step, std::function<bool()> ready, std::string what, bool committed = false);
+  // Waits until `ready`; `what` is for the report of a deadlock.
+  static Outcome Block(Step& step, std::function<bool()> ready, std::function<std::string()> what,
+                       bool committed = false);
+  static Outcome Block(Step& step, std::function<bool()> ready, const char* what);
   // Whether all live lanes of `members` are here; if not, `step` waits for them.
   static bool Converged(Step& step, uint32_t members);
   // Takes an operation over; it may be performed from now on, but not before those in `before`.

@@ -25,27 +25,29 @@ void NeedField(uint32_t bits, int first, int last, uint32_t wanted, const char* 
   }
 }
 
-// N of an instruction descriptor, all other fields of which must be those of our products.
-int ColumnsOf(uint32_t bits, bool fp4) {
+// N of an instruction descriptor, all other fields of which must be those of our products of `group` CTAs.
+int ColumnsOf(uint32_t bits, bool fp4, int group) {
+  const auto rows = static_cast<uint32_t>(kRows * group);
   if (fp4) {
     NeedField(bits, 0, 6, 0, "sparsity, reserved, id of B's scales");
     NeedField(bits, 7, 9, 1, "A is e2m1");
     NeedField(bits, 10, 12, 1, "B is e2m1");
     NeedField(bits, 24, 26, 0, "reserved");
-    NeedField(bits, 27, 28, kRows >> 7, "M");
+    NeedField(bits, 27, 28, rows >> 7, "M");
     NeedField(bits, 29, 31, 0, "id of A's scales, K");
   } else {
     NeedField(bits, 0, 3, 0, "sparsity, saturation");
     NeedField(bits, 4, 6, 1, "sums are fp32");
     NeedField(bits, 7, 9, 1, "A is bf16");
     NeedField(bits, 10, 12, 1, "B is bf16");
-    NeedField(bits, 24, 28, kRows >> 4, "M");
+    NeedField(bits, 24, 28, rows >> 4, "M");
     NeedField(bits, 29, 31, 0, "reserved, shift");
   }
   NeedField(bits, 13, 16, 0, "negated or transposed operands");
   NeedField(bits, 23, 23, 0, "type of the scales, or reserved");
   const int columns = static_cast<int>(Field(bits, 17, 22)) * 8;
   if (columns < 8 || columns > kMostColumns) throw Error("N is " + std::to_string(columns) + ", needs 8 to 256");
+  if (columns % (8 * group) != 0) throw Error("N of two CTAs is a multiple of 16, not " + std::to_string(columns));
   return columns;
 }
 
@@ -73,9 +75,12 @@ struct Descriptor {
 };
 
 // What both kinds of product share: operands that are read as the product is performed, and sums.
+//
+// With .cta_group::2 each of two CTAs has half the rows of A and of their sums, and half the rows of B, which both use.
 class Product : public TensorOperation {
  public:
   Product(Step& step, bool fp4) : TensorOperation(step), sums_(AddressAt(step, 0)) {
+    Span(step);
     const auto& operands = step.instruction.operands;
     const size_t expected = fp4 ? 7 : 5;
     if (operands.size() != expected)
@@ -84,17 +89,17 @@ class Product : public TensorOperation {
     if (a_in_tensor_memory_) {
       if (fp4) throw Error("the emulator knows e2m1 in shared memory only");
       a_columns_ = AddressAt(step, 1);
-      Check(0, a_columns_.column, kStepBytes / 4);
+      ForCtas([&] { Check(0, a_columns_.column, kStepBytes / 4); });
     } else {
       a_ = Descriptor::Checked(Uniform<uint64_t>(step, operands[1], "a descriptor"));
     }
     b_ = Descriptor::Checked(Uniform<uint64_t>(step, operands[2], "a descriptor"));
-    columns_ = ColumnsOf(Uniform<uint32_t>(step, operands[3], "an instruction descriptor"), fp4);
+    columns_ = ColumnsOf(Uniform<uint32_t>(step, operands[3], "an instruction descriptor"), fp4, group());
     const Operand& accumulate = operands.back();
     NeedKnown(step, accumulate, "whether a product accumulates");
     accumulate_ = (Bits(step, accumulate) & step.mask) != 0;
     if (sums_.lane != 0 || a_columns_.lane != 0) throw Error("an operand starts at a lane that is not the first");
-    Check(0, sums_.column, columns_);
+    ForCtas([&] { Check(0, sums_.column, columns_); });
     if (step.machine.checker()) {
       actor.component = TensorComponent(step, &step.warp.tensor_component, "the products and copies");
       actor.count = ++step.warp.tensor_count;
@@ -114,7 +119,7 @@ class Product : public TensorOperation {
 
   bool ReadA(Machine& machine, int row, uint8_t* bytes) const {
     if (!a_in_tensor_memory_) {
-      return ReadSwizzledRow(machine, *warp->cta, a_.start, row, a_.stride, kStepBytes / 16, actor, view, bytes);
+      return ReadSwizzledRow(machine, *at, a_.start, row, a_.stride, kStepBytes / 16, actor, view, bytes);
     }
     bool poison = false;
     for (int i = 0; i < kStepBytes / 4; ++i) {
@@ -125,17 +130,19 @@ class Product : public TensorOperation {
   }
 
   bool ReadB(Machine& machine, int row, uint8_t* bytes) const {
-    return ReadSwizzledRow(machine, *warp->cta, b_.start, row, b_.stride, kStepBytes / 16, actor, view, bytes);
+    const int rows = columns_ / group();  // in each CTA
+    Cta& cta = *ctas[static_cast<size_t>(row / rows)];
+    return ReadSwizzledRow(machine, cta, b_.start, row % rows, b_.stride, kStepBytes / 16, actor, view, bytes);
   }
 
   void AddTo(Machine& machine, int row, int column, double sum, bool poison) const {
-    TensorMemory& tensor = warp->cta->home->tensor;
-    const int at = sums_.column + column;
+    TensorMemory& tensor = at->home->tensor;
+    const int place = sums_.column + column;
     if (accumulate_) {
-      poison |= tensor.mark(row, at) != kWritten;
-      sum += static_cast<double>(Float(tensor.cell(row, at)));
+      poison |= tensor.mark(row, place) != kWritten;
+      sum += static_cast<double>(Float(tensor.cell(row, place)));
     }
-    Write(machine, row, at, BitsOf(Canonical(static_cast<float>(sum))), poison);
+    Write(machine, row, place, BitsOf(Canonical(static_cast<float>(sum))), poison);
   }
 
   TensorAddress sums_, a_columns_{0};
@@ -149,6 +156,11 @@ class Bf16Product : public Product {
   explicit Bf16Product(Step& step) : Product(step, false) {}
 
   void Perform(Machine& machine) override {
+    ForCtas([&] { Multiply(machine); });
+  }
+
+ private:
+  void Multiply(Machine& machine) {
     constexpr int kK = kStepBytes / 2;
     static thread_local double b[kK][kMostColumns], sums[kMostColumns];
     static thread_local bool b_poison[kMostColumns];
@@ -173,11 +185,18 @@ class Fp4Product : public Product {
  public:
   explicit Fp4Product(Step& step) : Product(step, true), a_scales_(AddressAt(step, 4)), b_scales_(AddressAt(step, 5)) {
     if (a_scales_.lane != 0 || b_scales_.lane != 0) throw Error("scales start at a lane that is not the first");
-    Check(0, a_scales_.column, kRows / 32);
-    Check(0, b_scales_.column, (columns_ + 31) / 32);
+    ForCtas([&] {
+      Check(0, a_scales_.column, kRows / 32);
+      Check(0, b_scales_.column, (columns_ + 31) / 32);
+    });
   }
 
   void Perform(Machine& machine) override {
+    ForCtas([&] { Multiply(machine); });
+  }
+
+ private:
+  void Multiply(Machine& machine) {
     constexpr int kK = kStepBytes * 2, kBlocks = kK / 16;
     static thread_local float b[kK][kMostColumns], dots[kMostColumns];
     static thread_local double b_scales[kBlocks][kMostColumns], sums[kMostColumns];
@@ -208,7 +227,6 @@ class Fp4Product : public Product {
     }
   }
 
- private:
   // The four scales of a row, which all four groups of 32 lanes must have alike.
   bool ReadScales(Machine& machine, int column, int row, double* scales) const {
     bool poison = false;
@@ -246,8 +264,11 @@ Outcome Multiply(Step& step) {
 
 void RegisterTensorProducts() {
   for (const std::string collector : {"", ".collector::a::discard", ".collector::a::lastuse"}) {
-    Register("tcgen05.mma.cta_group::1.kind::f16" + collector, Multiply<Bf16Product>);
-    Register("tcgen05.mma.cta_group::1.kind::mxf4nvf4.block_scale.block16" + collector, Multiply<Fp4Product>);
+    for (const int group : {1, 2}) {
+      const std::string name = "tcgen05.mma.cta_group::" + std::to_string(group);
+      Register(name + ".kind::f16" + collector, Multiply<Bf16Product>, false, group);
+      Register(name + ".kind::mxf4nvf4.block_scale.block16" + collector, Multiply<Fp4Product>, false, group);
+    }
   }
 }
 

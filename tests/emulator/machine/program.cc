@@ -15,6 +15,7 @@ void RegisterCopies();
 void RegisterWgmma();
 void RegisterTensorMemory();
 void RegisterTensorProducts();
+void RegisterPairs();
 
 namespace {
 
@@ -36,6 +37,7 @@ const std::map<std::string, Operation, std::less<>>& FilledTable() {
     RegisterWgmma();
     RegisterTensorMemory();
     RegisterTensorProducts();
+    RegisterPairs();
     return true;
   }();
   static_cast<void>(filled);
@@ -113,6 +115,14 @@ Program Decode(const int64_t* words, int64_t count, const std::vector<std::strin
     if (instruction.operation == nullptr) {
       throw Error(program.name + " line " + std::to_string(instruction.line) + ": the emulator does not know " +
                   operation + ": " + instruction.text);
+    }
+    if (const size_t at = operation.find("cta_group::"); at != std::string::npos) {
+      const int group = operation[at + 11] - '0';
+      if (program.cta_group != 0 && group != program.cta_group) {
+        throw Error(program.name + " line " + std::to_string(instruction.line) + ": not the .cta_group of those before: " +
+                    instruction.text);
+      }
+      program.cta_group = group;
     }
     const int64_t operands = reader.Next();
     for (int64_t j = 0; j < operands; ++j) instruction.operands.push_back(reader.NextOperand());

@@ -8,7 +8,6 @@
 #include "barriers.h"
 
 namespace emulator {
-namespace {
 
 // --- Allocation ---------------------------------------------------------------------------------------------------
 
@@ -20,25 +19,37 @@ int Columns(Step& step, const Operand& operand) {
   return static_cast<int>(columns);
 }
 
+Place AllocationTarget(Step& step) {
+  return step.warp.cta->shared.At(UniformAddress(step, OperandAt(step, 0)), 4, 4);
+}
+
+void WriteAllocation(Step& step, const Place& place, int column) {
+  Touch(step.machine, place, 4, true, ActorOf(step), step.warp.view);
+  WriteBytes(step.machine, place, 4, &column, false);
+}
+
+namespace {
+
 Outcome Allocate(Step& step) {
   Cta& cta = *step.warp.cta;
   const int columns = Columns(step, OperandAt(step, 1));
   if (!cta.may_allocate) throw Error("allocates after it has given up the permit");
-  const Place place = cta.shared.At(UniformAddress(step, OperandAt(step, 0)), 4, 4);
+  const Place place = AllocationTarget(step);
   TensorMemory* tensor = &cta.home->tensor;
   const std::vector<int> room = tensor->Room(columns);
   if (room.empty()) {
     return Machine::Block(
         step, [tensor, columns] { return !tensor->Room(columns).empty(); },
-        std::to_string(columns) + " free columns of tensor memory");
+        [columns] { return std::to_string(columns) + " free columns of tensor memory"; });
   }
   const bool any = step.machine.options().order == Order::kRandom;
   const int column = any ? room[step.machine.random().Below(room.size())] : room[0];
   tensor->Allocate(cta.number, column, columns);
-  Touch(step.machine, place, 4, true, ActorOf(step), step.warp.view);
-  WriteBytes(step.machine, place, 4, &column, false);
+  WriteAllocation(step, place, column);
   return Outcome::kNext;
 }
+
+}  // namespace
 
 Outcome Free(Step& step) {
   Cta& cta = *step.warp.cta;
@@ -62,6 +73,8 @@ Outcome GiveUpPermit(Step& step) {
   step.warp.cta->may_allocate = false;
   return Outcome::kNext;
 }
+
+namespace {
 
 // --- Loads and stores ---------------------------------------------------------------------------------------------
 
@@ -224,8 +237,11 @@ class ScaleCopy : public TensorOperation {
     if (descriptor >> 49 != 0) throw Error("the emulator knows copies without a swizzle only");
     if (descriptor & (uint64_t{3} << 14 | uint64_t{3} << 30)) throw Error("reserved bits of a descriptor are set");
     if (to_.lane != 0) throw Error("a copy for all warps starts at a lane that is not the first");
-    Check(0, to_.column, 4);
-    for (int row = 0; row < 32; ++row) PlaceOf(row);
+    Span(step);
+    ForCtas([&] {
+      Check(0, to_.column, 4);
+      for (int row = 0; row < 32; ++row) PlaceOf(row);
+    });
     if (step.machine.checker()) {
       actor.component = TensorComponent(step, &step.warp.tensor_component, "the products and copies");
       actor.count = ++step.warp.tensor_count;
@@ -234,6 +250,11 @@ class ScaleCopy : public TensorOperation {
   }
 
   void Perform(Machine& machine) override {
+    ForCtas([&] { CopyRows(machine); });  // from each CTA's own shared memory
+  }
+
+ private:
+  void CopyRows(Machine& machine) {
     for (int row = 0; row < 32; ++row) {
       const Place place = PlaceOf(row);
       Touch(machine, place, 16, false, actor, view);
@@ -248,9 +269,8 @@ class ScaleCopy : public TensorOperation {
     }
   }
 
- private:
   Place PlaceOf(int row) const {
-    return warp->cta->shared.At(start_ + static_cast<uint64_t>(row / 8 * stride_ + row % 8 * 16), 16, 16);
+    return at->shared.At(start_ + static_cast<uint64_t>(row / 8 * stride_ + row % 8 * 16), 16, 16);
   }
 
   TensorAddress to_;
@@ -264,11 +284,12 @@ Outcome CopyScales(Step& step) {
   return Outcome::kNext;
 }
 
-// The arrival on an mbarrier when the thread's products and copies so far are complete.
+// The arrival on an mbarrier, perhaps another CTA's, when the thread's products and copies so far are complete.
 class CommitArrives : public AsyncOperation {
  public:
   CommitArrives(Step& step, Cta* cta, uint64_t barrier)
       : AsyncOperation(step), cta_(cta), barrier_(barrier), count_(step.warp.tensor_count) {
+    if (cta != warp->cta) peer = cta;
     MbarrierAt(*cta, barrier);
     TouchMbarrier(step, *cta, barrier);
   }
@@ -277,8 +298,9 @@ class CommitArrives : public AsyncOperation {
     Mbarrier& barrier = MbarrierAt(*cta_, barrier_);
     if (machine.checker()) {
       // What the thread's operations were ordered after was complete before they were.
-      Checker::CompletePipeline(view, &barrier.arriving);
-      if (count_ > 0) Checker::Complete(warp->tensor_component, count_, &barrier.arriving);
+      Knowledge* arriving = peer == nullptr ? &barrier.arriving : &barrier.arriving_others;
+      Checker::CompletePipeline(view, arriving);
+      if (count_ > 0) Checker::Complete(warp->tensor_component, count_, arriving);
     }
     ArriveOn(&barrier, 1);
   }
@@ -292,9 +314,20 @@ class CommitArrives : public AsyncOperation {
 Outcome Commit(Step& step) {
   const int lane = OneThread(step);
   const uint64_t address = UniformAddress(step, OperandAt(step, 0));
-  Cta& cta = step.machine.Peer(*step.warp.cta, address);
   const auto& earlier = step.warp.tensor[static_cast<size_t>(lane)];
-  step.machine.Issue(std::make_shared<CommitArrives>(step, &cta, address & 0xFFFFFF), earlier);
+  const auto arrive_at = [&](Cta* cta) {
+    step.machine.Issue(std::make_shared<CommitArrives>(step, cta, address & 0xFFFFFF), earlier);
+  };
+  if (step.instruction.operands.size() == 1) {
+    arrive_at(&step.machine.Peer(*step.warp.cta, address));
+    return Outcome::kNext;
+  }
+  const uint32_t mask = Uniform<uint32_t>(step, OperandAt(step, 1), "a mask of CTAs") & 0xFFFF;
+  const auto& ctas = step.warp.cta->cluster->ctas;
+  if (mask == 0 || mask >> ctas.size() != 0) throw Error("a commit to CTAs that the cluster does not have");
+  ForLanes(mask, [&](int rank) {
+    arrive_at(&step.machine.Peer(*step.warp.cta, static_cast<uint64_t>(rank + 1) << 24));
+  });
   return Outcome::kNext;
 }
 
@@ -332,26 +365,40 @@ int TensorComponent(Step& step, int* component, const char* what) {
   return *component;
 }
 
+Cta& PeerOf(const Cta& cta) {
+  const auto rank = static_cast<size_t>(cta.rank ^ 1);
+  if (rank >= cta.cluster->ctas.size()) throw Error("the CTA is in no pair: its cluster has no other");
+  return *cta.cluster->ctas[rank];
+}
+
+void TensorOperation::Span(Step& step) {
+  if (step.instruction.operation->variant != 2) return;
+  peer = &PeerOf(*warp->cta);
+  if (peer->live_warps == 0) throw Error("the other CTA of the pair has ended");
+  ctas = {warp->cta, peer};
+  if (warp->cta->rank % 2 == 1) std::swap(ctas[0], ctas[1]);
+}
+
 void TensorOperation::Check(int lane, int column, int columns) const {
-  warp->cta->home->tensor.Check(warp->cta->number, lane, column, columns);
+  at->home->tensor.Check(at->number, lane, column, columns);
 }
 
 void TensorOperation::TouchCell(Machine& machine, int lane, int column, bool writes) const {
   if (Checker* checker = machine.checker()) {
-    checker->TouchTensor(warp->cta->home->index, lane, column, writes, actor, view);
+    checker->TouchTensor(at->home->index, lane, column, writes, actor, view);
   }
 }
 
 uint32_t TensorOperation::Read(Machine& machine, int lane, int column, bool* poison) const {
   TouchCell(machine, lane, column, false);
-  TensorMemory& tensor = warp->cta->home->tensor;
+  TensorMemory& tensor = at->home->tensor;
   if (tensor.mark(lane, column) != kWritten) *poison = true;
   return tensor.cell(lane, column);
 }
 
 void TensorOperation::Write(Machine& machine, int lane, int column, uint32_t value, bool poison) const {
   TouchCell(machine, lane, column, true);
-  TensorMemory& tensor = warp->cta->home->tensor;
+  TensorMemory& tensor = at->home->tensor;
   tensor.cell(lane, column) = value;
   tensor.mark(lane, column) = poison ? kPoison : kWritten;
 }
@@ -379,7 +426,12 @@ void RegisterTensorMemory() {
   Register("tcgen05.wait::ld.sync.aligned", WaitRows<true>, true);
   Register("tcgen05.wait::st.sync.aligned", WaitRows<false>, true);
   Register("tcgen05.cp.cta_group::1.32x128b.warpx4", CopyScales);
-  Register("tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64", Commit);
+  Register("tcgen05.cp.cta_group::2.32x128b.warpx4", CopyScales, false, 2);
+  for (const std::string group : {"1", "2"}) {
+    const std::string name = "tcgen05.commit.cta_group::" + group + ".mbarrier::arrive::one.shared::cluster";
+    Register(name + ".b64", Commit);
+    Register(name + ".multicast::cluster.b64", Commit);
+  }
   Register("tcgen05.fence::before_thread_sync", FenceBefore);
   Register("tcgen05.fence::after_thread_sync", FenceAfter);
 }
