@@ -57,8 +57,8 @@ Outcome Machine::Block(Step& step, std::function<bool()> ready, std::function<st
   return Outcome::kBlocked;
 }
 
-Outcome Machine::Block(Step& step, std::function<bool()> ready, std::string what, bool committed) {
-  return Block(step, std::move(ready), [what = std::move(what)] { return what; }, committed);
+Outcome Machine::Block(Step& step, std::function<bool()> ready, const char* what) {
+  return Block(step, std::move(ready), [what] { return std::string(what); });
 }
 
 bool Machine::Converged(Step& step, uint32_t members) {

@@ -143,7 +143,7 @@ struct Cta {
   bool released_dependents = false, may_allocate = true;
   int operations = 0;  // asynchronous ones that use its shared or tensor memory
   // What it performs together with the other CTA of its pair (pairs.cc).
-  std::array<int, 3> together{};  // how often its warps have come to each kind of operation
+  std::array<int, 3> together{};      // how often its warps have come to each kind of operation
   int wanted_columns = 0, granted_column = -1;
 };
 
@@ -194,7 +194,7 @@ class Machine {
   // Waits until `ready`; `what` is for the report of a deadlock.
   static Outcome Block(Step& step, std::function<bool()> ready, std::function<std::string()> what,
                        bool committed = false);
-  static Outcome Block(Step& step, std::function<bool()> ready, std::string what, bool committed = false);
+  static Outcome Block(Step& step, std::function<bool()> ready, const char* what);
   // Whether all live lanes of `members` are here; if not, `step` waits for them.
   static bool Converged(Step& step, uint32_t members);
   // Takes an operation over; it may be performed from now on, but not before those in `before`.

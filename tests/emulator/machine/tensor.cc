@@ -19,7 +19,9 @@ int Columns(Step& step, const Operand& operand) {
   return static_cast<int>(columns);
 }
 
-Place AllocationTarget(Step& step) { return step.warp.cta->shared.At(UniformAddress(step, OperandAt(step, 0)), 4, 4); }
+Place AllocationTarget(Step& step) {
+  return step.warp.cta->shared.At(UniformAddress(step, OperandAt(step, 0)), 4, 4);
+}
 
 void WriteAllocation(Step& step, const Place& place, int column) {
   Touch(step.machine, place, 4, true, ActorOf(step), step.warp.view);
@@ -323,8 +325,9 @@ Outcome Commit(Step& step) {
   const uint32_t mask = Uniform<uint32_t>(step, OperandAt(step, 1), "a mask of CTAs") & 0xFFFF;
   const auto& ctas = step.warp.cta->cluster->ctas;
   if (mask == 0 || mask >> ctas.size() != 0) throw Error("a commit to CTAs that the cluster does not have");
-  ForLanes(mask,
-           [&](int rank) { arrive_at(&step.machine.Peer(*step.warp.cta, static_cast<uint64_t>(rank + 1) << 24)); });
+  ForLanes(mask, [&](int rank) {
+    arrive_at(&step.machine.Peer(*step.warp.cta, static_cast<uint64_t>(rank + 1) << 24));
+  });
   return Outcome::kNext;
 }
 
