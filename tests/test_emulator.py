@@ -191,6 +191,30 @@ def test_a_parity_waits_for_its_own_phase():
     fails("deadlock", BARRIER + arrive + wait("%r21", 1), VALUES)
 
 
+def test_a_lane_arrives_for_its_warp_after_a_sync_of_the_warp():
+    """Warp 0 writes, and one lane of it tells warp 1, which reads."""
+    body = (
+        BARRIER
+        + """
+      shl.b32 %r5, %r0, 2; add.s32 %r5, %r5, %r20;
+      setp.ge.u32 %p1, %r0, 32; @%p1 bra READS;
+      st.shared.b32 [%r5], %r0;
+      {sync}
+      @!%p0 mbarrier.arrive.shared.b64 _, [%r21];
+      bra END;
+    READS:
+      {wait}
+      ld.shared.b32 %r6, [%r5 + -128];
+    END:
+    """.replace("{wait}", ARRIVED)
+    )
+    synchronised = body.replace("{sync}", "bar.warp.sync -1;")
+    for order in ORDERS:
+        small_ptx.run(synchronised, ZEROS, threads=64, order=order)
+        small_ptx.run(body.replace("{sync}", ""), ZEROS, threads=64, order=order, lanes=False)
+        fails("not ordered", body.replace("{sync}", ""), ZEROS, threads=64, order=order)
+
+
 GATHER = "mov.b32 %r20, dynamic; shl.b32 %r1, %r0, 4; add.s32 %r1, %r1, %r20; "
 GATHER += "mul.wide.u32 %rd5, %r0, 16; add.s64 %rd5, %rd5, %rd0;"
 GATHER += "{copy} cp.async.commit_group; {wait} ld.shared.b32 %r6, [%r1]; "

@@ -152,7 +152,7 @@ class Counts:
 
 def run(
     launches: Sequence[Launch], memory: Memory, *, seed: int = 0, order: Order = "random", multiprocessors: int = 2,
-    most_instructions: int = 500_000_000, check: bool = True,
+    most_instructions: int = 500_000_000, check: bool = True, lanes: bool = True,
 ) -> list[Counts]:  # fmt: skip
     """Runs launches in order, as one stream does.
 
@@ -164,6 +164,7 @@ def run(
       multiprocessors: of the machine.
       most_instructions: executed by all warps together.
       check: look for accesses that are not ordered (races), too.
+      lanes: among them those of a warp's lanes for which another lane arrives at an mbarrier without a bar.warp.sync.
 
     Returns:
       for each launch what was executed.
@@ -194,7 +195,8 @@ def run(
                 launch.ctas_per_multiprocessor or 0, parameters, len(parameters),
             )  # fmt: skip
             counts.append(np.zeros((len(kernel.parsed.instructions), -(-threads // 32)), np.int64))
-        failed = library.EmulatorRun(call, seed, ORDERS.index(order), multiprocessors, most_instructions, check)
+        checks = check * (1 + lanes)
+        failed = library.EmulatorRun(call, seed, ORDERS.index(order), multiprocessors, most_instructions, checks)
         if failed:
             raise EmulatorError(_last_error())
         for i, count in enumerate(counts):

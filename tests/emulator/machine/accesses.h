@@ -9,11 +9,19 @@
 
 namespace emulator {
 
+// Whether all lanes of the warp execute the step.
+inline bool IsWhole(const Step& step) { return (step.mask & step.warp.live) == step.warp.live; }
+
 // The actor that a warp is itself.
 inline Actor ActorOf(const Step& step, Access access = Access::kGeneric) {
   const Warp& warp = step.warp;
   if (warp.component < 0) return {};
-  return {warp.component, warp.view.knowledge.seen[static_cast<size_t>(warp.component)], access, warp.component,
+  const int component = IsWhole(step) ? warp.component : warp.lanes_component;
+  return {component,
+          warp.view.knowledge.seen[static_cast<size_t>(component)],
+          access,
+          warp.component,
+          warp.lanes_component,
           &step.instruction};
 }
 

@@ -93,6 +93,7 @@ void EmulatorGrid(void* call, const void* program, int ctas, int threads, int cl
   grids.push_back(std::move(grid));
 }
 
+// `check`: 0, nothing; 1, accesses of warps that are not ordered; 2, those of lanes too.
 int EmulatorRun(void* call, uint64_t seed, int order, int multiprocessors, int64_t most_instructions, int check) {
   return emulator::Guarded(
       [&] {
@@ -102,7 +103,8 @@ int EmulatorRun(void* call, uint64_t seed, int order, int multiprocessors, int64
         options.order = static_cast<emulator::Order>(order);
         options.multiprocessors = multiprocessors;
         options.most_instructions = most_instructions;
-        options.check = check != 0;
+        options.check = check > 0;
+        options.check_lanes = check > 1;
         emulator::Machine(&given->memory, options).Run(&given->grids);
         return 0;
       },

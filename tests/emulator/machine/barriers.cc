@@ -2,6 +2,8 @@
 
 #include "barriers.h"
 
+#include <algorithm>
+
 #include "accesses.h"
 
 namespace emulator {
@@ -60,7 +62,10 @@ Outcome SyncThreads(Step& step) {
   }
   const auto id = Uniform<uint32_t>(step, OperandAt(step, 0), "the number of a barrier");
   warp.barrier_generation = 0;
-  if (Checker* checker = step.machine.checker()) checker->Acquire(warp.cta->barriers[id].complete, &warp.view);
+  if (Checker* checker = step.machine.checker()) {
+    checker->Acquire(warp.cta->barriers[id].complete, &warp.view);
+    Synchronised(&warp);
+  }
   return Outcome::kNext;
 }
 
@@ -107,7 +112,10 @@ Outcome WaitCluster(Step& step) {
         step, [cluster, generation] { return cluster->generation >= generation; }, "the warps of its cluster");
   }
   step.warp.cluster_generation = 0;
-  if (Checker* checker = step.machine.checker()) checker->Acquire(cluster->complete, &step.warp.view);
+  if (Checker* checker = step.machine.checker()) {
+    checker->Acquire(cluster->complete, &step.warp.view);
+    Synchronised(&step.warp);
+  }
   return Outcome::kNext;
 }
 
@@ -176,7 +184,7 @@ Outcome Arrive(Step& step) {
     TouchMbarrier(step, cta, addresses.lane[lane]);
     states.lane[lane] = barrier.phase;
     if (expects_bytes) barrier.bytes += numbers[lane];
-    if (Checker* checker = step.machine.checker()) checker->Release(step.warp.view, &barrier.arriving);
+    if (Checker* checker = step.machine.checker()) checker->Release(Released(step), &barrier.arriving);
     ArriveOn(&barrier, expects_bytes || numbers == nullptr ? 1 : numbers[lane]);
   });
   if (step.machine.checker()) NextEpoch(&step.warp);
@@ -237,7 +245,34 @@ Outcome WaitParity(Step& step) {
 
 }  // namespace
 
-void NextEpoch(Warp* warp) { warp->view.knowledge.seen[static_cast<size_t>(warp->component)]++; }
+View Released(const Step& step) {
+  const Warp& warp = step.warp;
+  View view = warp.view;
+  if (IsWhole(step) || !step.machine.options().check_lanes) return view;
+  const auto limit = [](Counts* counts, const Counts& to, int component) {
+    const auto at = static_cast<size_t>(component);
+    if (component < 0 || at >= counts->size()) return;
+    (*counts)[at] = at < to.size() ? std::min((*counts)[at], to[at]) : 0;
+  };
+  // Waits for products, and for loads from and stores to tensor memory, are of the warp as a whole.
+  for (const int component : {warp.component, warp.copy_component}) {
+    limit(&view.knowledge.seen, warp.synchronised.seen, component);
+    limit(&view.knowledge.fenced, warp.synchronised.fenced, component);
+    limit(&view.knowledge.released, warp.synchronised.released, component);
+  }
+  return view;
+}
+
+void NextEpoch(Warp* warp) {
+  for (const int component : {warp->component, warp->lanes_component}) {
+    warp->view.knowledge.seen[static_cast<size_t>(component)]++;
+  }
+}
+
+void Synchronised(Warp* warp) {
+  warp->synchronised = warp->view.knowledge;
+  NextEpoch(warp);
+}
 
 Mbarrier& MbarrierAt(Cta& cta, uint64_t address) {
   const auto found = cta.mbarriers.find(static_cast<int64_t>(address));

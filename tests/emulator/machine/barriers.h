@@ -14,8 +14,13 @@ void TouchMbarrier(Step& step, Cta& cta, uint64_t address);
 void ArriveOn(Mbarrier* barrier, int64_t count);
 void CompleteBytes(Mbarrier* barrier, int64_t bytes);
 void Advance(Mbarrier* barrier);
+// What the lanes of a step hand on: where they are not the whole warp, of what it did together only what came before
+// its lanes last waited for each other.
+View Released(const Step& step);
 // After a release: what the warp does from now on is no part of it.
 void NextEpoch(Warp* warp);
+// The lanes of the warp have waited for each other.
+void Synchronised(Warp* warp);
 
 }  // namespace emulator
 

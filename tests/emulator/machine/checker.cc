@@ -72,7 +72,7 @@ bool Checker::Ordered(const Record& record, bool tensor_memory, const Actor& act
   const Component& component = components_[static_cast<size_t>(record.component)];
   if (component.launch <= view.knowledge.launches) return true;
   if (record.access == Access::kAtomic && actor.access == Access::kAtomic) return true;
-  const bool is_own = record.component == actor.own;
+  const bool is_own = record.component == actor.own || record.component == actor.own_lanes;
   const bool seen = is_own || record.count <= At(view.knowledge.seen, record.component);
   if (!seen && !(tensor_memory && record.component == actor.component)) return false;
   if (IsGeneric(actor.access)) return seen;

@@ -56,7 +56,7 @@ struct Actor {
   int component = -1;
   uint32_t count = 0;
   Access access = Access::kGeneric;
-  int own = -1;  // the component of the warp's own instructions
+  int own = -1, own_lanes = -1;  // the components of the warp's own instructions
   const Instruction* instruction = nullptr;
 };
 

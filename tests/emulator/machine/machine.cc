@@ -27,6 +27,7 @@ AsyncOperation::AsyncOperation(const Step& step) : warp(&step.warp), instruction
   if (step.machine.checker()) {
     view = step.warp.view;
     actor.own = step.warp.component;
+    actor.own_lanes = step.warp.lanes_component;
     actor.instruction = instruction;
   }
 }
@@ -220,9 +221,10 @@ void Machine::StartWarp(Cta* cta, int index) {
   if (checker()) {
     const int launch = cta->grid->number;
     warp->component = checker_.NewComponent(launch, false, Name(*warp));
+    warp->lanes_component = checker_.NewComponent(launch, false, Name(*warp));
     auto& seen = warp->view.knowledge.seen;
-    seen.resize(static_cast<size_t>(warp->component) + 1);
-    seen.back() = 1;
+    seen.resize(static_cast<size_t>(warp->lanes_component) + 1);
+    seen[static_cast<size_t>(warp->component)] = seen[static_cast<size_t>(warp->lanes_component)] = 1;
   }
   cta->live_warps++;
   warps_.push_back(warp.get());

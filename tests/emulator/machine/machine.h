@@ -87,6 +87,8 @@ struct Warp {
   View view;
   int component = -1, copy_component = -1, product_component = -1, tensor_component = -1, load_component = -1,
       store_component = -1, reduction_component = -1;
+  int lanes_component = -1;  // of instructions that some lanes execute and others do not
+  Knowledge synchronised;    // what it knew when its lanes last waited for each other
 
   uint64_t priority = 0;
   uint8_t* row(const Program& program, int reg) {
@@ -173,7 +175,7 @@ struct Options {
   Order order = Order::kRandom;
   int multiprocessors = 2;
   int64_t most_instructions = 0;
-  bool check = false;
+  bool check = false, check_lanes = false;
 };
 
 struct Step {

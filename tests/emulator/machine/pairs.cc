@@ -20,6 +20,7 @@ class RemoteArrival : public AsyncOperation {
       : AsyncOperation(step), barrier_(barrier), releases_(releases) {
     peer = cta;
     global_only = true;  // the CTA that it comes from may end
+    if (step.machine.checker()) view = Released(step);
     MbarrierAt(*cta, barrier);
     TouchMbarrier(step, *cta, barrier);
   }
@@ -56,7 +57,7 @@ Outcome ArriveInCluster(Step& step) {
     }
     Mbarrier& barrier = MbarrierAt(cta, address);
     TouchMbarrier(step, cta, address);
-    if (Checker* checker = step.machine.checker()) checker->Release(step.warp.view, &barrier.arriving);
+    if (Checker* checker = step.machine.checker()) checker->Release(Released(step), &barrier.arriving);
     ArriveOn(&barrier, 1);
   });
   if (step.machine.checker()) NextEpoch(&step.warp);

@@ -2,6 +2,8 @@
 
 #include <bit>
 
+#include "accesses.h"
+#include "barriers.h"
 #include "step.h"
 
 namespace emulator {
@@ -108,7 +110,9 @@ Outcome Elect(Step& step) {
 
 Outcome SyncWarp(Step& step) {
   uint32_t members;
-  return Gather(step, OperandAt(step, 0), &members) ? Outcome::kNext : Outcome::kBlocked;
+  if (!Gather(step, OperandAt(step, 0), &members)) return Outcome::kBlocked;
+  if (step.machine.checker() && IsWhole(step)) Synchronised(&step.warp);
+  return Outcome::kNext;
 }
 
 }  // namespace
