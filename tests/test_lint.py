@@ -171,7 +171,7 @@ def parameters(wanted):
     ("target", "spec"), parameters({"sm_90a": "gemm._n(16|48)m.*w4a4|gemm1_n112.*w4a16", "sm_100f": ""})
 )
 def test_our_kernels_keep_the_rules(target, spec):
-    assert [str(finding) for finding in check(compiled(spec, target)[1], spec.overlap)] == []
+    assert [str(finding) for finding in check(compiled(spec, target)[1], spec.overlap, spec.cluster)] == []
 
 
 SURVIVORS = {
@@ -192,7 +192,7 @@ _MUTATED = {"sm_90a": "gemm1_n16m.*w4a4", "sm_100f": "gemm1_n16b"}
 @needs_dsl
 @pytest.mark.parametrize(("target", "spec"), parameters(_MUTATED))
 def test_whatever_is_dropped_from_our_kernels_is_missed(target, spec):
-    missed, dropped = survivors(Lint(compiled(spec, target)[1], spec.overlap))
+    missed, dropped = survivors(Lint(compiled(spec, target)[1], spec.overlap, spec.cluster))
     missed = collections.Counter(each.split("@")[0] for each in missed)
     print(spec.name, "dropped", dict(dropped), "survived", dict(missed))
     assert set(missed) <= set(SURVIVORS)
