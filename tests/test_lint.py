@@ -139,6 +139,16 @@ def test_what_is_moved_or_changed_is_missed(text, rule):
     assert rule in rules_broken(text, overlap=True)
 
 
+def test_an_arrival_from_another_cta_has_the_scope_of_the_cluster():
+    arrival = "mbarrier.arrive.shared.b64 %rd7, [%r4+40984], %r6"
+    remote = changed(arrival, "mbarrier.arrive.shared::cluster.b64 _, [%r4+40984]")
+    assert "cluster" in rules_broken(remote, overlap=True)
+    released = remote.replace("arrive.shared::cluster", "arrive.release.cluster.shared::cluster")
+    assert "cluster" in rules_broken(released, overlap=True)
+    acquired = released.replace("try_wait.parity.shared", "try_wait.parity.acquire.cluster.shared")
+    assert not rules_broken(acquired, overlap=True)
+
+
 def test_only_paths_that_can_be_are_followed():
     """A drain that is skipped where nothing is in flight is no finding; elsewhere, or where one cannot tell, it is."""
     assert not findings(snippets.WGMMA, overlap=True)

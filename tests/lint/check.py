@@ -120,7 +120,7 @@ class Lint:
         return Finding(self.kernel.name, rule, message, first, second)
 
     def _threads_by_reach(self) -> dict[tuple[frozenset[int], bool], list[int]]:
-        """Two threads of each warp, its first and another, of each CTA of a cluster, put together by what they can reach."""
+        """Two threads of each warp, its first and another, of each CTA of a cluster, by what they can reach."""
         groups: dict[tuple, list[int]] = {}
         total = self.kernel.threads or 32
         for rank, warp in itertools.product(range(self.graph.cluster), range(0, total, 32)):
@@ -208,10 +208,11 @@ class Lint:
         for arrival in self.graph.kinds("arrive"):
             for wait in self.graph.kinds("try_wait"):
                 operations = [self.kernel.instructions[site.index].operation for site in (arrival, wait)]
-                if "shared::cluster" in operations[0] and self._same_array(arrival, wait):
-                    if ".release.cluster" not in operations[0] or ".acquire.cluster" not in operations[1]:
-                        message = "an arrival from another CTA needs .release.cluster, and its wait .acquire.cluster"
-                        findings.append(self._finding("cluster", message, arrival, wait))
+                if "shared::cluster" not in operations[0] or not self._same_array(arrival, wait):
+                    continue
+                if ".release.cluster" not in operations[0] or ".acquire.cluster" not in operations[1]:
+                    message = "an arrival from another CTA needs .release.cluster, and its wait .acquire.cluster"
+                    findings.append(self._finding("cluster", message, arrival, wait))
         return findings
 
     def _counts(self) -> list[Finding]:
