@@ -141,8 +141,11 @@ class XRowsSpec:
 
     threads = 256
     cluster = 1
-    overlap = False
     tensor_core_ptx = None
+
+    @property
+    def overlap(self) -> bool:
+        return self.codes
 
     @property
     def parameters(self) -> dict[str, str]:

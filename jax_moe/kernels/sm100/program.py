@@ -15,9 +15,11 @@ from jax_moe.kernels.target import Card, Launch, Program
 from jax_moe.problem import Precision, Problem
 
 CONFIGS: dict[Precision, tuple[Config, ...]] = {
-    "w4a4": tuple(
-        with_most_stages("w4a4", tile, ctas) for tile, ctas in ((16, 2), (32, 2), (64, 2), (128, 1), (192, 1))
+    "w4a4": (
+        *(with_most_stages("w4a4", tile, ctas) for tile, ctas in ((16, 2), (32, 2), (64, 2), (128, 1), (192, 1))),
+        with_most_stages("w4a4", 208, 1, pair=True),  # the widest that tensor memory has room for
     ),
+    # No pairs: bf16 tokens keep the tensor cores busy for as long as they take to load.
     "w4a16": (
         with_most_stages("w4a16", 16, 2, stage_blocks=4, dequantisers=1),
         with_most_stages("w4a16", 32, 2, stage_blocks=4, dequantisers=1),
@@ -39,12 +41,14 @@ class Costs:
       fill: bytes that it gets from the L2 cache in a clock.
       product: of the tensor cores, for one token, by precision.
       tile: that a tile costs beyond these.
+      pair: that it costs two CTAs more to wait for each other.
     """
 
     memory: float
     fill: float
     product: dict[Precision, float]
     tile: float
+    pair: float
 
 
 @functools.lru_cache(maxsize=1024)  # every layer of a model asks, each time that it is lowered
@@ -56,18 +60,25 @@ def best_config(card: Card, precision: Precision, num_tokens: int, top_k: int, n
 
 def _cost(costs: Costs, precision: Precision, rows: int, config: Config) -> float:
     """Of 128 x 256 weights of an expert with so many rows: memory and all else hide each other but for a tenth."""
-    full, rest = divmod(rows, config.token_tile)
-    busy = sum(
-        tiles * max(costs.product[precision] * width, _loaded_bytes(precision, width) / costs.fill) + costs.tile
-        for tiles, width in ((full, config.token_tile), (1 if rest else 0, -(-rest // 8) * 8))
-    )
+    tiles = _blocks(rows, config.token_tile)
+    width = _blocks(_blocks(rows, tiles), config.granule) * config.granule
+    product = costs.product[precision] * width
+    fill = _loaded_bytes(precision, width, config.pair) / costs.fill
+    busy = tiles * (max(product, fill) + costs.tile + (costs.pair if config.pair else 0))
     return max(costs.memory, busy) + min(costs.memory, busy) / 10
 
 
-def _loaded_bytes(precision: Precision, width: int) -> int:
-    """What a CTA loads for 128 x 256 weights times a tile."""
-    row_bytes = BLOCK_K // 2 + BLOCK_K // 16 if precision == "w4a4" else 2 * BLOCK_K
-    return weight_block.BLOCK_BYTES + width * row_bytes
+def _loaded_bytes(precision: Precision, width: int, pair: bool) -> int:
+    """What a CTA loads for 128 x 256 weights times a tile: of a pair half the rows, but the scales of all."""
+    rows = width // 2 if pair else width
+    if precision == "w4a4":
+        return weight_block.BLOCK_BYTES + rows * BLOCK_K // 2 + width * BLOCK_K // 16
+    return weight_block.BLOCK_BYTES + rows * BLOCK_K * 2
+
+
+def _granule(p: Problem, config: Config, num_experts: int) -> int:
+    """Of balanced tiles, where experts are likely to have more than one: units of work are then alike. 0: of full ones."""
+    return config.granule if p.num_routes > num_experts * config.token_tile else 0
 
 
 def gemms(p: Problem, config: Config) -> tuple[Gemm1Spec, Gemm2Spec]:
@@ -101,7 +112,7 @@ def build(p: Problem, card: Card) -> Program:
     padded_intermediate = gate_up_rows * BLOCK_ROWS // parts
     h_blocks = _blocks(padded_intermediate, block_k)
 
-    sort, workspaces = steps.sort(p, config.token_tile)
+    sort, workspaces = steps.sort(p, config.token_tile, _granule(p, config, num_experts))
     tiles = workspaces["tile_expert"].size
     before, after = [sort], []
     rows = {"x": "x", "x_scales": None}
@@ -125,7 +136,7 @@ def build(p: Problem, card: Card) -> Program:
         after.append(combine)
         workspaces |= more
 
-    grid = card.multiprocessors * config.ctas_per_sm  # persistent
+    grid = _blocks(card.multiprocessors * config.ctas_per_sm, gemm1.cluster) * gemm1.cluster  # persistent
     sizes = {"hidden_size": p.hidden_size, "local_experts": p.local_experts, "h_blocks": h_blocks}
     launch1 = Launch("gemm1", gemm1, grid, {
         **steps.same("row_route", "tile_expert", "expert_tiles", "h"), **sizes, **rows,

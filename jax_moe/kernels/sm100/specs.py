@@ -16,14 +16,14 @@ class Config:
     """How a CTA is put together.
 
     Attributes:
-      token_tile: N of the products at most, a multiple of 16 up to 208 (tensor memory); how much of it a tile needs, in
-        eights, is a value of run time.
+      token_tile: N of the products at most, a multiple of 16 up to 208 (tensor memory); how much of it a tile needs, its
+        width, is a value of run time.
       stage_blocks: weight blocks that are copied and announced together; 1 for w4a4, whose blocks are 4 times as wide.
       stages: how many of those are in flight.
       ctas_per_sm: resident CTAs of one multiprocessor, all persistent.
       dequantisers: w4a16: warpgroups that dequantise, 1 or 2; else 0.
       pair: whether two CTAs of a cluster multiply 256 rows of weights with one tile, half of whose rows each of them
-        loads. Widths are then multiples of 16.
+        loads.
     """
 
     token_tile: int
@@ -37,6 +37,11 @@ class Config:
     def name(self) -> str:
         name = f"n{self.token_tile}b{self.stage_blocks}s{self.stages}c{self.ctas_per_sm}d{self.dequantisers}"
         return name + ("p" if self.pair else "")
+
+    @property
+    def granule(self) -> int:
+        """What the width of a tile is a multiple of."""
+        return 16 if self.pair else 8
 
     @property
     def threads(self) -> int:

@@ -4,7 +4,7 @@ from jax_moe.kernels.sm100.program import build, Costs
 from jax_moe.kernels.target import Card, Target
 
 # From data sheets, with 7.2 of 8 TB/s and 1.855 GHz; nothing here was measured. docs/blackwell.md has the sums.
-_B200 = Costs(memory=703, fill=76, product={"w4a4": 2.0, "w4a16": 8.0}, tile=60)
+_B200 = Costs(memory=703, fill=76, product={"w4a4": 2.0, "w4a16": 8.0}, tile=60, pair=60)
 
 SM100 = Target(
     name="sm_100f",
