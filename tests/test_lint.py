@@ -139,6 +139,16 @@ def test_what_is_moved_or_changed_is_missed(text, rule):
     assert rule in rules_broken(text, overlap=True)
 
 
+def test_an_arrival_from_another_cta_has_the_scope_of_the_cluster():
+    arrival = "mbarrier.arrive.shared.b64 %rd7, [%r4+40984], %r6"
+    remote = changed(arrival, "mbarrier.arrive.shared::cluster.b64 _, [%r4+40984]")
+    assert "cluster" in rules_broken(remote, overlap=True)
+    released = remote.replace("arrive.shared::cluster", "arrive.release.cluster.shared::cluster")
+    assert "cluster" in rules_broken(released, overlap=True)
+    acquired = released.replace("try_wait.parity.shared", "try_wait.parity.acquire.cluster.shared")
+    assert not rules_broken(acquired, overlap=True)
+
+
 def test_only_paths_that_can_be_are_followed():
     """A drain that is skipped where nothing is in flight is no finding; elsewhere, or where one cannot tell, it is."""
     assert not findings(snippets.WGMMA, overlap=True)
@@ -171,7 +181,7 @@ def parameters(wanted):
     ("target", "spec"), parameters({"sm_90a": "gemm._n(16|48)m.*w4a4|gemm1_n112.*w4a16", "sm_100f": ""})
 )
 def test_our_kernels_keep_the_rules(target, spec):
-    assert [str(finding) for finding in check(compiled(spec, target)[1], spec.overlap)] == []
+    assert [str(finding) for finding in check(compiled(spec, target)[1], spec.overlap, spec.cluster)] == []
 
 
 SURVIVORS = {
@@ -192,7 +202,7 @@ _MUTATED = {"sm_90a": "gemm1_n16m.*w4a4", "sm_100f": "gemm1_n16b"}
 @needs_dsl
 @pytest.mark.parametrize(("target", "spec"), parameters(_MUTATED))
 def test_whatever_is_dropped_from_our_kernels_is_missed(target, spec):
-    missed, dropped = survivors(Lint(compiled(spec, target)[1], spec.overlap))
+    missed, dropped = survivors(Lint(compiled(spec, target)[1], spec.overlap, spec.cluster))
     missed = collections.Counter(each.split("@")[0] for each in missed)
     print(spec.name, "dropped", dict(dropped), "survived", dict(missed))
     assert set(missed) <= set(SURVIVORS)

@@ -202,7 +202,7 @@ class LastBarrier(Rule):
         return ("barrier",) if site.kind in TENSOR_MEMORY | {"commit", "alloc"} else None
 
     def step(self, state, site):
-        if site.is_cta_barrier(self._threads):
+        if site.is_meeting(self._threads):
             return None, None
         if site.kind == "dealloc":
             return None, "no barrier of all threads between them"
@@ -226,7 +226,7 @@ class FirstBarrier(Rule):
         return ("barrier",) if site.kind in ("init", "alloc") else None
 
     def step(self, state, site):
-        if site.is_cta_barrier(self._threads):
+        if site.is_meeting(self._threads):
             return None, None
         if site.kind in self._USES:
             return None, "no barrier of all threads before it"
@@ -273,7 +273,7 @@ class LaunchDependents(Rule):
         return ("barrier",) if site.kind == "alloc" else None
 
     def step(self, state, site):
-        if site.is_cta_barrier(self._threads):
+        if site.is_meeting(self._threads):
             state = tuple(each for each in state if each != "barrier")
         if site.kind == "grid_wait":
             state = tuple(each for each in state if each != "griddepcontrol.wait")
@@ -376,7 +376,8 @@ def _groups(graph) -> dict[int, tuple[frozenset[str], frozenset[str]]]:
 
 def rules_for(graph, overlap: bool, announces, is_operand, first_of_warp: bool) -> tuple[Rule, ...]:
     """The rules that a kernel's instructions call for."""
-    kinds, threads = {site.kind for site in graph.sites}, graph.kernel.threads
+    kinds = {site.kind for site in graph.sites}
+    threads = graph.kernel.threads if graph.cluster == 1 else None  # who has to meet: a CTA, or the cluster
     rules: list[Rule] = []
     if kinds & TENSOR_MEMORY or "alloc" in kinds:
         rules += [AfterSync(), BeforeSync(first_of_warp), Commit(), Allocation(), LastBarrier(threads)]
