@@ -130,11 +130,12 @@ class Counts:
     """How often warps executed the instructions of a launch.
 
     Attributes:
+      kernel: as parsed.
       by_instruction: i64[instructions, warps of a CTA], summed over CTAs.
     """
 
     def __init__(self, kernel: parser.Kernel, by_instruction: np.ndarray):
-        self._kernel, self.by_instruction = kernel, by_instruction
+        self.kernel, self.by_instruction = kernel, by_instruction
 
     def __int__(self) -> int:
         return int(self.by_instruction.sum())
@@ -143,7 +144,7 @@ class Counts:
         """Executed warp instructions by operation, of all warps of a CTA or of some of them."""
         counts: dict[str, int] = {}
         sums = self.by_instruction[:, warps].reshape(len(self.by_instruction), -1).sum(1)
-        for instruction, count in zip(self._kernel.instructions, sums, strict=True):
+        for instruction, count in zip(self.kernel.instructions, sums, strict=True):
             if count:
                 counts[instruction.operation] = counts.get(instruction.operation, 0) + int(count)
         return counts

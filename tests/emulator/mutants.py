@@ -38,9 +38,9 @@ def _changes(line: str) -> Iterator[tuple[str, str, str]]:
     if wait:
         operation = wait.group().split()[0]
         yield "no wait", operation, line[: wait.start()] + f"setp.eq.b32 {wait[1]}, 0, 0;" + line[wait.end() :]
-        if wait[3].startswith("%"):
-            flipped = f"{{ .reg .b32 q; xor.b32 q, {wait[3]}, 1; {wait.group().replace(wait[3], 'q')} }}"
-            yield "other parity", operation, line[: wait.start()] + flipped + line[wait.end() :]
+        again = f"{operation} {wait[1]}, {wait[2]}, other{wait[4] or ''};"
+        flipped = f"{{ .reg .b32 other; xor.b32 other, {wait[3]}, 1; {again} }}"
+        yield "other parity", operation, line[: wait.start()] + flipped + line[wait.end() :]
         return
     # Statements of one line; each of our scopes of inline assembly in one line is made of several.
     for match in re.finditer(r"(?:@!?%?\w+\s+)?([a-z][\w.:]*)[^;{}]*(?:\{[^}]*\}[^;{}]*)*;", line):

@@ -48,7 +48,7 @@ enum class Access : uint8_t {
   kTensorProduct,  // by a tcgen05.mma
   kTensorCopy,     // by a tcgen05.cp
   kTensorRow,      // by a tcgen05.ld or .st
-  kTensorFree,     // by a tcgen05.dealloc, which waits for nothing but is no asynchronous operation either
+  kTensorFree,     // by a tcgen05.alloc or .dealloc, which are no asynchronous operations
 };
 
 // Who accesses.

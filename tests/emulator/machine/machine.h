@@ -143,7 +143,7 @@ struct Cta {
   bool released_dependents = false, may_allocate = true;
   int operations = 0;  // asynchronous ones that use its shared or tensor memory
   // What it performs together with the other CTA of its pair (pairs.cc).
-  std::array<int, 3> together{};      // how often its warps have come to each kind of operation
+  std::array<int, 3> together{};  // how often its warps have come to each kind of operation
   int wanted_columns = 0, granted_column = -1;
 };
 

@@ -92,8 +92,8 @@ bool Together(Step& step, Kind kind) {
   const int number = warp.together;
   if (peer->together[kind] >= number) return true;
   Machine::Block(
-      step, [peer, kind, number] { return peer->together[kind] >= number; },
-      [] { return "the other CTA of its pair"; }, true);
+      step, [peer, kind, number] { return peer->together[kind] >= number; }, [] { return "the other CTA of its pair"; },
+      true);
   return false;
 }
 
@@ -119,8 +119,7 @@ Outcome AllocateTogether(Step& step) {
     const std::vector<int> room = RoomInBoth(cta, peer, columns);
     if (room.empty()) {
       return Machine::Block(
-          step,
-          [&cta, &peer, columns] { return cta.granted_column >= 0 || !RoomInBoth(cta, peer, columns).empty(); },
+          step, [&cta, &peer, columns] { return cta.granted_column >= 0 || !RoomInBoth(cta, peer, columns).empty(); },
           [columns] { return std::to_string(columns) + " free columns of tensor memory in both CTAs"; });
     }
     const bool any = step.machine.options().order == Order::kRandom;

@@ -119,8 +119,8 @@ Program Decode(const int64_t* words, int64_t count, const std::vector<std::strin
     if (const size_t at = operation.find("cta_group::"); at != std::string::npos) {
       const int group = operation[at + 11] - '0';
       if (program.cta_group != 0 && group != program.cta_group) {
-        throw Error(program.name + " line " + std::to_string(instruction.line) + ": not the .cta_group of those before: " +
-                    instruction.text);
+        throw Error(program.name + " line " + std::to_string(instruction.line) +
+                    ": not the .cta_group of those before: " + instruction.text);
       }
       program.cta_group = group;
     }

@@ -66,7 +66,7 @@ struct Program {
   std::vector<int> register_offset;  // of its row in a warp's registers, in bytes
   int row_bytes = 0;                 // of all rows of a warp
   int parameter_bytes = 0;
-  int cta_group = 0;  // of its tcgen05 operations, which all have the same; 0: none
+  int cta_group = 0;          // of its tcgen05 operations, which all have the same; 0: none
   int static_shared_end = 0;  // address behind the variables in shared memory; dynamic shared memory starts there
 };
 

@@ -19,11 +19,26 @@ int Columns(Step& step, const Operand& operand) {
   return static_cast<int>(columns);
 }
 
-Place AllocationTarget(Step& step) {
-  return step.warp.cta->shared.At(UniformAddress(step, OperandAt(step, 0)), 4, 4);
+namespace {
+
+// The allocating and the freeing of columns, as an access to all of their cells.
+void TouchColumns(Step& step, int column, int columns) {
+  Checker* checker = step.machine.checker();
+  if (checker == nullptr) return;
+  const Actor actor = ActorOf(step, Access::kTensorFree);
+  for (int lane = 0; lane < TensorMemory::kTensorLanes; ++lane) {
+    for (int i = column; i < std::min(column + columns, TensorMemory::kColumns); ++i) {
+      checker->TouchTensor(step.warp.cta->home->index, lane, i, true, actor, step.warp.view);
+    }
+  }
 }
 
+}  // namespace
+
+Place AllocationTarget(Step& step) { return step.warp.cta->shared.At(UniformAddress(step, OperandAt(step, 0)), 4, 4); }
+
 void WriteAllocation(Step& step, const Place& place, int column) {
+  TouchColumns(step, column, Columns(step, OperandAt(step, 1)));  // what others do there must come after
   Touch(step.machine, place, 4, true, ActorOf(step), step.warp.view);
   WriteBytes(step.machine, place, 4, &column, false);
 }
@@ -56,15 +71,8 @@ Outcome Free(Step& step) {
   const TensorAddress address(Uniform<uint32_t>(step, OperandAt(step, 0), "an address of tensor memory"));
   const int columns = Columns(step, OperandAt(step, 1));
   if (address.lane != 0) throw Error("frees columns from a lane that is not the first");
-  if (Checker* checker = step.machine.checker()) {
-    const Actor actor = ActorOf(step, Access::kTensorFree);
-    for (int lane = 0; lane < TensorMemory::kTensorLanes; ++lane) {
-      for (int i = 0; i < columns && address.column + i < TensorMemory::kColumns; ++i) {
-        checker->TouchTensor(cta.home->index, lane, address.column + i, true, actor, step.warp.view);
-      }
-    }
-    checker->ForgetTensor(cta.home->index, address.column, columns);
-  }
+  TouchColumns(step, address.column, columns);
+  if (Checker* checker = step.machine.checker()) checker->ForgetTensor(cta.home->index, address.column, columns);
   cta.home->tensor.Free(cta.number, address.column, columns);
   return Outcome::kNext;
 }
@@ -325,9 +333,8 @@ Outcome Commit(Step& step) {
   const uint32_t mask = Uniform<uint32_t>(step, OperandAt(step, 1), "a mask of CTAs") & 0xFFFF;
   const auto& ctas = step.warp.cta->cluster->ctas;
   if (mask == 0 || mask >> ctas.size() != 0) throw Error("a commit to CTAs that the cluster does not have");
-  ForLanes(mask, [&](int rank) {
-    arrive_at(&step.machine.Peer(*step.warp.cta, static_cast<uint64_t>(rank + 1) << 24));
-  });
+  ForLanes(mask,
+           [&](int rank) { arrive_at(&step.machine.Peer(*step.warp.cta, static_cast<uint64_t>(rank + 1) << 24)); });
   return Outcome::kNext;
 }
 
