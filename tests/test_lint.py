@@ -129,6 +129,7 @@ def changed(old, new, text=snippets.TENSOR_MEMORY, count=1):
         (changed("mov.b32 %r7, 4;", "mov.b32 %r7, 5;"), "barriers"),
         (changed("[%r4+40976], %r6", "[%r4+41200], %r6"), "barriers"),
         (changed("[%r4+40984], 1,", "[%r4+40992], 1,"), "barriers"),
+        (changed("bar.sync 0;", "barrier.cluster.wait;"), "cluster barrier"),
         # A count that lets one group fly, where there is one.
         (changed("wait_group 0;", "wait_group 1;"), "copies"),
         (changed("wgmma.wait_group.sync.aligned 0;", "wgmma.wait_group.sync.aligned 1;", snippets.WGMMA), "wgmma"),

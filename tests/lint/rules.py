@@ -233,6 +233,22 @@ class FirstBarrier(Rule):
         return state, None
 
 
+class ClusterBarrier(Rule):
+    """barrier.cluster.arrive between any two barrier.cluster.wait, and before the first."""
+
+    name = "cluster barrier"
+    kinds = frozenset({"cluster_arrive", "cluster_wait"})
+
+    def at_entry(self):
+        return ("arrive",)
+
+    def begin(self, site):
+        return ("arrive",) if site.kind == "cluster_wait" else None
+
+    def step(self, state, site):
+        return None, "no barrier.cluster.arrive before it" if site.kind == "cluster_wait" else None
+
+
 class Initialised(Rule):
     """fence.mbarrier_init behind mbarrier.init, before the barrier that others wait at."""
 
@@ -385,6 +401,8 @@ def rules_for(graph, overlap: bool, announces, is_operand, first_of_warp: bool) 
         rules += [Copies(announces, first_of_warp), Stores(is_operand, announces)]
     if "init" in kinds:
         rules += [FirstBarrier(threads), Initialised()]
+    if "cluster_wait" in kinds:
+        rules.append(ClusterBarrier())
     if "launch_dependents" in kinds:
         rules.append(LaunchDependents(threads, "alloc" in kinds, overlap))
     if overlap:
