@@ -8,6 +8,8 @@ EXTRAS ?= dev
 JAX ?=
 DSL ?=
 TESTS ?=
+# Processes that run tests side by side, a file in one of them; 0: all in pytest's own, as where tests use a GPU.
+WORKERS ?= 2
 BIN := $(VENV)/bin
 
 .PHONY: demo test install lint typecheck clean
@@ -17,7 +19,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/language_model.py --short
 
 test: install
-	$(BIN)/pytest $(TESTS)
+	$(BIN)/pytest --numprocesses=$(WORKERS) --dist=loadfile $(TESTS)
 
 install: $(VENV)/.installed-$(EXTRAS)
 

@@ -27,14 +27,14 @@ class Chain:
     start_eagerly: Callable[[], float] | None = None
 
 
-def random_experts(model: str):
-    """Prepared weights and the activation of a model; only gpt-oss has biases."""
+def random_experts(model: str, precision: Any = "w4a16"):
+    """Weights as the default device reads them, and the activation of a model; only gpt-oss has biases."""
     import jax_moe
 
     gpt_oss = model == "gpt-oss-120b"
     canonical = timing.random_experts(shapes.MODELS[model], 0, bias=gpt_oss)
     activation = jax_moe.SwiGLU(alpha=1.702, beta=1.0, limit=7.0) if gpt_oss else jax_moe.SwiGLU()
-    return jax_moe.prepare(canonical, "sm_90a", progress=False), activation
+    return jax_moe.prepare(canonical, precision=precision, progress=False), activation
 
 
 def ours(model: str, precision: Any, combine: Any):
@@ -44,7 +44,7 @@ def ours(model: str, precision: Any, combine: Any):
     import jax_moe
 
     shape = shapes.MODELS[model]
-    weights, activation = random_experts(model)
+    weights, activation = random_experts(model, precision)
     op = functools.partial(jax_moe.fused_moe, precision=precision, combine=combine, activation=activation)
 
     def make(count, length):

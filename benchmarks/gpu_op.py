@@ -7,8 +7,10 @@ Method. A chain of calls in one jitted program, recorded into a command buffer (
 the time of one call is the median time of the program over its length. torch and humming run the same chain as a CUDA
 graph. Weights, tokens and routings are random.
 
-The floor is max(bytes of the touched experts' NVFP4 weights / 4.46 TB/s, FLOP / 791 TFLOP/s): what an H200 of this
-project was measured to read and to multiply. A bf16 peer reads 3.56 times the bytes; its ratio is to the same floor.
+The floor is max(bytes of the touched experts' NVFP4 weights / bytes a second, FLOP / FLOP a second). On Hopper these
+are 4.46 TB/s and 791 TFLOP/s, what an H200 of this project was measured to read and to multiply. On Blackwell they are
+a B200's on paper, measured by others or not at all: 7.2 TB/s; 5.7 PFLOP/s for w4a4, 2.25 for all else. A bf16 peer
+reads 3.56 times the bytes; its ratio is to the same floor.
 
 Peers: `torch` (bf16 `torch._grouped_mm` with sort, activation and combine), `ragged_dot` (the same in JAX) and
 `humming` (humming-kernels' two NVFP4 GEMMs alone, without sort, activation and combine). Peers multiply without biases
@@ -28,8 +30,12 @@ from typing import Annotated
 
 import typer
 
-READ_BYTES_PER_SECOND = 4.46e12
-FLOP_PER_SECOND = 791e12
+FLOORS = {
+    "sm_90a": (4.46e12, {"w4a16": 791e12, "w4a4": 791e12}),
+    "sm_100f": (7.2e12, {"w4a16": 2.25e15, "w4a4": 5.7e15}),
+}
+"""By target: bytes and, by precision, FLOP a second."""
+
 PEERS = ("ragged_dot", "torch", "humming")
 CHAIN = {"ragged_dot": 2}  # its dense lowering takes half a second a call for many tokens
 _DEFAULT_CHAIN = 16
@@ -139,7 +145,8 @@ def _row(make, model: str, method: str, count: int, repeats: int) -> dict:
     chain = make(count, length)
     seconds = timing.seconds_per_call(chain.run, length, repeats, limit=_SECONDS)
     weights, flop = chain.touched * shape.weight_bytes_per_expert, shape.flops(count)
-    floor = floor_seconds(shape, count, chain.touched)
+    precision = method.split()[1].split("/")[0] if method.startswith("jax_moe ") else "w4a16"
+    floor = floor_seconds(shape, count, chain.touched, precision)
     row = {
         "tokens": count, "seconds": seconds, "touched_experts": chain.touched, "floor_seconds": floor,
         "ratio": seconds / floor, "weight_bytes_per_second": weights / seconds, "flop_per_second": flop / seconds,
@@ -160,9 +167,22 @@ def _eager_host_seconds(chain, longer, repeats: int) -> float:
     return long - short
 
 
-def floor_seconds(shape, count: int, touched: float) -> float:
+def floor_seconds(shape, count: int, touched: float, precision: str) -> float:
     """What the hardware takes at least for so many tokens that touch so many experts; see the module's text."""
-    return max(touched * shape.weight_bytes_per_expert / READ_BYTES_PER_SECOND, shape.flops(count) / FLOP_PER_SECOND)
+    bytes_per_second, flop_per_second = FLOORS.get(target_name(), FLOORS["sm_90a"])
+    return max(
+        touched * shape.weight_bytes_per_expert / bytes_per_second, shape.flops(count) / flop_per_second[precision]
+    )
+
+
+def target_name() -> str:
+    """The target of the default device's GPU; "" without one."""
+    import jax
+
+    from jax_moe.kernels import targets
+
+    device = jax.devices()[0]
+    return targets.for_device(device).name if device.platform == "gpu" else ""
 
 
 def environment() -> dict:

@@ -13,40 +13,42 @@ import cutlass.utils.blackwell_helpers as blackwell
 import cutlass.utils.blockscaled_layout as blockscaled
 
 TARGET = "sm_100f"
-BLOCK_BYTES = 128  # of a row in a stage: 256 values of e2m1, 64 of bf16
 
 
-def fp4_operation(width: int):
-    return tcgen05.MmaMXF4NVF4Op(
-        Float8E4M3FN, (128, width, 64), tcgen05.CtaGroup.ONE, tcgen05.OperandSource.SMEM
-    )  # fmt: skip
+def _group(group: int):
+    return tcgen05.CtaGroup.TWO if group == 2 else tcgen05.CtaGroup.ONE
 
 
-def bf16_operation(width: int):
+def fp4_operation(width: int, group: int = 1):
+    shape = (128 * group, width, 64)
+    return tcgen05.MmaMXF4NVF4Op(Float8E4M3FN, shape, _group(group), tcgen05.OperandSource.SMEM)
+
+
+def bf16_operation(width: int, group: int = 1):
+    shape = (128 * group, width, 16)
     return tcgen05.MmaF16BF16Op(
-        BFloat16, Float32, (128, width, 16), tcgen05.CtaGroup.ONE, tcgen05.OperandSource.TMEM, OperandMajorMode.K,
-        OperandMajorMode.K,
-    )  # fmt: skip
+        BFloat16, Float32, shape, _group(group), tcgen05.OperandSource.TMEM, OperandMajorMode.K, OperandMajorMode.K
+    )
 
 
-def of_products(widths) -> dict[int, dict[str, Any]]:
+def of_products(widths, group: int) -> dict[int, dict[str, Any]]:
     """By width and name; of operands in shared memory a triple, the swizzle's name first."""
     found = {}
 
     def evaluate():
         for width in widths:
-            found[width] = _of_product(width)
+            found[width] = _of_product(width, group)
 
     _trace(evaluate)
     return found
 
 
-def _of_product(width: int) -> dict[str, Any]:
-    mma, tile = cute.make_tiled_mma(fp4_operation(width)), (128, width, 256)
+def _of_product(width: int, group: int) -> dict[str, Any]:
+    mma, tile = cute.make_tiled_mma(fp4_operation(width, group)), (128 * group, width, 256)
     a_scales = blockscaled.make_smem_layout_sfa(mma, tile, 16, 1)
     b_scales = blockscaled.make_smem_layout_sfb(mma, tile, 16, 1)
     stage = (None, None, None, 0)
-    bf16, bf16_tile = cute.make_tiled_mma(bf16_operation(width)), (128, width, 64)
+    bf16, bf16_tile = cute.make_tiled_mma(bf16_operation(width, group)), (128 * group, width, 64)
     return {
         "a": _swizzled(blackwell.make_smem_layout_a(mma, tile, Float4E2M1FN, 1)),
         "b": _swizzled(blackwell.make_smem_layout_b(mma, tile, Float4E2M1FN, 1)),
@@ -56,9 +58,21 @@ def _of_product(width: int) -> dict[str, Any]:
         "b_scale_columns": _plain(blockscaled.make_tmem_layout_sfb(mma, tile, 16, cute.slice_(b_scales, stage))),
         "sums": _plain(mma.make_fragment_C(mma.partition_shape_C(tile[:2])).layout),
         "bf16_b": _swizzled(blackwell.make_smem_layout_b(bf16, bf16_tile, BFloat16, 1)),
-        "bf16_a_columns": _plain(bf16.make_fragment_A(bf16.partition_shape_A((128, 64))).layout),
+        "bf16_a_columns": _plain(bf16.make_fragment_A(bf16.partition_shape_A((128 * group, 64))).layout),
+        "firsts": [_firsts(product.get_slice(cta), tile) for product in (mma, bf16) for cta in range(group)],
         "bf16_sums": _plain(bf16.make_fragment_C(bf16.partition_shape_C(bf16_tile[:2])).layout),
     }
+
+
+def _firsts(mine, tile) -> tuple[Any, ...]:
+    """First (row, value) that a CTA of the pair has of A, of B and of the sums."""
+    rows, columns, values = tile
+    parts = (
+        mine.partition_A(cute.make_identity_tensor((rows, values))),
+        mine.partition_B(cute.make_identity_tensor((columns, values))),
+        mine.partition_C(cute.make_identity_tensor((rows, columns))),
+    )
+    return tuple(part[0] for part in parts)
 
 
 def of_load(blocks: int) -> list[list[tuple[int, int]]]:

@@ -3,7 +3,9 @@
 import collections
 import functools
 import importlib.util
+import json
 import pathlib
+import re
 import sys
 import time
 
@@ -13,10 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import typer
+import typer.testing
 
 import jax_moe
 from jax_moe import nvfp4, shapes
 from jax_moe.cli import timing
+from jax_moe.kernels import records
+from jax_moe.kernels.sm90.target import SM90
 
 FOLDER = pathlib.Path(__file__).parents[1] / "benchmarks"
 TINY = shapes.LayerShape(num_experts=4, top_k=2, hidden_size=64, intermediate_size=32)
@@ -140,8 +146,8 @@ def test_a_step_that_is_timed_is_launched_more_often_in_its_call(script, monkeyp
     cuda_call.stand_in_compiler(monkeypatch)
     call = cuda_call.problem(combine="ordered")
     plain = [launch.name for launch in cuda_call.program(call).launches]
-    config = kernel_times.config_named("n16m1k2b4c2s2")
-    with kernel_times.calls_made_of(config, ("sort", "gemm1")):
+    config = kernel_times.config_named("n16m1k2b4c2s2", SM90)
+    with kernel_times.calls_made_of(SM90, config, ("sort", "gemm1")):
         attributes, _ = cuda_call.kernels_of(call)
         assert {launch.spec.config for launch in cuda_call.program(call).launches if "gemm" in launch.name} == {config}
     names = attributes["launches"].split()
@@ -150,3 +156,94 @@ def test_a_step_that_is_timed_is_launched_more_often_in_its_call(script, monkeyp
     assert sum(name.startswith("gemm1") for name in names) == 1 + kernel_times._MORE
     assert {key: value for key, value in attributes["gemm1_3"].items()} == attributes["gemm1"]
     assert [launch.name for launch in cuda_call.program(call).launches] == plain
+
+
+def _first_hour(script, monkeypatch, tmp_path, done, arguments=()):
+    """Runs the command with stand-ins for the processes that it starts; its file, and its exit code."""
+    script("gpu_op")
+    first_hour = script("first_hour")
+    monkeypatch.setattr(first_hour, "run", lambda command, minutes, **_: done(first_hour, " ".join(map(str, command))))
+    app = typer.Typer()
+    app.command()(first_hour.main)
+    file = tmp_path / "results.json"
+    result = typer.testing.CliRunner().invoke(app, [str(file), *arguments])
+    return json.loads(file.read_text()) if file.exists() else None, result
+
+
+_GPU = '{"card": "NVIDIA B200", "compute_capability": "10.0", "devices": 1, "target": "sm_100f"}'
+
+
+def _all_well(first_hour, command):
+    if "junitxml" in command:
+        report = re.search(r"--junitxml=(\S+)", command)[1]
+        cases = '<testcase classname="a" name="b"/><testcase classname="a" name="c"><skipped message="no"/></testcase>'
+        pathlib.Path(report).write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
+        return first_hour.Done(0, "===== ERROR SUMMARY: 0 errors" if "--tool" in command else "2 passed")
+    if "--output" in command:
+        pathlib.Path(command.split()[-1]).write_text('{"results": [{"tokens": 1}], "failures": []}')
+    return first_hour.Done(0, _GPU)
+
+
+def test_the_first_hour_writes_one_file_of_everything(script, monkeypatch, tmp_path):
+    monkeypatch.setattr("shutil.which", lambda name: __file__)
+    document, result = _first_hour(script, monkeypatch, tmp_path, _all_well)
+    assert result.exit_code == 0, result.output
+    assert {step["status"] for step in document["steps"].values()} == {"passed"}
+    assert len([name for name in document["steps"] if name.startswith("sanitizer")]) == 4
+    assert document["target"] == "sm_100f"
+    assert document["steps"]["correctness"]["facts"] | {"output": ""} == {
+        "passed": 1, "skipped": 1, "why_skipped": ["no"], "failures": {}, "returncode": 0, "output": "",
+    }  # fmt: skip
+    assert document["steps"]["benchmark of the kernels"]["facts"]["results"][1]["results"] == [{"tokens": 1}]
+
+
+def test_the_first_hour_goes_on_after_a_failure_and_says_what_was_skipped(script, monkeypatch, tmp_path):
+    def done(first_hour, command):
+        if "gpu_op.py" in command:
+            return first_hour.Done(None, "hung")
+        return first_hour.Done(1, "no tests ran") if "pytest" in command else _all_well(first_hour, command)
+
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    document, result = _first_hour(script, monkeypatch, tmp_path, done, ["--quick"])
+    statuses = {name: step["status"] for name, step in document["steps"].items()}
+    assert statuses == {
+        "machine": "passed", "correctness": "failed", "sanitizer memcheck": "skipped",
+        "benchmark of the op": "failed", "benchmark of the kernels": "passed",
+    }  # fmt: skip
+    assert result.exit_code == 1
+    assert "no compute-sanitizer" in document["steps"]["sanitizer memcheck"]["why"]
+    assert "not done after 20 minutes\nhung" in document["steps"]["benchmark of the op"]["why"]
+
+
+def test_the_first_hour_without_a_gpu_skips_all_and_fails(script, monkeypatch, tmp_path):
+    def done(first_hour, command):
+        return first_hour.Done(0, "") if "doctor" in command or "smi" in command else first_hour.Done(1, "no GPU")
+
+    document, result = _first_hour(script, monkeypatch, tmp_path, done)
+    assert result.exit_code == 1
+    steps = document["steps"]
+    assert {step["why"] for name, step in steps.items() if name != "machine"} == {"no GPU"}
+    assert steps["machine"]["status"] == "passed"
+
+
+def test_only_a_file_that_passed_changes_what_doctor_says(script, monkeypatch, tmp_path):
+    """Of a copy of the record: nothing here may claim a run."""
+    copy = tmp_path / "runs.json"
+    copy.write_text(records.FILE.read_text())
+    monkeypatch.setattr(records, "FILE", copy)
+    before = records.runs_of("sm_100f")
+    monkeypatch.setattr("shutil.which", lambda name: None)  # skipped sanitizers do not stand in the way
+    document, _ = _first_hour(script, monkeypatch, tmp_path, _all_well)
+    for broken in (
+        document | {"target": None},
+        document | {"steps": document["steps"] | {"correctness": {"status": "failed"}}},
+    ):
+        (tmp_path / "results.json").write_text(json.dumps(broken))
+        _, result = _first_hour(script, monkeypatch, tmp_path, _all_well, ["--accept"])
+        assert result.exit_code == 2
+        assert records.runs_of("sm_100f") == before
+    (tmp_path / "results.json").write_text(json.dumps(document))
+    _, result = _first_hour(script, monkeypatch, tmp_path, _all_well, ["--accept"])
+    assert result.exit_code == 0, result.output
+    assert records.runs_of("sm_100f")[len(before) :][0]["card"] == "NVIDIA B200"
+    assert records.runs_of("sm_90a") == json.loads(records.FILE.read_text())["sm_90a"] != []

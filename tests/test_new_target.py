@@ -129,5 +129,8 @@ def test_the_commands_know_it(compiler):
     done = run(["compile", "--target", NAME, "--layer", "8,2,64,48", "--tokens", "4"])
     assert done.exit_code == 0, done.output
     assert [spec.name for spec in compiler] == ["made_up_w4a16_7"]
-    done = run(["doctor"])
-    assert "Noether (sm_77x)" in done.output
+    done = run(["doctor"], env={"COLUMNS": "300"})
+    (row,) = (line for line in done.output.splitlines() if "Noether (sm_77x)" in line)
+    assert "compiled and emulated, never run on such a GPU" in row
+    (row,) = (line for line in done.output.splitlines() if "(sm_90a)" in line)
+    assert "never run" not in row

@@ -46,12 +46,11 @@ def only(monkeypatch):
 
 
 def run(case, *, orders=("random", "starved"), seed=0, multiprocessors=2):
-    """The output of a call, the same bits in each order unless bf16 or inexact sums are added atomically."""
-    outputs = [
+    """The output of a call in each order, which chooses other bits only where inexact sums are added atomically."""
+    return [
         emulated_call.prepare(case, "sm_100f", multiprocessors=multiprocessors).run(order=order, seed=seed + i)
         for i, order in enumerate(orders)
     ]
-    return outputs
 
 
 @pytest.mark.parametrize(("precision", "config"), CONFIGS)
@@ -85,7 +84,7 @@ def test_every_width_of_a_tile(only, precision, config):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("activation", (*ACTIVATIONS, activations.GeGLU()), ids=lambda a: repr(a)[:40])
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, activations.GeGLU()], ids=lambda a: repr(a)[:40])
 def test_activations_and_biases(precision, activation):
     for bias, combine, out_dtype in ((False, "atomic", jnp.bfloat16), (True, "ordered", jnp.float32)):
         case = make_case(

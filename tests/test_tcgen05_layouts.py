@@ -12,14 +12,18 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("cutlass") is None, reason="nvidia-cutlass-dsl is not installed"
 )
 
-WIDTHS = range(8, 257, 8)
+PRODUCTS = [(group, width) for group in (1, 2) for width in range(8 * group, 257, 8 * group)]
+each_product = pytest.mark.parametrize(("group", "width"), PRODUCTS)
+"""CTAs of a group and rows of B, of which each CTA of a pair has half."""
 
 
 @pytest.fixture(scope="module")
 def products():
     import dsl_layouts
 
-    return dsl_layouts.of_products(WIDTHS)
+    return {
+        group: dsl_layouts.of_products([width for g, width in PRODUCTS if g == group], group) for group in (1, 2)
+    }  # fmt: skip
 
 
 def places(shape, stride) -> np.ndarray:
@@ -43,50 +47,59 @@ def swizzled(name: str, offsets: np.ndarray) -> np.ndarray:
     return offsets ^ (offsets >> 7 & 7) << 4
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-def test_operands_in_shared_memory(products, width):
-    row, value = np.arange(width)[:, None], np.arange(256)
-    for name, rows in (("a", 128), ("b", width)):
-        swizzle, shape, stride = products[width][name]
+@each_product
+def test_operands_in_shared_memory(products, group, width):
+    tokens, value = width // group, np.arange(256)
+    for name, rows in (("a", 128), ("b", tokens)):
+        swizzle, shape, stride = products[group][width][name]
         offsets = matrix(shape, stride, rows)  # in halves of bytes
         of_all = np.arange(rows)[:, None]
         np.testing.assert_array_equal(swizzled(swizzle, offsets // 2), weight_block.code_byte(of_all, value))
         np.testing.assert_array_equal(offsets % 2, np.broadcast_to(value % 2, offsets.shape))
-    swizzle, shape, stride = products[width]["bf16_b"]
+    swizzle, shape, stride = products[group][width]["bf16_b"]
     byte = 2 * np.arange(64)
-    wanted = weight_block.swizzled(row, byte // 16) + byte % 16
-    np.testing.assert_array_equal(swizzled(swizzle, 2 * matrix(shape, stride, width)), wanted)
+    wanted = weight_block.swizzled(np.arange(tokens)[:, None], byte // 16) + byte % 16
+    np.testing.assert_array_equal(swizzled(swizzle, 2 * matrix(shape, stride, tokens)), wanted)
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-def test_scales_in_shared_memory(products, width):
+@each_product
+def test_a_pair_shares_out_weights_and_tokens(products, group, width):
+    """Each CTA has half of the tokens, and 128 rows of weights with all their sums."""
+    wanted = [((128 * cta, 0), (width // group * cta, 0), (128 * cta, 0)) for cta in range(group)]
+    assert products[group][width]["firsts"] == 2 * wanted
+
+
+@each_product
+def test_scales_in_shared_memory(products, group, width):
     """As many whole atoms as the width needs; a second one's steps behind those of the first."""
     value = np.arange(256)
     for name, atoms in (("a_scales", 1), ("b_scales", -(-width // 128))):
         row = np.arange(128 * atoms)[:, None]
         wanted = row // 128 * SCALE_BYTES + weight_block.scale_byte(row % 128, value) - CODE_BYTES
-        np.testing.assert_array_equal(matrix(*products[width][name], len(row)), wanted)
+        np.testing.assert_array_equal(matrix(*products[group][width][name], len(row)), wanted)
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-def test_scales_in_tensor_memory(products, width):
+@each_product
+def test_scales_in_tensor_memory(products, group, width):
     """A step of the product takes 4 columns of each atom, side by side; four copies of the 32 lanes."""
     for name, atoms in (("a_scale_columns", 1), ("b_scale_columns", -(-width // 128))):
-        got = places(*products[width][name]).reshape(4, 4, 16, 4, 4 * atoms, 32)  # step, scale, same, copy, row // 32
+        got = places(*products[group][width][name]).reshape(
+            4, 4, 16, 4, 4 * atoms, 32
+        )  # step, scale, same, copy, row // 32
         step, scale, _, copy, column, lane = np.indices(got.shape)
         wanted_column = 4 * (step * atoms + column // 4) + column % 4
         # Addresses are of bytes: lane << 16 | column, times 4.
         np.testing.assert_array_equal(got, ((lane + 32 * copy << 16) + wanted_column) * 4 + scale)
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-def test_sums_and_bf16_weights_in_tensor_memory(products, width):
+@each_product
+def test_sums_and_bf16_weights_in_tensor_memory(products, group, width):
     for name in ("sums", "bf16_sums"):
         lane, column = np.arange(128)[:, None], np.arange(width)
-        np.testing.assert_array_equal(matrix(*products[width][name], 128), (lane << 16) + column)
+        np.testing.assert_array_equal(matrix(*products[group][width][name], 128), (lane << 16) + column)
     value = np.arange(64)  # two to a column, in bytes
     np.testing.assert_array_equal(
-        2 * matrix(*products[width]["bf16_a_columns"], 128), ((lane << 16) + value // 2) * 4 + value % 2 * 2
+        2 * matrix(*products[group][width]["bf16_a_columns"], 128), ((lane << 16) + value // 2) * 4 + value % 2 * 2
     )
 
 

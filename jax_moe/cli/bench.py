@@ -11,6 +11,7 @@ import typer
 import jax_moe
 from jax_moe import arguments, problem, progress, shapes
 from jax_moe.cli import options, show, timing
+from jax_moe.kernels import targets
 from jax_moe.kernels.cache import MissingKernelError
 
 _CHAIN = 16
@@ -38,7 +39,8 @@ def bench(
         arguments.choice("--combine", combine, problem.Combine)
         if output is not None:
             open(output, "a").close()  # whether it can be written is known before anything is measured
-        experts = jax_moe.prepare(timing.random_experts(shape, seed))
+        layouts = {kind: targets.layout_for(None, kind).name for kind in kinds}
+        canonical = timing.random_experts(shape, seed)
     except OSError as error:
         raise typer.BadParameter(
             f"--json: got {output!r}, needs a file that can be written: {error.strerror}"
@@ -49,7 +51,10 @@ def bench(
     device = jax.devices()[0]
     results = []
     try:
+        experts = None
         for kind, count in progress.track([(kind, count) for kind in kinds for count in counts], "bench"):
+            if experts is None or experts.layout != layouts[kind]:  # only one layout's at a time: they may be large
+                experts = jax_moe.prepare(canonical, layouts[kind])
             seconds = time_op(experts, shape, count, kind, combine, repeats, seed)
             gflops = shape.flops(count) / seconds / 1e9
             gigabytes = shape.touched_experts(count) * shape.weight_bytes_per_expert / seconds / 1e9

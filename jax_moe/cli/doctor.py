@@ -12,7 +12,7 @@ from rich.text import Text
 
 import jax_moe
 from jax_moe.cli import show
-from jax_moe.kernels import cache, compiler, targets
+from jax_moe.kernels import cache, compiler, records, targets
 from jax_moe.settings import SETTINGS
 
 
@@ -95,6 +95,8 @@ def _targets(devices: list[Any]) -> dict[str, tuple[bool, str]]:
             why = f"needs compute capability {wanted}, JAX sees {', '.join(sorted(set(capabilities)))}"
         else:
             why = _why_no_gpu(devices)
+        if not records.runs_of(target.name):
+            why += f"; its kernels: {records.NEVER_RUN}"
         rows[f"{target.generation} ({target.name})"] = (count > 0, why)
     return rows
 

@@ -47,22 +47,28 @@ class CompiledKernel:
 
 def compile(spec: Spec, target: str) -> CompiledKernel:
     """Compiles the kernel of ``spec`` for the architecture ``target``."""
+    return compile_with_ptx(spec, target)[0]
+
+
+def ptx(spec: Spec, target: str) -> str:
+    """The PTX of the kernel that :func:`compile` makes."""
+    return _compile(spec, target)[1]
+
+
+def compile_with_ptx(spec: Spec, target: str) -> tuple[CompiledKernel, str]:
+    """The kernel of ``spec``, and the PTX that it was made of."""
     result, text = _compile(spec, target)
     image = result.__cubin__
     (symbol,) = result.kernel_info
     host_code = result.ir_module.operation.get_asm()
-    return CompiledKernel(
+    kernel = CompiledKernel(
         image=image,
         symbol=symbol,
         shared_bytes=_dynamic_shared_bytes(host_code, spec.name),
         tensor_core_instructions=text.count(spec.tensor_core_ptx) if spec.tensor_core_ptx else 0,
         **cubin.facts(image, symbol),
     )
-
-
-def ptx(spec: Spec, target: str) -> str:
-    """The PTX of the kernel that :func:`compile` makes."""
-    return _compile(spec, target)[1]
+    return kernel, text
 
 
 def _compile(spec: Spec, target: str) -> tuple[Any, str]:

@@ -67,8 +67,8 @@ class SortSpec:
       warps: of a CTA.
       cluster: CTAs, all of one cluster.
       weighted: whether a row's weight is its routing weight; else it is 1.
-      granule: 0: an expert's tiles are full but for the last one. Else they are balanced: the same number of tiles, each
-        but the last of the same width, the least multiple of this that holds the rows.
+      granule: 0: an expert's tiles are full but for the last one. Else they are balanced: as many tiles, each but the
+        last of the same width, the least multiple of this that holds the rows.
     """
 
     token_tile: int
@@ -141,8 +141,11 @@ class XRowsSpec:
 
     threads = 256
     cluster = 1
-    overlap = False
     tensor_core_ptx = None
+
+    @property
+    def overlap(self) -> bool:
+        return self.codes
 
     @property
     def parameters(self) -> dict[str, str]:

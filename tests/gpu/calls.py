@@ -1,6 +1,7 @@
 """The CUDA handler called with kernels of a test's own choosing, and handlers that are wrong on purpose."""
 
 import ctypes
+import dataclasses
 import functools
 import os
 import pathlib
@@ -13,7 +14,10 @@ import numpy as np
 import pytest
 from raw_call import raw_call
 
+import jax_moe
 from jax_moe import ffi
+from jax_moe.kernels import targets
+from jax_moe.kernels.target import Target
 
 FOLDER = pathlib.Path(__file__).parent
 FFI = FOLDER.parents[1] / "ffi"
@@ -21,6 +25,17 @@ FFI = FOLDER.parents[1] / "ffi"
 
 COMPILE_ONLY = bool(os.environ.get("JAX_MOE_COMPILE_ONLY"))
 """Fill the kernel cache, for a machine that has a GPU and no compiler."""
+
+
+@functools.cache
+def _target() -> Target | str:
+    """The target of the GPU at hand, or why there is none."""
+    try:
+        return targets.for_device(jax.devices("gpu")[0])
+    except RuntimeError:
+        return "needs an NVIDIA GPU: lowered, not run"
+    except ValueError as error:
+        return str(error)
 
 
 @functools.cache
@@ -32,11 +47,24 @@ def why_not_run() -> str | None:
     """
     if COMPILE_ONLY:
         return "JAX_MOE_COMPILE_ONLY: compiled, not run"
-    try:
-        capability = jax.devices("gpu")[0].compute_capability
-    except RuntimeError:
-        return "needs an NVIDIA GPU of compute capability 9.0: lowered, not run"
-    return None if capability == "9.0" else f"needs a GPU of compute capability 9.0, this one has {capability}"
+    found = _target()
+    return found if isinstance(found, str) else None
+
+
+def target() -> Target:
+    """What these tests prepare weights and compile kernels for: this machine's GPU, or else the first target."""
+    found = _target()
+    return next(iter(targets.TARGETS.values())) if isinstance(found, str) else found
+
+
+def prepare(experts: jax_moe.Experts, precision: str = "w4a16") -> jax_moe.Experts:
+    """Experts as :func:`target` reads them."""
+    return jax_moe.prepare(experts, target().name, precision, progress=False)  # type: ignore[arg-type]
+
+
+def prepared(case):
+    """A case of ``helpers.make_case`` whose experts are."""
+    return dataclasses.replace(case, experts=prepare(case.experts, case.options.get("precision", "w4a16")))
 
 
 def jit(function, compiler_options, **options):
@@ -83,8 +111,9 @@ def launch_kernels(build_folder: pathlib.Path) -> bytes:
     if why_not_run() and not os.path.exists(nvcc):
         return b"stand-in"
     image = build_folder / "launch_kernels.cubin"
-    target = "arch=compute_90a,code=sm_90a"
-    subprocess.run([nvcc, "-cubin", "-gencode", target, "-o", image, FOLDER / "launch_kernels.cu"], check=True)
+    code = target().name
+    architecture = f"arch={code.replace('sm_', 'compute_')},code={code}"
+    subprocess.run([nvcc, "-cubin", "-gencode", architecture, "-o", image, FOLDER / "launch_kernels.cu"], check=True)
     return image.read_bytes()
 
 

@@ -1,4 +1,4 @@
-"""Tests that need a Hopper GPU: ``pytest -m gpu``. Without one each goes as far as it can, and says so."""
+"""Tests that need a GPU that a target is for: ``pytest -m gpu``. Without one each goes as far as it can and says so."""
 
 import os
 import pathlib

@@ -1,6 +1,7 @@
 """``fused_moe`` on a GPU against its definition, and against the CPU handler bit for bit where sums are exact."""
 
 import functools
+import importlib
 import threading
 
 import calls
@@ -12,8 +13,9 @@ import pytest
 import statement
 
 import jax_moe
-from jax_moe.kernels.sm90 import program
 
+# Where the target of this machine chooses a config.
+program = importlib.import_module(calls.target().program.__module__)
 _CAPTURE = {"xla_gpu_graph_min_graph_size": 1}
 _EAGER = {"xla_gpu_enable_command_buffer": ""}
 _SHAPES = {
@@ -22,10 +24,6 @@ _SHAPES = {
     "many experts": dict(tokens=64, hidden=256, intermediate=128, num_experts=96, top_k=8),
     "long": dict(tokens=700, hidden=384, intermediate=320, num_experts=8, top_k=2),
 }
-
-
-def _prepared(case: helpers.Case) -> helpers.Case:
-    return helpers.dataclasses.replace(case, experts=jax_moe.prepare(case.experts, "sm_90a", progress=False))
 
 
 def _op(compiler_options=_CAPTURE, **options):
@@ -55,11 +53,11 @@ def _check(out: np.ndarray, case: helpers.Case) -> None:
     assert result.passes, f"{result} with {case.options}"
 
 
-def _run(case: helpers.Case, calls=3, compiler_options=_CAPTURE) -> np.ndarray:
+def _run(case: helpers.Case, times=3, compiler_options=_CAPTURE) -> np.ndarray:
     """The result of the last of some calls: the first is eager, then one is captured, then there are replays."""
-    prepared = _prepared(case)
+    prepared = calls.prepared(case)
     op = _op(compiler_options, **case.options)
-    for _ in range(calls):
+    for _ in range(times):
         out = op(prepared.x, prepared.experts, prepared.routing)
     return np.asarray(out)
 
@@ -124,9 +122,19 @@ def test_every_size_of_batch(poison, tokens):
     _check(_run(case), case)
 
 
-@pytest.mark.parametrize("precision", ["w4a16", "w4a4"])
+def _configs(precision):
+    return program.CONFIGS[precision] if isinstance(program.CONFIGS, dict) else program.CONFIGS
+
+
 @pytest.mark.parametrize("tokens", [11, 300])
-@pytest.mark.parametrize("config", program.CONFIGS, ids=lambda config: config.name)
+@pytest.mark.parametrize(
+    ("precision", "config"),
+    [
+        pytest.param(precision, config, id=f"{config.name}-{precision}")
+        for precision in ("w4a16", "w4a4")
+        for config in _configs(precision)
+    ],
+)
 def test_every_config(poison, monkeypatch, config, tokens, precision):
     """Whatever would be chosen; experts have several tiles or few rows, stages a rest, CTAs several units."""
     monkeypatch.setattr(program, "best_config", lambda *_: config)
@@ -143,7 +151,7 @@ def test_calls_in_a_row_share_workspaces_and_no_routing(poison, tokens):
         helpers.make_case(seed, tokens=tokens, hidden=256, intermediate=128, num_experts=32, top_k=2)
         for seed in range(30, 42)
     ]
-    first = _prepared(cases[0])
+    first = calls.prepared(cases[0])
 
     def program(x, experts, routings):
         outs = []
@@ -162,7 +170,7 @@ def test_calls_in_a_row_share_workspaces_and_no_routing(poison, tokens):
 
 def test_many_addresses_eager_and_captured(poison):
     case = helpers.make_case(7, tokens=48, hidden=256, intermediate=128, num_experts=8)
-    prepared = _prepared(case)
+    prepared = calls.prepared(case)
     for options in (_EAGER, _CAPTURE):
         op, kept = _op(options, **case.options), []
         for i in range(24):
@@ -176,7 +184,7 @@ def test_many_addresses_eager_and_captured(poison):
 def test_ordered_mode_gives_the_same_bits_ten_thousand_times(poison):
     case = helpers.make_case(8, tokens=64, hidden=512, intermediate=256, num_experts=16, top_k=4, combine="ordered",
                              out_dtype=jnp.float32)  # fmt: skip
-    prepared = _prepared(case)
+    prepared = calls.prepared(case)
     op = _op(**case.options)
     first = op(prepared.x, prepared.experts, prepared.routing)
     differing = jnp.zeros((), jnp.int32)
@@ -189,7 +197,7 @@ def test_ordered_mode_gives_the_same_bits_ten_thousand_times(poison):
 @pytest.mark.parametrize("precision", ["w4a16", "w4a4"])
 def test_layers_in_a_scan(precision):
     cases = [helpers.make_case(seed, tokens=16, hidden=128, intermediate=64, precision=precision) for seed in range(3)]
-    prepared = [_prepared(case) for case in cases]
+    prepared = [calls.prepared(case) for case in cases]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[(p.experts, p.routing) for p in prepared])
 
     def layers_of(x, layers):
@@ -225,7 +233,7 @@ def test_exact_sums_have_the_bits_of_the_cpu_handler(poison, tokens, gated, comb
 def test_two_devices_at_once(poison, combine):
     """One jitted function from two threads, each with a device, weights and tokens of its own."""
     cases = [helpers.make_case(seed, tokens=64, hidden=256, intermediate=128, combine=combine) for seed in (12, 13)]
-    op, prepared_cases, failures = _op(**cases[0].options), [_prepared(case) for case in cases], []
+    op, prepared_cases, failures = _op(**cases[0].options), [calls.prepared(case) for case in cases], []
     if calls.why_not_run():  # here, because a thread cannot skip a test
         op(prepared_cases[0].x, prepared_cases[0].experts, prepared_cases[0].routing)
     calls.devices(2)

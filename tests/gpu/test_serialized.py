@@ -14,7 +14,7 @@ import pathlib, sys, functools
 import jax, numpy as np
 import helpers, jax_moe
 case = helpers.make_case(9, tokens=16, hidden=128, intermediate=64, combine="ordered")
-experts = jax_moe.prepare(case.experts, "sm_90a", progress=False)
+experts = jax_moe.prepare(case.experts, precision="w4a16", progress=False)  # for the GPU that is the default device
 op = jax.jit(functools.partial(jax_moe.fused_moe, combine="ordered"))
 folder = pathlib.Path(sys.argv[1])
 """
@@ -41,7 +41,7 @@ _RUN = _CASE + "op(case.x, experts, case.routing).block_until_ready()"
 def _on_gpu(program: str, *args, **environment) -> str:
     if calls.why_not_run():  # the kernels of _CASE
         case = helpers.make_case(9, tokens=16, hidden=128, intermediate=64, combine="ordered")
-        experts = helpers.jax_moe.prepare(case.experts, "sm_90a", progress=False)
+        experts = calls.prepared(case).experts
         calls.jit(functools.partial(helpers.jax_moe.fused_moe, combine="ordered"), {})(case.x, experts, case.routing)
     memory = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     return helpers.run_python(program, *args, JAX_PLATFORMS="cuda,cpu", **memory, **environment)
@@ -74,6 +74,7 @@ def test_a_missing_kernel_is_an_error_that_names_the_command(tmp_path, monkeypat
         pytest.skip("nvidia-cutlass-dsl is installed: nothing is ever missing")
     monkeypatch.setenv("JAX_MOE_CACHE_DIR", str(tmp_path))
     case = helpers.make_case(10)
-    experts = helpers.jax_moe.prepare(case.experts, "sm_90a", progress=False)
-    with pytest.raises(RuntimeError, match=r"python -m jax_moe compile --target sm_90a --layer 4,2,48,64 --tokens 5"):
+    experts = calls.prepared(case).experts
+    command = f"python -m jax_moe compile --target {calls.target().name} --layer 4,2,48,64 --tokens 5"
+    with pytest.raises(RuntimeError, match=command):
         jax.jit(helpers.jax_moe.fused_moe)(case.x, experts, case.routing)

@@ -48,7 +48,7 @@ def _mesh(name: str, axis_type=AxisType.Auto):
 def _place(case: helpers.Case, mesh, names) -> helpers.Case:
     """Experts placed in canonical form and prepared there, tokens and routing spread over the data axis."""
     placed = jax.device_put(case.experts, jax_moe.expert_shardings(case.experts, mesh))
-    experts = jax_moe.prepare(placed, "sm_90a")
+    experts = calls.prepare(placed, case.options.get("precision", "w4a16"))
     data = names.get("data_axis", "data" if "data" in mesh.axis_names else None)
     x, routing = jax.device_put((case.x, case.routing), NamedSharding(mesh, P(data, None)))
     return dataclasses.replace(case, x=x, routing=routing, experts=experts)
@@ -56,7 +56,7 @@ def _place(case: helpers.Case, mesh, names) -> helpers.Case:
 
 def _on_one_gpu(case: helpers.Case) -> np.ndarray:
     """To be asked for before the sharded call: where nothing can run, that one skips the test."""
-    experts = jax_moe.prepare(case.experts, "sm_90a", progress=False)
+    experts = calls.prepared(case).experts
     run = jax.jit(functools.partial(jax_moe.fused_moe, **case.options))
     if calls.why_not_run():
         calls.lower(run, case.x, experts, case.routing)
@@ -185,7 +185,7 @@ def test_other_verbs_on_the_mesh(name):
     case = helpers.make_case(10, tokens=24, hidden=96, intermediate=160, num_experts=8)
     experts = helpers.without_input_scales(case.experts)
     placed = jax.device_put(experts, jax_moe.expert_shardings(experts, mesh))
-    again = jax_moe.unprepare(jax_moe.prepare(placed, "sm_90a"), 96, 160)
+    again = jax_moe.unprepare(calls.prepare(placed), 96, 160)
     jax.tree.map(helpers.assert_bit_equal, again, experts)
     got = jax_moe.calibrate(placed, case.x, case.routing)
     expected = jax_moe.calibrate(experts, case.x, case.routing)

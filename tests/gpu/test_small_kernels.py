@@ -12,7 +12,7 @@ from jax_moe import nvfp4
 from jax_moe.kernels import cache, specs, tiling
 from jax_moe.kernels.device.constants import WORK_COUNTERS
 
-TARGET = "sm_90a"
+TARGET = calls.target().name
 
 
 SORT_CASES = [

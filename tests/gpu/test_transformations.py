@@ -1,6 +1,5 @@
 """vmap, gradients, leading axes, JAX's debugging flags and ``nn.MoE`` on GPUs, one and two."""
 
-import dataclasses
 import functools
 
 import calls
@@ -18,10 +17,6 @@ _CAPTURE = {"xla_gpu_graph_min_graph_size": 1}
 _SIZES = dict(tokens=24, hidden=112, intermediate=80, num_experts=8, top_k=3, bias=True, out_dtype=jnp.float32)
 
 
-def _prepared(case: helpers.Case) -> helpers.Case:
-    return dataclasses.replace(case, experts=jax_moe.prepare(case.experts, "sm_90a", progress=False))
-
-
 @pytest.mark.parametrize("weight_on", ["output", "input"])
 @pytest.mark.parametrize("combine", ["atomic", "ordered"])
 @pytest.mark.parametrize("precision", ["w4a16", "w4a4"])
@@ -29,7 +24,7 @@ def test_gradients(poison, precision, combine, weight_on):
     """Through prepared experts, in one program with the op; against float64."""
     case = helpers.make_case(1, **_SIZES, precision=precision, combine=combine, weight_on=weight_on)
     dy = derivative.cotangent(case)
-    prepared = _prepared(case)
+    prepared = calls.prepared(case)
 
     def loss(x, weights, experts, ids):
         y = jax_moe.fused_moe(x, experts, jax_moe.Routing(ids, weights), **case.options)
@@ -51,7 +46,7 @@ def test_gradients_on_a_mesh(poison, axes, axis_type):
     mesh = jax.make_mesh((2,), tuple(axes), axis_types=(axis_type,), devices=calls.devices(2))
     case = helpers.make_case(2, **_SIZES | {"intermediate": 96})
     dy = derivative.cotangent(case)
-    experts = jax_moe.prepare(jax.device_put(case.experts, jax_moe.expert_shardings(case.experts, mesh)), "sm_90a")
+    experts = calls.prepare(jax.device_put(case.experts, jax_moe.expert_shardings(case.experts, mesh)))
     options = {name: value for name, value in case.options.items() if name != "expert_offset"}
 
     def loss(x, weights, experts, ids):
@@ -77,7 +72,7 @@ def test_gradients_on_a_mesh(poison, axes, axis_type):
 def test_vmap_and_leading_axes(poison, combine):
     """Sequences that are mapped, or an axis of x, are more tokens of one call."""
     case = helpers.make_case(3, **_SIZES, combine=combine)
-    prepared = _prepared(case)
+    prepared = calls.prepared(case)
     x, ids, weights = (a.reshape(4, 6, -1) for a in (case.x, case.routing.expert_ids, case.routing.weights))
 
     def call(x, ids, weights, experts):
@@ -99,7 +94,7 @@ def test_vmap_and_leading_axes(poison, combine):
 @pytest.mark.parametrize("way", ["eager", "jit"])
 def test_debug_nans_finds_a_nan(way):
     case = helpers.make_case(4, **_SIZES)
-    prepared = _prepared(case)
+    prepared = calls.prepared(case)
     op = functools.partial(jax_moe.fused_moe, **case.options)
     run = calls.eager(op) if way == "eager" else calls.jit(op, {})
     with jax.debug_nans(True):
@@ -116,7 +111,7 @@ def test_a_flax_module_on_two_gpus(poison, set_mesh):
     mesh = jax.make_mesh((2, 1), ("expert", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=calls.devices(2))
     case = helpers.make_case(5, **_SIZES)
     router = jax_moe.checkpoints.Router(jax.random.normal(jax.random.key(0), (8, 112)), k=3)
-    on_one = MoE(_prepared(case).experts, router)
+    on_one = MoE(calls.prepared(case).experts, router)
     graphdef, state = nnx.split(on_one)
     shardings = jax.tree.map(
         lambda spec: NamedSharding(mesh, spec), nnx.get_partition_spec(state), is_leaf=lambda s: isinstance(s, P)

@@ -515,18 +515,19 @@ class Gemm(entry.Kernel):
         a_columns = base + self.a_column + half * self.scale_columns
         b_columns = a_columns + 4 * _BLOCK_STEPS
         steps = min(op.k_steps - k_block * _BLOCK_STEPS, _BLOCK_STEPS)
+        a, b = tcgen05.operand_descriptor(a), tcgen05.operand_descriptor(b)
+        a_scales, b_scales = tcgen05.scale_descriptor(a_scales), tcgen05.scale_descriptor(b_scales)
         for step in cutlass.range_constexpr(_BLOCK_STEPS):
             if step < steps:
                 atom = step * weight_block.ATOM_BYTES
-                tcgen05.copy_scales(self.group, a_columns + 4 * step, tcgen05.scale_descriptor(a_scales + atom))
+                tcgen05.copy_scales(self.group, a_columns + 4 * step, tcgen05.moved(a_scales, atom))
                 for i in cutlass.range_constexpr(self.atoms):
-                    source = b_scales + i * weight_block.SCALE_BYTES + atom
                     columns = b_columns + 4 * (step * self.atoms + i)
-                    tcgen05.copy_scales(self.group, columns, tcgen05.scale_descriptor(source))
+                    source = tcgen05.moved(b_scales, i * weight_block.SCALE_BYTES + atom)
+                    tcgen05.copy_scales(self.group, columns, source)
         for step in cutlass.range_constexpr(_BLOCK_STEPS):
             if step < steps:
-                offset = step * STEP_K // 2
-                operands = tcgen05.operand_descriptor(a + offset), tcgen05.operand_descriptor(b + offset)
+                operands = [tcgen05.moved(descriptor, step * STEP_K // 2) for descriptor in (a, b)]
                 scales = a_columns + 4 * step, b_columns + 4 * step * self.atoms
                 accumulate = k_block if step == 0 else Int32(1)
                 tcgen05.multiply_fp4(self.group, sums, *operands, instruction, *scales, accumulate)
@@ -534,7 +535,7 @@ class Gemm(entry.Kernel):
     @cute.jit
     def _multiply_dequantised(self, op, shared, base, sums, instruction, slot, half, parity, k_block):
         """w4a16: the products of a stage's blocks as their weights come."""
-        tokens = shared.tokens + slot * (self.blocks * self.token_bytes)
+        tokens = tcgen05.operand_descriptor(shared.tokens + slot * (self.blocks * self.token_bytes))
         count = self._count(op, k_block)
         for i in cutlass.range_constexpr(self.blocks):
             if i < count:
@@ -544,7 +545,7 @@ class Gemm(entry.Kernel):
                 for step in cutlass.range_constexpr(4):  # 16 values each: 8 columns, 32 bytes
                     tcgen05.multiply_bf16(
                         self.group, sums, columns + 8 * step,
-                        tcgen05.operand_descriptor(tokens + i * self.token_bytes + 32 * step), instruction,
+                        tcgen05.moved(tokens, i * self.token_bytes + 32 * step), instruction,
                         k_block if i == 0 and step == 0 else Int32(1),
                     )  # fmt: skip
                 self._commit(shared, self.weights_empty + half)

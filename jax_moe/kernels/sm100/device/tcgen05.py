@@ -56,6 +56,11 @@ def scale_descriptor(address: Int32) -> Int64:
     return _shared(_PLAIN, address)
 
 
+def moved(descriptor: Int64, num_bytes: int) -> Int64:
+    """Of what lies so many bytes, a multiple of 16, behind; shared memory ends before the address field does."""
+    return descriptor + num_bytes // 16
+
+
 def instruction_descriptor(fp4: bool, group: int, width: Int32) -> Int32:
     """Of ``128 * group`` rows of A times ``width`` of B, a multiple of ``8 * group`` up to 256, known at run time."""
     return Int32((_FP4 if fp4 else _BF16) | group * _M) | (width // 8 << 17)

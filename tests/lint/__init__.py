@@ -1,0 +1,1 @@
+"""A lint over a kernel's PTX: :func:`lint.check.check`."""

@@ -1,0 +1,73 @@
+"""Which kernels the lint looks at, compiled once for all tests of a session."""
+
+import functools
+import itertools
+
+import cuda_call
+import jax.numpy as jnp
+from ptx import parser
+
+from jax_moe import activations, shapes
+from jax_moe.kernels import compiler, lowering
+from jax_moe.kernels.compiler import CompiledKernel
+from jax_moe.kernels.sm90 import program as sm90_program
+from jax_moe.kernels.sm100 import program as sm100_program
+from jax_moe.kernels.specs import Spec
+from jax_moe.kernels.targets import TARGETS
+
+_SWIGLU, _GPT_OSS = activations.SwiGLU(), activations.SwiGLU(alpha=1.702, beta=1.0, limit=7.0)
+_ACTIVATIONS = (_SWIGLU, _GPT_OSS, activations.GeGLU(), activations.ReLU2(), activations.SiTU())
+
+
+@functools.cache
+def compiled(spec: Spec, target: str) -> tuple[CompiledKernel, parser.Kernel]:
+    """A kernel as machine code and as PTX."""
+    kernel, text = compiler.compile_with_ptx(spec, target)
+    return kernel, parser.parse(text)
+
+
+def problem(target: str, precision: str, **changes):
+    return cuda_call.problem(precision=precision, layout=TARGETS[target].layouts[precision], **changes)
+
+
+def some_specs(target: str) -> list[Spec]:
+    """Each config, each option and each small kernel at least once."""
+    specs = set()
+    for precision in ("w4a4", "w4a16"):
+        for index, config in enumerate(_configs(target, precision)):
+            options = dict(activation=_ACTIVATIONS[index % 5], combine=("atomic", "ordered")[index % 2])
+            options |= dict(
+                biases=(index % 3 == 1,) * 2, out_dtype=jnp.dtype((jnp.bfloat16, jnp.float32)[index // 2 % 2])
+            )
+            specs |= set(_gemms(target, problem(target, precision, **options), config))
+        for weight_on in ("output", "input"):
+            call = problem(target, precision, weight_on=weight_on, combine="ordered")
+            specs |= {launch.spec for launch in lowering.launches(call) if not launch.spec.tensor_core_ptx}
+    return sorted(specs, key=lambda spec: spec.name)
+
+
+def all_specs(target: str) -> list[Spec]:
+    """All that the published models launch, and each config in every precision, combine and activation."""
+    specs = set()
+    for model, tokens in itertools.product(shapes.MODELS.values(), shapes.TOKENS):
+        for precision, combine in itertools.product(("w4a4", "w4a16"), ("atomic", "ordered")):
+            call = problem(
+                target, precision, combine=combine, num_tokens=tokens, local_experts=model.num_experts,
+                top_k=model.top_k, hidden_size=model.hidden_size, intermediate_size=model.intermediate_size,
+            )  # fmt: skip
+            specs |= {launch.spec for launch in lowering.launches(call)}
+    for precision, activation in itertools.product(("w4a4", "w4a16"), _ACTIVATIONS):
+        for config in _configs(target, precision):
+            for combine, dtype in (("atomic", jnp.bfloat16), ("atomic", jnp.float32), ("ordered", jnp.bfloat16)):
+                options = dict(activation=activation, combine=combine, out_dtype=jnp.dtype(dtype))
+                biases = (activation is not _SWIGLU,) * 2
+                specs |= set(_gemms(target, problem(target, precision, biases=biases, **options), config))
+    return sorted(specs, key=lambda spec: spec.name)
+
+
+def _configs(target: str, precision: str):
+    return sm90_program.CONFIGS if target == "sm_90a" else sm100_program.CONFIGS[precision]
+
+
+def _gemms(target: str, call, config) -> tuple[Spec, Spec]:
+    return (sm90_program if target == "sm_90a" else sm100_program).gemms(call, config)
