@@ -129,6 +129,7 @@ def changed(old, new, text=snippets.TENSOR_MEMORY, count=1):
         (changed("mov.b32 %r7, 4;", "mov.b32 %r7, 5;"), "barriers"),
         (changed("[%r4+40976], %r6", "[%r4+41200], %r6"), "barriers"),
         (changed("[%r4+40984], 1,", "[%r4+40992], 1,"), "barriers"),
+        (changed("bar.sync 0;", "barrier.cluster.wait;"), "cluster barrier"),
         # A count that lets one group fly, where there is one.
         (changed("wait_group 0;", "wait_group 1;"), "copies"),
         (changed("wgmma.wait_group.sync.aligned 0;", "wgmma.wait_group.sync.aligned 1;", snippets.WGMMA), "wgmma"),
@@ -137,6 +138,16 @@ def changed(old, new, text=snippets.TENSOR_MEMORY, count=1):
 )  # fmt: skip
 def test_what_is_moved_or_changed_is_missed(text, rule):
     assert rule in rules_broken(text, overlap=True)
+
+
+def test_an_arrival_from_another_cta_has_the_scope_of_the_cluster():
+    arrival = "mbarrier.arrive.shared.b64 %rd7, [%r4+40984], %r6"
+    remote = changed(arrival, "mbarrier.arrive.shared::cluster.b64 _, [%r4+40984]")
+    assert "cluster" in rules_broken(remote, overlap=True)
+    released = remote.replace("arrive.shared::cluster", "arrive.release.cluster.shared::cluster")
+    assert "cluster" in rules_broken(released, overlap=True)
+    acquired = released.replace("try_wait.parity.shared", "try_wait.parity.acquire.cluster.shared")
+    assert not rules_broken(acquired, overlap=True)
 
 
 def test_only_paths_that_can_be_are_followed():
@@ -171,7 +182,7 @@ def parameters(wanted):
     ("target", "spec"), parameters({"sm_90a": "gemm._n(16|48)m.*w4a4|gemm1_n112.*w4a16", "sm_100f": ""})
 )
 def test_our_kernels_keep_the_rules(target, spec):
-    assert [str(finding) for finding in check(compiled(spec, target)[1], spec.overlap)] == []
+    assert [str(finding) for finding in check(compiled(spec, target)[1], spec.overlap, spec.cluster)] == []
 
 
 SURVIVORS = {
@@ -192,7 +203,7 @@ _MUTATED = {"sm_90a": "gemm1_n16m.*w4a4", "sm_100f": "gemm1_n16b"}
 @needs_dsl
 @pytest.mark.parametrize(("target", "spec"), parameters(_MUTATED))
 def test_whatever_is_dropped_from_our_kernels_is_missed(target, spec):
-    missed, dropped = survivors(Lint(compiled(spec, target)[1], spec.overlap))
+    missed, dropped = survivors(Lint(compiled(spec, target)[1], spec.overlap, spec.cluster))
     missed = collections.Counter(each.split("@")[0] for each in missed)
     print(spec.name, "dropped", dict(dropped), "survived", dict(missed))
     assert set(missed) <= set(SURVIVORS)

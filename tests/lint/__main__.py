@@ -10,7 +10,7 @@ failed = 0
 for target in sys.argv[1:] or TARGETS:
     specs = all_specs(target)
     for spec in specs:
-        findings = check(compiled(spec, target)[1], spec.overlap)
+        findings = check(compiled(spec, target)[1], spec.overlap, spec.cluster)
         compiled.cache_clear()
         failed += bool(findings)
         for finding in findings:

@@ -8,7 +8,7 @@ import itertools
 from ptx.parser import Address, Kernel
 
 from lint import flow, rules
-from lint.sites import ASYNC_READERS, Graph, Site
+from lint.sites import ASYNC_READERS, Graph, RANK, Site
 from lint.values import Slice
 
 _USERS = ("try_wait", "arrive", "expect", "commit", "bulk")
@@ -41,17 +41,18 @@ class Finding:
         return f"{self.kernel[:60]}: {self.rule}: {' .. '.join(ends)}: {self.message}{seen}"
 
 
-def check(kernel: Kernel, overlap: bool = False) -> list[Finding]:
+def check(kernel: Kernel, overlap: bool = False, cluster: int = 1) -> list[Finding]:
     """All findings, in the order of lines.
 
     Args:
       kernel: from ``ptx.parser.parse``.
       overlap: whether it is launched before the kernel in front of it has ended (``Spec.overlap``).
+      cluster: CTAs that are launched together (``Spec.cluster``).
 
     Raises:
       UnknownInstructionError: an operation that the lint should know and does not.
     """
-    return Lint(kernel, overlap).findings()
+    return Lint(kernel, overlap, cluster).findings()
 
 
 class Lint:
@@ -61,9 +62,9 @@ class Lint:
       graph: the kernel's instructions as the rules see them.
     """
 
-    def __init__(self, kernel: Kernel, overlap: bool = False):
+    def __init__(self, kernel: Kernel, overlap: bool = False, cluster: int = 1):
         self.kernel, self.overlap = kernel, overlap
-        self.graph = Graph(kernel)
+        self.graph = Graph(kernel, cluster)
         self._slice = Slice(self.graph)
         self._groups = self._threads_by_reach()
         self._breaches: dict[int, frozenset[flow.Breach]] = {}  # of the group that begins with a thread
@@ -71,22 +72,23 @@ class Lint:
     def findings(self) -> list[Finding]:
         """All of them, in the order of lines."""
         found: dict[flow.Breach, list[int]] = {}
-        all_wait = not self.overlap
+        waiting = set()  # CTAs of the cluster of which a thread has no way to the end without griddepcontrol.wait
         waits = {site.index for site in self.graph.kinds("grid_wait")}
         for (reached, _), threads in self._groups.items():
             if threads[0] not in self._breaches:
                 self._breaches[threads[0]] = self._walk(threads[0], not waits.isdisjoint(reached))
             breaches = self._breaches[threads[0]]
             no_wait = {breach for breach in breaches if breach.rule == rules.GridWait.name}
-            all_wait |= not no_wait and not waits.isdisjoint(reached)
+            if not no_wait and not waits.isdisjoint(reached):
+                waiting |= {thread // RANK for thread in threads}
             for breach in breaches - no_wait:
                 found.setdefault(breach, []).extend(threads)
         findings = [
             Finding(self.kernel.name, b.rule, b.message, self._line(b.first), self._line(b.second), tuple(threads))
             for b, threads in found.items()
         ]
-        if not all_wait:
-            message = "every thread has a way to the end without it"
+        if self.overlap and len(waiting) < self.graph.cluster:
+            message = "every thread of a CTA has a way to the end without it"
             findings.append(self._finding(rules.GridWait.name, message))
         findings += [*self._roles(), *self._pairs(), *self._counts(), *self._cta_groups()]
         return sorted(findings, key=lambda each: (each.second or each.first or (0,), each.first or (0,), each.rule))
@@ -118,11 +120,11 @@ class Lint:
         return Finding(self.kernel.name, rule, message, first, second)
 
     def _threads_by_reach(self) -> dict[tuple[frozenset[int], bool], list[int]]:
-        """Two threads of each warp, its first and another, put together where they can reach the same instructions."""
+        """Two threads of each warp, its first and another, of each CTA of a cluster, by what they can reach."""
         groups: dict[tuple, list[int]] = {}
         total = self.kernel.threads or 32
-        for warp in range(0, total, 32):
-            for thread in (warp, warp + 1):
+        for rank, warp in itertools.product(range(self.graph.cluster), range(0, total, 32)):
+            for thread in (rank * RANK + warp, rank * RANK + warp + 1):
                 walk = flow.Walk(self.graph, self._slice, thread)
                 groups.setdefault((frozenset(walk.reached), thread % 32 == 0), []).append(thread)
         return groups
@@ -137,7 +139,7 @@ class Lint:
         if site.kind == "arrive":
             waits = [each for each in self.graph.kinds("try_wait") if self._same_array(each, site)]
             listeners = self._threads_of(*waits) if waits else None
-        elif site.is_cta_barrier(self.kernel.threads) or site.kind == "cluster_arrive":
+        elif site.is_meeting(self.kernel.threads) or site.kind == "cluster_arrive":
             return True
         else:
             barriers = self.graph.kinds("bar", "bar_arrive")
@@ -177,7 +179,7 @@ class Lint:
                 message = f"only one of threads {min(alone) & ~1} and {min(alone) | 1} comes here"
                 findings.append(self._finding("whole warps", message, site))
         owners = [self._threads_of(*self.graph.kinds(kind)) for kind in ("alloc", "dealloc", "relinquish")]
-        if any(owner != owners[0] or len(owner) > 2 for owner in owners):
+        if any(owner != owners[0] or len(owner) > 2 * self.graph.cluster for owner in owners):
             sites = self.graph.kinds("alloc", "dealloc", "relinquish")
             findings.append(self._finding("one allocator", "one warp has to allocate and to free", sites[0], sites[-1]))
         return findings
@@ -203,6 +205,14 @@ class Lint:
             for site in self.graph.kinds(*waits):
                 if not any(self._same_array(site, other) for other in others):
                     findings.append(self._finding("barriers", message, site))
+        for arrival in self.graph.kinds("arrive"):
+            for wait in self.graph.kinds("try_wait"):
+                operations = [self.kernel.instructions[site.index].operation for site in (arrival, wait)]
+                if "shared::cluster" not in operations[0] or not self._same_array(arrival, wait):
+                    continue
+                if ".release.cluster" not in operations[0] or ".acquire.cluster" not in operations[1]:
+                    message = "an arrival from another CTA needs .release.cluster, and its wait .acquire.cluster"
+                    findings.append(self._finding("cluster", message, arrival, wait))
         return findings
 
     def _counts(self) -> list[Finding]:

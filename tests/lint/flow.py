@@ -102,10 +102,10 @@ class Walk:
             key = fact, frozenset()
         if key in table:
             place = block, key
-            self._joins[place] = self._joins.get(place, 0) + 1
-            joined = join(table[key], values, widen=self._joins[place] > _JOINS_BEFORE_WIDENING)
+            joined = join(table[key], values, widen=self._joins.get(place, 0) >= _JOINS_BEFORE_WIDENING)
             if joined is None:
                 return
+            self._joins[place] = self._joins.get(place, 0) + 1
             values = joined
         table[key] = values
         self._todo.append((block, key))
@@ -122,6 +122,8 @@ class Walk:
                 break
             if index in self.slice.indices:
                 ways = [(fact, way) for fact, values in ways for way in evaluate(instruction, values, self.thread)]
+                if len(ways) > _MOST_VARIANTS:
+                    ways = _merged(ways)
             if self.rules:
                 ways = [each for fact, values in ways for each in self._step(fact, values, site, instruction.guard)]
         for fact, values in ways:
@@ -157,11 +159,23 @@ class Walk:
             if taken is None or guard is None:
                 self._arrive(block, fact, values.copy())
                 continue
-            holds = values.holds(guard)
-            if holds is None or holds == taken:
-                way = values.copy()
-                way.predicates[guard.name] = taken != guard.negated
-                self._arrive(block, fact, way)
+            # That a branch was taken is not noted: six conditions of a loop would make 64 ways of one.
+            if values.holds(guard) in (None, taken):
+                self._arrive(block, fact, values.copy())
+
+
+def _merged(ways: list[tuple]) -> list[tuple]:
+    """One way for each fact, with what holds on all of its ways."""
+    merged: dict = {}
+    for fact, values in ways:
+        if fact in merged:
+            before = merged[fact]
+            common = dict(before.predicates.items() & values.predicates.items())
+            merged[fact] = join(before, values, widen=False) or before
+            merged[fact].predicates, merged[fact].links = common, {}
+        else:
+            merged[fact] = values
+    return list(merged.items())
 
 
 def _first_of_runs(graph: Graph, indices: set[int]) -> set[int]:

@@ -202,7 +202,7 @@ class LastBarrier(Rule):
         return ("barrier",) if site.kind in TENSOR_MEMORY | {"commit", "alloc"} else None
 
     def step(self, state, site):
-        if site.is_cta_barrier(self._threads):
+        if site.is_meeting(self._threads):
             return None, None
         if site.kind == "dealloc":
             return None, "no barrier of all threads between them"
@@ -226,11 +226,27 @@ class FirstBarrier(Rule):
         return ("barrier",) if site.kind in ("init", "alloc") else None
 
     def step(self, state, site):
-        if site.is_cta_barrier(self._threads):
+        if site.is_meeting(self._threads):
             return None, None
         if site.kind in self._USES:
             return None, "no barrier of all threads before it"
         return state, None
+
+
+class ClusterBarrier(Rule):
+    """barrier.cluster.arrive between any two barrier.cluster.wait, and before the first."""
+
+    name = "cluster barrier"
+    kinds = frozenset({"cluster_arrive", "cluster_wait"})
+
+    def at_entry(self):
+        return ("arrive",)
+
+    def begin(self, site):
+        return ("arrive",) if site.kind == "cluster_wait" else None
+
+    def step(self, state, site):
+        return None, "no barrier.cluster.arrive before it" if site.kind == "cluster_wait" else None
 
 
 class Initialised(Rule):
@@ -273,7 +289,7 @@ class LaunchDependents(Rule):
         return ("barrier",) if site.kind == "alloc" else None
 
     def step(self, state, site):
-        if site.is_cta_barrier(self._threads):
+        if site.is_meeting(self._threads):
             state = tuple(each for each in state if each != "barrier")
         if site.kind == "grid_wait":
             state = tuple(each for each in state if each != "griddepcontrol.wait")
@@ -376,7 +392,8 @@ def _groups(graph) -> dict[int, tuple[frozenset[str], frozenset[str]]]:
 
 def rules_for(graph, overlap: bool, announces, is_operand, first_of_warp: bool) -> tuple[Rule, ...]:
     """The rules that a kernel's instructions call for."""
-    kinds, threads = {site.kind for site in graph.sites}, graph.kernel.threads
+    kinds = {site.kind for site in graph.sites}
+    threads = graph.kernel.threads if graph.cluster == 1 else None  # who has to meet: a CTA, or the cluster
     rules: list[Rule] = []
     if kinds & TENSOR_MEMORY or "alloc" in kinds:
         rules += [AfterSync(), BeforeSync(first_of_warp), Commit(), Allocation(), LastBarrier(threads)]
@@ -384,6 +401,8 @@ def rules_for(graph, overlap: bool, announces, is_operand, first_of_warp: bool) 
         rules += [Copies(announces, first_of_warp), Stores(is_operand, announces)]
     if "init" in kinds:
         rules += [FirstBarrier(threads), Initialised()]
+    if "cluster_wait" in kinds:
+        rules.append(ClusterBarrier())
     if "launch_dependents" in kinds:
         rules.append(LaunchDependents(threads, "alloc" in kinds, overlap))
     if overlap:

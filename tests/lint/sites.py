@@ -49,7 +49,7 @@ _KINDS = (
     ("wgmma_wait", r"wgmma\.wait_group\.sync\.aligned"),
     ("grid_wait", r"griddepcontrol\.wait"),
     ("launch_dependents", r"griddepcontrol\.launch_dependents"),
-    ("store_shared", r"st\.shared(::cta)?[\w.]*"),
+    ("store_shared", r"st\.shared(::cta|::cluster)?[\w.]*"),
     ("ret", r"ret|exit"),
 )  # fmt: skip
 _KINDS = tuple((kind, re.compile(pattern)) for kind, pattern in _KINDS)
@@ -64,6 +64,9 @@ ASYNC_READERS = frozenset({"mma", "cp", "wgmma"})
 
 ARRIVALS = frozenset({"arrive", "expect", "bar", "bar_arrive", "warp_sync", "cluster_arrive"})
 """What tells other threads that this one has come so far; tcgen05.commit tells it of the tensor cores' work."""
+
+RANK = 1 << 16
+"""The lint counts threads on through a cluster: thread t of CTA r is ``r * RANK + t``."""
 
 WAITS = frozenset({"try_wait", "bar", "cluster_wait"})
 """After what other threads' work may be relied on."""
@@ -95,9 +98,11 @@ class Site:
     writes: frozenset[str]
     reads: frozenset[str]
 
-    def is_cta_barrier(self, threads: int | None) -> bool:
-        """Whether all threads of a CTA, or a cluster, meet here."""
-        return self.kind == "cluster_wait" or (self.kind == "bar" and self.count in (None, threads))
+    def is_meeting(self, threads: int | None) -> bool:
+        """Whether all meet here: the ``threads`` of a CTA, or, if that is None, those of a cluster."""
+        return self.kind == "cluster_wait" or (
+            self.kind == "bar" and threads is not None and self.count in (None, threads)
+        )
 
 
 class Graph:
@@ -107,10 +112,11 @@ class Graph:
       kernel: what was parsed.
       sites: one for each instruction.
       block_of: start of a block -> index behind its last instruction.
+      cluster: CTAs of a cluster.
     """
 
-    def __init__(self, kernel: Kernel):
-        self.kernel = kernel
+    def __init__(self, kernel: Kernel, cluster: int = 1):
+        self.kernel, self.cluster = kernel, cluster
         self.offsets = offsets = Offsets(kernel)
         self.sites = tuple(_site(i, instruction, offsets) for i, instruction in enumerate(kernel.instructions))
         starts = {0, *kernel.labels.values()}
@@ -259,7 +265,7 @@ class Offsets:
         if isinstance(operand, Symbol):
             return 0, True
         if isinstance(operand, Special) and operand.name == "%tid.x" and thread is not None:
-            return thread, True
+            return thread % RANK, True
         if not isinstance(operand, Register):
             return 0, False
         definitions = self._definitions.get(operand.name, [])
@@ -268,7 +274,7 @@ class Offsets:
         if len(definitions) > 1:  # an index that starts anew
             return 0, False
         operation, sources = definitions[0].operation.split("."), definitions[0].operands[1:]
-        if operation[0] in ("mov", "cvt") or operation[:3] == ["shfl", "sync", "idx"]:
+        if operation[0] in ("mov", "cvt", "mapa") or operation[:3] == ["shfl", "sync", "idx"]:
             return self._operand(sources[0], thread, depth + 1)
         parts = [self._operand(source, thread, depth + 1) for source in sources]
         numbers = [number for number, _ in parts]

@@ -11,11 +11,12 @@ import math
 from ptx.parser import Immediate, Instruction, Pair, Register, Special
 
 from lint import arithmetic
-from lint.sites import Graph, is_branch, registers_of, successors
+from lint.sites import Graph, is_branch, RANK, registers_of, successors
 
 Interval = tuple[float, float]
 ANY: Interval = (-math.inf, math.inf)
 
+_KNOWN = ("%tid.x", "%laneid", "%cluster_ctarank", "%cluster_ctaid.x")
 _COMPARISONS = {"lt", "le", "gt", "ge", "eq", "ne"}
 _OPPOSITE = {"lt": "ge", "ge": "lt", "gt": "le", "le": "gt", "eq": "ne", "ne": "eq"}
 _SWAPPED = {"lt": "gt", "gt": "lt", "le": "ge", "ge": "le", "eq": "eq", "ne": "ne"}
@@ -113,7 +114,7 @@ class Slice:
         sources = instruction.operands[1:]
         if instruction.operation.startswith(("mov.", "selp.")) and any(isinstance(s, Immediate) for s in sources):
             return True
-        if any(isinstance(s, Special) and s.name in ("%tid.x", "%laneid") for s in sources):
+        if any(isinstance(s, Special) and s.name in _KNOWN for s in sources):
             return True
         return any(self._is_knowable(name) for name in site.reads)
 
@@ -199,7 +200,9 @@ def _interval(operation, sources, values: Values, thread: int) -> Interval:
     name = operation[0]
     if name == "mov" and isinstance(sources[0], Special):
         special = sources[0].name
-        return {"%tid.x": (thread, thread), "%laneid": (thread % 32, thread % 32)}.get(special, ANY)
+        known = {"%tid.x": thread % RANK, "%laneid": thread % 32, "%cluster_ctarank": thread // RANK}
+        known["%cluster_ctaid.x"] = thread // RANK
+        return (known[special], known[special]) if special in known else ANY
     if name in ("mov", "cvt"):
         return values.get(sources[0])
     if name == "shfl":
@@ -287,7 +290,7 @@ def _compare(operation, result, sources, values: Values) -> list[Values]:
         if _assume(way, comparison if outcome else _OPPOSITE[comparison], a, b):
             way.predicates[result.name] = outcome
             ways.append(way)
-    if len(ways) == 2 and all(low != high for low, high in ranges):  # nothing to learn from
+    if len(ways) == 2 and ANY in ranges:  # nothing that is known becomes better known
         _decide(values, result.name, None)
         return [values]
     return ways

@@ -77,7 +77,7 @@ def _loaded_bytes(precision: Precision, width: int, pair: bool) -> int:
 
 
 def _granule(p: Problem, config: Config, num_experts: int) -> int:
-    """Of balanced tiles, where experts are likely to have more than one: units of work are then alike. 0: of full ones."""
+    """Of balanced tiles, so that units of work are alike, where experts are likely to have several; 0: of full ones."""
     return config.granule if p.num_routes > num_experts * config.token_tile else 0
 
 

@@ -16,8 +16,8 @@ class Config:
     """How a CTA is put together.
 
     Attributes:
-      token_tile: N of the products at most, a multiple of 16 up to 208 (tensor memory); how much of it a tile needs, its
-        width, is a value of run time.
+      token_tile: N of the products at most, a multiple of 16 up to 208 (tensor memory); the width of a tile, which is
+        how much of it is multiplied, is a value of run time.
       stage_blocks: weight blocks that are copied and announced together; 1 for w4a4, whose blocks are 4 times as wide.
       stages: how many of those are in flight.
       ctas_per_sm: resident CTAs of one multiprocessor, all persistent.

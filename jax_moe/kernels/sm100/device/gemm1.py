@@ -44,8 +44,12 @@ class Gemm1(mainloop.Gemm):
         """Token rows, 8 threads each; w4a4: also their scales, a thread of four copying one step's."""
         chunk, first_row, lane = tid % _CHUNKS, tid // _CHUNKS, tid % 32
         passes, own_passes = self.n // _PASS_ROWS, self.n // self.group // _PASS_ROWS
-        rows = cute.make_rmem_tensor(own_passes, Int32)  # of x, or -1
-        scale_rows = cute.make_rmem_tensor(passes, Int32)  # of a pair both CTAs need the scales of all
+        # Where this thread's chunk, or word of scales, of each row begins in a row of blocks; -1: nowhere.
+        chunks = cute.make_rmem_tensor(own_passes, Int32)
+        words = cute.make_rmem_tensor(passes, Int32)  # of a pair both CTAs need the scales of all rows
+        stride = op.hidden_size // 8  # of x, in chunks
+        if cutlass.const_expr(self.is_fp4):
+            stride = _padded(op.hidden_size) // 32
         place, place_parity = Int32(0), Int32(0)
         slot, parity = Int32(0), Int32(1)
         announced, in_flight = Int32(0), Int32(0)
@@ -55,23 +59,24 @@ class Gemm1(mainloop.Gemm):
             own_width = width // self.group
             first = token_tile * self.n + first_row
             for i in cutlass.range_constexpr(own_passes):
-                rows[i] = self._row(op, first + shared.rank * own_width, i * _PASS_ROWS, own_width)
-            if cutlass.const_expr(self.is_fp4):
+                row = self._row(op, first + shared.rank * own_width, i * _PASS_ROWS, own_width)
+                chunks[i] = _or_none(row, row * stride + chunk)
+                if cutlass.const_expr(self.is_fp4 and self.group == 1):
+                    words[i] = _or_none(row, row * (stride // 2) + chunk)
+            if cutlass.const_expr(self.is_fp4 and self.group == 2):
                 for i in cutlass.range_constexpr(passes):
-                    if cutlass.const_expr(self.group == 1):
-                        scale_rows[i] = rows[i]
-                    else:
-                        scale_rows[i] = self._row(op, first, i * _PASS_ROWS, width)
+                    row = self._row(op, first, i * _PASS_ROWS, width)
+                    words[i] = _or_none(row, row * (stride // 2) + chunk)
             for k_block in cutlass.range(0, op.k_blocks, self.blocks, unroll=1):
                 self._wait(shared, self.empty + slot, parity)
                 for some in cutlass.range_constexpr(0, own_passes, _PASSES):
                     if some * _PASS_ROWS < own_width:
-                        chosen = [rows[i] for i in range(some, min(some + _PASSES, own_passes))]
+                        chosen = [chunks[i] for i in range(some, min(some + _PASSES, own_passes))]
                         self._gather(op, shared, slot, k_block, chosen, some, first_row, chunk)
                 if cutlass.const_expr(self.is_fp4):
                     for some in cutlass.range_constexpr(0, passes, _PASSES):
                         if some * _PASS_ROWS < width and chunk < BLOCK_K // STEP_K:
-                            chosen = [scale_rows[i] for i in range(some, min(some + _PASSES, passes))]
+                            chosen = [words[i] for i in range(some, min(some + _PASSES, passes))]
                             self._gather_scales(op, shared, slot, k_block, chosen, some, first_row, chunk)
                 cute.arch.cp_async_commit_group()
                 in_flight = in_flight + 1
@@ -107,16 +112,14 @@ class Gemm1(mainloop.Gemm):
         return slot
 
     @cute.jit
-    def _gather(self, op, shared, slot, k_block, rows, first: cutlass.Constexpr, first_row, chunk):
-        """Some passes of a stage, from pass ``first`` on; rows of -1 become zeros."""
+    def _gather(self, op, shared, slot, k_block, chunks, first: cutlass.Constexpr, first_row, chunk):
+        """Some passes of a stage, from pass ``first`` on; zeros where there is no row."""
         place = shared.tokens + slot * (self.blocks * self.token_bytes) + first * _PASS_ROWS * ROW_BYTES
         place = place + swizzled(first_row, chunk)
         if cutlass.const_expr(self.is_fp4):
-            chunks = [_offset(row, _padded(op.hidden_size) // 32, chunk) for row in rows]
             source = Int64(op.x.toint()) + Int64(k_block) * ROW_BYTES
             ptx.gather_rows(place, source, chunks, Int32(0), Int32(1), _PASS_ROWS * ROW_BYTES)
         else:
-            chunks = [_offset(row, op.hidden_size // 8, chunk) for row in rows]
             for i in cutlass.range(self._count(op, k_block), unroll=1):
                 block = k_block + i
                 source = Int64(op.x.toint()) + Int64(block) * ROW_BYTES
@@ -125,9 +128,8 @@ class Gemm1(mainloop.Gemm):
                 place = place + self.token_bytes
 
     @cute.jit
-    def _gather_scales(self, op, shared, slot, k_block, rows, first: cutlass.Constexpr, first_row, step):
+    def _gather_scales(self, op, shared, slot, k_block, words, first: cutlass.Constexpr, first_row, step):
         """The scales of one step of some passes' rows: words of an atom."""
-        words = [_offset(row, _padded(op.hidden_size) // STEP_K, step) for row in rows]
         place = shared.token_scales + slot * self.token_scale_bytes + step * ATOM_BYTES + first_row * 16
         place = place + first // 16 * SCALE_BYTES + first // _PASSES % 4 * 4
         source = Int64(op.x_scales.toint()) + Int64(k_block) * (BLOCK_K // 16)
@@ -197,11 +199,6 @@ class Gemm1(mainloop.Gemm):
 def _padded(hidden_size):
     """Values of a row of x, as it is quantised."""
     return (hidden_size + BLOCK_K - 1) // BLOCK_K * BLOCK_K
-
-
-def _offset(row, stride, chunk):
-    """Of ``chunk`` in a row of ``stride``; -1 where there is no row."""
-    return _or_none(row, row * stride + chunk)
 
 
 @cute.jit
