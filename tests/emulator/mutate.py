@@ -29,7 +29,7 @@ import emulator  # noqa: E402
 from emulator import mutants  # noqa: E402
 
 RUNS = (("random", 1), ("starved", 2), ("random", 3))  # orders, and their seeds
-SIZES = dict(tokens=5, num_experts=3, top_k=2, hidden=1600, intermediate=192)
+SIZES = dict(tokens=12, num_experts=3, top_k=2, hidden=1600, intermediate=320)
 
 
 def main() -> None:
@@ -49,7 +49,8 @@ def main() -> None:
     def run(kernels, order, seed):
         call = emulated_call.prepare(case, given.target, multiprocessors=given.multiprocessors)
         output = call.run(kernels=kernels, order=order, seed=seed, most_instructions=most)
-        return call, np.array_equal(output.view(np.uint8), expected.view(np.uint8))
+        # With many values along K not every sum is exact any more.
+        return call, np.abs(output - expected).max() <= 1e-5 * np.abs(expected).max()
 
     most = 2**40
     call, is_right = run(None, *RUNS[0])

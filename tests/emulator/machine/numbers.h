@@ -3,8 +3,11 @@
 #ifndef JAX_MOE_EMULATOR_NUMBERS_H_
 #define JAX_MOE_EMULATOR_NUMBERS_H_
 
+#include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 
 namespace emulator {
@@ -67,15 +70,22 @@ inline uint32_t ToE2m1(double value) {  // beyond 6: 6; NaN is 6 too
 
 inline float FromBf16(uint32_t bits) { return Float(bits << 16); }
 inline float FromE4m3(uint32_t bits) {
-  if ((bits & 0x7F) == 0x7F) return Float(kNan);
-  const int exponent = static_cast<int>(bits >> 3 & 15), mantissa = static_cast<int>(bits & 7);
-  const float value = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -9)
-                                    : std::ldexp(static_cast<float>(8 + mantissa), exponent - 10);
-  return bits & 0x80 ? -value : value;
+  static const std::array<float, 128> magnitudes = [] {
+    std::array<float, 128> table{};
+    for (int code = 0; code < 128; ++code) {
+      const int exponent = code >> 3, mantissa = code & 7;
+      table[static_cast<size_t>(code)] = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -9)
+                                                       : std::ldexp(static_cast<float>(8 + mantissa), exponent - 10);
+    }
+    table[127] = Float(kNan);
+    return table;
+  }();
+  const float magnitude = magnitudes[bits & 0x7F];
+  return bits & 0x80 && magnitude == magnitude ? -magnitude : magnitude;
 }
 inline float FromE2m1(uint32_t bits) {
-  constexpr float kValues[8] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6};
-  return bits & 8 ? -kValues[bits & 7] : kValues[bits & 7];
+  constexpr float kValues[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
+  return kValues[bits & 15];
 }
 inline float FromF16(uint32_t bits) {
   const int exponent = static_cast<int>(bits >> 10 & 31), mantissa = static_cast<int>(bits & 1023);
