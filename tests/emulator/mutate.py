@@ -4,8 +4,7 @@
 
 from the root of the checkout, with CuTe DSL. Each mutant (``mutants.py``) runs an exact call in three orders; it is
 noticed by a wrong result, or by an error of the emulator: a race, a deadlock, poison that decides something, and so on.
-Printed are counts by operation, and the survivors with how often warps executed their line: one that was never executed
-says nothing of the emulator.
+Printed are the survivors, with how often warps executed their line, and counts by operation.
 """
 
 import argparse
@@ -62,7 +61,7 @@ def main() -> None:
     )
     spec = next(launch.spec for launch in call.program.launches if launch.name == given.launch)
     print(f"{spec.name}: {most // 3} warp instructions a call", flush=True)
-    table, survivors = collections.defaultdict(collections.Counter), []
+    table = collections.defaultdict(collections.Counter)
     for mutant in mutants.mutants(emulated_call.ptx(spec, given.target)[0]):
         how = "survived" if executed.get(mutant.line, 0) else "never executed"
         try:
@@ -76,11 +75,10 @@ def main() -> None:
             how = next((kind for kind in kinds if kind in str(error)), "other error")
         table[mutant.what, mutant.operation][how] += 1
         if how == "survived":
-            survivors.append(mutant)
+            where = f"line {mutant.line}, executed {executed[mutant.line]} times"
+            print(f"survived: {mutant.what} {mutant.operation}, {where}", flush=True)
     for (what, operation), numbers in sorted(table.items()):
         print(f"{what:12} {operation:70} " + ", ".join(f"{how}: {n}" for how, n in sorted(numbers.items())))
-    for mutant in survivors:
-        print(f"survived: {mutant.what} {mutant.operation}, line {mutant.line}, executed {executed[mutant.line]} times")
 
 
 if __name__ == "__main__":
