@@ -7,7 +7,7 @@ persistent and take units (expert, weight block, token tile) as ``device/schedul
 
 Warps of a CTA, and what each does for every unit:
 
-    0-3   epilogue     sums from tensor memory to global memory; a warp reaches the 32 lanes of its index modulo 4 only
+    0-3   epilogue     sums from tensor memory to global memory; warp w can reach lanes 32 * (w % 4) to + 31 only
     4     products     one thread issues all copies of scales, products and commits
     5     loads        takes units, tells the others what they are; weights, and GEMM2's tokens, by bulk copies
     6, 7  gather       GEMM1: token rows by cp.async
@@ -17,17 +17,18 @@ A stage is ``config.stage_blocks`` weight blocks with their tokens. Who waits fo
 one of a ring of units, ``half`` one of two):
 
     barrier               waits                        arrives, and how often in one phase
-    FULL + stage          products, dequantise         loads (with the bytes of its copies); GEMM1: 2 warps that gather
+    FULL + stage          products, dequantise;        loads (with the bytes of its copies); GEMM1: 2 warps that gather
+                          w4a4: loads, too
     EMPTY + stage         loads, gather; products      the commit of the stage's products; w4a16: each dequantising warp
     UNIT_FULL + place     everybody but loads          loads
-    UNIT_EMPTY + place    loads                        every warp but the one that loads, when it has read the unit
+    UNIT_EMPTY + place    loads                        every warp but the one that takes units, when it has read one
     SUMS_FULL + half      epilogue                     the commit of the unit's products
     SUMS_EMPTY + half     products                     each warp of the epilogue
     WEIGHTS_FULL + half   products                     w4a16: each warp of one warpgroup
     WEIGHTS_EMPTY + half  dequantise                   w4a16: the commit of the block's products
     PEER + stage          products                     pairs: the peer's warp 4, when its FULL is complete
 
-All start a phase ahead where what they guard is empty at first: who waits for EMPTY begins with parity 1.
+What EMPTY barriers guard is empty at first: waits for them begin with parity 1, and the first of each passes at once.
 
 Tensor memory has two sets of sums, so that the epilogue of one unit runs beside the products of the next; then, w4a4,
 two sets of scale columns, or, w4a16, two blocks of weights. PTX orders a copy of scales before the products that follow
