@@ -259,7 +259,7 @@ def test_vmap_and_grad_in_either_order(small):
             assert_close(actual.reshape(6, -1), expected)
 
 
-@pytest.mark.parametrize("transform", [jax.jit, jax.checkpoint, "scan"], ids=str)
+@pytest.mark.parametrize("transform", [jax.jit, jax.checkpoint, "scan"], ids=["jit", "checkpoint", "scan"])
 def test_under(small, transform):
     dy = jnp.asarray(cotangent(small))
     loss = loss_of(small, dy)

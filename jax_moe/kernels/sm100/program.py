@@ -69,10 +69,10 @@ def _cost(costs: Costs, precision: Precision, rows: int, config: Config) -> floa
 
 
 def _loaded_bytes(precision: Precision, width: int, pair: bool) -> int:
-    """What a CTA loads for 128 x 256 weights times a tile: of a pair half the rows, but the scales of all."""
+    """What a CTA loads for 128 x 256 weights times a tile: of a pair half the rows, but all of GEMM2's scale atoms."""
     rows = width // 2 if pair else width
     if precision == "w4a4":
-        return weight_block.BLOCK_BYTES + rows * BLOCK_K // 2 + width * BLOCK_K // 16
+        return weight_block.BLOCK_BYTES + rows * BLOCK_K // 2 + _blocks(width, BLOCK_ROWS) * weight_block.SCALE_BYTES
     return weight_block.BLOCK_BYTES + rows * BLOCK_K * 2
 
 

@@ -40,8 +40,11 @@ class Config:
 
     @property
     def granule(self) -> int:
-        """What the width of a tile is a multiple of."""
-        return 16 if self.pair else 8
+        """What the width of a tile is a multiple of.
+
+        PTX takes bf16 products of every eighth width, too; CUTLASS and DeepGEMM refuse such with 128 rows of A.
+        """
+        return 16 if self.pair or self.dequantisers else 8
 
     @property
     def threads(self) -> int:

@@ -279,7 +279,7 @@ class Gemm(entry.Kernel):
         if lane * 8 < self.n:
             route = op.row_route[token_tile * self.n + lane * 8]
         width = 8 * Int32(cute.arch.popc(cute.arch.vote_ballot_sync(route >= 0)))  # padding rows come last
-        if cutlass.const_expr(self.group == 2):
+        if cutlass.const_expr(self.config.granule == 16):
             width = (width + 15) // 16 * 16
         return named(expert=expert, m_tile=m_tile, token_tile=token_tile, width=width)
 
