@@ -404,7 +404,9 @@ def rules_for(graph, overlap: bool, announces, is_operand, first_of_warp: bool) 
     if "cluster_wait" in kinds:
         rules.append(ClusterBarrier())
     if "launch_dependents" in kinds:
-        rules.append(LaunchDependents(threads, "alloc" in kinds, overlap))
+        # What follows a GEMM reads what the sort wrote, without a wait. What follows another kernel waits for its end,
+        # and that kernel waits before it ends (GridWait).
+        rules.append(LaunchDependents(threads, "alloc" in kinds, overlap and not kinds.isdisjoint({"mma", "wgmma"})))
     if overlap:
         rules.append(GridWait())
     if "wgmma" in kinds:
