@@ -43,8 +43,6 @@ def _run(precision, config, width, blocks):
     from helpers import make_exact_case
     import jax.numpy as jnp
 
-    from jax_moe.kernels.sm100 import program
-
     group = 2 if config.pair else 1
     totals = {}
     for gemm in ("gemm1", "gemm2"):
@@ -54,15 +52,8 @@ def _run(precision, config, width, blocks):
             1, tokens=width, hidden=hidden, intermediate=intermediate, num_experts=1, top_k=1, precision=precision,
             combine="atomic", out_dtype=jnp.bfloat16,
         )  # fmt: skip
-        configs = program.CONFIGS[precision]
-        program.CONFIGS[precision] = (config,)
-        program.best_config.cache_clear()
-        try:
-            call = emulated_call.prepare(case, "sm_100f", multiprocessors=group)
-            call.run(order="eager", check=False)
-        finally:
-            program.CONFIGS[precision] = configs
-            program.best_config.cache_clear()
+        call = emulated_call.prepare(case, "sm_100f", multiprocessors=group, config=config)
+        call.run(order="eager", check=False)
         executed = {role: call.counts[gemm].by_operation(warps) for role, warps in ROLES.items()}
         totals[gemm] = {
             role: sum(count for operation, count in by_operation.items() if not operation.startswith("mov.")) / _UNITS

@@ -15,6 +15,7 @@ import numpy as np
 import jax_moe
 from jax_moe import check, nvfp4
 from jax_moe.kernels import cache, compiler, targets
+from jax_moe.kernels.sm100 import program as sm100_program
 from jax_moe.kernels.specs import Spec
 from jax_moe.kernels.target import Program
 from jax_moe.operands import expert_operands
@@ -64,7 +65,7 @@ class Call:
 def prepare(case: Case, target: str, *, multiprocessors: int = 3, config: Any = None, **options: Any) -> Call:
     """The call that ``case`` is on a GPU with so many multiprocessors, its weights prepared for ``target``.
 
-    ``config``: that the program should have, instead of the one that it would choose.
+    ``config``: of sm_100f, instead of the one that the program would choose.
     """
     options = {"activation": jax_moe.SwiGLU(), "precision": "w4a16"} | case.options | options
     offset, num_experts = options.pop("expert_offset", 0), options.pop("num_experts", None)
@@ -76,7 +77,7 @@ def prepare(case: Case, target: str, *, multiprocessors: int = 3, config: Any = 
     made_for, card = targets.for_call(problem.layout, problem.precision)
     assert made_for.name == target
     card = dataclasses.replace(card, multiprocessors=multiprocessors)
-    program = made_for.program(problem, card)
+    program = made_for.program(problem, card) if config is None else sm100_program.with_config(problem, card, config)
     memory = Memory()
     operands = {
         "x": case.x, "expert_ids": case.routing.expert_ids, "routing_weights": case.routing.weights,
@@ -115,11 +116,10 @@ def ptx(spec: Spec, target: str) -> tuple[str, int]:
     path = folder / cache._file_name(spec, target, version)
     if not path.exists():
         with cache._lock:
-            result, text = compiler._compile(spec, target)
-            shared_bytes = compiler._dynamic_shared_bytes(result.ir_module.operation.get_asm(), spec.name)
+            kernel, text = compiler.compile_with_ptx(spec, target)
         folder.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.tmp")
-        part.write_text(json.dumps({"ptx": text, "shared_bytes": shared_bytes}))
+        part.write_text(json.dumps({"ptx": text, "shared_bytes": kernel.shared_bytes}))
         os.replace(part, path)
     found = json.loads(path.read_text())
     return found["ptx"], found["shared_bytes"]

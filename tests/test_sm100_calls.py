@@ -33,45 +33,29 @@ CONFIGS = [
 ORDERS = itertools.cycle(emulator.ORDERS)
 
 
-@pytest.fixture
-def only(monkeypatch):
-    """Makes calls choose one config."""
-
-    def choose(precision, config):
-        monkeypatch.setitem(program.CONFIGS, precision, (config,))
-        program.best_config.cache_clear()
-
-    yield choose
-    program.best_config.cache_clear()
-
-
-def run(case, *, orders=("random", "starved"), seed=0, multiprocessors=2):
+def run(case, *, orders=("random", "starved"), seed=0, multiprocessors=2, config=None):
     """The output of a call in each order, which chooses other bits only where inexact sums are added atomically."""
-    return [
-        emulated_call.prepare(case, "sm_100f", multiprocessors=multiprocessors).run(order=order, seed=seed + i)
-        for i, order in enumerate(orders)
-    ]
+    calls = [emulated_call.prepare(case, "sm_100f", multiprocessors=multiprocessors, config=config) for _ in orders]
+    return [call.run(order=order, seed=seed + i) for i, (call, order) in enumerate(zip(calls, orders, strict=True))]
 
 
 @pytest.mark.parametrize(("precision", "config"), CONFIGS)
 @pytest.mark.parametrize("gated", [True, False])
-def test_every_config_on_an_exact_grid(only, precision, config, gated):
+def test_every_config_on_an_exact_grid(precision, config, gated):
     """Tiles that are full, ragged and of one row; K in whole and in partial blocks; more units than CTAs."""
-    only(precision, config)
     tile = config.token_tile
     case = make_exact_case(
         tile, tokens=tile + 9, hidden=336, intermediate=176, num_experts=3, top_k=2, gated=gated, precision=precision,
         combine="atomic" if gated else "ordered", out_dtype=jnp.float32,
     )  # fmt: skip
     expected = case.run()
-    for actual in run(case, orders=emulator.ORDERS if gated else ("random",), seed=tile):
+    for actual in run(case, orders=emulator.ORDERS if gated else ("random",), seed=tile, config=config):
         assert_bit_equal(actual, expected)
 
 
 @pytest.mark.parametrize(("precision", "config"), CONFIGS)
-def test_every_width_of_a_tile(only, precision, config):
+def test_every_width_of_a_tile(precision, config):
     """An expert of every number of rows around a multiple of 8, the others empty."""
-    only(precision, config)
     for tokens in sorted({1, 7, 8, 9, 16, 17, 31, 33, config.token_tile, config.token_tile + 1}):
         case = make_exact_case(
             tokens, tokens=tokens, hidden=64, intermediate=64, num_experts=2, top_k=1, precision=precision,
@@ -79,7 +63,7 @@ def test_every_width_of_a_tile(only, precision, config):
         )  # fmt: skip
         skewed = jax_moe.Routing(jnp.ones_like(case.routing.expert_ids), case.routing.weights)
         case = type(case)(case.x, case.experts, skewed, case.options)
-        (actual,) = run(case, orders=(next(ORDERS),), seed=tokens)
+        (actual,) = run(case, orders=(next(ORDERS),), seed=tokens, config=config)
         assert_bit_equal(actual, case.run())
 
 

@@ -1,6 +1,7 @@
 """Pairs of CTAs: what the emulator makes of ``cta_group::2`` and clusters, and kernels of sm_100f that have them."""
 
 import dataclasses
+import functools
 import importlib.util
 import shutil
 
@@ -139,16 +140,6 @@ NARROW = {  # that no call chooses, but whose tiles are soon full
 }
 
 
-@pytest.fixture
-def only(monkeypatch):
-    def choose(precision, config):
-        monkeypatch.setitem(program.CONFIGS, precision, (config,))
-        program.best_config.cache_clear()
-
-    yield choose
-    program.best_config.cache_clear()
-
-
 def exact_case(precision, tokens, hidden, intermediate, **options):
     return make_exact_case(
         tokens, tokens=tokens, precision=precision, hidden=hidden, intermediate=intermediate, num_experts=3, top_k=2,
@@ -159,14 +150,13 @@ def exact_case(precision, tokens, hidden, intermediate, **options):
 @needs_dsl
 @needs_compiler
 @pytest.mark.parametrize("precision", NARROW)
-def test_exact_calls(only, precision):
+def test_exact_calls(precision):
     """Weight blocks that leave half of the last pair idle, one tile and several, on one pair and on two."""
-    only(precision, NARROW[precision])
     for tokens, hidden, intermediate in ((9, 144, 96), (70, 320, 160)):
         case = exact_case(precision, tokens, hidden, intermediate)
         expected = case.run()
         for seed, order in enumerate(ORDERS):
-            call = emulated_call.prepare(case, "sm_100f", multiprocessors=2 + 2 * (seed % 2))
+            call = emulated_call.prepare(case, "sm_100f", multiprocessors=2 + 2 * (seed % 2), config=NARROW[precision])
             assert_bit_equal(call.run(order=order, seed=seed), expected)
 
 
@@ -182,16 +172,16 @@ MUTANTS = {
 @needs_dsl
 @needs_compiler
 @pytest.mark.parametrize("launch", ["gemm1", "gemm2"])
-def test_mutants(only, launch):
-    only("w4a4", NARROW["w4a4"])
+def test_mutants(launch):
     case = exact_case("w4a4", 5, 320, 640)
     expected = case.run()
-    spec = next(each.spec for each in emulated_call.prepare(case, "sm_100f").program.launches if each.name == launch)
+    prepare = functools.partial(emulated_call.prepare, case, "sm_100f", multiprocessors=2, config=NARROW["w4a4"])
+    spec = next(each.spec for each in prepare().program.launches if each.name == launch)
     text, _ = emulated_call.ptx(spec, "sm_100f")
 
     def passes(kernel):
         for seed, order in enumerate(ORDERS):
-            call = emulated_call.prepare(case, "sm_100f", multiprocessors=2)
+            call = prepare()
             given = {launch: kernel}
             try:
                 assert_bit_equal(call.run(kernels=given, order=order, seed=seed, most_instructions=3_000_000), expected)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol
 
 MAX_EXPERTS = 512
 """Local experts that the sort has room for: a counter for each in each warp's part of shared memory."""
@@ -51,6 +51,57 @@ class Spec(Protocol):
     def tensor_core_ptx(self) -> str | None:
         """The PTX instruction that multiplies matrices; None: the kernel has none."""
         ...
+
+
+class _Gemm:
+    """How both GEMMs of a call are launched on any target; ``config`` says how a CTA is put together."""
+
+    config: Any
+    overlap = True
+
+    @property
+    def threads(self) -> int:
+        return self.config.threads
+
+
+@dataclasses.dataclass(frozen=True)
+class Gemm1Spec(_Gemm):
+    """x rows, gathered by route -> intermediate: what a target's own spec is derived from.
+
+    ``activation`` is its kind, with its parameters behind it.
+    """
+
+    config: Any
+    precision: str
+    activation: str
+    gated: bool
+    alpha: float
+    beta: float
+    limit: float
+    has_bias: bool
+
+    @property
+    def name(self) -> str:
+        numbers = "_".join(float(v).hex().replace(".", "p").replace("-", "m").replace("+", "")
+                           for v in (self.alpha, self.beta, self.limit))  # fmt: skip
+        bias = "_bias" if self.has_bias else ""
+        return f"jax_moe_gemm1_{self.config.name}_{self.precision}_{self.activation}_{numbers}{bias}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Gemm2Spec(_Gemm):
+    """Intermediate -> out (atomic) or contributions (ordered): what a target's own spec is derived from."""
+
+    config: Any
+    precision: str
+    combine: str
+    out_dtype: str
+    has_bias: bool
+
+    @property
+    def name(self) -> str:
+        bias = "_bias" if self.has_bias else ""
+        return f"jax_moe_gemm2_{self.config.name}_{self.precision}_{self.combine}_{self.out_dtype}{bias}"
 
 
 TILE_MAP = {"expert_tiles": "i32*", "tile_expert": "i32*", "row_route": "i32*", "row_weight": "f32*"}

@@ -1,8 +1,11 @@
 """The steps of a call that every target shares: their kernels, and the workspaces that they write (``README.md``)."""
 
+from typing import Any, TypeVar
+
 import jax
 import jax.numpy as jnp
 
+from jax_moe import activations
 from jax_moe.kernels import specs, tiling
 from jax_moe.kernels.device.constants import WORK_COUNTERS
 from jax_moe.kernels.target import Launch
@@ -84,6 +87,49 @@ def x_codes(p: Problem, block_k: int) -> tuple[Launch, Workspaces]:
         "x_codes": jax.ShapeDtypeStruct((rows, width // 2), jnp.uint8),
         "x_scales": jax.ShapeDtypeStruct((rows, width // 16), jnp.uint8),
     }
+
+
+_Gemm1 = TypeVar("_Gemm1", bound=specs.Gemm1Spec)
+_Gemm2 = TypeVar("_Gemm2", bound=specs.Gemm2Spec)
+
+
+def gemms(p: Problem, config: Any, gemm1: type[_Gemm1], gemm2: type[_Gemm2]) -> tuple[_Gemm1, _Gemm2]:
+    """The specs of both GEMMs. They have one config: GEMM1 leaves ``h`` rows beyond a tile's width unwritten, and GEMM2
+    does not multiply them.
+    """
+    alpha, beta, limit = activations.parameters(p.activation)
+    out_dtype = str(p.out_dtype) if p.combine == "atomic" else "float32"
+    return (
+        gemm1(config, p.precision, p.activation.kind, p.activation.gated, alpha, beta, limit, p.has_gate_up_bias),
+        gemm2(config, p.precision, p.combine, out_dtype, p.has_down_bias),
+    )
+
+
+def gemm1_arguments(p: Problem) -> dict[str, str | int | None]:
+    """What every target's GEMM1 takes; x and the numbers of its blocks are the target's."""
+    quantised = p.precision == "w4a4"
+    return {
+        **same("row_route", "tile_expert", "expert_tiles", "h"),
+        "payload": "gate_up.payload", "global_scale": "gate_up.global_scale",
+        "input_scale": "gate_up.input_scale" if quantised else None,
+        "bias": "gate_up.bias" if p.has_gate_up_bias else None,
+        "down_input_scale": "down.input_scale" if quantised else None,
+        "row_divisor": 1 if p.weight_on == "input" else p.top_k,
+        "hidden_size": p.hidden_size, "local_experts": p.local_experts,
+    }  # fmt: skip
+
+
+def gemm2_arguments(p: Problem) -> dict[str, str | int | None]:
+    """What every target's GEMM2 takes; the numbers of its blocks are the target's."""
+    is_ordered = p.combine == "ordered"
+    return {
+        **same("h", *TILE_MAP), "payload": "down.payload", "global_scale": "down.global_scale",
+        "input_scale": "down.input_scale" if p.precision == "w4a4" else None,
+        "bias": "down.bias" if p.has_down_bias else None,
+        "out": "contributions" if is_ordered else "out",
+        "row_divisor": 1 if is_ordered else p.top_k,
+        "hidden_size": p.hidden_size, "local_experts": p.local_experts,
+    }  # fmt: skip
 
 
 def combine(p: Problem) -> tuple[Launch, Workspaces]:

@@ -9,8 +9,6 @@ from jax_moe.kernels.device import bf16_weights
 from jax_moe.kernels.sm100.device import weight_block
 from jax_moe.layouts import bf16_blocks, blocks
 
-_STEPS = weight_block.BLOCK_K // weight_block.STEP_K
-
 
 def _row_order(gated: bool) -> np.ndarray:
     """Row of a block (gate before up) in each lane of tensor memory."""
@@ -42,14 +40,14 @@ class Tcgen05Fp4(blocks.Blocks):
         lead = codes.shape[:2]
         rows = _swizzle(nvfp4.pack(codes))
         # Row 32*r + lane is word r of the lane's 16 bytes.
-        atoms = scales.reshape(*lead, 4, 32, _STEPS, 4).transpose(0, 1, 4, 3, 2, 5)
+        atoms = scales.reshape(*lead, 4, 32, weight_block.STEPS, 4).transpose(0, 1, 4, 3, 2, 5)
         return jnp.concatenate([rows.reshape(*lead, -1), atoms.reshape(*lead, -1)], axis=-1)
 
     def decode(self, payload: jax.Array) -> tuple[jax.Array, jax.Array]:
         lead = payload.shape[:2]
         rows, atoms = jnp.split(payload, [weight_block.CODE_BYTES], axis=-1)
         codes = nvfp4.unpack(_swizzle(rows.reshape(*lead, blocks.BLOCK_ROWS, -1)))
-        scales = atoms.reshape(*lead, _STEPS, 32, 4, 4).transpose(0, 1, 4, 3, 2, 5)
+        scales = atoms.reshape(*lead, weight_block.STEPS, 32, 4, 4).transpose(0, 1, 4, 3, 2, 5)
         return codes, scales.reshape(*lead, blocks.BLOCK_ROWS, -1)
 
 

@@ -76,19 +76,14 @@ def _loaded_bytes(precision: Precision, width: int, pair: bool) -> int:
     return weight_block.BLOCK_BYTES + rows * BLOCK_K * 2
 
 
-def _granule(p: Problem, config: Config, num_experts: int) -> int:
+def _granule(p: Problem, config: Config) -> int:
     """Of balanced tiles, so that units of work are alike, where experts are likely to have several; 0: of full ones."""
-    return config.granule if p.num_routes > num_experts * config.token_tile else 0
+    return config.granule if p.num_routes > (p.num_experts or p.local_experts) * config.token_tile else 0
 
 
 def gemms(p: Problem, config: Config) -> tuple[Gemm1Spec, Gemm2Spec]:
-    """Both GEMMs of a call have one config: GEMM2 reads the tiles that GEMM1 writes."""
-    alpha, beta, limit = activations.parameters(p.activation)
-    out_dtype = str(p.out_dtype) if p.combine == "atomic" else "float32"
-    return (
-        Gemm1Spec(config, p.precision, p.activation.kind, p.activation.gated, alpha, beta, limit, p.has_gate_up_bias),
-        Gemm2Spec(config, p.precision, p.combine, out_dtype, p.has_down_bias),
-    )
+    """Both GEMMs of a call (``steps.gemms``)."""
+    return steps.gemms(p, config, Gemm1Spec, Gemm2Spec)
 
 
 def build(p: Problem, card: Card) -> Program:
@@ -99,7 +94,15 @@ def build(p: Problem, card: Card) -> Program:
     """
     # Without tokens nothing is launched, and any config will do.
     num_experts = p.num_experts or p.local_experts
-    config = best_config(card, p.precision, max(1, p.num_tokens), p.top_k, num_experts)
+    return with_config(p, card, best_config(card, p.precision, max(1, p.num_tokens), p.top_k, num_experts))
+
+
+def with_config(p: Problem, card: Card, config: Config) -> Program:
+    """The program of a call with this config, whatever :func:`build` would choose.
+
+    Raises:
+      ValueError: a size is beyond what the kernels take.
+    """
     gemm1, gemm2 = gemms(p, config)
     is_ordered, quantised = p.combine == "ordered", p.precision == "w4a4"
 
@@ -112,7 +115,7 @@ def build(p: Problem, card: Card) -> Program:
     padded_intermediate = gate_up_rows * BLOCK_ROWS // parts
     h_blocks = _blocks(padded_intermediate, block_k)
 
-    sort, workspaces = steps.sort(p, config.token_tile, _granule(p, config, num_experts))
+    sort, workspaces = steps.sort(p, config.token_tile, _granule(p, config))
     tiles = workspaces["tile_expert"].size
     before, after = [sort], []
     rows = {"x": "x", "x_scales": None}
@@ -137,24 +140,13 @@ def build(p: Problem, card: Card) -> Program:
         workspaces |= more
 
     grid = _blocks(card.multiprocessors * config.ctas_per_sm, gemm1.cluster) * gemm1.cluster  # persistent
-    sizes = {"hidden_size": p.hidden_size, "local_experts": p.local_experts, "h_blocks": h_blocks}
     launch1 = Launch("gemm1", gemm1, grid, {
-        **steps.same("row_route", "tile_expert", "expert_tiles", "h"), **sizes, **rows,
-        "payload": "gate_up.payload", "global_scale": "gate_up.global_scale",
-        "input_scale": "gate_up.input_scale" if quantised else None,
-        "bias": "gate_up.bias" if p.has_gate_up_bias else None,
-        "down_input_scale": "down.input_scale" if quantised else None,
-        "row_divisor": 1 if p.weight_on == "input" else p.top_k,
-        "m_blocks": gate_up_rows, "k_steps": _blocks(p.hidden_size, STEP_K),
+        **steps.gemm1_arguments(p), **rows,
+        "m_blocks": gate_up_rows, "k_steps": _blocks(p.hidden_size, STEP_K), "h_blocks": h_blocks,
     })  # fmt: skip
     launch2 = Launch("gemm2", gemm2, grid, {
-        **steps.same("h", *steps.TILE_MAP), **sizes,
-        "payload": "down.payload", "global_scale": "down.global_scale",
-        "input_scale": "down.input_scale" if quantised else None,
-        "bias": "down.bias" if p.has_down_bias else None,
-        "out": "contributions" if is_ordered else "out",
-        "row_divisor": 1 if is_ordered else p.top_k,
-        "m_blocks": down_rows, "k_steps": _blocks(p.intermediate_size, STEP_K),
+        **steps.gemm2_arguments(p),
+        "m_blocks": down_rows, "k_steps": _blocks(p.intermediate_size, STEP_K), "h_blocks": h_blocks,
     })  # fmt: skip
 
     blocks = p.local_experts * block_bytes

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from jax_moe.kernels import specs
 from jax_moe.kernels.sm100.device import weight_block
 from jax_moe.problem import Precision
 
@@ -79,38 +80,18 @@ def with_most_stages(
     return dataclasses.replace(config, stages=(available - config.shared_bytes) // (config.stage_bytes + 24))
 
 
-class _Gemm:
-    """How both GEMMs are launched."""
-
+class _Tcgen05:
     config: Config
-    precision: Precision
-    overlap = True
+    tensor_core_ptx = "tcgen05.mma"
 
     @property
     def cluster(self) -> int:
         return 1 + self.config.pair
 
-    @property
-    def threads(self) -> int:
-        return self.config.threads
-
-    @property
-    def tensor_core_ptx(self) -> str:
-        return "tcgen05.mma"
-
 
 @dataclasses.dataclass(frozen=True)
-class Gemm1Spec(_Gemm):
-    """x rows, gathered by route -> intermediate. ``activation`` is its kind, with its parameters behind it."""
-
-    config: Config
-    precision: Precision
-    activation: str
-    gated: bool
-    alpha: float
-    beta: float
-    limit: float
-    has_bias: bool
+class Gemm1Spec(_Tcgen05, specs.Gemm1Spec):
+    """GEMM1 of this target."""
 
     implementation = "jax_moe.kernels.sm100.device.gemm1:Gemm1"
 
@@ -124,23 +105,10 @@ class Gemm1Spec(_Gemm):
             "m_blocks": "i32", "k_steps": "i32", "h_blocks": "i32",
         }  # fmt: skip
 
-    @property
-    def name(self) -> str:
-        numbers = "_".join(float(v).hex().replace(".", "p").replace("-", "m").replace("+", "")
-                           for v in (self.alpha, self.beta, self.limit))  # fmt: skip
-        bias = "_bias" if self.has_bias else ""
-        return f"jax_moe_gemm1_{self.config.name}_{self.precision}_{self.activation}_{numbers}{bias}"
-
 
 @dataclasses.dataclass(frozen=True)
-class Gemm2Spec(_Gemm):
-    """Intermediate -> out (atomic) or contributions (ordered)."""
-
-    config: Config
-    precision: Precision
-    combine: str
-    out_dtype: str
-    has_bias: bool
+class Gemm2Spec(_Tcgen05, specs.Gemm2Spec):
+    """GEMM2 of this target."""
 
     implementation = "jax_moe.kernels.sm100.device.gemm2:Gemm2"
 
@@ -154,8 +122,3 @@ class Gemm2Spec(_Gemm):
             "hidden_size": "i32", "row_divisor": "i32", "local_experts": "i32", "m_blocks": "i32", "k_steps": "i32",
             "h_blocks": "i32",
         }  # fmt: skip
-
-    @property
-    def name(self) -> str:
-        bias = "_bias" if self.has_bias else ""
-        return f"jax_moe_gemm2_{self.config.name}_{self.precision}_{self.combine}_{self.out_dtype}{bias}"

@@ -47,15 +47,8 @@ def _cost(costs: Costs, rows: int, config: Config) -> float:
 
 
 def gemms(p: Problem, config: Config) -> tuple[Gemm1Spec, Gemm2Spec]:
-    """Both GEMMs of a call have one config: GEMM1 leaves ``h`` rows beyond a tile's width unwritten, GEMM2 does not
-    multiply them.
-    """
-    alpha, beta, limit = activations.parameters(p.activation)
-    out_dtype = str(p.out_dtype) if p.combine == "atomic" else "float32"
-    return (
-        Gemm1Spec(config, p.precision, p.activation.kind, p.activation.gated, alpha, beta, limit, p.has_gate_up_bias),
-        Gemm2Spec(config, p.precision, p.combine, out_dtype, p.has_down_bias),
-    )
+    """Both GEMMs of a call (``steps.gemms``)."""
+    return steps.gemms(p, config, Gemm1Spec, Gemm2Spec)
 
 
 def build(p: Problem, card: Card) -> Program:
@@ -92,25 +85,12 @@ def build(p: Problem, card: Card) -> Program:
         workspaces |= more
 
     grid = card.multiprocessors * config.ctas_per_sm  # persistent
-    sizes = {"hidden_size": p.hidden_size, "local_experts": p.local_experts}
     launch1 = Launch("gemm1", gemm1, grid, {
-        **steps.same("row_route", "tile_expert", "expert_tiles", "h"), **sizes,
-        "x": "x_rows" if has_x_rows else "x",
-        "payload": "gate_up.payload", "global_scale": "gate_up.global_scale",
-        "input_scale": "gate_up.input_scale" if quantised else None,
-        "bias": "gate_up.bias" if p.has_gate_up_bias else None,
-        "down_input_scale": "down.input_scale" if quantised else None,
-        "row_divisor": 1 if p.weight_on == "input" else p.top_k,
+        **steps.gemm1_arguments(p), "x": "x_rows" if has_x_rows else "x",
         "m_blocks": gate_up_rows, "k_blocks": gate_up_columns,
     })  # fmt: skip
     launch2 = Launch("gemm2", gemm2, grid, {
-        **steps.same("h", *steps.TILE_MAP), **sizes,
-        "payload": "down.payload", "global_scale": "down.global_scale",
-        "input_scale": "down.input_scale" if quantised else None,
-        "bias": "down.bias" if p.has_down_bias else None,
-        "out": "contributions" if is_ordered else "out",
-        "row_divisor": 1 if is_ordered else p.top_k,
-        "m_blocks": down_rows, "k_blocks": down_columns, "h_blocks": h_blocks,
+        **steps.gemm2_arguments(p), "m_blocks": down_rows, "k_blocks": down_columns, "h_blocks": h_blocks,
     })  # fmt: skip
 
     blocks = p.local_experts * weight_block.BLOCK_BYTES

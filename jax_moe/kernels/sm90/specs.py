@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from jax_moe.kernels import specs
 from jax_moe.kernels.sm90.device import weight_block
 
 SHARED_MEMORY = 232_448
@@ -82,31 +83,14 @@ def with_most_stages(
     return dataclasses.replace(config, stages=min(limit, (available - config.shared_bytes) // per_stage))
 
 
-class _Gemm:
-    """How both GEMMs are launched."""
-
-    config: Config
+class _Wgmma:
     cluster = 1
-    overlap = True
     tensor_core_ptx = "wgmma.mma_async"
-
-    @property
-    def threads(self) -> int:
-        return self.config.threads
 
 
 @dataclasses.dataclass(frozen=True)
-class Gemm1Spec(_Gemm):
-    """x rows, gathered by route -> intermediate. ``activation`` is its kind, with its parameters behind it."""
-
-    config: Config
-    precision: str
-    activation: str
-    gated: bool
-    alpha: float
-    beta: float
-    limit: float
-    has_bias: bool
+class Gemm1Spec(_Wgmma, specs.Gemm1Spec):
+    """GEMM1 of this target."""
 
     implementation = "jax_moe.kernels.sm90.device.gemm1:Gemm1"
 
@@ -118,23 +102,10 @@ class Gemm1Spec(_Gemm):
             "hidden_size": "i32", "row_divisor": "i32", "local_experts": "i32", "m_blocks": "i32", "k_blocks": "i32",
         }  # fmt: skip
 
-    @property
-    def name(self) -> str:
-        numbers = "_".join(float(v).hex().replace(".", "p").replace("-", "m").replace("+", "")
-                           for v in (self.alpha, self.beta, self.limit))  # fmt: skip
-        bias = "_bias" if self.has_bias else ""
-        return f"jax_moe_gemm1_{self.config.name}_{self.precision}_{self.activation}_{numbers}{bias}"
-
 
 @dataclasses.dataclass(frozen=True)
-class Gemm2Spec(_Gemm):
-    """Intermediate -> out (atomic) or contributions (ordered)."""
-
-    config: Config
-    precision: str
-    combine: str
-    out_dtype: str
-    has_bias: bool
+class Gemm2Spec(_Wgmma, specs.Gemm2Spec):
+    """GEMM2 of this target."""
 
     implementation = "jax_moe.kernels.sm90.device.gemm2:Gemm2"
 
@@ -147,8 +118,3 @@ class Gemm2Spec(_Gemm):
             "hidden_size": "i32", "row_divisor": "i32", "local_experts": "i32", "m_blocks": "i32", "k_blocks": "i32",
             "h_blocks": "i32",
         }  # fmt: skip
-
-    @property
-    def name(self) -> str:
-        bias = "_bias" if self.has_bias else ""
-        return f"jax_moe_gemm2_{self.config.name}_{self.precision}_{self.combine}_{self.out_dtype}{bias}"

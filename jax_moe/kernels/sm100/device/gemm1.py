@@ -7,7 +7,15 @@ import cutlass.cute as cute
 from jax_moe.kernels.device import epilogue, outputs, ptx
 from jax_moe.kernels.sm100.device import mainloop, weight_block
 from jax_moe.kernels.sm100.device.mainloop import GATHER_WARPS
-from jax_moe.kernels.sm100.device.weight_block import ATOM_BYTES, BLOCK_K, ROW_BYTES, SCALE_BYTES, STEP_K, swizzled
+from jax_moe.kernels.sm100.device.weight_block import (
+    ATOM_BYTES,
+    BLOCK_K,
+    ROW_BYTES,
+    SCALE_BYTES,
+    STEP_K,
+    STEPS,
+    swizzled,
+)
 
 _CHUNKS = 8  # threads that copy a token row of 128 bytes, 16 bytes each
 _PASS_ROWS = GATHER_WARPS * 32 // _CHUNKS
@@ -75,7 +83,7 @@ class Gemm1(mainloop.Gemm):
                         self._gather(op, shared, slot, k_block, chosen, some, first_row, chunk)
                 if cutlass.const_expr(self.is_fp4):
                     for some in cutlass.range_constexpr(0, passes, _PASSES):
-                        if some * _PASS_ROWS < width and chunk < BLOCK_K // STEP_K:
+                        if some * _PASS_ROWS < width and chunk < STEPS:
                             chosen = [words[i] for i in range(some, min(some + _PASSES, passes))]
                             self._gather_scales(op, shared, slot, k_block, chosen, some, first_row, chunk)
                 cute.arch.cp_async_commit_group()
@@ -168,17 +176,16 @@ class Gemm1(mainloop.Gemm):
                     self._store_bf16(op, made, unit, row, some_values)
 
     def _store_bf16(self, op, made, unit, row, values):
-        tile = Int64(op.h.toint()) + (Int64(unit.token_tile) * op.h_blocks + made.block) * (self.n * ROW_BYTES)
+        tile = Int64(op.h.toint()) + (Int64(unit.token_tile) * op.h_blocks + made.block) * (self.tile_bytes)
         byte = made.value % STEP_K * 2
         words = [ptx.pack_bf16x2(values[2 * i], values[2 * i + 1]) for i in range(len(values) // 2)]
         ptx.store_global(tile + Int64(swizzled(row, byte // 16) + byte % 16), words)
 
     def _store_fp4(self, op, made, unit, rows, values, lane, group, lanes):
         """Codes and scales of some tokens, as GEMM2's stages have them."""
-        steps = BLOCK_K // STEP_K
-        tile = Int64(unit.token_tile) * op.h_blocks + made.block // steps
-        tile = Int64(op.h.toint()) + tile * (self.n * ROW_BYTES + self.token_scale_bytes)
-        step, value = made.block % steps, made.value % STEP_K
+        tile = Int64(unit.token_tile) * op.h_blocks + made.block // STEPS
+        tile = Int64(op.h.toint()) + tile * (self.tile_bytes + self.token_scale_bytes)
+        step, value = made.block % STEPS, made.value % STEP_K
         codes, scale = epilogue.quantise_blocks(values, made.next_scale, lane, lanes, 4)
         byte = step * (STEP_K // 2) + value // 2
         for row, code in zip(rows, codes, strict=True):
@@ -188,7 +195,7 @@ class Gemm1(mainloop.Gemm):
         mine = lane // share
         row = rows[0] + 8 * (mine // 2) + mine % 2
         atom = weight_block.ATOM_BYTES * step + weight_block.atom_word(row % 128) + row // 128 * SCALE_BYTES
-        self._store_scale(tile + Int64(self.n * ROW_BYTES + atom + value // 16), scale, lane, share)
+        self._store_scale(tile + Int64(self.tile_bytes + atom + value // 16), scale, lane, share)
 
     @cute.jit
     def _store_scale(self, address, scale, lane, share: cutlass.Constexpr):

@@ -32,8 +32,7 @@ class Gemm2(mainloop.Gemm):
     @cute.jit
     def _copy_tokens(self, op, shared, slot, unit, k_block):
         full = Int32((shared.barriers + self.full + slot).toint())
-        rows = self.n * ROW_BYTES
-        bytes_per_block = rows + self.token_scale_bytes
+        bytes_per_block = self.tile_bytes + self.token_scale_bytes
         source = Int64(op.h.toint()) + (Int64(unit.token_tile) * op.h_blocks + k_block) * bytes_per_block
         num_bytes = unit.width // self.group * ROW_BYTES
         first = Int64(shared.rank) * num_bytes
@@ -42,7 +41,7 @@ class Gemm2(mainloop.Gemm):
             ptx.bulk_copy(place, source + first, num_bytes, full)
             if cutlass.const_expr(self.is_fp4):  # a stage is one block
                 scales = shared.token_scales + slot * self.token_scale_bytes
-                ptx.bulk_copy(scales, source + rows, self.token_scale_bytes, full)
+                ptx.bulk_copy(scales, source + self.tile_bytes, self.token_scale_bytes, full)
             place, source = place + self.token_bytes, source + bytes_per_block
 
     # -- epilogue -------------------------------------------------------------------------------------------------

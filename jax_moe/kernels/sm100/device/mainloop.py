@@ -53,7 +53,7 @@ import cutlass.cute as cute
 from jax_moe.kernels.device import bf16_weights, dequantise, entry, ptx, schedule
 from jax_moe.kernels.device.entry import array, named
 from jax_moe.kernels.sm100.device import tcgen05, weight_block
-from jax_moe.kernels.sm100.device.weight_block import ROW_BYTES, STEP_K
+from jax_moe.kernels.sm100.device.weight_block import ROW_BYTES, STEP_K, STEPS
 
 WARPGROUP = 128
 EPILOGUE_WARPS = 4
@@ -62,7 +62,6 @@ GATHER_WARPS = 2
 ROWS = 1  # named barrier of the epilogue; 0 is sync_threads
 _UNITS = 8  # places of the ring
 _NO_UNIT = -1
-_BLOCK_STEPS = weight_block.BLOCK_K // STEP_K
 _A_COLUMNS = STEP_K // 2  # of tensor memory: a dequantised block
 
 
@@ -80,7 +79,8 @@ class Gemm(entry.Kernel):
         self.unscale = 1.0 if self.is_fp4 else 2.0**-bf16_weights.WEIGHT_LOG2
         self.block_bytes = weight_block.BLOCK_BYTES if self.is_fp4 else weight_block.BF16_BLOCK_BYTES
         self.atoms = (self.n + 127) // 128  # of the scales of a step's tokens
-        self.token_bytes = self.n // self.group * ROW_BYTES  # of one block in this CTA, without scales
+        self.tile_bytes = self.n * ROW_BYTES  # of one block of a tile, as h has it, without scales
+        self.token_bytes = self.tile_bytes // self.group  # of these in this CTA
         self.token_scale_bytes = self.atoms * weight_block.SCALE_BYTES if self.is_fp4 else 0
         # Barriers, in this order.
         self.full, self.empty = 0, self.stages
@@ -93,7 +93,7 @@ class Gemm(entry.Kernel):
         self.peer = self.weights_empty + 2
         self.num_barriers = self.peer + (self.stages if config.pair else 0)
         # Columns of tensor memory.
-        self.scale_columns = _BLOCK_STEPS * 4 * (1 + self.atoms)  # of one stage: those of weights, then of tokens
+        self.scale_columns = STEPS * 4 * (1 + self.atoms)  # of one stage: those of weights, then of tokens
         self.a_column = 2 * self.n
         other = 2 * self.scale_columns if self.is_fp4 else 2 * _A_COLUMNS
         self.columns = tcgen05.allocation(2 * self.n + other)
@@ -186,7 +186,7 @@ class Gemm(entry.Kernel):
     def _operands(self, given):
         """``given``, with what is indexed by element as arrays, and with the number of weight blocks along K."""
         values = {name: array(value) if name in self.arrays else value for name, value in given._asdict().items()}
-        steps = _BLOCK_STEPS if self.is_fp4 else 1
+        steps = STEPS if self.is_fp4 else 1
         k_blocks = (given.k_steps + steps - 1) // steps
         return named(**values, k_blocks=k_blocks, m_tiles=(given.m_blocks + self.group - 1) // self.group)
 
@@ -514,11 +514,11 @@ class Gemm(entry.Kernel):
         a_scales = a + weight_block.CODE_BYTES
         b_scales = shared.token_scales + slot * self.token_scale_bytes
         a_columns = base + self.a_column + half * self.scale_columns
-        b_columns = a_columns + 4 * _BLOCK_STEPS
-        steps = min(op.k_steps - k_block * _BLOCK_STEPS, _BLOCK_STEPS)
+        b_columns = a_columns + 4 * STEPS
+        steps = min(op.k_steps - k_block * STEPS, STEPS)
         a, b = tcgen05.operand_descriptor(a), tcgen05.operand_descriptor(b)
         a_scales, b_scales = tcgen05.scale_descriptor(a_scales), tcgen05.scale_descriptor(b_scales)
-        for step in cutlass.range_constexpr(_BLOCK_STEPS):
+        for step in cutlass.range_constexpr(STEPS):
             if step < steps:
                 atom = step * weight_block.ATOM_BYTES
                 tcgen05.copy_scales(self.group, a_columns + 4 * step, tcgen05.moved(a_scales, atom))
@@ -526,7 +526,7 @@ class Gemm(entry.Kernel):
                     columns = b_columns + 4 * (step * self.atoms + i)
                     source = tcgen05.moved(b_scales, i * weight_block.SCALE_BYTES + atom)
                     tcgen05.copy_scales(self.group, columns, source)
-        for step in cutlass.range_constexpr(_BLOCK_STEPS):
+        for step in cutlass.range_constexpr(STEPS):
             if step < steps:
                 operands = [tcgen05.moved(descriptor, step * STEP_K // 2) for descriptor in (a, b)]
                 scales = a_columns + 4 * step, b_columns + 4 * step * self.atoms

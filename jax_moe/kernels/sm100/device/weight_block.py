@@ -26,12 +26,13 @@ from jax_moe.kernels.device.bf16_weights import BLOCK_ROWS
 BLOCK_K = 256
 STEP_K = 64
 """Values of one product and of one scale atom."""
+STEPS = BLOCK_K // STEP_K
 
 CHUNK_BYTES = 16
 ROW_BYTES = BLOCK_K // 2
 CODE_BYTES = BLOCK_ROWS * ROW_BYTES
 ATOM_BYTES = BLOCK_ROWS * STEP_K // 16
-SCALE_BYTES = BLOCK_K // STEP_K * ATOM_BYTES
+SCALE_BYTES = STEPS * ATOM_BYTES
 BLOCK_BYTES = CODE_BYTES + SCALE_BYTES
 
 BF16_BLOCK_K = bf16_weights.BLOCK_K
