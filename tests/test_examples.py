@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import cuda_call
 import helpers
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 import jax_moe
+from jax_moe import ffi
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 
@@ -139,6 +141,24 @@ def test_weights_that_move_are_seen(sharded_inference, placed):
     spoken = sharded_inference.collectives(hlo)
     assert spoken
     assert bool(sharded_inference.of_weights(spoken)) == (placed != "as they should be")
+
+
+def test_its_kernels_can_be_compiled_without_a_gpu(sharded_inference, monkeypatch):
+    """What ``--compile-for`` does, on a smaller model and without the compiler."""
+    asked = cuda_call.stand_in_compiler(monkeypatch)
+    config = sharded_inference.Config(layers=2, hidden=64, heads=2, experts=4, intermediate=32)
+    params = sharded_inference.init(jax.random.key(0), config)
+    tokens = np.arange(8 * 256).reshape(8, 256) % 256
+    params = sharded_inference.quantize(params, tokens[:, :8], config)
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(1, 2, 2), sharded_inference.AXES)
+    placed = sharded_inference.place(params, mesh, "sm_90a")
+    part = placed["layers"]["experts"].down.payload.addressable_shards[0].data
+    assert part.shape[:2] == (2, 2)  # of both layers two experts of four
+    moe, tokens = sharded_inference.sharded_moe(mesh), sharded_inference.spread(tokens, mesh)
+    for name, program in sharded_inference.programs(placed, tokens, mesh, moe, config).items():
+        asked.clear()
+        assert program.lower(lowering_platforms=("cuda",)).as_text().count(f"@{ffi.TARGET}(") == 1, name
+        assert len(asked) >= 3, name  # at least a sort and two GEMMs
 
 
 def test_where_texts_part(sharded_inference):
