@@ -144,11 +144,12 @@ class MoE(nnx.Module):
         if experts.layout == CANONICAL or target is not None:
             experts = prepare(experts, target, options.get("precision", "w4a16"), progress=progress)
         if mesh is not None:
-            router = jax.device_put(router, NamedSharding(mesh, PartitionSpec()))
+            everywhere = NamedSharding(mesh, PartitionSpec())
+            router = jax.tree.map(lambda array: placement.put(array, everywhere), router)
         if mesh is not None and shared_expert is not None:
             specs = _shared_specs(shared_expert, mesh, tensor_axis)
             shared_expert = jax.tree.map(
-                lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec)), shared_expert, specs
+                lambda array, spec: placement.put(array, NamedSharding(mesh, spec)), shared_expert, specs
             )
         options = checkpoints.moe_options(directory, layer) | options
         return cls(experts, router, shared_expert, mesh=mesh, **axes, **options)
