@@ -131,7 +131,14 @@ inline ffi::Error DecodeOptions(const Attributes& attributes, Options* options) 
                                                &options->activation));
   JAX_MOE_TRY(attributes.Get("alpha", &options->alpha));
   JAX_MOE_TRY(attributes.Get("beta", &options->beta));
-  return attributes.Get("limit", &options->limit);
+  JAX_MOE_TRY(attributes.Get("limit", &options->limit));
+  options->x_is_rounded = false;
+  if (!attributes.dictionary.contains("x_is_rounded")) return ffi::Error::Success();
+  JAX_MOE_TRY(attributes.Get("x_is_rounded", &options->x_is_rounded));
+  // What is weighted on the way in is rounded only then.
+  if (!options->x_is_rounded) return ffi::Error::Success();
+  if (options->precision == Precision::kW4A4 && options->weight_on == WeightOn::kOutput) return ffi::Error::Success();
+  return attributes.Refuse("x_is_rounded", "got true, which needs precision = 'w4a4' and weight_on = 'output'");
 }
 
 // Everything but the payloads and block scales, whose layout is the platform's. `intermediate_size` is the caller's

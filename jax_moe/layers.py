@@ -167,8 +167,10 @@ class SharedExpert:
         parts = jnp.einsum(
             "...h,pih->p...i", x.astype(self.gate_up.dtype), self.gate_up, preferred_element_type=jnp.float32
         )
-        biases = [None] * num_parts if self.gate_up_bias is None else self.gate_up_bias
-        h = activation(*map(_add, parts, biases)).astype(self.down.dtype)
+        bias = self.gate_up_bias
+        # Indexed: JAX iterates over no array that is spread over several processes.
+        each = [_add(parts[part], None if bias is None else bias[part]) for part in range(num_parts)]
+        h = activation(*each).astype(self.down.dtype)
         y = jnp.einsum("...i,hi->...h", h, self.down, preferred_element_type=jnp.float32, out_sharding=out_sharding)
         y = _add(y, self.down_bias)
         return y if scale is None else y * scale

@@ -11,6 +11,7 @@ import jax.core
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
 
 from jax_moe import arguments, eager, layouts
 from jax_moe.experts import Experts, Projection
@@ -32,6 +33,15 @@ def expert_shardings(
     """
     specs = partition_specs(experts, mesh, expert_axis=expert_axis, tensor_axis=tensor_axis)
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
+
+def put(array: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """What every process has whole, placed: each takes its part of it.
+
+    With several processes ``jax.device_put`` would gather the arrays of all of them on each device, to compare them.
+    """
+    host = np.asarray(array)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index], dtype=host.dtype)
 
 
 def partition_specs(

@@ -39,6 +39,7 @@ class Problem(Options):
       intermediate_size: the local I, padding of a prepared layout included.
       layout: of the experts.
       absent: the optional operands that are not given (``operands.py``).
+      x_is_rounded: x has gone through what w4a4 does to it: it is code * block scale, without the global scale.
     """
 
     num_tokens: int
@@ -49,6 +50,7 @@ class Problem(Options):
     intermediate_size: int
     layout: str
     absent: tuple[str, ...]
+    x_is_rounded: bool = False
 
     @property
     def num_routes(self) -> int:
@@ -71,7 +73,9 @@ class Problem(Options):
     def attributes(self) -> dict[str, object]:
         """The custom call's attributes, as the handlers' ``ffi/decode.h`` decodes them."""
         alpha, beta, limit = activations.parameters(self.activation)
-        return {
+        # Only where it is true: the others are what every call has had since version 2 of the target.
+        rounded: dict[str, object] = {"x_is_rounded": np.bool_(True)} if self.x_is_rounded else {}
+        return rounded | {
             "precision": self.precision,
             "combine": self.combine,
             "weight_on": self.weight_on,

@@ -49,7 +49,7 @@ class ConvertedLayer:
             def row(index: int, inner: tuple[slice, ...]) -> np.ndarray:
                 if not info.shape:
                     return read_floats(info)
-                values = read_rows(info, experts[index], experts[index] + 1)[0][inner]
+                values = _read_expert(info, experts[index], inner)
                 _check_values(values, info)
                 return values
 
@@ -57,6 +57,16 @@ class ConvertedLayer:
             return Leaf((*lead, *info.shape[1:]), np.dtype(shape.dtype), row, info.name)
 
         return jax.tree_util.tree_map_with_path(leaf, self.expected)
+
+
+def _read_expert(info: TensorInfo, expert: int, inner: tuple[slice, ...]) -> np.ndarray:
+    """``array[(expert, *inner)]``; of the expert's first axis, no more is read than that."""
+    if not inner:
+        return read_rows(info, expert, expert + 1)[0]
+    size = info.shape[1]
+    start, stop, _ = inner[0].indices(size)
+    flat = dataclasses.replace(info, shape=(info.shape[0] * size, *info.shape[2:]))
+    return read_rows(flat, expert * size + start, expert * size + stop)[(slice(None), *inner[1:])]
 
 
 def named_leaves(experts: Experts) -> list[tuple[str, Any]]:

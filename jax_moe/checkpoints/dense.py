@@ -40,15 +40,16 @@ class Dense:
     def has_bias(self) -> bool:
         return any(self._module(0, part) + ".bias" in self.files.names() for part in range(self.num_parts))
 
-    # Each leaf reads the matrix anew: memory then holds one, and XLA computes no more of the rounding than it needs.
+    # Each leaf, and each slice of one, reads the matrix anew: memory then holds one, and XLA computes no more of the
+    # rounding than it needs. The global scale is that of all rows, so a slice needs them all.
 
-    def payload(self, expert: int, part: int) -> np.ndarray:
-        """uint8 ``[N, C/2]``."""
-        return np.asarray(_leaf(self._read(expert, part).weight, 0))
+    def payload(self, expert: int, part: int, rows: slice = slice(None)) -> np.ndarray:
+        """uint8 ``[N, C/2]``, or ``rows`` of it."""
+        return np.asarray(_leaf(self._read(expert, part).weight, 0))[rows]
 
-    def block_scale(self, expert: int, part: int) -> np.ndarray:
-        """float8_e4m3fn ``[N, C/16]``."""
-        return np.asarray(_leaf(self._read(expert, part).weight, 1))
+    def block_scale(self, expert: int, part: int, rows: slice = slice(None)) -> np.ndarray:
+        """float8_e4m3fn ``[N, C/16]``, or ``rows`` of it."""
+        return np.asarray(_leaf(self._read(expert, part).weight, 1))[rows]
 
     def global_scale(self, expert: int, part: int) -> np.ndarray:
         """float32 ``[]``."""

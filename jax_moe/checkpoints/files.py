@@ -8,9 +8,11 @@ a header is checked against the file's size before anything is mapped.
 
 import bisect
 from collections.abc import Callable, Iterable, Iterator, Mapping
+import contextlib
 import dataclasses
 import json
 import math
+import mmap
 import os
 from pathlib import Path, PurePosixPath
 import stat
@@ -23,6 +25,7 @@ MAX_JSON_BYTES = 64 * 2**20
 """Largest header or index file that is parsed. The largest published ones are below 30 MiB."""
 
 _PIECE = 2**24  # bytes that are read at a time
+_WILL_NEED = 2**17  # bytes that the kernel is asked for at a time: of more it may forget the rest
 
 TEMPORARY_SUFFIX = ".tmp"
 """Of a file that is being written; one found later was left by a process that died."""
@@ -94,6 +97,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             f"{path}: found {size} bytes, expected a safetensors file (at least 8 bytes of header length)"
         )
     with open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # else what follows the header is read ahead
         length = int.from_bytes(file.read(8), "little")
         if length > min(size - 8, MAX_JSON_BYTES):
             raise CheckpointError(
@@ -114,7 +118,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 def read_rows(info: TensorInfo, start: int = 0, stop: int | None = None) -> np.ndarray:
     """Maps rows ``start:stop`` of a tensor's first axis (all of it for a scalar), read-only.
 
-    Nothing is read until the array is; its pages leave the process with the last reference to it.
+    From storage comes what is mapped and not what lies around it, for the kernel to read while this returns: several
+    processes that each load their part of a layer read it once. Its pages leave the process with the last reference.
 
     Raises:
       CheckpointError: the file has changed since its header was read, or its dtype has no numpy equivalent.
@@ -132,9 +137,21 @@ def read_rows(info: TensorInfo, start: int = 0, stop: int | None = None) -> np.n
     if math.prod(shape) == 0:
         return np.empty(shape, dtype)
     try:
-        return np.memmap(info.file, np.uint8, "r", offset, math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
+        return _map(info.file, offset, math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{info}: found a file that no longer holds the tensor ({error})") from error
+
+
+def _map(file: Path, offset: int, nbytes: int) -> np.ndarray:
+    """Bytes of a file, as uint8; read whole and without the megabytes around them that a page fault would bring."""
+    start = offset % mmap.ALLOCATIONGRANULARITY
+    with open(file, "rb") as opened:
+        pages = mmap.mmap(opened.fileno(), start + nbytes, access=mmap.ACCESS_READ, offset=offset - start)
+    with contextlib.suppress(OSError):  # advice: where the kernel takes none, the bytes are the same
+        pages.madvise(mmap.MADV_RANDOM)
+        for piece in range(0, len(pages), _WILL_NEED):
+            pages.madvise(mmap.MADV_WILLNEED, piece, min(_WILL_NEED, len(pages) - piece))
+    return np.frombuffer(pages, np.uint8, nbytes, start)
 
 
 def read_floats(info: TensorInfo, start: int = 0, stop: int | None = None) -> np.ndarray:

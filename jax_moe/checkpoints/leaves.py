@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -53,13 +54,20 @@ def to_jax(
         return jax.tree.map(lambda leaf: jax.device_put(leaf.read(show_progress=show_progress)), leaves)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), leaves)
     shardings = placement.expert_shardings(shapes, mesh, expert_axis=expert_axis, tensor_axis=tensor_axis)
-    return jax.tree.map(
-        lambda leaf, sharding: jax.make_array_from_callback(
-            leaf.shape, sharding, lambda index: leaf.read(index, show_progress=show_progress)
-        ),
-        leaves,
-        shardings,
-    )
+
+    def place(leaf: Leaf, sharding: jax.sharding.NamedSharding) -> jax.Array:
+        read: dict[tuple[range, ...], np.ndarray] = {}  # else devices that hold the same would each read it
+
+        def part(index: Any) -> np.ndarray:
+            key = tuple(range(size)[inside] for size, inside in zip(leaf.shape, index, strict=True))
+            if key not in read:
+                read[key] = leaf.read(index, show_progress=show_progress)
+            return read[key]
+
+        # The dtype is for a process that none of the mesh's devices belongs to.
+        return jax.make_array_from_callback(leaf.shape, sharding, part, dtype=leaf.dtype)
+
+    return jax.tree.map(place, leaves, shardings)
 
 
 def _aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:

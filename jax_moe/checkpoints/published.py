@@ -106,12 +106,17 @@ def _projection(
     rows, contraction = stored.num_rows, stored.contraction
     lead = (len(experts), stored.num_parts) if stacked else (len(experts),)
 
-    def leaf(kind: str, read: Callable[[int, int], Any], shape: tuple[int, ...], dtype: np.dtype) -> Leaf:
+    def leaf(kind: str, read: Callable[..., Any], shape: tuple[int, ...], dtype: np.dtype) -> Leaf:
+        def part_of(expert: int, part: int, inner: tuple[slice, ...]) -> np.ndarray:
+            if len(shape) == 2:  # a matrix: of other rows nothing is read
+                return read(expert, part, inner[0])[:, inner[1]]
+            return np.asarray(read(expert, part))[inner]
+
         def row(index: int, inner: tuple[slice, ...]) -> np.ndarray:
             if not stacked:
-                return np.asarray(read(experts[index], 0))[inner]
+                return part_of(experts[index], 0, inner)
             parts = range(stored.num_parts)[inner[0]]
-            return np.stack([np.asarray(read(experts[index], part))[inner[1:]] for part in parts])
+            return np.stack([part_of(experts[index], part, inner[1:]) for part in parts])
 
         return Leaf((*lead, *shape), dtype, row, f"{name}.{kind}")
 

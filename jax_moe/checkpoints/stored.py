@@ -110,22 +110,22 @@ class Stored:
             self._name(self.format.input_scale, expert, part) in self.files.names() for expert, part in self._pairs()
         )
 
-    def payload(self, expert: int, part: int) -> np.ndarray:
-        """uint8 ``[N, C/2]``, a view of the file where possible."""
-        return self._matrix(self.format.payload, expert, part).view(np.uint8)
+    def payload(self, expert: int, part: int, rows: slice = slice(None)) -> np.ndarray:
+        """uint8 ``[N, C/2]``, or ``rows`` of it: a view of the file where possible."""
+        return self._matrix(self.format.payload, expert, part, rows).view(np.uint8)
 
-    def block_scale(self, expert: int, part: int) -> np.ndarray:
-        """float8_e4m3fn ``[N, C/16]``.
+    def block_scale(self, expert: int, part: int, rows: slice = slice(None)) -> np.ndarray:
+        """float8_e4m3fn ``[N, C/16]``, or ``rows`` of it.
 
         Raises:
           CheckpointError: one is NaN or negative, or MXFP4 scales that NVFP4 cannot represent.
         """
         if not self.format.is_mx:
-            scale = self._matrix(self.format.block_scale, expert, part)
+            scale = self._matrix(self.format.block_scale, expert, part, rows)
             check_block_scale(scale, f"{self._info(self.format.block_scale, expert, part)}: expert {expert}")
             return scale
         exponent, base = self._mx_exponents(expert, part)
-        scale = np.ldexp(np.float32(1), exponent - base).astype(ml_dtypes.float8_e4m3fn)
+        scale = np.ldexp(np.float32(1), exponent[rows] - base).astype(ml_dtypes.float8_e4m3fn)
         return np.repeat(scale, _MX_BLOCK_SIZE // nvfp4.BLOCK_SIZE, axis=1)
 
     def global_scale(self, expert: int, part: int) -> np.float32:
@@ -218,14 +218,14 @@ class Stored:
     def _info(self, suffix: str, expert: int, part: int) -> TensorInfo:
         return self.files.info(self._name(suffix, expert, part))
 
-    def _matrix(self, suffix: str, expert: int, part: int) -> np.ndarray:
+    def _matrix(self, suffix: str, expert: int, part: int, rows: slice = slice(None)) -> np.ndarray:
         info = self._info(suffix, expert, part)
         if not self.fused:
-            return read_rows(info)
+            return read_rows(info, *rows.indices(self.num_rows)[:2])
         # Only this expert's rows: mapping all experts would keep the whole layer in memory a second time.
         matrix = read_rows(info, expert, expert + 1)[0]
         matrix = matrix.reshape(matrix.shape[0], -1) if self.format == FUSED_MX else matrix.T
-        return self._split(matrix, part)
+        return self._split(matrix, part)[rows]
 
     def _split(self, array: np.ndarray, part: int) -> np.ndarray:
         if self.interleaved:
