@@ -189,7 +189,7 @@ def moe_and_size(x, experts, routing, *, activation, precision, weight_on="outpu
 
 
 def moe_parts(x, experts, routing, *, expert_parts, tensor_parts, **options):
-    """``moe_and_size`` of what each device of a mesh computes; each of the three is ``[expert part, tensor part, T, H]``.
+    """``moe_and_size`` of what each device of a mesh computes: three times ``[expert part, tensor part, T, H]``.
 
     Consecutive experts, and consecutive slices of I, of which the first alone adds the down bias.
     """

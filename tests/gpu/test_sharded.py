@@ -225,7 +225,7 @@ def test_scattered_sums_in_bfloat16_are_the_same_from_run_to_run(poison, name):
 
 
 def _tied(seed: int, shape, input_scale: float) -> jax.Array:
-    """bfloat16 values of which many, over the scale, are on a rounding boundary, where one bit of a quotient decides."""
+    """bfloat16 values of which many, over the scale, are on a rounding boundary: the last bit of a quotient decides."""
     rng = np.random.default_rng(seed)
     steps = np.exp2(rng.integers(-3, 3, (shape[0], shape[1] // 16))).repeat(16, 1)
     return jnp.asarray(rng.integers(-255, 256, shape) * steps * input_scale, jnp.bfloat16)
