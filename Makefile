@@ -19,7 +19,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/language_model.py --short
 
 test: install
-	$(BIN)/pytest --numprocesses=$(WORKERS) --dist=loadfile $(TESTS)
+	$(BIN)/pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder $(TESTS)
 
 install: $(VENV)/.installed-$(EXTRAS)
 
@@ -38,12 +38,23 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$@ -m pip install --quiet --upgrade pip
 
-$(VENV)/.installed: $(BIN)/python $(SOURCES)
-	$(BIN)/python -m pip install --quiet .
+# Built once for all environments: the library is C++ alone, and the wheel is any Python's.
+build/wheel/.built: $(SOURCES) | $(BIN)/python
+	rm -rf build/wheel
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
 	touch $@
 
-$(VENV)/.installed-$(EXTRAS): $(BIN)/python $(SOURCES)
-	$(BIN)/python -m pip install --quiet '.[$(EXTRAS)]' $(if $(JAX),jax==$(JAX) jaxlib==$(JAX)) $(if $(DSL),nvidia-cutlass-dsl==$(DSL))
+# pip keeps an installed wheel of the same version unless it is told not to.
+REINSTALL = $(BIN)/python -m pip install --quiet --no-deps --force-reinstall build/wheel/*.whl
+
+$(VENV)/.installed: $(BIN)/python build/wheel/.built
+	$(REINSTALL)
+	$(BIN)/python -m pip install --quiet build/wheel/*.whl
+	touch $@
+
+$(VENV)/.installed-$(EXTRAS): $(BIN)/python build/wheel/.built
+	$(REINSTALL)
+	$(BIN)/python -m pip install --quiet "$$(echo build/wheel/*.whl)[$(EXTRAS)]" $(if $(JAX),jax==$(JAX) jaxlib==$(JAX)) $(if $(DSL),nvidia-cutlass-dsl==$(DSL))
 	touch $@
 
 clean:

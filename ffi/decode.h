@@ -117,12 +117,24 @@ inline ffi::Error GetOptionalOperandData(const Operands& operands, Operand opera
 }
 
 inline ffi::Error DecodeOptions(const Attributes& attributes, Options* options) {
-  JAX_MOE_TRY(attributes.GetChoice<Precision>("precision", {{"w4a16", Precision::kW4A16}, {"w4a4", Precision::kW4A4}},
-                                              &options->precision));
+  struct Rounding {
+    Precision precision;
+    bool x_is_rounded;
+  } rounding;
+  JAX_MOE_TRY(attributes.GetChoice<Rounding>("precision",
+                                             {{"w4a16", {Precision::kW4A16, false}},
+                                              {"w4a4", {Precision::kW4A4, false}},
+                                              {"w4a4_rounded_x", {Precision::kW4A4, true}}},
+                                             &rounding));
+  options->precision = rounding.precision;
+  options->x_is_rounded = rounding.x_is_rounded;
   JAX_MOE_TRY(attributes.GetChoice<Combine>("combine", {{"atomic", Combine::kAtomic}, {"ordered", Combine::kOrdered}},
                                             &options->combine));
   JAX_MOE_TRY(attributes.GetChoice<WeightOn>("weight_on", {{"output", WeightOn::kOutput}, {"input", WeightOn::kInput}},
                                              &options->weight_on));
+  if (options->x_is_rounded && options->weight_on == WeightOn::kInput) {
+    return attributes.Refuse("weight_on", "got 'input': a weighted x is rounded by the call (precision = 'w4a4')");
+  }
   JAX_MOE_TRY(attributes.GetChoice<Activation>("activation",
                                                {{"swiglu", Activation::kSwiGLU},
                                                 {"geglu", Activation::kGeGLU},

@@ -22,6 +22,7 @@ struct Options {
   WeightOn weight_on;
   Activation activation;
   float alpha, beta, limit;  // of the activation; see jax_moe/activations.py
+  bool x_is_rounded;         // w4a4: x is code * block scale already, without the global scale
 };
 
 // What the shapes of its operands and results say.

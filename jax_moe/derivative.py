@@ -92,7 +92,12 @@ def _apply(*operands, problem: Problem, transposed: bool, max_tiles: int | None 
 
 def _contribution(expert: Experts, problem: Problem, x: jax.Array, weights: jax.Array) -> jax.Array:
     """float32 ``[R, H]``: what rows ``[R, H]`` with weights ``[R]``, all of one expert, add to the output."""
-    mlp = functools.partial(reference.expert_mlp, activation=problem.activation, precision=problem.precision)
+    mlp = functools.partial(
+        reference.expert_mlp,
+        activation=problem.activation,
+        precision=problem.precision,
+        x_is_rounded=problem.x_is_rounded,
+    )
     if problem.weight_on == "input":
         return mlp(reference.weighted_input(x, weights), expert, 0)
     return weights[:, None] * mlp(x, expert, 0)

@@ -107,12 +107,18 @@ def global_scale_for(amax: jax.Array) -> jax.Array:
 
 
 def _divide(a: jax.Array, b: jax.Array) -> jax.Array:
-    """``a / b`` as IEEE rounds it.
+    """``a / b`` of float32 as IEEE rounds it, which XLA does on no backend if it can help it.
 
-    XLA divides by a constant or by a broadcast scalar by multiplying with its reciprocal, which rounds twice. The
-    barrier hides from it that ``b`` is one.
+    Its GPU backend has a division that may be a unit or two in the last place off (``div.full.f32``); x in bfloat16
+    is on a tie of e2m1 so often that codes would change. Both divide by a broadcast scalar by multiplying with its
+    reciprocal. In float64 neither matters: 53 bits are more than twice 24, so a quotient is never so near to where
+    float32 rounds the other way. LLVM would narrow a division between two casts to float32 again, hence the rounding by
+    ``reduce_precision``, which makes a subnormal result 0.
     """
-    return a / jax.lax.optimization_barrier(jnp.broadcast_to(b, a.shape))
+    with jax.enable_x64(True):
+        wide = [jax.lax.convert_element_type(value, jnp.float64) for value in (a, jnp.broadcast_to(b, a.shape))]
+        quotient = jax.lax.reduce_precision(jax.lax.div(*wide), exponent_bits=8, mantissa_bits=23)
+        return jax.lax.convert_element_type(quotient, jnp.float32)
 
 
 def quantize(values: jax.Array, global_scale: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -147,7 +153,8 @@ def quantize(values: jax.Array, global_scale: jax.Array) -> tuple[jax.Array, jax
     block_scale = jax.lax.optimization_barrier(block_scale)
     decoded = block_scale.astype(jnp.float32)
     is_zero = decoded == 0
-    inverse = 1.0 / (jnp.where(is_zero, 1.0, decoded) * scale)
+    divisor = jnp.where(is_zero, 1.0, decoded) * scale
+    inverse = _divide(jnp.ones_like(divisor), divisor)
     # In a NaN block the sign of v * NaN is the hardware's choice; keep the sign of a NaN in v and call
     # every other product a positive NaN, so that all backends agree.
     scaled = jnp.where(

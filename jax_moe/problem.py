@@ -39,6 +39,7 @@ class Problem(Options):
       intermediate_size: the local I, padding of a prepared layout included.
       layout: of the experts.
       absent: the optional operands that are not given (``operands.py``).
+      x_is_rounded: x has gone through what w4a4 does to it: it is code * block scale, without the global scale.
     """
 
     num_tokens: int
@@ -49,6 +50,7 @@ class Problem(Options):
     intermediate_size: int
     layout: str
     absent: tuple[str, ...]
+    x_is_rounded: bool = False
 
     @property
     def num_routes(self) -> int:
@@ -72,7 +74,8 @@ class Problem(Options):
         """The custom call's attributes, as the handlers' ``ffi/decode.h`` decodes them."""
         alpha, beta, limit = activations.parameters(self.activation)
         return {
-            "precision": self.precision,
+            # A value of its own, because a library from before it would ignore an attribute, and round x again.
+            "precision": self.precision + ("_rounded_x" if self.x_is_rounded else ""),
             "combine": self.combine,
             "weight_on": self.weight_on,
             "activation": self.activation.kind,

@@ -35,23 +35,41 @@ def project(x: jax.Array, weights: Projection, input_scale: jax.Array | float) -
 
 
 def intermediate(
-    x: jax.Array, experts: Experts, expert: jax.Array | int, *, activation: activations.Activation, precision: str
+    x: jax.Array,
+    experts: Experts,
+    expert: jax.Array | int,
+    *,
+    activation: activations.Activation,
+    precision: str,
+    x_is_rounded: bool = False,
 ) -> jax.Array:
     """The fp32 intermediate ``[T, I]`` of one local expert, before it is rounded for GEMM2."""
     input_scale: jax.Array | float = 1.0
     if precision == "w4a4":
         input_scale = _required(experts.gate_up.input_scale)
-        x = _quantize_dequantize(x, input_scale)
+        if x_is_rounded:
+            x = _straight_through(x, jax.lax.stop_gradient(x), input_scale)
+        else:
+            x = _quantize_dequantize(x, input_scale)
     gate_up = _select(experts.gate_up, expert)
     num_parts = gate_up.global_scale.shape[0]
     return activation(*(project(x, _select(gate_up, part), input_scale) for part in range(num_parts)))
 
 
 def expert_mlp(
-    x: jax.Array, experts: Experts, expert: jax.Array | int, *, activation: activations.Activation, precision: str
+    x: jax.Array,
+    experts: Experts,
+    expert: jax.Array | int,
+    *,
+    activation: activations.Activation,
+    precision: str,
+    x_is_rounded: bool = False,
 ) -> jax.Array:
-    """float32 ``[T, H]``: all rows of ``x`` ``[T, H]``, values that bfloat16 can hold, through one local expert."""
-    h = intermediate(x, experts, expert, activation=activation, precision=precision)
+    """float32 ``[T, H]``: all rows of ``x`` ``[T, H]``, values that bfloat16 can hold, through one local expert.
+
+    ``x_is_rounded``: of w4a4, as :class:`Problem` has it; its tangent is that of what was rounded.
+    """
+    h = intermediate(x, experts, expert, activation=activation, precision=precision, x_is_rounded=x_is_rounded)
     down = _select(experts.down, expert)
     if precision == "w4a4":
         scale = _required(down.input_scale)

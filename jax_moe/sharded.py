@@ -7,10 +7,10 @@ import jax.core
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jax_moe import activations, check, eager, moe, placement
+from jax_moe import activations, arguments, check, eager, exchange, layouts, moe, placement
 from jax_moe.experts import Experts
 from jax_moe.placement import Axis
-from jax_moe.problem import Combine, Options, Precision, WeightOn
+from jax_moe.problem import Combine, Options, OUT_DTYPES, Precision, Problem, WeightOn
 from jax_moe.routing import Routing
 
 
@@ -28,14 +28,16 @@ def sharded_moe(
     combine: Combine = "atomic",
     weight_on: WeightOn = "output",
     out_dtype=jnp.bfloat16,
+    sum_dtype=jnp.float32,
     command_buffer: bool = True,
 ) -> jax.Array:
     """:func:`jax_moe.fused_moe` over a device mesh, on weights that stay where :func:`expert_shardings` puts them.
 
     Every device runs its own experts (``expert_axis``), its own slice of I (``tensor_axis``), or both, on the tokens
-    of its slice of ``data_axis``. The partial outputs are summed in float32 over the two model axes and rounded
-    once. A data axis may be one of the model axes too (tokens and experts spread over the same devices): the tokens
-    are then gathered over it first and the sum is scattered back.
+    of its slice of ``data_axis``. The partial outputs are summed over the two model axes, by default in float32 and
+    rounded once. A data axis may be one of the model axes too (tokens and experts spread over the same devices): the
+    tokens are then gathered over it first, in w4a4 as the codes and block scales that are multiplied, and the sum is
+    scattered back. ``docs/scaling.md`` says what each form costs.
 
     Args:
       x, experts, routing: global arrays as for ``fused_moe``; ids are global. :func:`expert_shardings` gives the
@@ -49,6 +51,8 @@ def sharded_moe(
       data_axis: shards the tokens; its size must divide T. Of several leading axes of x it shards those that it shards
         already, as far as that can be seen, else the first that its size divides, else all of them as one.
       activation, precision, combine, weight_on, out_dtype, command_buffer: as for ``fused_moe``.
+      sum_dtype: of the partial outputs as they travel between devices; no effect where there is nothing to sum.
+        float32, or bfloat16: half the bytes, and each device's part is rounded (``docs/numerics.md``).
 
     Returns:
       ``[..., H]`` of ``out_dtype``, sharded over ``data_axis``.
@@ -65,6 +69,7 @@ def sharded_moe(
         command_buffer=command_buffer,
     )  # fmt: skip
     problem = check.check(x, experts, routing, options, expert_offset=0, num_experts=None)
+    sum_dtype = arguments.dtype("sum_dtype", sum_dtype, OUT_DTYPES)
     specs = placement.partition_specs(experts, mesh, expert_axis=expert_axis, tensor_axis=tensor_axis)
     expert_axes = placement.axes_in(mesh, "expert_axis", expert_axis)
     tensor_axes = placement.axes_in(mesh, "tensor_axis", tensor_axis)
@@ -92,18 +97,20 @@ def sharded_moe(
         if problem.num_tokens == 0:  # XLA gathers nothing of no elements
             return x.astype(out_dtype)
         x, routing = check.flatten(x, routing)
+        is_rounded = bool(gathered) and _takes_rounded_x(problem)
         if gathered:
-            x, routing = jax.tree.map(lambda a: jax.lax.all_gather(a, gathered, tiled=True), (x, routing))
+            routing = exchange.gather(routing, gathered)
+        if is_rounded:
+            x = exchange.gather_rounded(x, experts.gate_up.input_scale, gathered)
+        elif gathered:
+            x = exchange.gather(x, gathered)
         offset = jax.lax.axis_index(expert_axes) * experts.down.global_scale.shape[0] if expert_axes else 0
         if tensor_axes:
             experts = _bias_on_first(experts, jax.lax.axis_index(tensor_axes) == 0)
-        partial = dataclasses.replace(options, out_dtype=jnp.float32) if reduced else options
+        partial = dataclasses.replace(options, out_dtype=sum_dtype) if reduced else options
         local = check.check(x, experts, routing, partial, expert_offset=offset, num_experts=problem.local_experts)
-        y = moe.bind(local, x, experts, routing, offset)
-        if summed:
-            y = jax.lax.psum(y, summed)
-        if gathered:
-            y = jax.lax.psum_scatter(y, gathered, tiled=True)
+        y = moe.bind(dataclasses.replace(local, x_is_rounded=is_rounded), x, experts, routing, offset)
+        y = exchange.add_up(y, scattered=gathered, summed=summed)
         return y.reshape(local_shape).astype(out_dtype)
 
     run = jax.shard_map(local_moe, mesh=mesh, in_specs=(tokens, specs, tokens), out_specs=tokens)
@@ -132,6 +139,12 @@ def _spread_tokens(
         if size % placement.axes_size(mesh, data_axes) == 0:
             return tuple(data_axes or None if axis == place else None for axis in range(len(leading)))
     return None
+
+
+def _takes_rounded_x(problem: Problem) -> bool:
+    """Whether the local op can be given x as w4a4 rounds it. What is weighted on the way in is rounded after that."""
+    takes = problem.precision == "w4a4" and problem.weight_on == "output"
+    return takes and layouts.get(problem.layout).takes_rounded_x
 
 
 def _bias_on_first(experts: Experts, is_first: jax.Array) -> Experts:

@@ -27,3 +27,16 @@ jax.config.update("jax_num_cpu_devices", 8)
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, database=None)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000, print_blob=True)
 hypothesis.settings.load_profile("suite")
+
+_LONG = (
+    "test_kernels_compile.py", "test_sm100_calls.py", "test_lint.py", "test_sm100_machine_code.py", "gpu/test_op.py",
+    "test_emulator.py", "test_cuda_handler.py", "test_hostile_calls.py", "test_launch_rule.py", "test_sm100_pairs.py",
+    "test_nn.py", "test_sharded_moe.py", "test_fused_moe.py",
+)  # fmt: skip
+"""Files that take long. They come first: one that came last would leave the other processes without work."""
+
+
+def pytest_collection_modifyitems(items):
+    here = pathlib.Path(__file__).parent
+    rank = {here / name: place for place, name in enumerate(_LONG)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))  # stable: else in the order of names

@@ -2,10 +2,9 @@
 
 import dataclasses
 import functools
-import json
-import os
 from typing import Any
 
+import compiled_once
 import emulator
 from emulator import Array, Launch, Memory
 from helpers import Case
@@ -14,7 +13,7 @@ import numpy as np
 
 import jax_moe
 from jax_moe import check, nvfp4
-from jax_moe.kernels import cache, compiler, targets
+from jax_moe.kernels import targets
 from jax_moe.kernels.sm100 import program as sm100_program
 from jax_moe.kernels.specs import Spec
 from jax_moe.kernels.target import Program
@@ -104,22 +103,6 @@ def compiled(spec: Spec, target: str) -> tuple[emulator.Kernel, int]:
 
 
 def ptx(spec: Spec, target: str) -> tuple[str, int]:
-    """The PTX of ``spec``, and the dynamic shared memory that it is launched with; from disk, or compiled now.
-
-    Raises:
-      MissingKernelError: it would have to be compiled, and the DSL is not installed.
-    """
-    folder = cache.cache_folder().with_name("ptx")
-    version = cache._compiler_version()
-    if version is None:
-        raise cache.MissingKernelError(f"{compiler.PACKAGE} is not installed to compile {spec.name}")
-    path = folder / cache._file_name(spec, target, version)
-    if not path.exists():
-        with cache._lock:
-            kernel, text = compiler.compile_with_ptx(spec, target)
-        folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.tmp")
-        part.write_text(json.dumps({"ptx": text, "shared_bytes": kernel.shared_bytes}))
-        os.replace(part, path)
-    found = json.loads(path.read_text())
-    return found["ptx"], found["shared_bytes"]
+    """The PTX of ``spec``, and the dynamic shared memory that it is launched with."""
+    kernel, text = compiled_once.kernel_and_ptx(spec, target)
+    return text, kernel.shared_bytes

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import math
 import os
 import pathlib
 import subprocess
@@ -128,6 +129,41 @@ def assert_matches(actual, case: Case) -> None:
     assert np.asarray(actual).dtype == out_dtype
     result = compare(actual, *statement.moe(case.x, case.experts, case.routing, **options))
     assert result.passes, f"{result} with {case.options}"
+
+
+def assert_matches_sum(actual, case: Case, axes: dict[str, int], names: dict, *, on_gpu: bool = False) -> None:
+    """As :func:`assert_matches`, for ``sharded_moe(..., sum_dtype=jnp.bfloat16)``.
+
+    Args:
+      actual: what it gave.
+      case: with the options but those of the mesh.
+      axes: of the mesh, and their sizes.
+      names: ``sharded_moe``'s names of axes.
+      on_gpu: a GPU computed it, where ``combine="atomic"`` rounds at each of K additions.
+    """
+    parts, scattered, spread = {}, [], _names(names.get("data_axis", "data"))
+    for kind in ("expert", "tensor"):
+        mine = _names(names.get(f"{kind}_axis", kind))
+        parts[kind] = math.prod(axes.get(name, 1) for name in mine)
+        if set(mine) & set(spread):
+            assert set(mine) <= set(spread), "half an axis is scattered: not implemented here"
+            scattered.append(kind)
+    if parts == {"expert": 1, "tensor": 1}:
+        assert_matches(actual, case)  # nothing to sum
+        return
+    options = {"activation": jax_moe.SwiGLU(), "precision": "w4a16", "combine": "atomic"} | case.options
+    assert np.asarray(actual).dtype == options.pop("out_dtype", jnp.bfloat16)
+    assert options.pop("expert_offset", 0) == 0
+    roundings = case.routing.expert_ids.shape[1] if options.pop("combine") == "atomic" and on_gpu else 1
+    made = statement.moe_parts(
+        case.x, case.experts, case.routing, expert_parts=parts["expert"], tensor_parts=parts["tensor"], **options
+    )
+    result = compare(actual, *statement.sum_in_bfloat16(*made, scattered=scattered, roundings=roundings))
+    assert result.passes, f"{result} over {axes} {names} with {case.options}"
+
+
+def _names(axis) -> tuple[str, ...]:
+    return () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
 
 
 def assert_bit_equal(actual, expected) -> None:

@@ -14,7 +14,9 @@ with the library. Elementary arithmetic is float32 where the definition says so 
 * Scales, biases, weights and the sum over slots: one rounding u each.
 """
 
+import dataclasses
 import itertools
+import math
 
 import ml_dtypes
 import numpy as np
@@ -141,8 +143,13 @@ def _round(precision, h, error, scale):
     return rounded, worst
 
 
-def moe(x, experts, routing, *, activation, precision, weight_on="output", expert_offset=0):
+def moe(x, experts, routing, **options):
     """What ``fused_moe`` computes, unrounded: float64 ``[T, H]``, and how far a right answer may be from it."""
+    return moe_and_size(x, experts, routing, **options)[:2]
+
+
+def moe_and_size(x, experts, routing, *, activation, precision, weight_on="output", expert_offset=0):
+    """As ``moe``, and the sum of the contributions' magnitudes."""
     x = np.asarray(x, np.float32)
     ids, weights = np.asarray(routing.expert_ids, np.int64), np.asarray(routing.weights, np.float32)
     gate_up, down = experts.gate_up, experts.down
@@ -178,7 +185,68 @@ def moe(x, experts, routing, *, activation, precision, weight_on="output", exper
             np.add.at(value, token, weight * y)
             np.add.at(bound, token, np.abs(weight) * y_error)
             np.add.at(size, token, np.abs(weight * y))
-    return value, bound + 2 * (1 + ids.shape[1]) * U32 * size
+    return value, bound + 2 * (1 + ids.shape[1]) * U32 * size, size
+
+
+def moe_parts(x, experts, routing, *, expert_parts, tensor_parts, **options):
+    """``moe_and_size`` of what each device of a mesh computes: three times ``[expert part, tensor part, T, H]``.
+
+    Consecutive experts, and consecutive slices of I, of which the first alone adds the down bias.
+    """
+    gate_up, down = experts.gate_up, experts.down
+    held, width = (down.global_scale.shape[0] // expert_parts, down.block_scale.shape[-1] * 16 // tensor_parts)
+    made = []
+    for e, t in itertools.product(range(expert_parts), range(tensor_parts)):
+        mine, rows = slice(e * held, (e + 1) * held), slice(t * width, (t + 1) * width)
+        blocks = slice(rows.start // 16, rows.stop // 16)
+        local = dataclasses.replace(
+            experts,
+            gate_up=dataclasses.replace(
+                gate_up,
+                payload=_bytes(gate_up.payload)[mine, :, rows],
+                block_scale=np.asarray(gate_up.block_scale)[mine, :, rows],
+                global_scale=np.asarray(gate_up.global_scale)[mine],
+                bias=None if gate_up.bias is None else np.asarray(gate_up.bias)[mine, :, rows],
+            ),
+            down=dataclasses.replace(
+                down,
+                payload=_bytes(down.payload)[mine, :, rows.start // 2 : rows.stop // 2],
+                block_scale=np.asarray(down.block_scale)[mine, :, blocks],
+                global_scale=np.asarray(down.global_scale)[mine],
+                input_scale=None if down.input_scale is None else np.asarray(down.input_scale)[mine],
+                bias=None if down.bias is None or t else np.asarray(down.bias)[mine],
+            ),
+        )
+        made.append(moe_and_size(x, local, routing, expert_offset=e * held, **options))
+    return tuple(np.stack(a).reshape(expert_parts, tensor_parts, *x.shape) for a in zip(*made, strict=True))
+
+
+def sum_in_bfloat16(values, bounds, sizes, *, scattered, roundings):
+    """The sum of ``moe_parts`` that travel in bfloat16, and how far a right answer may be from it before ``out_dtype``.
+
+    u = 2^-8 is the unit roundoff of bfloat16, and what is rounded is at most a sum of magnitudes:
+
+    * A part is rounded once, or, where a GPU adds K contributions to it one after another, K times as a contribution
+      and as a sum: ``roundings`` u of the sum of the contributions' magnitudes.
+    * Over ``scattered``, axes of the parts, parts are added in float32, and rounded if they are summed on.
+    * m parts that are summed over the other axes take m - 1 additions, each of which is rounded.
+
+    Args:
+      scattered: of "expert" and "tensor", those over which tokens are spread.
+      roundings: of a part: 1, or K.
+    """
+    axes = tuple(axis for axis, name in enumerate(("expert", "tensor")) if name in scattered)
+    errors = bounds + roundings * U16 * (sizes + bounds if roundings > 1 else np.abs(values) + bounds)
+    magnitudes = np.abs(values) + errors
+    count = math.prod(values.shape[axis] for axis in axes)
+    values, errors, magnitudes = (np.sum(a, axes, keepdims=True) for a in (values, errors, magnitudes))
+    summed = values.shape[0] * values.shape[1]
+    errors = errors + count * U32 * magnitudes
+    if axes and summed > 1:
+        errors = errors + U16 * magnitudes
+    value, error, magnitude = (np.sum(a, (0, 1)) for a in (values, errors, magnitudes))
+    error = error + (summed - 1) * U16 * magnitude
+    return value, error * (1 + U16) ** (roundings + summed)  # what was rounded had been rounded before
 
 
 def _bytes(payload):

@@ -1,5 +1,6 @@
 """The examples run as their docstrings say, and what they print is right; tiny versions of the two that train."""
 
+import importlib
 import os
 import pathlib
 import re
@@ -7,8 +8,15 @@ import shutil
 import subprocess
 import sys
 
+import cuda_call
 import helpers
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import numpy as np
 import pytest
+
+import jax_moe
+from jax_moe import ffi
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 
@@ -66,12 +74,97 @@ def test_language_model_survives_quantisation(trained):
 def test_sharded_inference_says_the_same(trained):
     output = run_example("sharded_inference.py", "--load", trained[1], "--new-bytes", 32)
     assert "greedy decoding, 8 prompts x 32 bytes: equal" in output
-    assert "collectives that move weights (u8, f8e4m3fn): 0" in output
-    assert "all-reduce of f32[1024,128]" in output  # the search did find the collectives of this program
+    assert "collectives that move weights (8 bits or fewer): 0" in output
+    for program, rows in (("window", 1024), ("step", 4)):  # the search did find the collectives of each program
+        assert f"compiled HLO of a {program}: 1 x all-reduce of f32[{rows},128]" in output
     difference, magnitude = map(float, re.search(r"\| = (\S+), where max \|logit\| = (\S+);", output).groups())
     assert difference < 0.01 * magnitude  # a bfloat16 or two, rounded the other way
     whole, part = map(int, re.search(r"weights: (\d+) bytes, (\d+) on each", output).groups())
     assert part / whole == pytest.approx(1 / 4, rel=0.01)  # expert x tensor; copied over data
+
+
+@pytest.fixture
+def sharded_inference(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
+    return importlib.import_module("sharded_inference")
+
+
+# Instructions as XLA prints them in optimised programs for GPUs: asynchronous ones have two halves, and those without a
+# name of their own wrap a computation.
+HLO = """
+%wrapped.3 (p.3: u8[4,16]) -> u8[2,16] {
+  %p.3 = u8[4,16]{1,0} parameter(0)
+  ROOT %reduce-scatter.1 = u8[2,16]{1,0} reduce-scatter(%p.3), channel_id=4, dimensions={0}, to_apply=%add
+}
+
+ENTRY %main.9 (p.0: u8[4,16]) -> f32[8] {
+  %p.0 = u8[4,16]{1,0} parameter(0), metadata={op_name="all-gather(u8[4,16])"}
+  %all-gather-start.2 = (u8[4,16]{1,0}, u8[8,16]{1,0:S(1)}) all-gather-start(%p.0), channel_id=1, dimensions={0}
+  %all-gather-done.2 = u8[8,16]{1,0:S(1)} all-gather-done(%all-gather-start.2)
+  %ar = (f32[8]{0}, /*index=1*/f8e4m3fn[3]{0}) all-reduce(%a, %b), channel_id=2, to_apply=%add
+  %collective-permute-start = (s8[4]{0}, s8[4]{0}) collective-permute-start(%p.1), source_target_pairs={{0,1}}
+  %async-start = ((u8[4,16]{1,0}), u8[2,16]{1,0}) async-start(%p.0), calls=%wrapped.3
+  %async-done = u8[2,16]{1,0} async-done(%async-start)
+  %reduce-scatter-start = ((f32[4]{0}), f32[2]{0}) reduce-scatter-start(%p.2), dimensions={0}, to_apply=%add
+  %ragged-all-to-all.1 = bf16[8,4]{1,0} ragged-all-to-all(%x, %y, %i, %s, %o, %r), channel_id=5
+  %copy-start = (u8[4,16]{1,0:S(5)}, u8[4,16]{1,0}, u32[]) copy-start(%p.0)
+  %copy.1 = u8[4,16]{0,1} copy(%p.0)
+  %fusion = u8[4,16]{1,0} fusion(%p.0, %all-gather-done.2), kind=kLoop, calls=%fused
+  ROOT %send = (f32[8]{0}, u32[], token[]) send(%ar, %token), channel_id=6
+}
+"""
+
+
+def test_the_search_for_collectives(sharded_inference):
+    spoken = sharded_inference.collectives(HLO)
+    names = "reduce-scatter all-gather-start all-reduce collective-permute-start reduce-scatter-start"
+    assert [name for name, _ in spoken] == [*names.split(), "ragged-all-to-all", "copy-start", "send"]
+    weights = [name for name, _ in sharded_inference.of_weights(spoken)]
+    assert weights == ["reduce-scatter", "all-gather-start", "all-reduce", "collective-permute-start", "copy-start"]
+
+
+@pytest.mark.parametrize("placed", ["as they should be", "over the hidden size"])
+def test_weights_that_move_are_seen(sharded_inference, placed):
+    """Inside ``jax.jit`` nothing says where weights are, so a wrong placement makes XLA move them and say nothing."""
+    mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 2, 1), sharded_inference.AXES)
+    case = helpers.make_case(1, tokens=8, hidden=64, intermediate=32, num_experts=4)
+    shardings = jax_moe.expert_shardings(case.experts, mesh)
+    if placed == "over the hidden size":
+
+        def wrong(leaf):
+            return NamedSharding(mesh, P(*[None] * (leaf.ndim - 1), "expert") if leaf.ndim > 2 else P())
+
+        shardings = jax.tree.map(wrong, case.experts)
+    experts = jax.device_put(case.experts, shardings)
+    run = jax.jit(sharded_inference.sharded_moe(mesh))
+    hlo = run.lower(case.x, experts, case.routing).compile().as_text()
+    spoken = sharded_inference.collectives(hlo)
+    assert spoken
+    assert bool(sharded_inference.of_weights(spoken)) == (placed != "as they should be")
+
+
+def test_its_kernels_can_be_compiled_without_a_gpu(sharded_inference, monkeypatch):
+    """What ``--compile-for`` does, on a smaller model and without the compiler."""
+    asked = cuda_call.stand_in_compiler(monkeypatch)
+    config = sharded_inference.Config(layers=2, hidden=64, heads=2, experts=4, intermediate=32)
+    params = sharded_inference.init(jax.random.key(0), config)
+    tokens = np.arange(8 * 256).reshape(8, 256) % 256
+    params = sharded_inference.quantize(params, tokens[:, :8], config)
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(1, 2, 2), sharded_inference.AXES)
+    placed = sharded_inference.place(params, mesh, "sm_90a")
+    part = placed["layers"]["experts"].down.payload.addressable_shards[0].data
+    assert part.shape[:2] == (2, 2)  # of both layers two experts of four
+    moe, tokens = sharded_inference.sharded_moe(mesh), sharded_inference.spread(tokens, mesh)
+    for name, program in sharded_inference.programs(placed, tokens, mesh, moe, config).items():
+        asked.clear()
+        assert program.lower(lowering_platforms=("cuda",)).as_text().count(f"@{ffi.TARGET}(") == 1, name
+        assert len(asked) >= 3, name  # at least a sort and two GEMMs
+
+
+def test_where_texts_part(sharded_inference):
+    once, again = np.array([[1, 2, 3], [0, 1, 2], [3, 3, 3]]), np.array([[1, 2, 3], [0, 2, 1], [0, 3, 3]])
+    logits = np.arange(36, dtype=np.float32).reshape(3, 3, 4) ** 2
+    assert sharded_inference.partings(once, again, logits) == [(1, 1, 18.0**2 - 17.0**2), (2, 0, 27.0**2 - 24.0**2)]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="minimal_ffi builds its op with g++, which is not here")

@@ -101,7 +101,8 @@ def test_what_is_moved_above_its_wait_would_be_seen(spec):
 def test_the_assembler_has_no_remarks():
     """ptxas -v by way of the DSL: no spilled registers and no warnings; of the kernels that need most registers."""
     program = (
-        "from lint.compiled import compiler, some_specs\n"
+        "from jax_moe.kernels import compiler\n"
+        "from lint.compiled import some_specs\n"
         "for spec in some_specs('sm_100f'):\n"
         "    if any(part in spec.name for part in ('gemm1_n192b1', 'gemm1_n128b2')): compiler.ptx(spec, 'sm_100f')\n"
     )

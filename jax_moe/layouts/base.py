@@ -19,12 +19,14 @@ class Layout(Protocol):
       name: of :attr:`jax_moe.Experts.layout`. It has a version, because converted checkpoints and exported programs
         outlive this library: other bytes are another layout.
       former_names: what earlier versions called these bytes.
+      takes_rounded_x: whether w4a4 is multiplied in bfloat16, so that a call takes x as code * block scale.
       partition: Experts with a tuple for each leaf: for each of its axes :data:`E`, :data:`I` or None. Leading axes of
         stacked layers are not among them. None is a leaf that the layout lacks.
     """
 
     name: str
     former_names: tuple[str, ...]
+    takes_rounded_x: bool
     partition: Experts
 
     def check(self, experts: Experts, hidden_size: int, lead: tuple[int, int]) -> int:

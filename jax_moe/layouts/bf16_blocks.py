@@ -18,6 +18,7 @@ _E5M3_FIRST = 13  # e5m3 exponent of 2**-9, the smallest e4m3: see bf16_weights.
 class Bf16Blocks(blocks.Blocks):
     """Blocks of 128 x 64 weights whose block scales are e5m3."""
 
+    takes_rounded_x = True
     block_k = bf16_weights.BLOCK_K
     block_bytes = bf16_weights.BLOCK_BYTES
 

@@ -45,6 +45,7 @@ class Blocks:
 
     name: str
     former_names: tuple[str, ...] = ()
+    takes_rounded_x: bool
     partition: Experts
     block_k: int
     block_bytes: int

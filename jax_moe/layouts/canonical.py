@@ -14,6 +14,7 @@ class Canonical:
 
     name = CANONICAL
     former_names: tuple[str, ...] = ()
+    takes_rounded_x = True
     partition = Experts(
         Projection((E, None, I, None), (E, None, I, None), (E, None), (), (E, None, I)),
         Projection((E, None, I), (E, None, I), (E,), (E,), (E, None)),

@@ -15,7 +15,7 @@ from jax_moe import activations, arguments, checkpoints, moe, placement, sharded
 from jax_moe.checkpoints import HashRouter, load, Router, SharedExpert
 from jax_moe.experts import CANONICAL, Experts
 from jax_moe.preparation import prepare
-from jax_moe.problem import Combine, Options, Precision, WeightOn
+from jax_moe.problem import Combine, Options, OUT_DTYPES, Precision, WeightOn
 
 
 class Quantized(nnx.Variable):
@@ -71,6 +71,7 @@ class MoE(nnx.Module):
         expert_axis: placement.Axis = "expert",
         tensor_axis: placement.Axis = "tensor",
         data_axis: placement.Axis = "data",
+        sum_dtype=jnp.float32,
     ):
         """Wraps arrays that are where they should be: see :meth:`from_checkpoint`, or ``jax_moe.expert_shardings``.
 
@@ -84,7 +85,7 @@ class MoE(nnx.Module):
           activation, precision, combine, weight_on, command_buffer: as for :func:`jax_moe.fused_moe`.
           mesh: run over this mesh. None is the mesh that the experts, or else ``x``, are placed on when the module is
             called, or else the one that ``jax.set_mesh`` has set; without any, one device.
-          expert_axis, tensor_axis, data_axis: as for :func:`jax_moe.sharded_moe`.
+          expert_axis, tensor_axis, data_axis, sum_dtype: as for :func:`jax_moe.sharded_moe`.
 
         Raises:
           TypeError, ValueError: an argument has the wrong type, dtype, shape or value, or two do not fit each other; or
@@ -99,6 +100,7 @@ class MoE(nnx.Module):
         )  # fmt: skip
         self.mesh = mesh
         self.axes = Axes(expert_axis, tensor_axis, data_axis)
+        self.sum_dtype = arguments.dtype("sum_dtype", sum_dtype, OUT_DTYPES)
         specs = _expert_specs(experts, mesh, expert_axis, tensor_axis)
         _check(experts, router, shared_expert, self.options)
         self.experts = nnx.data(_variables(Quantized, experts, specs))
@@ -171,7 +173,9 @@ class MoE(nnx.Module):
         if mesh is None:
             run = functools.partial(moe.fused_moe, **options)
         else:
-            run = functools.partial(sharded.sharded_moe, mesh=mesh, **vars(self.axes), **options)
+            run = functools.partial(
+                sharded.sharded_moe, mesh=mesh, **vars(self.axes), sum_dtype=self.sum_dtype, **options
+            )
         return _layer(run, x, token_ids, experts, router, shared_expert)
 
 

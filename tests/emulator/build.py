@@ -8,6 +8,8 @@ import pathlib
 import shutil
 import subprocess
 
+import compiled_once
+
 from jax_moe import settings
 
 SOURCES = pathlib.Path(__file__).parent / "machine"
@@ -37,10 +39,11 @@ def library() -> pathlib.Path:
     sources = sorted(SOURCES.glob("*.cc"))
     objects = [folder / f"{source.stem}-{_digest([*common, source.read_bytes()])}.o" for source in sources]
     path = folder / f"machine-{_digest([file.name.encode() for file in objects])}.so"
-    if not path.exists():
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(_compile, sources, objects))
-        _make(path, "-shared", *map(str, objects))
+    with compiled_once.only_one(path):
+        if not path.exists():
+            with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(_compile, sources, objects))
+            _make(path, "-shared", *map(str, objects))
     return path
 
 

@@ -21,7 +21,7 @@ from jax_moe.kernels.target import Target
 
 FOLDER = pathlib.Path(__file__).parent
 FFI = FOLDER.parents[1] / "ffi"
-
+_COMPILER = os.environ.get("CXX", "g++")
 
 COMPILE_ONLY = bool(os.environ.get("JAX_MOE_COMPILE_ONLY"))
 """Fill the kernel cache, for a machine that has a GPU and no compiler."""
@@ -58,8 +58,25 @@ def target() -> Target:
 
 
 def prepare(experts: jax_moe.Experts, precision: str = "w4a16") -> jax_moe.Experts:
-    """Experts as :func:`target` reads them."""
-    return jax_moe.prepare(experts, target().name, precision, progress=False)  # type: ignore[arg-type]
+    """Experts as :func:`target` reads them; where nothing can run, some of the same types and in the same places.
+
+    Their values are not read then: what ``prepare`` computes, on a mesh too, is for tests/test_prepare.py.
+    """
+    if why_not_run() is None:
+        return jax_moe.prepare(experts, target().name, precision, progress=False)  # type: ignore[arg-type]
+    leaves, structure = jax.tree.flatten(experts)
+    key = structure, precision, *((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
+    if key not in _prepared:
+        prepared = functools.partial(jax_moe.prepare, target=target().name, precision=precision, progress=False)
+        if all(len(leaf.devices()) == 1 for leaf in leaves):
+            types = jax.eval_shape(prepared, experts)
+            _prepared[key] = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), types)
+        else:
+            _prepared[key] = prepared(experts)
+    return _prepared[key]
+
+
+_prepared: dict[tuple, jax_moe.Experts] = {}
 
 
 def prepared(case):
@@ -180,13 +197,27 @@ def register_changed(name: str, changes: dict[str, tuple[str, str]], build_folde
         text = (sources / file).read_text()
         assert original in text, f"the change no longer applies to {file}"
         (sources / file).write_text(text.replace(original, replacement))
+    objects, read = [], []
+    for unit in ("driver", "handler", "program"):
+        unchanged = _object(unit, FFI, build_folder)
+        of_unit = unchanged.with_suffix(".d").read_text().split()
+        changed = any(str(FFI / file) in of_unit for file in changes)
+        objects.append(_object(unit, sources, sources) if changed else unchanged)
+        read += of_unit
+    assert all(str(FFI / file) in read for file in changes), "a changed file that no unit reads changes nothing"
     library = sources / "changed.so"
-    compiler = os.environ.get("CXX", "g++")
-    includes = [f"-I{sources}", f"-isystem{jax.ffi.include_dir()}"]
-    units = [sources / "cuda" / unit for unit in ("driver.cc", "handler.cc", "program.cc")]
-    command = [compiler, "-std=c++20", "-O1", "-fPIC", "-shared", *includes, *units, "-ldl", "-o", library]
-    subprocess.run(command, check=True)
+    subprocess.run([_COMPILER, "-shared", *objects, "-ldl", "-o", library], check=True)
     return register(f"jax_moe_test_{name}", ctypes.CDLL(str(library)))
+
+
+@functools.cache
+def _object(unit: str, sources: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+    """A unit of the library's CUDA half, compiled; beside it, what it reads, as for make."""
+    made = folder / f"{unit}.o"
+    includes = [f"-I{sources}", f"-isystem{jax.ffi.include_dir()}"]
+    command = [_COMPILER, "-std=c++20", "-O1", "-fPIC", "-c", "-MMD", *includes, sources / "cuda" / f"{unit}.cc"]
+    subprocess.run([*command, "-o", made], check=True)
+    return made
 
 
 def register(target: str, library: ctypes.CDLL) -> str:

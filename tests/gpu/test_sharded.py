@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
 import pytest
+import statement
 
 import jax_moe
-from jax_moe import ffi
+from jax_moe import ffi, nvfp4, sharded
 
 _CAPTURE = {"xla_gpu_graph_min_graph_size": 1}
 
@@ -34,6 +35,7 @@ _MESHES = {
     "4: tokens and experts": (4, {"data": 2, "expert": 2}, {}),
     "4: both, tokens over them": (4, {"expert": 2, "tensor": 2}, {"data_axis": ("expert", "tensor")}),
 }
+_SPREAD = [name for name, (_, _, names) in _MESHES.items() if names]
 _TWO = ["2: experts", "2: tensor", "2: experts, tokens over them"]
 _MODES = [("w4a16", "atomic"), ("w4a16", "ordered"), ("w4a4", "atomic"), ("w4a4", "ordered")]
 
@@ -192,3 +194,103 @@ def test_other_verbs_on_the_mesh(name):
     for projection in ("gate_up", "down"):
         scales = [np.asarray(getattr(e, projection).input_scale) for e in (got, expected)]
         np.testing.assert_allclose(*scales, rtol=1e-4)  # the order of sums depends on the shapes
+
+
+# --- What travels in fewer bytes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("precision", "combine"), _MODES)
+@pytest.mark.parametrize("name", _MESHES)
+def test_sums_that_travel_in_bfloat16(poison, name, precision, combine):
+    """Within the bound of docs/numerics.md. Nothing but parts and sums of them is rounded: the output is float32."""
+    mesh, names = _mesh(name)
+    case = helpers.make_case(11, tokens=48, hidden=256, intermediate=256, num_experts=16, top_k=4, bias=True,
+                             precision=precision, combine=combine, out_dtype=jnp.float32)  # fmt: skip
+    options = {k: v for k, v in case.options.items() if k != "expert_offset"} | {"sum_dtype": jnp.bfloat16}
+    run = calls.jit(functools.partial(jax_moe.sharded_moe, mesh=mesh, **names, **options), _CAPTURE)
+    got = _call(run, _place(case, mesh, names), poison)
+    helpers.assert_matches_sum(got, case, _MESHES[name][1], names, on_gpu=True)
+
+
+@pytest.mark.parametrize("name", _SPREAD)
+def test_scattered_sums_in_bfloat16_are_the_same_from_run_to_run(poison, name):
+    mesh, names = _mesh(name)
+    case = helpers.make_case(12, tokens=64, hidden=256, intermediate=256, num_experts=16, top_k=4, combine="ordered")
+    options = {k: v for k, v in case.options.items() if k != "expert_offset"} | {"sum_dtype": jnp.bfloat16}
+    run = calls.jit(functools.partial(jax_moe.sharded_moe, mesh=mesh, **names, **options), _CAPTURE)
+    placed = _place(case, mesh, names)
+    first = _call(run, placed, poison, times=1)
+    for _ in range(10):
+        helpers.assert_bit_equal(_call(run, placed, poison, times=1), first)
+
+
+def _tied(seed: int, shape, input_scale: float) -> jax.Array:
+    """bfloat16 values of which many, over the scale, are on a rounding boundary: the last bit of a quotient decides."""
+    rng = np.random.default_rng(seed)
+    steps = np.exp2(rng.integers(-3, 3, (shape[0], shape[1] // 16))).repeat(16, 1)
+    return jnp.asarray(rng.integers(-255, 256, shape) * steps * input_scale, jnp.bfloat16)
+
+
+_INPUT_SCALES = [1.0, 3.0, 5 / 128, 1 / 448]
+
+
+@pytest.mark.parametrize("input_scale", _INPUT_SCALES)
+def test_rounding_outside_a_kernel_has_the_bits_of_ieee_division(input_scale):
+    """XLA's GPU backend divides within two units in the last place: the definition rounds each quotient to nearest."""
+    x = _tied(13, (256, 2048), input_scale)
+    got = calls.jit(nvfp4.quantize, {})(x, jnp.float32(input_scale))
+    codes, scales = statement.quantize(np.asarray(x, np.float32), np.float32(input_scale))
+    np.testing.assert_array_equal(np.asarray(got[1]).view(np.uint8), scales.view(np.uint8))
+    np.testing.assert_array_equal(statement.unpack(got[0]), codes)
+
+
+@pytest.mark.parametrize("input_scale", _INPUT_SCALES)
+@pytest.mark.parametrize("name", _SPREAD)
+def test_x_that_is_rounded_before_the_gather_has_the_same_bits(poison, monkeypatch, name, input_scale):
+    """As where bfloat16 is gathered and the kernel rounds it; with ties, zeros, and a token of NaN."""
+    mesh, names = _mesh(name)
+    case = helpers.make_case(14, tokens=64, hidden=512, intermediate=256, num_experts=16, top_k=4, bias=True,
+                             precision="w4a4", combine="ordered", out_dtype=jnp.float32)  # fmt: skip
+    gate_up = dataclasses.replace(case.experts.gate_up, input_scale=jnp.float32(input_scale))
+    x = _tied(15, case.x.shape, input_scale).at[::2].set(case.x[::2]).at[3].set(0).at[5, 7].set(jnp.nan)
+    case = dataclasses.replace(case, x=x, experts=dataclasses.replace(case.experts, gate_up=gate_up))
+    placed = _place(case, mesh, names)
+    options = {k: v for k, v in case.options.items() if k != "expert_offset"}
+
+    def call():
+        run = functools.partial(jax_moe.sharded_moe, mesh=mesh, **names, **options)
+        return _call(calls.jit(lambda *arrays: run(*arrays), _CAPTURE), placed, poison)
+
+    if calls.why_not_run() is None:
+        with monkeypatch.context() as changed:
+            changed.setattr(sharded, "_takes_rounded_x", lambda _: False)
+            expected = call()
+    got = call()  # where nothing can run, it skips here
+    is_nan = np.isnan(expected).any(1)
+    assert is_nan.tolist() == [token == 5 for token in range(64)]
+    _same_bits(got[~is_nan], expected[~is_nan])
+    assert np.isnan(got[is_nan]).any()
+
+
+def test_a_module_whose_sums_travel_in_bfloat16(poison):
+    nnx = pytest.importorskip("flax.nnx", reason="flax is not installed; jax_moe.nn needs it")
+    from jax_moe.nn import MoE
+
+    name = "2: experts, tokens over them"
+    mesh, names = _mesh(name)
+    case = helpers.make_case(16, tokens=32, hidden=128, intermediate=128, num_experts=8, top_k=2, precision="w4a4",
+                             combine="ordered", out_dtype=jnp.float32)  # fmt: skip
+    weight = jax.device_put(jax.random.normal(jax.random.key(0), (8, 128)), NamedSharding(mesh, P()))
+    router = jax_moe.checkpoints.Router(weight, k=2)
+    placed = _place(case, mesh, names)
+    module = MoE(
+        placed.experts, router, mesh=mesh, precision="w4a4", combine="ordered", sum_dtype=jnp.bfloat16, **names
+    )
+    graph, state = nnx.split(module)
+    run = calls.jit(lambda state, x: nnx.merge(graph, state)(x), _CAPTURE)
+    x = placed.x.astype(jnp.float32)
+    for _ in range(3):
+        poison(0.25)
+        got = run(state, x)
+    case = dataclasses.replace(case, routing=router(x))
+    helpers.assert_matches_sum(got, case, _MESHES[name][1], names, on_gpu=True)

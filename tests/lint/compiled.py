@@ -1,14 +1,15 @@
-"""Which kernels the lint looks at, compiled once for all tests of a session."""
+"""Which kernels the lint looks at."""
 
 import functools
 import itertools
 
+import compiled_once
 import cuda_call
 import jax.numpy as jnp
 from ptx import parser
 
 from jax_moe import activations, shapes
-from jax_moe.kernels import compiler, lowering
+from jax_moe.kernels import lowering
 from jax_moe.kernels.compiler import CompiledKernel
 from jax_moe.kernels.sm90 import program as sm90_program
 from jax_moe.kernels.sm100 import program as sm100_program
@@ -22,7 +23,7 @@ _ACTIVATIONS = (_SWIGLU, _GPT_OSS, activations.GeGLU(), activations.ReLU2(), act
 @functools.cache
 def compiled(spec: Spec, target: str) -> tuple[CompiledKernel, parser.Kernel]:
     """A kernel as machine code and as PTX."""
-    kernel, text = compiler.compile_with_ptx(spec, target)
+    kernel, text = compiled_once.kernel_and_ptx(spec, target)
     return kernel, parser.parse(text)
 
 

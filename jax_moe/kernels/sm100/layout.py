@@ -29,6 +29,7 @@ class Tcgen05Fp4(blocks.Blocks):
     """
 
     name = "tcgen05_fp4_v1"
+    takes_rounded_x = False
     partition = blocks.partition(name)
     block_k = weight_block.BLOCK_K
     block_bytes = weight_block.BLOCK_BYTES
