@@ -117,12 +117,24 @@ inline ffi::Error GetOptionalOperandData(const Operands& operands, Operand opera
 }
 
 inline ffi::Error DecodeOptions(const Attributes& attributes, Options* options) {
-  JAX_MOE_TRY(attributes.GetChoice<Precision>("precision", {{"w4a16", Precision::kW4A16}, {"w4a4", Precision::kW4A4}},
-                                              &options->precision));
+  struct Rounding {
+    Precision precision;
+    bool x_is_rounded;
+  } rounding;
+  JAX_MOE_TRY(attributes.GetChoice<Rounding>("precision",
+                                             {{"w4a16", {Precision::kW4A16, false}},
+                                              {"w4a4", {Precision::kW4A4, false}},
+                                              {"w4a4_rounded_x", {Precision::kW4A4, true}}},
+                                             &rounding));
+  options->precision = rounding.precision;
+  options->x_is_rounded = rounding.x_is_rounded;
   JAX_MOE_TRY(attributes.GetChoice<Combine>("combine", {{"atomic", Combine::kAtomic}, {"ordered", Combine::kOrdered}},
                                             &options->combine));
   JAX_MOE_TRY(attributes.GetChoice<WeightOn>("weight_on", {{"output", WeightOn::kOutput}, {"input", WeightOn::kInput}},
                                              &options->weight_on));
+  if (options->x_is_rounded && options->weight_on == WeightOn::kInput) {
+    return attributes.Refuse("weight_on", "got 'input': a weighted x is rounded by the call (precision = 'w4a4')");
+  }
   JAX_MOE_TRY(attributes.GetChoice<Activation>("activation",
                                                {{"swiglu", Activation::kSwiGLU},
                                                 {"geglu", Activation::kGeGLU},
@@ -131,14 +143,7 @@ inline ffi::Error DecodeOptions(const Attributes& attributes, Options* options) 
                                                &options->activation));
   JAX_MOE_TRY(attributes.Get("alpha", &options->alpha));
   JAX_MOE_TRY(attributes.Get("beta", &options->beta));
-  JAX_MOE_TRY(attributes.Get("limit", &options->limit));
-  options->x_is_rounded = false;
-  if (!attributes.dictionary.contains("x_is_rounded")) return ffi::Error::Success();
-  JAX_MOE_TRY(attributes.Get("x_is_rounded", &options->x_is_rounded));
-  // What is weighted on the way in is rounded only then.
-  if (!options->x_is_rounded) return ffi::Error::Success();
-  if (options->precision == Precision::kW4A4 && options->weight_on == WeightOn::kOutput) return ffi::Error::Success();
-  return attributes.Refuse("x_is_rounded", "got true, which needs precision = 'w4a4' and weight_on = 'output'");
+  return attributes.Get("limit", &options->limit);
 }
 
 // Everything but the payloads and block scales, whose layout is the platform's. `intermediate_size` is the caller's

@@ -73,10 +73,9 @@ class Problem(Options):
     def attributes(self) -> dict[str, object]:
         """The custom call's attributes, as the handlers' ``ffi/decode.h`` decodes them."""
         alpha, beta, limit = activations.parameters(self.activation)
-        # Only where it is true: the others are what every call has had since version 2 of the target.
-        rounded: dict[str, object] = {"x_is_rounded": np.bool_(True)} if self.x_is_rounded else {}
-        return rounded | {
-            "precision": self.precision,
+        return {
+            # A value of its own, because a library from before it would ignore an attribute, and round x again.
+            "precision": self.precision + ("_rounded_x" if self.x_is_rounded else ""),
             "combine": self.combine,
             "weight_on": self.weight_on,
             "activation": self.activation.kind,

@@ -1,15 +1,21 @@
 """Two processes over gloo are one program: ``tests/processes`` has what they run, and starts them by hand on GPUs."""
 
+import collections
 from concurrent import futures
 import os
 import pathlib
 import signal
 import sys
 
+import checkpoint_writer as writer
 import cuda_call
 import jax
+import numpy as np
 from processes import checks, launch, world
 import pytest
+
+import jax_moe
+from jax_moe.checkpoints import leaves
 
 DEATHS = {"process 1": ["--die=1"], "process 0": ["--die=0"], "process 1, the other idle": ["--die=1", "--idle"]}
 
@@ -53,6 +59,51 @@ def test_what_they_run_on_gpus_is_lowered_without_one(monkeypatch, tmp_path):
     for check in checks.CHECKS:
         check(here)
     assert asked
+
+
+# --- Parts of a layer, in one process -----------------------------------------------------------------------------
+
+
+def _write(folder: pathlib.Path, form: str) -> None:
+    rng = np.random.default_rng(0)
+    sizes = {"experts": 4, "hidden": 64, "intermediate": 128}
+    if form in ("modelopt", "compressed-tensors", "converted"):
+        tool = "modelopt" if form == "converted" else form
+        sizes["intermediate"] = 256  # a converted layer is cut where its blocks end
+        writer.checkpoint(folder / "source" if form == "converted" else folder, "qwen3_moe", tool, **sizes)
+    elif form == "fused":
+        writer.checkpoint(folder, "llama4_text", "fused", **sizes)
+    else:
+        tensors = {}
+        for name, (rows, columns) in {"gate_proj": (128, 64), "up_proj": (128, 64), "down_proj": (64, 128)}.items():
+            for expert in range(4):
+                prefix = f"model.layers.0.mlp.experts.{expert}.{name}.weight"
+                if form == "dense":
+                    tensors[prefix] = rng.normal(size=(rows, columns)).astype(writer.BF16)
+                else:
+                    tensors[f"{prefix}_packed"] = rng.integers(0, 256, (rows, columns // 2), dtype=np.uint8)
+                    tensors[f"{prefix}_scale"] = rng.integers(120, 130, (rows, columns // 32), dtype=np.uint8)
+        writer.write(folder, writer.config_of("qwen3_moe", *sizes.values()), tensors)
+    if form == "converted":
+        jax_moe.checkpoints.convert(folder / "source", folder, layout="sm_90a", progress_bar=False)
+
+
+@pytest.mark.parametrize("form", ["modelopt", "compressed-tensors", "fused", "mxfp4", "dense", "converted"])
+def test_slices_of_experts_are_those_of_the_whole(tmp_path, form):
+    _write(tmp_path, form)
+    mesh = jax.make_mesh((2, 2), ("expert", "tensor"), devices=jax.devices()[:4])
+    whole = jax_moe.load_experts(tmp_path, 0, quantize=True)
+    world.assert_same(jax_moe.load_experts(tmp_path, 0, mesh=mesh, quantize=True), whole)
+
+
+def test_devices_that_hold_the_same_part_read_it_once(tmp_path, monkeypatch):
+    _write(tmp_path, "modelopt")
+    whole = jax_moe.load_experts(tmp_path, 0)
+    names, read = [], leaves.Leaf.read
+    monkeypatch.setattr(leaves.Leaf, "read", lambda leaf, *a, **kw: names.append(leaf.name) or read(leaf, *a, **kw))
+    experts = jax_moe.load_experts(tmp_path, 0, mesh=jax.make_mesh((4, 2), ("data", "expert")))
+    assert sorted(collections.Counter(names).values()) == [1] + [2] * 7  # two parts, but of a scalar
+    world.assert_same(experts, whole)
 
 
 # --- The launcher -------------------------------------------------------------------------------------------------

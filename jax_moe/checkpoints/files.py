@@ -143,12 +143,12 @@ def read_rows(info: TensorInfo, start: int = 0, stop: int | None = None) -> np.n
 
 
 def _map(file: Path, offset: int, nbytes: int) -> np.ndarray:
-    """Bytes of a file, as uint8; read whole and without the megabytes around them that a page fault would bring."""
+    """Bytes of a file, as uint8; asked for as a whole, else each page fault would bring megabytes around it."""
     start = offset % mmap.ALLOCATIONGRANULARITY
     with open(file, "rb") as opened:
         pages = mmap.mmap(opened.fileno(), start + nbytes, access=mmap.ACCESS_READ, offset=offset - start)
     with contextlib.suppress(OSError):  # advice: where the kernel takes none, the bytes are the same
-        pages.madvise(mmap.MADV_RANDOM)
+        pages.madvise(mmap.MADV_RANDOM)  # else what somebody else reads ahead in this file goes on from here
         for piece in range(0, len(pages), _WILL_NEED):
             pages.madvise(mmap.MADV_WILLNEED, piece, min(_WILL_NEED, len(pages) - piece))
     return np.frombuffer(pages, np.uint8, nbytes, start)

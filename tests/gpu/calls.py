@@ -58,20 +58,30 @@ def target() -> Target:
 
 
 def prepare(experts: jax_moe.Experts, precision: str = "w4a16") -> jax_moe.Experts:
-    """Experts as :func:`target` reads them."""
-    return jax_moe.prepare(experts, target().name, precision, progress=False)  # type: ignore[arg-type]
+    """Experts as :func:`target` reads them; where nothing can run, some of the same types and in the same places.
+
+    Their values are not read then: what ``prepare`` computes, on a mesh too, is for tests/test_prepare.py.
+    """
+    if why_not_run() is None:
+        return jax_moe.prepare(experts, target().name, precision, progress=False)  # type: ignore[arg-type]
+    leaves, structure = jax.tree.flatten(experts)
+    key = structure, precision, *((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
+    if key not in _prepared:
+        prepared = functools.partial(jax_moe.prepare, target=target().name, precision=precision, progress=False)
+        if all(len(leaf.devices()) == 1 for leaf in leaves):
+            types = jax.eval_shape(prepared, experts)
+            _prepared[key] = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), types)
+        else:
+            _prepared[key] = prepared(experts)
+    return _prepared[key]
+
+
+_prepared: dict[tuple, jax_moe.Experts] = {}
 
 
 def prepared(case):
-    """A case of ``helpers.make_case`` whose experts are; where nothing can run, zeros of the same types stand for them.
-
-    What ``prepare`` computes is for tests/test_prepare.py; here it would be compiled for each shape and then not read.
-    """
-    made = functools.partial(prepare, precision=case.options.get("precision", "w4a16"))
-    if why_not_run() is None:
-        return dataclasses.replace(case, experts=made(case.experts))
-    types = jax.eval_shape(made, case.experts)
-    return dataclasses.replace(case, experts=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), types))
+    """A case of ``helpers.make_case`` whose experts are."""
+    return dataclasses.replace(case, experts=prepare(case.experts, case.options.get("precision", "w4a16")))
 
 
 def jit(function, compiler_options, **options):

@@ -64,11 +64,13 @@ def loading(world: World) -> None:
     folder, prepared = world.folder / "modelopt" / str(jax.process_index()), world.folder / f"out-{jax.process_index()}"
     jax_moe.checkpoints.convert(folder, prepared, layout="sm_90a", progress_bar=False)
     whole = jax_moe.load_experts(prepared, 0)
-    before = _bytes_read(prepared)
-    experts = jax_moe.load_experts(prepared, 0, mesh=world.mesh("expert"))
-    assert_same(experts, whole)
-    if before is not None:
-        _check_bytes("converted, expert", _bytes_read() - before, experts, whole)
+    for axis in ("expert", "tensor"):
+        before = _bytes_read(prepared)
+        experts = jax_moe.load_experts(prepared, 0, mesh=world.mesh(axis))
+        assert_same(experts, whole)
+        if before is not None:
+            read = _bytes_read() - before
+            _check_bytes(f"converted, {axis}", read, experts, whole, all_of_down=axis == "tensor")
     subset = jax.make_mesh((1,), ("expert",), devices=world.devices[:1])
     experts = jax_moe.load_experts(folder, 0, mesh=subset)  # in processes that it has no device of, too
     assert len(jax.tree.leaves(experts)[0].addressable_shards) == (world.devices[0] in jax.local_devices())

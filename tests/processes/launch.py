@@ -58,7 +58,9 @@ def launch(processes: int, *arguments: str, timeout: float = 300, grace: float =
     """
     with tempfile.TemporaryDirectory() as folder:
         given = {"address": f"127.0.0.1:{_free_port()}", "processes": processes, "timeout": timeout, "folder": folder}
-        command = [sys.executable, "-W", "error", "-m", "processes.worker", *arguments]
+        # What the packages of CUDA warn of when they are imported is not ours.
+        strict = [] if on_gpus else ["-W", "error"]
+        command = [sys.executable, *strict, "-m", "processes.worker", *arguments]
         command += [f"--{name}={value}" for name, value in given.items()]
         commands = [[*command, "--process", str(process)] for process in range(processes)]
         return run_together(commands, timeout, grace, _environment(on_gpus, devices))
