@@ -83,7 +83,7 @@ def sharded_moe(
 
     reduced = expert_axes + tensor_axes
     gathered = tuple(axis for axis in data_axes if axis in reduced and mesh.shape[axis] > 1)
-    summed = tuple(axis for axis in reduced if axis not in gathered)
+    summed = tuple(axis for axis in reduced if axis not in data_axes)
     moe.debug_ids(routing, num_experts=problem.local_experts)
     shape = x.shape
     leading = _spread_tokens(x, mesh, data_axes)
