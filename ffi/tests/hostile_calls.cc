@@ -209,7 +209,7 @@ void SpoilAttribute(Random* random, HandlerCall* call) {
 }
 
 void Spoil(Random* random, HandlerCall* call) {
-  const bool needs_scales = std::get<std::string>(call->attributes["precision"]) == "w4a4";
+  const bool needs_scales = std::get<std::string>(call->attributes["precision"]) != "w4a16";
   switch (random->Below(9)) {
     case 0:
       SpoilAttribute(random, call);
