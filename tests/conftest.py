@@ -6,6 +6,8 @@ helpers`` (cases, the comparison, programs in a fresh process) or ``import state
 
 import os
 import pathlib
+import shutil
+import tempfile
 
 import hypothesis
 import jax
@@ -16,6 +18,15 @@ import pytest
 # there is a GPU nothing is set, because these flags reach its programs too.
 if not pathlib.Path("/dev/nvidiactl").exists():
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+    # Tests make the same program again and again, each as a function of its own. A process compiles it once, and then
+    # loads what it has kept. A folder of its own: JAX does not write its files whole. What a test starts afresh, in
+    # another process, compiles afresh.
+    _programs = tempfile.mkdtemp(prefix="jax_moe_programs.")
+    jax.config.update("jax_compilation_cache_dir", _programs)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+else:
+    _programs = None
 
 pytest.register_assert_rewrite("helpers")
 
@@ -34,6 +45,16 @@ _LONG = (
     "test_nn.py", "test_sharded_moe.py", "test_fused_moe.py",
 )  # fmt: skip
 """Files that take long. They come first: one that came last would leave the other processes without work."""
+
+
+def pytest_configure(config):
+    # A thread that reads what another is writing compiles for itself.
+    config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache entry")
+
+
+def pytest_unconfigure():
+    if _programs:
+        shutil.rmtree(_programs, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items):

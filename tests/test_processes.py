@@ -20,9 +20,17 @@ from jax_moe.checkpoints import leaves
 DEATHS = {"process 1": ["--die=1"], "process 0": ["--die=0"], "process 1, the other idle": ["--die=1", "--idle"]}
 
 
-def test_two_processes_do_what_one_does():
+@pytest.fixture(scope="module")
+def launched():
+    """All at once: those in which one is killed mostly wait."""
+    with futures.ThreadPoolExecutor(1 + len(DEATHS)) as pool:
+        running = {name: pool.submit(launch.launch, 2, *options, timeout=140) for name, options in DEATHS.items()}
+        yield running | {"nobody dies": pool.submit(launch.launch, 2, timeout=280)}
+
+
+def test_two_processes_do_what_one_does(launched):
     """Loading, each its part, and every verb, call, module and checkpoint: see ``checks.py``."""
-    results = launch.launch(2, timeout=280)
+    results = launched["nobody dies"].result()
     assert not (shown := launch.failures(results)), shown
     for result in results:
         for check in checks.CHECKS:
@@ -30,24 +38,18 @@ def test_two_processes_do_what_one_does():
         print("\n".join(line for line in result.output.splitlines() if line.startswith(("loading", "NOT", "ok"))))
 
 
-@pytest.fixture(scope="module")
-def deaths():
-    """All at once: mostly they wait."""
-    with futures.ThreadPoolExecutor(len(DEATHS)) as pool:
-        running = {name: pool.submit(launch.launch, 2, *arguments, timeout=110) for name, arguments in DEATHS.items()}
-        return {name: one.result() for name, one in running.items()}
-
-
 @pytest.mark.parametrize("name", DEATHS)
-def test_when_a_process_is_killed_the_others_end_with_an_error(deaths, name):
+def test_when_a_process_is_killed_the_others_end_with_an_error(launched, name):
     """Within JAX's time-out, which is 10 s here: a call that waits for the dead one, and one that waits for nobody."""
-    killed, other = deaths[name] if name == "process 0" else reversed(deaths[name])
-    shown = launch.failures(deaths[name])
-    assert killed.code == -signal.SIGKILL and not killed.by_launcher, shown  # noqa: PT018
+    results = launched[name].result()
+    killed, other = results if name == "process 0" else reversed(results)
+    shown = launch.failures(results)
+    assert killed.code == -signal.SIGKILL, shown
+    assert not killed.by_launcher, shown
     assert "step 4" in killed.output, shown  # they had come as far as that together
     assert "step 4" in other.output, shown
     assert not other.by_launcher, shown
-    assert other.code not in (0, None), shown
+    assert other.code != 0, shown
     assert "nobody was missed" not in other.output, shown
     assert other.ended_at - killed.ended_at < 60, shown
 

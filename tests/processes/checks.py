@@ -4,6 +4,7 @@ from collections.abc import Callable
 import dataclasses
 import os
 import pathlib
+import re
 
 import checkpoint_writer as writer
 from flax import nnx
@@ -261,6 +262,27 @@ def modules(world: World) -> None:
             assert_same(y, exact)
 
 
+def documented(world: World) -> None:
+    """What ``docs/several-processes.md`` shows."""
+    if world.compiles or world.on_gpus:
+        print("NOT RUN: documented, its kernels are not among those of the other checks")
+        return
+    folder = _write_model(world)
+    page = pathlib.Path(__file__).parents[2] / "docs" / "several-processes.md"
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    x = jnp.asarray(np.random.default_rng(5).normal(size=(16, HIDDEN)), jnp.bfloat16)
+    names = {"directory": folder, "local_x": np.split(np.asarray(x), jax.process_count())[jax.process_index()]}
+    for block in blocks:
+        exec(block, names)
+    experts, options = jax_moe.load_experts(folder, 0), jax_moe.checkpoints.moe_options(folder, 0)
+    router = jax_moe.checkpoints.load_router(folder, 0)
+    expected = world.alone(lambda x: jax_moe.fused_moe(x, experts, router(x), **options), x)
+    assert_near(names["y"], expected, 1e-2)
+    (part,) = names["parts"]
+    assert part.shape == names["local_x"].shape
+    assert isinstance(names["layer"], nn.MoE)
+
+
 def _from_checkpoint(world: World, folder: pathlib.Path, mesh: jax.sharding.Mesh | None) -> nn.MoE:
     return nn.MoE.from_checkpoint(folder, 0, mesh=mesh, target=world.compiles, progress=False)
 
@@ -303,4 +325,4 @@ def saving(world: World) -> None:
         assert moved.down.payload.sharding.spec == other.down.payload.spec
 
 
-CHECKS = (loading, preparing, calls, calibrating, refusing, modules, saving)
+CHECKS = (loading, preparing, calls, calibrating, refusing, modules, documented, saving)

@@ -1,0 +1,648 @@
+"""Strong and weak scaling of ``jax_moe.sharded_moe`` on the GPUs of one host, and what its collectives cost there.
+
+    python benchmarks/gpu_scaling.py --output results.json                     # qwen3-235b-a22b, w4a16, all GPUs
+    python benchmarks/gpu_scaling.py --table results.json                      # the Markdown of docs/scaling.md
+    python benchmarks/gpu_scaling.py --plot results.json picture.png
+    JAX_MOE_CACHE_DIR=kernels python benchmarks/gpu_scaling.py --compile-for sm_90a     # fills the cache, without a GPU
+
+Method. One process has all GPUs. t(1) is ``fused_moe`` on the first of them with all experts, t(n) ``sharded_moe`` on
+n, both of this run. Both are chains of calls in one captured program, as in jax_moe/cli/timing.py: up to
+``timing.CHAINED_TOKENS`` tokens each call reads the last one's output; beyond, all have the same x, and each device's
+expert ids wait for that device's part of the last output (a kernel of some 2 us, no collective). Tokens and routing
+that are gathered always wait: XLA would gather for all calls at once. "operations" in the file counts the collectives
+of a program's 8 calls and 7 waits. Medians.
+
+Forms, on a mesh of one axis:
+
+    replicated      experts are spread over the axis, all devices have all tokens; sums by all-reduce
+    spread          tokens are spread over the experts' axis: gathered before, sums scattered behind
+    tensor          every expert's I is cut into n slices, all devices have all tokens
+    tensor-spread   I is cut, tokens are spread
+
+Efficiency is t(1, T) / (n t(n, T)), and weak efficiency t(1, T/n) / t(n, T). The more tokens fit, the more the power
+limit of a card decides (docs/hopper.md), so the time of a row is long enough to be at it.
+
+Every program returns its first call's output too. After the timing the devices' free memory is filled with NaN, the
+captured program runs once more, and that output is compared with one GPU's. The bound of the relative Frobenius norm is
+
+    u sqrt((2 K + n) / 3) with bfloat16 sums, u sqrt((K + 1) / 3) with float32 ones,    u = 2**-8
+
+One GPU adds K contributions to a token's bfloat16 output and rounds each time; so do n GPUs together with bfloat16
+parts, which are then added with at most n roundings; with float32 parts the sum is rounded once. A rounding to nearest
+is off by at most u of its result, so by u / sqrt(3) in the mean square; contributions of random experts are
+uncorrelated, so no partial sum is longer than the whole; and roundings are independent, so their squares add up. The
+intermediate's roundings flip where the order of float32 sums differs: in fewer than 1 of 1000 values, which adds less
+than a hundredth to the square. One row is short for such a mean: the worst may have twice the bound.
+
+Collectives: chains of 8, each waiting for the last by one element written into its operand (2 us, part of the
+latency). Bytes are those that a rank sends in a ring (benchmarks/exchange_model.py), and constants the line through
+the times that is nearest in relative squares. benchmarks/scaling_model.py goes on from there.
+"""
+
+import collections
+from collections.abc import Callable, Iterator
+import concurrent.futures
+import dataclasses
+import functools
+import itertools
+import json
+import pathlib
+import re
+import sys
+import time
+from typing import Annotated, Any
+
+import gpu_op
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+import typer
+
+import jax_moe
+from jax_moe import exchange, shapes
+from jax_moe.cli import timing
+from jax_moe.kernels import targets
+from jax_moe.kernels.cache import MissingKernelError
+
+MODELS = shapes.MODELS | {"deepseek-r1": shapes.LayerShape(256, 8, 7168, 2048)}
+ONE = "one GPU"
+"""The form of t(1)."""
+
+LENGTH = 8
+"""Calls of a program."""
+
+_ROW_SECONDS = 0.5
+"""About so long the repeats of a row may take; never fewer than three."""
+
+_POISON_BYTES = 2**30
+"""The largest block of a device's memory that is filled with NaN; there is one of each power of two below."""
+
+COLUMNS = 4096
+ROWS = (8, 128, 1024, 8192)
+"""Of the arrays that collectives are timed with: what ``sharded_moe`` sends of so many tokens with H = 4096."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """A mesh axis, and whether tokens are spread over it, too."""
+
+    axis: str
+    is_spread: bool
+
+
+FORMS = {
+    "replicated": Form("expert", False),
+    "spread": Form("expert", True),
+    "tensor": Form("tensor", False),
+    "tensor-spread": Form("tensor", True),
+}
+SUM_DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A row to measure; of one GPU the form is :data:`ONE`, and nothing is summed."""
+
+    precision: Any
+    tokens: int
+    form: str = ONE
+    sum_dtype: str = ""
+
+
+@dataclasses.dataclass
+class Results(gpu_op.Results):
+    """And what the collectives took."""
+
+    collectives: list[dict] = dataclasses.field(default_factory=list)
+
+    def write(self) -> None:
+        if self.output:
+            document = {
+                "environment": gpu_op.environment() | {"cards": cards()},
+                "results": self.rows,
+                "collectives": self.collectives,
+                "constants": constants(self.collectives),
+                "failures": self.failures,
+            }
+            self.output.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def cards() -> dict[str, int]:
+    """How many devices of each kind this process has."""
+    kinds = [device.device_kind for device in jax.local_devices()]
+    return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
+
+
+# --- The programs -----------------------------------------------------------------------------------------------------
+
+
+def make_mesh(devices: list, axis: str, axis_type=AxisType.Auto) -> Mesh:
+    return Mesh(np.array(devices), (axis,), axis_types=(axis_type,))
+
+
+def tokens_spec(case: Case, mesh: Mesh) -> PartitionSpec:
+    """Of x, the routing and the output."""
+    is_spread = case.form != ONE and FORMS[case.form].is_spread
+    return PartitionSpec(mesh.axis_names[0] if is_spread else None)
+
+
+def program(case: Case, mesh: Mesh) -> Any:
+    """The jitted chain of a case, as a function of ``timing.Arguments``; its first call's output and its last's."""
+    if case.form == ONE:
+        op = functools.partial(jax_moe.fused_moe, precision=case.precision)
+    else:
+        op = functools.partial(
+            jax_moe.sharded_moe,
+            mesh=mesh,
+            data_axis=mesh.axis_names[0] if FORMS[case.form].is_spread else None,
+            precision=case.precision,
+            sum_dtype=jnp.dtype(case.sum_dtype),
+        )
+    spec = tokens_spec(case, mesh)
+    is_gathered, is_chained = spec != PartitionSpec(None), case.tokens <= timing.CHAINED_TOKENS
+
+    def local_wait(x, ids, routing_weights, y):
+        zero = timing.after(y)
+        if is_gathered:
+            routing_weights = routing_weights + zero
+        if is_gathered and not is_chained:
+            x = x.at[0, 0].set(x[0, 0] + zero.astype(x.dtype))  # in place; all of x would be a pass over it
+        return x, ids + zero, routing_weights
+
+    # Each device waits for its own part: a value of the whole output would be one more collective. What is gathered
+    # waits, all of it, as in a model: else XLA gathers an x that all calls share once, and routings in one piece.
+    wait = jax.shard_map(local_wait, mesh=mesh, in_specs=(spec,) * 4, out_specs=(spec,) * 3)
+
+    def chain(x, weights, ids, routing_weights):
+        outputs: list[jax.Array] = []
+        for call_ids, call_weights in zip(ids, routing_weights, strict=True):
+            if outputs and is_chained:
+                x = outputs[-1]
+            if outputs and (is_gathered or not is_chained):
+                x, call_ids, call_weights = wait(x, call_ids, call_weights, outputs[-1])
+            outputs.append(op(x, weights, jax_moe.Routing(call_ids, call_weights)))
+        return outputs[0], outputs[-1]
+
+    return _captured(chain)
+
+
+_captured: Callable[[Callable], Any] = timing.captured  # whatever the program returns
+
+_SENDS = re.compile(
+    r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast)(?:-start)?\("
+)
+
+
+def operations(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """How many of each collective a compiled program has, so that the file shows what was timed; and copies."""
+    text = compiled.as_text() or ""
+    found = collections.Counter(_SENDS.findall(text))
+    return dict(found) | {"copy": len(re.findall(r" copy(?:-start)?\(", text))}
+
+
+@functools.lru_cache(maxsize=16)
+def _host_arguments(shape: shapes.LayerShape, tokens: int):
+    return jax.device_get(timing.chain_arguments(shape, None, tokens, LENGTH, seed=tokens)[0])
+
+
+def arguments(shape: shapes.LayerShape, case: Case, mesh: Mesh, weights: jax_moe.Experts) -> timing.Arguments:
+    """Random arguments of a case's program, placed; the same values for every case with so many tokens."""
+    x, _, ids, routing_weights = _host_arguments(shape, case.tokens)
+    sharding = NamedSharding(mesh, tokens_spec(case, mesh))
+    x, ids, routing_weights = jax.device_put((x, ids, routing_weights), sharding)
+    return x, weights, ids, routing_weights
+
+
+def bound(top_k: int, sum_dtype: str, n: int) -> float:
+    """Of the relative Frobenius norm of the difference to one GPU; the module's text derives it."""
+    roundings = 2 * top_k + n if sum_dtype == "bfloat16" else top_k + 1
+    return 2**-8 * (roundings / 3) ** 0.5
+
+
+def difference(got: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
+    """Relative norms of the difference: Frobenius, and of the worst row. Infinite if a value is not finite."""
+    got, expected = got.astype(np.float32), expected.astype(np.float32)
+    if got.shape != expected.shape or not np.isfinite(got).all():
+        return np.inf, np.inf
+    errors, sizes = np.linalg.norm(got - expected, axis=1), np.linalg.norm(expected, axis=1)
+    rows = np.where(errors > 0, errors / np.maximum(sizes, np.finfo(np.float32).tiny), 0)
+    return float(np.linalg.norm(errors) / np.linalg.norm(sizes)), float(rows.max())
+
+
+@functools.lru_cache(maxsize=8)
+def _poison(mesh: Mesh, largest: int) -> Callable[[], list[jax.Array]]:
+    sizes = [2**power for power in range(14, largest.bit_length() - 2)]  # of float32: 64 KiB and up
+    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
+    return jax.jit(lambda: [jnp.full((mesh.size, size), jnp.nan) for size in sizes], out_shardings=sharding)
+
+
+def poison(mesh: Mesh) -> None:
+    """Fills memory of the devices that nobody has with NaN: a block of each size, so that every gap gets some."""
+    jax.block_until_ready(_poison(mesh, _POISON_BYTES)())
+
+
+# --- Measuring --------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Job:
+    """What is to be measured of one model, and what is known of one GPU.
+
+    Attributes:
+      model, shape: which layer.
+      repeats: timed runs; the median counts.
+      deadline: of ``time.monotonic``; no row begins later.
+      results: where rows go.
+      seconds, outputs: of one GPU, by precision and T.
+    """
+
+    model: str
+    shape: shapes.LayerShape
+    repeats: int
+    deadline: float
+    results: Results
+    seconds: dict[tuple, float] = dataclasses.field(default_factory=dict)
+    outputs: dict[tuple, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def fail(self, case: Case, n: int, error: str) -> None:
+        failure = {"model": self.model, **dataclasses.asdict(case), "devices": n, "error": error}
+        print("FAILED", json.dumps(failure), file=sys.stderr, flush=True)
+        self.results.failures.append(failure)
+        self.results.write()
+
+
+def measure(job: Job, canonical: jax_moe.Experts, cases: list[Case], mesh: Mesh) -> None:
+    """Rows of cases on the same mesh: weights are placed once for each layout, programs compiled side by side."""
+    layouts: dict[str, list[Case]] = {}
+    for case in cases:
+        layouts.setdefault(targets.layout_for(None, case.precision).name, []).append(case)
+    for layout, same in layouts.items():
+        try:
+            weights = jax_moe.prepare(
+                jax.device_put(canonical, jax_moe.expert_shardings(canonical, mesh)), layout, progress=False
+            )
+        except ValueError as error:  # the mesh does not divide E or I
+            for case in same:
+                job.fail(case, mesh.size, f"{type(error).__name__}: {error}")
+            continue
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            compiled: list[tuple[Case, Any, concurrent.futures.Future]] = []
+            for case in same:
+                if time.monotonic() > job.deadline:
+                    job.fail(case, mesh.size, "not measured: the time was up")
+                    continue
+                given = arguments(job.shape, case, mesh, weights)
+                try:
+                    lowered = program(case, mesh).lower(*given)
+                except (ValueError, MissingKernelError) as error:
+                    job.fail(case, mesh.size, f"{type(error).__name__}: {error}")
+                    continue
+                compiled.append((case, given, pool.submit(lowered.compile)))
+            concurrent.futures.wait([future for *_, future in compiled])  # nothing compiles beside what is timed
+            for case, given, future in compiled:
+                if time.monotonic() > job.deadline:
+                    job.fail(case, mesh.size, "not measured: the time was up")
+                    continue
+                row = measure_case(job, case, mesh, future.result(), given)
+                job.results.rows.append(row)
+                print("ROW", json.dumps(row), file=sys.stderr, flush=True)
+                job.results.write()
+
+
+def measure_case(job: Job, case: Case, mesh: Mesh, compiled: jax.stages.Compiled, given: timing.Arguments) -> dict:
+    """Times a case's program, and compares its output with one GPU's, which it keeps if it is that."""
+    run = functools.partial(timing.run, lambda *values: compiled(*values)[1], given)
+    seconds = timing.seconds_per_call(run, LENGTH, job.repeats, limit=_ROW_SECONDS)
+    poison(mesh)
+    output = np.asarray(compiled(*given)[0])
+    key, n = (case.precision, case.tokens), mesh.size
+    row = {"model": job.model, **dataclasses.asdict(case), "devices": n, "seconds": seconds}
+    row["operations"] = operations(compiled)
+    if case.form == ONE:
+        job.seconds[key], job.outputs[key] = seconds, output
+        return row | {"finite": bool(np.isfinite(output.astype(np.float32)).all())}
+    if key in job.outputs:
+        frobenius, worst_row = difference(output, job.outputs[key])
+        limit = bound(job.shape.top_k, case.sum_dtype, n)
+        row["efficiency"] = job.seconds[key] / (n * seconds)
+        row |= {"error": frobenius, "bound": limit, "worst_row": worst_row, "worst_row_bound": 2 * limit}
+        row["equal"] = frobenius <= limit and worst_row <= 2 * limit
+    part = (case.precision, case.tokens / n)
+    if part in job.seconds:
+        row["weak_efficiency"] = job.seconds[part] / seconds
+    return row
+
+
+def cases_of(
+    n: int, axis: str, precisions: list, tokens: list[int], forms: list[str], sum_dtypes: list[str]
+) -> list[Case]:
+    """Those of n devices whose mesh has this axis."""
+    chosen = [form for form in forms if FORMS[form].axis == axis]
+    return [
+        Case(precision, count, form, sum_dtype)
+        for precision, count, form, sum_dtype in itertools.product(precisions, tokens, chosen, sum_dtypes)
+        if not (FORMS[form].is_spread and count % n)
+    ]
+
+
+def axes_of(forms: list[str]) -> list[str]:
+    return list(dict.fromkeys(FORMS[form].axis for form in forms))
+
+
+# --- Collectives ------------------------------------------------------------------------------------------------------
+
+COLLECTIVES: dict[str, tuple[str, Callable[[jax.Array], jax.Array]]] = {
+    "all_reduce float32": ("float32", lambda x: exchange.add_up(x, scattered=(), summed=("expert",))),
+    "all_reduce bfloat16": ("bfloat16", lambda x: exchange.add_up(x, scattered=(), summed=("expert",))),
+    "all_gather": ("bfloat16", lambda x: exchange.gather(x, ("expert",))),
+    "reduce_scatter": ("float32", lambda x: exchange.add_up(x, scattered=("expert",), summed=())),
+    "all_to_all": ("bfloat16", lambda x: exchange.add_up(x, scattered=("expert",), summed=())),
+}
+"""Those of ``sharded_moe``, as it calls them: behind the all-to-all each device adds the parts that it got."""
+
+
+def sent_bytes(name: str, whole: int, n: int) -> float:
+    """What a rank sends of an array of ``whole`` bytes, all tokens in it."""
+    return whole * (n - 1) / n * (2 if name.startswith("all_reduce") else 1)
+
+
+def collective_chain(name: str, rows: int, mesh: Mesh) -> Any:
+    """The same collective :data:`LENGTH` times, as a function of one number for each device."""
+    dtype, collective = COLLECTIVES[name]
+    local = rows // mesh.size if name == "all_gather" else rows
+
+    def chain(seed):
+        column = jax.lax.broadcasted_iota(jnp.float32, (local, COLUMNS), 1)  # XLA would simplify a constant's sum
+        x = (column / COLUMNS + seed).astype(dtype)
+        y = collective(x)
+        for _ in range(LENGTH - 1):
+            x = x.at[0, 0].set(y[0, 0].astype(dtype) / mesh.size)
+            y = collective(x)
+        return y[:1, :1]
+
+    spec = PartitionSpec("expert")
+    return _captured(jax.shard_map(chain, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
+
+
+def measure_collectives(results: Results, mesh: Mesh, repeats: int, rows=ROWS) -> None:
+    seed = jax.device_put(np.arange(1, mesh.size + 1, dtype=np.float32), NamedSharding(mesh, PartitionSpec("expert")))
+    sizes = [(name, count) for name in COLLECTIVES for count in rows]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        lowered = [collective_chain(name, count, mesh).lower(seed) for name, count in sizes]
+        for (name, count), compiled in zip(sizes, pool.map(lambda one: one.compile(), lowered), strict=True):
+            run = functools.partial(timing.run, compiled, (seed,))
+            seconds = timing.seconds_per_call(run, LENGTH, repeats, limit=_ROW_SECONDS / 5)
+            whole = count * COLUMNS * jnp.dtype(COLLECTIVES[name][0]).itemsize
+            sent = sent_bytes(name, whole, mesh.size)
+            results.collectives.append(
+                {"name": name, "devices": mesh.size, "bytes": whole, "sent_bytes": sent, "seconds": seconds}
+                | {"operations": operations(compiled)}
+            )
+        results.write()
+
+
+def constants(collectives: list[dict]) -> list[dict]:
+    """Of each collective and number of devices: microseconds of the smallest, and GB/s that a rank sends of a large."""
+    found = []
+    for name, n in dict.fromkeys((row["name"], row["devices"]) for row in collectives):
+        mine = [row for row in collectives if (row["name"], row["devices"]) == (name, n)]
+        sent, seconds = (np.array([row[key] for row in mine]) for key in ("sent_bytes", "seconds"))
+        latency, per_byte = np.linalg.lstsq(np.stack([1 / seconds, sent / seconds], 1), np.ones(len(mine)))[0]
+        found.append(
+            {"name": name, "devices": n, "microseconds": latency * 1e6, "gigabytes_per_second": 1e-9 / per_byte}
+        )
+    return found
+
+
+# --- The kernels of all this, without a GPU ---------------------------------------------------------------------------
+
+
+def prepared_types(shape: shapes.LayerShape, target: str, precision: Any, mesh: Mesh) -> jax_moe.Experts:
+    """Shapes and shardings of a target's experts on a mesh, without their values."""
+    up, down = (
+        (shape.num_experts, *size)
+        for size in ((shape.intermediate_size, shape.hidden_size), (shape.hidden_size, shape.intermediate_size))
+    )
+    dense = [jax.ShapeDtypeStruct(size, jnp.bfloat16) for size in (up, up, down)]
+    canonical = jax.eval_shape(jax_moe.quantize_experts, *dense)
+    gate_up, down = canonical.gate_up, canonical.down
+    scales = [jax.ShapeDtypeStruct(size, jnp.float32) for size in ((), up[:1])]  # as random experts have them
+    canonical = dataclasses.replace(
+        canonical,
+        gate_up=dataclasses.replace(gate_up, input_scale=scales[0]),
+        down=dataclasses.replace(down, input_scale=scales[1]),
+    )
+    prepare = functools.partial(jax_moe.prepare, target=target, precision=precision, progress=False)
+    if mesh.size == 1:
+        return _placed(jax.eval_shape(prepare, canonical), mesh)
+    # Over explicit axes a traced array's placement is seen, so that each device prepares its own part.
+    explicit = make_mesh(list(mesh.devices.flat), mesh.axis_names[0], AxisType.Explicit)
+    with jax.set_mesh(explicit):
+        prepared = jax.eval_shape(prepare, _placed(canonical, explicit))
+    return _placed(prepared, mesh)
+
+
+def _placed(types: jax_moe.Experts, mesh: Mesh) -> jax_moe.Experts:
+    shardings = jax_moe.expert_shardings(types, mesh)
+    return jax.tree.map(lambda t, s: jax.ShapeDtypeStruct(t.shape, t.dtype, sharding=s), types, shardings)
+
+
+def lower_for(target: str, shape: shapes.LayerShape, case: Case, mesh: Mesh, weights: jax_moe.Experts):
+    """One call of a case lowered for a GPU, which compiles the kernels that the cache lacks."""
+    sharding = NamedSharding(mesh, tokens_spec(case, mesh))
+    x, ids, routing_weights = (
+        jax.ShapeDtypeStruct((case.tokens, size), dtype, sharding=sharding)
+        for size, dtype in ((shape.hidden_size, jnp.bfloat16), (shape.top_k, jnp.int32), (shape.top_k, jnp.float32))
+    )
+    return program(case, mesh).trace(x, weights, [ids], [routing_weights]).lower(lowering_platforms=("cuda",))
+
+
+def compile_for(target: str, placements: Iterator[tuple[str, list[Case], Mesh]]) -> None:
+    for model, cases, mesh in placements:
+        start = time.monotonic()
+        types: dict[Any, jax_moe.Experts] = {}
+        try:
+            for case in cases:
+                if case.precision not in types:
+                    types[case.precision] = prepared_types(MODELS[model], target, case.precision, mesh)
+                lower_for(target, MODELS[model], case, mesh, types[case.precision])
+        except ValueError as error:  # the mesh does not divide E or I
+            print(f"{model} on {dict(mesh.shape)}: {error}")
+            continue
+        print(f"{model} on {dict(mesh.shape)}: {len(cases)} programs in {time.monotonic() - start:.0f} s", flush=True)
+
+
+# --- The command ------------------------------------------------------------------------------------------------------
+
+
+def main(
+    model: Annotated[list[str] | None, typer.Option(help=f"Any of {', '.join(MODELS)}.")] = None,
+    tokens: Annotated[str, typer.Option(help="Numbers of tokens in all, separated by commas.")] = "8,128,1024,8192",
+    devices: Annotated[str, typer.Option(help="Numbers of GPUs beside 1; else 2, 4, ... of those there.")] = "",
+    form: Annotated[list[str] | None, typer.Option(help=f"Any of {', '.join(FORMS)}; else the first three.")] = None,
+    precision: Annotated[list[str] | None, typer.Option(help="w4a16 (if none is given) or w4a4.")] = None,
+    sum_dtype: Annotated[list[str] | None, typer.Option(help="float32 or bfloat16; else both.")] = None,
+    weak: Annotated[str, typer.Option(help="T of weak scaling: one GPU is timed with T/n, too. Else the most.")] = "",
+    collectives: Annotated[bool, typer.Option(help="Time the collectives, too.")] = True,
+    repeats: Annotated[int, typer.Option(help="Timed runs of a chain; the median counts.")] = 15,
+    seconds: Annotated[float, typer.Option(help="No row begins later; those left out are named.")] = 300,
+    output: Annotated[pathlib.Path | None, typer.Option(help="JSON file for the results.")] = None,
+    plot: Annotated[tuple[pathlib.Path, pathlib.Path] | None, typer.Option(help="Only plot: results, picture.")] = None,
+    table: Annotated[pathlib.Path | None, typer.Option(help="Only print this file's results as Markdown.")] = None,
+    target: Annotated[str | None, typer.Option("--compile-for", help="Only compile the kernels for this.")] = None,
+) -> None:
+    """Time one GPU, several, and their collectives; see the module's text."""
+    if plot:
+        _plot(json.loads(plot[0].read_text()), plot[1])
+        return
+    if table:
+        print(*markdown(json.loads(table.read_text())), sep="\n\n")
+        return
+    deadline = time.monotonic() + seconds
+    if target:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", 8)
+    models, forms = model or ["qwen3-235b-a22b"], form or list(FORMS)[:3]
+    precisions, sum_dtypes = precision or ["w4a16"], sum_dtype or list(SUM_DTYPES)
+    for given, known in (
+        (models, MODELS), (forms, FORMS), (precisions, ("w4a16", "w4a4")), (sum_dtypes, SUM_DTYPES),
+    ):  # fmt: skip
+        if unknown := [name for name in given if name not in known]:
+            raise typer.BadParameter(f"got {', '.join(unknown)}, needs any of {', '.join(known)}")
+    there = jax.local_devices()
+    sizes = [int(n) for n in devices.split(",")] if devices else [n for n in (2, 4, 8) if n <= len(there)]
+    if wrong := [n for n in sizes if not 1 < n <= len(there)]:
+        raise typer.BadParameter(f"--devices: got {wrong}, needs 2 to {len(there)}")
+    counts = [int(count) for count in tokens.split(",")]
+    weak_counts = [int(count) for count in weak.split(",")] if weak else [max(counts)]
+    alone = sorted({*counts, *(count // n for count in weak_counts for n in sizes if count % n == 0)} - {0})
+    one = [Case(p, count) for p in precisions for count in alone]
+
+    def placements(model: str) -> Iterator[tuple[str, list[Case], Mesh]]:
+        yield model, one, make_mesh(there[:1], "expert")
+        for n, axis in itertools.product(sizes, axes_of(forms)):
+            yield model, cases_of(n, axis, precisions, counts, forms, sum_dtypes), make_mesh(there[:n], axis)
+
+    if target:
+        compile_for(target, itertools.chain.from_iterable(map(placements, models)))
+        return
+    results = Results(output)
+    print(f"{cards()}", file=sys.stderr, flush=True)
+    for name in models:
+        job = Job(name, MODELS[name], repeats, deadline, results)
+        canonical = timing.random_experts(MODELS[name], 0)
+        for _, cases, mesh in placements(name):
+            measure(job, canonical, cases, mesh)
+    for n in sizes if collectives else []:
+        measure_collectives(results, make_mesh(there[:n], "expert"), repeats)
+    results.write()
+    document = {
+        "environment": gpu_op.environment() | {"cards": cards()}, "results": results.rows,
+        "collectives": results.collectives, "constants": constants(results.collectives), "failures": results.failures,
+    }  # fmt: skip
+    print(*markdown(document), sep="\n\n")
+    wrong = [row for row in results.rows if not row.get("equal", row.get("finite"))]
+    for row in wrong:
+        print(f"WRONG: {json.dumps(row)}")
+    for failure in results.failures:
+        print(f"FAILED: {json.dumps(failure)}")
+    if wrong:
+        raise typer.Exit(1)
+
+
+def markdown(document: dict) -> Iterator[str]:
+    """What docs/scaling.md has of a run: a table for each model and precision, and one of the collectives."""
+    rows = document["results"]
+    given = document["environment"]
+    versions = f"jax {given.get('jax')}, commit {given.get('commit', '')[:7]}, {given.get('time', '')[:10]}"
+    yield f"{', '.join(f'{count} x {kind}' for kind, count in given['cards'].items())}; {versions}."
+    for model, precision in dict.fromkeys((row["model"], row["precision"]) for row in rows):
+        mine = [row for row in rows if (row["model"], row["precision"]) == (model, precision)]
+        columns = list(dict.fromkeys((row["devices"], row["form"], row["sum_dtype"]) for row in mine))
+        head = [f"{model}, {precision}: us (efficiency)"]
+        head += ["1" if form == ONE else f"{n} {form} {sums}" for n, form, sums in columns]
+        lines = []
+        for count in sorted({row["tokens"] for row in mine}):
+            cells = {
+                (row["devices"], row["form"], row["sum_dtype"]): _cell(row) for row in mine if row["tokens"] == count
+            }
+            lines.append([f"T = {count}", *(cells.get(column, "") for column in columns)])
+        yield _table(head, *lines)
+        errors = [(row["error"], row["bound"], row["equal"]) for row in mine if "error" in row]
+        if errors:
+            right = sum(equal for *_, equal in errors)
+            yield (
+                f"{right} of {len(errors)} rows equal one GPU's output; the largest relative difference is "
+                f"{max(errors)[0]:.1e}, bounds are {min(b for _, b, _ in errors):.1e} to "
+                f"{max(b for _, b, _ in errors):.1e}."
+            )
+        weak = [row for row in mine if "weak_efficiency" in row]
+        if weak:
+            best: dict[tuple, dict] = {}
+            for row in sorted(weak, key=lambda row: row["weak_efficiency"]):
+                best[row["devices"], row["tokens"]] = row
+            texts = [
+                f"t(1, {count // n}) / t({n}, {count}) = {row['weak_efficiency']:.0%} "
+                f"({row['form']}, {row['sum_dtype']})"
+                for (n, count), row in sorted(best.items())
+            ]
+            yield f"Weak scaling, the best form: {'; '.join(texts)}."
+    if document["constants"]:
+        measured = document["collectives"]
+        sizes = {one["name"]: [row for row in measured if row["name"] == one["name"]] for one in document["constants"]}
+        lines = []
+        for one in document["constants"]:
+            times = [row for row in sizes[one["name"]] if row["devices"] == one["devices"]]
+            seen = ", ".join(f"{row['bytes'] / 2**20:g}: {row['seconds'] * 1e6:.0f}" for row in times)
+            fit = f"{one['microseconds']:.1f}", f"{one['gigabytes_per_second']:.0f}"
+            lines.append([one["name"], str(one["devices"]), *fit, seen])
+        yield _table(["collective", "n", "us", "GB/s sent by a rank", "MiB in all: us"], *lines)
+
+
+def _cell(row: dict) -> str:
+    text = f"{row['seconds'] * 1e6:.{0 if row['seconds'] > 1e-4 else 1}f}"
+    return text + (f" ({row['efficiency']:.2f})" if "efficiency" in row else "")
+
+
+def _table(*rows: list[str]) -> str:
+    rows = (rows[0], ["---"] * len(rows[0]), *rows[1:])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _plot(document: dict, picture: pathlib.Path) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in document["results"] if "efficiency" in row]
+    groups = list(dict.fromkeys((row["model"], row["precision"], row["devices"]) for row in rows))
+    figure, axes = plt.subplots(1, len(groups), figsize=(5 * len(groups), 4.5), squeeze=False, sharey=True)
+    for axis, group in zip(axes[0], groups, strict=True):
+        mine = [row for row in rows if (row["model"], row["precision"], row["devices"]) == group]
+        for place, form in enumerate(dict.fromkeys(row["form"] for row in mine)):
+            for sums, style in (("float32", "--"), ("bfloat16", "-")):
+                line = sorted(
+                    (row["tokens"], row["efficiency"])
+                    for row in mine
+                    if (row["form"], row["sum_dtype"]) == (form, sums)
+                )
+                if line:
+                    axis.plot(*zip(*line, strict=True), style, color=f"C{place}", marker="o", label=f"{form}, {sums}")
+        counts = sorted({row["tokens"] for row in mine})
+        axis.set(title=f"{group[0]}, {group[1]}, {group[2]} GPUs", xlabel="tokens in all", xscale="log", ylim=(0, 1.05))
+        axis.set_xticks(counts, map(str, counts))
+        axis.set_xticks([], minor=True)
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    axes[0][0].set_ylabel("efficiency t(1) / (n t(n))")
+    cards = ", ".join(f"{count} x {kind}" for kind, count in document["environment"]["cards"].items())
+    figure.suptitle(f"{cards}, {document['environment']['time'][:10]}")
+    figure.tight_layout()
+    figure.savefig(picture, dpi=120)
+
+
+if __name__ == "__main__":
+    typer.run(main)
