@@ -326,13 +326,13 @@ def test_a_module_passes_it_on():
     router = jax_moe.checkpoints.Router(jnp.asarray(np.random.default_rng(0).normal(size=(8, 64)), jnp.float32), k=3)
     experts = jax.device_put(case.experts, jax_moe.expert_shardings(case.experts, mesh))
     options = dict(mesh=mesh, data_axis="expert", precision="w4a4")
-    module = MoE(experts, router, sum_dtype=jnp.bfloat16, **options)
     x = case.x.astype(jnp.float32)
-    got = np.asarray(nnx.jit(lambda module, x: module(x))(module, x))
-    case = dataclasses.replace(case, routing=router(x))
-    helpers.assert_matches_sum(got, case, SPREAD.axes, SPREAD.names)
-    assert (got != np.asarray(MoE(experts, router, **options)(x))).any()
-    assert hash(nnx.graphdef(module)) != hash(nnx.graphdef(MoE(experts, router, **options)))
+    run = nnx.jit(lambda module, x: module(x))
+    default, module = MoE(experts, router, **options), MoE(experts, router, sum_dtype=jnp.bfloat16, **options)
+    got = np.asarray(run(module, x))
+    helpers.assert_matches_sum(got, dataclasses.replace(case, routing=router(x)), SPREAD.axes, SPREAD.names)
+    assert (got != np.asarray(run(default, x))).mean() > 0.5
+    assert hash(nnx.graphdef(module)) != hash(nnx.graphdef(default))
 
 
 # --- Transformations ----------------------------------------------------------------------------------------------
