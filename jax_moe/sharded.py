@@ -82,8 +82,8 @@ def sharded_moe(
     placement.check_divides(mesh, "data_axis", data_axes, "T", problem.num_tokens)
 
     reduced = expert_axes + tensor_axes
-    gathered = tuple(axis for axis in data_axes if axis in reduced)
-    summed = tuple(axis for axis in reduced if axis not in gathered)
+    gathered = tuple(axis for axis in data_axes if axis in reduced and mesh.shape[axis] > 1)
+    summed = tuple(axis for axis in reduced if axis not in data_axes)
     moe.debug_ids(routing, num_experts=problem.local_experts)
     shape = x.shape
     leading = _spread_tokens(x, mesh, data_axes)
@@ -107,7 +107,8 @@ def sharded_moe(
         offset = jax.lax.axis_index(expert_axes) * experts.down.global_scale.shape[0] if expert_axes else 0
         if tensor_axes:
             experts = _bias_on_first(experts, jax.lax.axis_index(tensor_axes) == 0)
-        partial = dataclasses.replace(options, out_dtype=sum_dtype) if reduced else options
+        is_part = placement.axes_size(mesh, reduced) > 1
+        partial = dataclasses.replace(options, out_dtype=sum_dtype) if is_part else options
         local = check.check(x, experts, routing, partial, expert_offset=offset, num_experts=problem.local_experts)
         y = moe.bind(dataclasses.replace(local, x_is_rounded=is_rounded), x, experts, routing, offset)
         y = exchange.add_up(y, scattered=gathered, summed=summed)

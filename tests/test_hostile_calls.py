@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import jax_moe
-from jax_moe import ffi, problem
+from jax_moe import ffi, nvfp4, problem
 from jax_moe.operands import expert_operands, OPERANDS
 
 _SOURCE = helpers.SOURCE_FOLDER / "ffi"
@@ -163,6 +163,35 @@ def test_wrong_attribute_is_refused_by_name(name):
         _assert_refused(f"attribute {name}", operands, results, attributes | {name: wrong})
     del attributes[name]
     _assert_refused(f"attribute {name}", operands, results, attributes)
+
+
+def test_x_that_is_rounded_is_multiplied_as_it_is():
+    """The bits of the call that rounds it: the only difference is who did."""
+    operands, results, attributes = _arguments()
+    expected = _call(operands, results, attributes)[0]
+    input_scale = operands[OPERANDS.index("gate_up.input_scale")]
+    operands[0] = nvfp4.quantize_dequantize(operands[0], input_scale)
+    rounded = attributes | {"precision": "w4a4_rounded_x"}
+    helpers.assert_bit_equal(_call(operands, results, rounded)[0], expected)
+    assert (np.asarray(_call(operands, results, attributes)[0]) != np.asarray(expected)).any()  # rounded twice
+
+
+def test_x_that_is_weighted_cannot_be_rounded_already():
+    operands, results, attributes = _arguments()
+    rows = results[4].shape[1]
+    results[4] = jax.ShapeDtypeStruct((operands[1].size, rows), jnp.float32)  # as a call with weight_on = input has it
+    _call(operands, results, attributes | {"weight_on": "input"})
+    hostile = attributes | {"weight_on": "input", "precision": "w4a4_rounded_x"}
+    _assert_refused("attribute weight_on: got 'input'", operands, results, hostile)
+
+
+@pytest.mark.parametrize("precision", ["w4a16_rounded_x", "w4a4_rounded_x ", "w4a4_rounded", "_rounded_x"])
+def test_no_other_precision_is_rounded(precision):
+    operands, results, attributes = _arguments()
+    needs = "needs w4a16 | w4a4 | w4a4_rounded_x"
+    _assert_refused(
+        f"attribute precision: got '{precision}', {needs}", operands, results, attributes | {"precision": precision}
+    )
 
 
 def test_w4a4_without_scales_says_who_fills_them():

@@ -6,6 +6,7 @@ each jaxlib must be asked. Nothing is run: the kernels are stand-ins.
 """
 
 import functools
+import re
 
 import cuda_call
 import helpers
@@ -40,11 +41,12 @@ def gpu_lowering():
     mlir.register_lowering(primitive.fused_moe_p, primitive._lower_cpu, platform="cpu")
 
 
-def placed_case(mesh, tokens=16, **options):
+def placed_case(mesh, tokens=16, target="sm_90a", **options):
     """Prepared experts on the mesh (I = 96: three slices of 32 are no whole blocks), and where each array is."""
+    precision = options.get("precision", "w4a16")
     case = helpers.make_case(1, tokens=tokens, hidden=64, intermediate=96, num_experts=8, bias=True, **options)
     experts = jax.device_put(case.experts, jax_moe.expert_shardings(case.experts, mesh))
-    experts = jax_moe.prepare(experts, "sm_90a")
+    experts = jax_moe.prepare(experts, target, precision)
     x, routing = jax.device_put((case.x, case.routing), NamedSharding(mesh, P()))
     return x, experts, routing
 
@@ -67,6 +69,30 @@ def test_it_compiles(name, precision, combine, axis_type):
     mesh = make_mesh(axes, axis_type)
     run = functools.partial(jax_moe.sharded_moe, mesh=mesh, precision=precision, combine=combine, **names)
     compile_it(run, *placed_case(mesh), count=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "weight_on", "quantises"),
+    [
+        ("tokens over the experts' axis", "sm_90a", "output", False),  # it gathers what it has quantised
+        ("tokens over both axes", "sm_90a", "output", False),
+        ("tokens over the experts' axis", "sm_90a", "input", True),
+        ("tokens over the experts' axis", "sm_100f", "output", True),  # tcgen05_fp4_v1: codes, in a layout of its own
+        ("experts", "sm_90a", "output", True),
+        ("tokens apart", "sm_90a", "output", True),
+    ],
+)
+def test_w4a4_has_one_pass_over_x(name, target, weight_on, quantises):
+    """In the kernels, or before the gather: then the call is told that x is rounded, and has no launch for it."""
+    axes, names = MESHES[name]
+    mesh = make_mesh(axes)
+    run = functools.partial(jax_moe.sharded_moe, mesh=mesh, precision="w4a4", weight_on=weight_on, **names)
+    text = jax.jit(run).lower(*placed_case(mesh, precision="w4a4", target=target)).as_text()
+    (launches,) = re.findall(r'launches = "([\w ]*)"', text)
+    assert launches.split() == ["sort", *["x_rows"] * quantises, "gemm1", "gemm2"]
+    assert ('precision = "w4a4_rounded_x"' in text) is not quantises
+    assert ('precision = "w4a4"' in text) is quantises
+    assert ("xui8>) -> tensor<16x36xui8>" in text) is not quantises  # H = 64 in 36 bytes
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
