@@ -130,6 +130,19 @@ def test_the_page_has_the_tables():
         assert table in text, table
 
 
+def test_the_page_on_scaling_has_the_bytes():
+    text, layer = (ROOT / "docs" / "scaling.md").read_text(), model.LAYERS[0]
+    for n in (2, 4, 8):
+        forms = [(model.replicated, {}), (model.spread, {}), (model.spread, {"x": model.NVFP4})]
+        cells = [
+            " / ".join(f"{form(layer, 8192, n, sums=sums, **x).total / 1e6:.0f}" for sums in (model.FP32, model.BF16))
+            for form, x in forms
+        ]
+        assert re.search(
+            rf"^\| n = {n}.*\| {' .. '.join(map(re.escape, cells)).replace('..', re.escape('|'))} \|$", text, re.M
+        )
+
+
 # --- What the program sends -------------------------------------------------------------------------------------------
 
 _BYTES = {"u8": 1, "s8": 1, "f8e4m3fn": 1, "s16": 2, "bf16": 2, "s32": 4, "f32": 4}
