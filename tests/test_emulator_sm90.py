@@ -1,15 +1,18 @@
 """Calls on the emulator with today's sm_90a kernels: where all sums are exact, the bits of the CPU handler."""
 
+import dataclasses
 import importlib.util
 import shutil
 
 import emulated_call
 import emulator
 from emulator import recorded_calls
-from helpers import assert_bit_equal, make_exact_case
+from helpers import assert_bit_equal, make_case, make_exact_case
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from jax_moe import check, nvfp4
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("cutlass") is None, reason="nvidia-cutlass-dsl is not installed"),
@@ -34,6 +37,23 @@ def test_exact_calls_have_the_bits_of_the_cpu(sizes, precision, combine, order):
     for seed in range(2):
         call = emulated_call.prepare(case, "sm_90a")
         assert_bit_equal(call.run(order=order, seed=seed), expected)
+
+
+def test_x_that_is_rounded_already_has_the_bits_of_the_pass_over_x(monkeypatch):
+    """On random values too: the products are the same, and so is the order of their sums."""
+    case = make_case(4, tokens=13, num_experts=5, top_k=3, hidden=144, intermediate=96, bias=True, precision="w4a4",
+                     combine="ordered", out_dtype=jnp.float32)  # fmt: skip
+    call = emulated_call.prepare(case, "sm_90a")
+    expected = call.run()
+    assert "x_rows" in [launch.name for launch in call.program.launches]
+    checked = check.check
+    monkeypatch.setattr(
+        check, "check", lambda *args, **more: dataclasses.replace(checked(*args, **more), x_is_rounded=True)
+    )
+    x = nvfp4.quantize_dequantize(case.x, case.experts.gate_up.input_scale)
+    call = emulated_call.prepare(dataclasses.replace(case, x=x), "sm_90a")
+    assert "x_rows" not in [launch.name for launch in call.program.launches]
+    assert_bit_equal(call.run(), expected)
 
 
 @pytest.mark.parametrize("name", recorded_calls.CALLS)

@@ -103,7 +103,7 @@ HandlerCall ValidCall(Random* random) {
       {"beta", random->Of<float>({0.0f, 1.0f, 4.0f, std::numeric_limits<float>::quiet_NaN()})},
       {"combine", ordered ? "ordered" : "atomic"},
       {"limit", random->Of<float>({infinity, 7.0f, 0.0f, -1.0f})},
-      {"precision", !quantized                          ? "w4a16"
+      {"precision", !quantized                  ? "w4a16"
                     : input || random->OneIn(2) ? "w4a4"
                                                 : "w4a4_rounded_x"},
       {"weight_on", input ? "input" : "output"},
