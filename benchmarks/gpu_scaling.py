@@ -118,7 +118,7 @@ class Results(gpu_op.Results):
 
     def document(self) -> dict:
         return {
-            "environment": gpu_op.environment() | {"cards": cards()},
+            "environment": _environment() | {"cards": cards()},
             "results": self.rows,
             "collectives": self.collectives,
             "constants": scaling_model.constants(self.collectives),
@@ -128,6 +128,9 @@ class Results(gpu_op.Results):
     def write(self) -> None:
         if self.output:
             self.output.write_text(json.dumps(self.document(), indent=1) + "\n")
+
+
+_environment = functools.cache(gpu_op.environment)  # asking nvidia-smi takes longer than some rows
 
 
 def cards() -> dict[str, int]:
@@ -549,6 +552,9 @@ def main(
         for _, cases, mesh in placements(name):
             measure(job, canonical, cases, mesh)
     for n in sizes if collectives else []:
+        if time.monotonic() > deadline:
+            results.failures.append({"devices": n, "error": "collectives not measured: the time was up"})
+            continue
         measure_collectives(results, make_mesh(there[:n], "expert"), repeats)
     results.write()
     print(*scaling_model.markdown(results.document()), sep="\n\n")
