@@ -18,6 +18,7 @@ Forms, on a mesh of one axis:
     spread          tokens are spread over the experts' axis: gathered before, sums scattered behind
     tensor          every expert's I is cut into n slices, all devices have all tokens
     tensor-spread   I is cut, tokens are spread
+    local           replicated without its exchange: no result, only what the op itself takes on 1/n of the experts
 
 Efficiency is t(1, T) / (n t(n, T)), and weak efficiency t(1, T/n) / t(n, T). The more tokens fit, the more the power
 limit of a card decides (docs/hopper.md), so the time of a row is long enough to be at it.
@@ -58,7 +59,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 import scaling_model
-from scaling_model import MODELS, ONE
+from scaling_model import LOCAL, MODELS, ONE
 import typer
 
 import jax_moe
@@ -94,6 +95,7 @@ FORMS = {
     "spread": Form("expert", True),
     "tensor": Form("tensor", False),
     "tensor-spread": Form("tensor", True),
+    LOCAL: Form("expert", False),
 }
 SUM_DTYPES = ("float32", "bfloat16")
 
@@ -116,7 +118,7 @@ class Results(gpu_op.Results):
 
     def document(self) -> dict:
         return {
-            "environment": gpu_op.environment() | {"cards": cards()},
+            "environment": _environment() | {"cards": cards()},
             "results": self.rows,
             "collectives": self.collectives,
             "constants": scaling_model.constants(self.collectives),
@@ -126,6 +128,9 @@ class Results(gpu_op.Results):
     def write(self) -> None:
         if self.output:
             self.output.write_text(json.dumps(self.document(), indent=1) + "\n")
+
+
+_environment = functools.cache(gpu_op.environment)  # asking nvidia-smi takes longer than some rows
 
 
 def cards() -> dict[str, int]:
@@ -151,6 +156,8 @@ def program(case: Case, mesh: Mesh) -> Any:
     """The jitted chain of a case, as a function of ``timing.Arguments``; its first call's output and its last's."""
     if case.form == ONE:
         op = functools.partial(jax_moe.fused_moe, precision=case.precision)
+    elif case.form == LOCAL:
+        op = local_op(case, mesh)
     else:
         op = functools.partial(
             jax_moe.sharded_moe,
@@ -185,6 +192,27 @@ def program(case: Case, mesh: Mesh) -> Any:
         return outputs[0], outputs[-1]
 
     return _captured(chain)
+
+
+def local_op(case: Case, mesh: Mesh) -> Callable[..., jax.Array]:
+    """What each device computes in the replicated form; of the outputs, which differ, the caller gets any one."""
+
+    def local(x, experts, routing):
+        offset = jax.lax.axis_index(mesh.axis_names[0]) * experts.down.global_scale.shape[0]
+        return jax_moe.fused_moe(
+            x, experts, routing, precision=case.precision, expert_offset=offset, out_dtype=jnp.dtype(case.sum_dtype),
+            num_experts=mesh.size * experts.down.global_scale.shape[0],
+        ).astype(jnp.bfloat16)  # fmt: skip
+
+    def op(x, experts, routing):
+        specs = jax.tree.map(lambda sharding: sharding.spec, jax_moe.expert_shardings(experts, mesh))
+        everywhere = PartitionSpec(None)
+        run = jax.shard_map(
+            local, mesh=mesh, in_specs=(everywhere, specs, everywhere), out_specs=everywhere, check_vma=False
+        )
+        return run(x, experts, routing)
+
+    return op
 
 
 _captured: Callable[[Callable], Any] = timing.captured  # whatever the program returns
@@ -321,15 +349,17 @@ def measure_case(job: Job, case: Case, mesh: Mesh, compiled: jax.stages.Compiled
     row["operations"] = operations(compiled)
     if case.form == ONE:
         job.seconds[key], job.outputs[key] = seconds, output
-        return row | {"finite": bool(np.isfinite(output.astype(np.float32)).all())}
-    if key in job.outputs:
+    if case.form in (ONE, LOCAL):  # there is nothing to compare these with
+        row["finite"] = bool(np.isfinite(output.astype(np.float32)).all())
+    elif key in job.outputs:
         frobenius, worst_row = difference(output, job.outputs[key])
         limit = bound(job.shape.top_k, case.sum_dtype, n)
-        row["efficiency"] = job.seconds[key] / (n * seconds)
         row |= {"error": frobenius, "bound": limit, "worst_row": worst_row, "worst_row_bound": 2 * limit}
         row["equal"] = frobenius <= limit and worst_row <= 2 * limit
     part = (case.precision, case.tokens / n)
-    if part in job.seconds:
+    if n > 1 and key in job.seconds:
+        row["efficiency"] = job.seconds[key] / (n * seconds)
+    if n > 1 and part in job.seconds and case.form != LOCAL:
         row["weak_efficiency"] = job.seconds[part] / seconds
     return row
 
@@ -522,6 +552,9 @@ def main(
         for _, cases, mesh in placements(name):
             measure(job, canonical, cases, mesh)
     for n in sizes if collectives else []:
+        if time.monotonic() > deadline:
+            results.failures.append({"devices": n, "error": "collectives not measured: the time was up"})
+            continue
         measure_collectives(results, make_mesh(there[:n], "expert"), repeats)
     results.write()
     print(*scaling_model.markdown(results.document()), sep="\n\n")

@@ -38,6 +38,8 @@ from jax_moe import shapes
 MODELS = shapes.MODELS | {"deepseek-r1": shapes.LayerShape(256, 8, 7168, 2048)}
 ONE = "one GPU"
 """The form of t(1)."""
+LOCAL = "local"
+"""The form without an exchange."""
 
 _SPREAD = ("spread", "tensor-spread")
 _WIDTHS = {"float32": exchange_model.FP32, "bfloat16": exchange_model.BF16}
@@ -98,6 +100,8 @@ def collectives_of(form: str, sum_dtype: str) -> tuple[str | None, str]:
 
 def exchange(links: Links, layer: Layer, tokens: int, n: int, form: str, precision: str, sum_dtype: str) -> float:
     """Latencies and bytes; what the gathers of the routing take beside that of x is fitted, in :class:`Local`."""
+    if form == LOCAL:
+        return 0.0
     given = sent(layer, tokens, n, form, precision, sum_dtype)
     before, after = collectives_of(form, sum_dtype)
     time = exchange_model.Sent(0, given.after).time(nearest(links[after], n))
@@ -250,7 +254,9 @@ def expectations(document: dict, tokens_per_gpu: tuple[int, ...] = (1, 16, 128, 
     """For each model and precision a table of the best form, by place, GPUs and tokens a GPU."""
     _, locals_ = predict(document)
     links = links_of(document)
-    forms = dict.fromkeys((row["form"], row["sum_dtype"]) for row in document["results"] if row["form"] != ONE)
+    forms = dict.fromkeys(
+        (row["form"], row["sum_dtype"]) for row in document["results"] if row["form"] not in (ONE, LOCAL)
+    )
     for model, precision in dict.fromkeys(key[:2] for key in locals_):
         lines = []
         for place in PLACES:

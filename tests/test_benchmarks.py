@@ -301,6 +301,24 @@ def test_scaling_is_measured_and_every_row_checked(scaling, tmp_path):
     assert f"t(1, 4) / t(2, 8) = {max(row.get('weak_efficiency', 0) for row in several):.0%}" in result.stdout
 
 
+def test_the_local_op_alone_sends_nothing(scaling, tmp_path):
+    """And is what each device adds to the sum: here of device 0, that of experts 0 and 1."""
+    file = tmp_path / "results.json"
+    result = _scale(scaling, "--tokens", "8", "--form", "local", "--no-collectives", "--output", str(file))
+    assert result.exit_code == 0, result.output
+    rows = [row for row in json.loads(file.read_text())["results"] if row["devices"] == 2]
+    assert [(row["sum_dtype"], row["finite"]) for row in rows] == [("float32", True), ("bfloat16", True)]
+    assert all(row["operations"].keys() == {"copy"} and row["efficiency"] > 0 for row in rows)
+    mesh, canonical = scaling.make_mesh(jax.devices()[:2], "expert"), timing.random_experts(TINY, 0)
+    weights = jax.device_put(canonical, jax_moe.expert_shardings(canonical, mesh))
+    case = scaling.Case("w4a16", 8, "local", "float32")
+    x, _, ids, routing_weights = arguments = scaling.arguments(TINY, case, mesh, weights)
+    mine = np.where(np.asarray(ids[0]) < 2, routing_weights[0], 0)
+    expected = jax_moe.fused_moe(np.asarray(x), canonical, jax_moe.Routing(np.asarray(ids[0]), mine))
+    first = scaling.program(case, mesh)(*arguments)[0].addressable_shards[0].data
+    assert scaling.difference(np.asarray(first), np.asarray(expected))[0] < 1e-6
+
+
 def test_rows_that_have_no_time_left_are_named(scaling, tmp_path):
     file = tmp_path / "results.json"
     _scale(scaling, "--tokens", "4", "--form", "spread", "--seconds", "0", "--no-collectives", "--output", str(file))

@@ -378,6 +378,20 @@ def test_w4a4_gathers_what_it_multiplies():
     assert scaling_model.sent(layer, 64, 4, "tensor", "w4a4", "bfloat16") == model.replicated(layer, 64, 4, model.BF16)
 
 
+def test_the_local_op_alone_is_fitted_but_not_recommended():
+    document = _document((2,))
+    for row in list(document["results"]):
+        if row["form"] == "replicated":
+            latency, bandwidth = CONSTANTS[f"all_reduce {row['sum_dtype']}"]
+            width = {"float32": 4, "bfloat16": 2}[row["sum_dtype"]]
+            seconds = row["seconds"] - latency / 1e6 - row["tokens"] * 4096 * width / bandwidth / 1e9
+            document["results"].append(row | {"form": "local", "seconds": seconds})
+    rows, _ = scaling_model.predict(document)
+    assert len([row for row in rows if row["form"] == "local"]) == 8
+    assert max(abs(row["off"]) for row in rows) < 1e-9
+    assert "local" not in "".join(scaling_model.expectations(document))
+
+
 def test_a_run_is_printed_with_what_to_expect_elsewhere():
     document = _document((2, 4))
     text = "\n".join([*scaling_model.markdown(document), *scaling_model.errors(document)])
