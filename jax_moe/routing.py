@@ -1,6 +1,7 @@
 """Token to expert assignment: ``Routing``, and the router rules of published models."""
 
 import dataclasses
+import functools
 from typing import get_args, Literal
 
 import jax
@@ -134,13 +135,13 @@ def route(logits: jax.Array, k: int, method: Method = Softmax(), *, bias: jax.Ar
 
     match method:
         case Softmax(renormalize):
-            weights, expert_ids = jax.lax.top_k(jax.nn.softmax(logits), k)
+            weights, expert_ids = _top_k(jax.nn.softmax(logits), k)
             weights = _normalized(weights) if renormalize else weights
         case Sigmoid(renormalize):
-            weights, expert_ids = jax.lax.top_k(jax.nn.sigmoid(logits), k)
+            weights, expert_ids = _top_k(jax.nn.sigmoid(logits), k)
             weights = _normalized(weights) if renormalize else weights
         case Llama4():
-            chosen, expert_ids = jax.lax.top_k(logits, k)
+            chosen, expert_ids = _top_k(logits, k)
             weights = jax.nn.sigmoid(chosen)
         case SparseMixer(jitter):
             weights, expert_ids = _sparse_mixer(logits, k, jitter)
@@ -176,6 +177,18 @@ def weigh(scores: jax.Array, expert_ids: jax.Array, renormalize: bool, scaling_f
     return (_normalized(weights) if renormalize else weights) * scaling_factor
 
 
+@functools.partial(jax.jit, static_argnames="k")
+def _top_k(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """``jax.lax.top_k``, whose indices are right on a mesh of GPUs, too.
+
+    Of values that are spread over a mesh, a program that returns the indices as they are may return wrong ones
+    (openxla/xla#49005; zeros on two H200s with jaxlib 0.11.2, where ``top_k`` ran eagerly, a program of its own). With
+    an operation on them that XLA cannot drop they are right.
+    """
+    largest, places = jax.lax.top_k(values, k)
+    return largest, jnp.minimum(places, values.shape[-1] - 1)
+
+
 def _normalized(weights: jax.Array) -> jax.Array:
     # Sigmoids of very negative logits all vanish: then the weights are 0, not 0/0. No other sum notices 1e-20.
     # Numerator and denominator are divided by the largest weight first: the derivative squares the denominator, and
@@ -188,7 +201,7 @@ def _normalized(weights: jax.Array) -> jax.Array:
 def _sparse_mixer(logits: jax.Array, k: int, jitter: float) -> tuple[jax.Array, jax.Array]:
     if k != 2:
         raise ValueError(f"k: got {k}, needs 2, which SparseMixer is defined for")
-    largest, expert_ids = jax.lax.top_k(logits, k)
+    largest, expert_ids = _top_k(logits, k)
     first = expert_ids[..., :1] == jax.lax.broadcasted_iota(expert_ids.dtype, logits.shape, logits.ndim - 1)
 
     def weight(largest: jax.Array, candidates: jax.Array | bool) -> jax.Array:
@@ -215,11 +228,11 @@ def _grouped_top_k(scores: jax.Array, k: int, method: DeepSeekV2 | DeepSeekV3, b
     biased = scores if bias is None else scores + jnp.broadcast_to(bias.astype(jnp.float32), scores.shape)
     grouped = biased.reshape(*leading, groups, group_size)
     best = 1 if isinstance(method, DeepSeekV2) else min(2, group_size)
-    group_scores = jax.lax.top_k(grouped, best)[0].sum(-1)
-    kept = jnp.sort(jax.lax.top_k(group_scores, top_groups)[1])  # ascending, so that ties go to the lower expert
+    group_scores = _top_k(grouped, best)[0].sum(-1)
+    kept = jnp.sort(_top_k(group_scores, top_groups)[1])  # ascending, so that ties go to the lower expert
     # Only the experts of kept groups are candidates. Masking the others with -inf instead would be a false alarm of
     # jax_debug_infs, and with 0 wrong: a biased score may itself be negative.
     experts = kept[..., None] * group_size + jax.lax.broadcasted_iota(kept.dtype, (*kept.shape, group_size), kept.ndim)
     experts = experts.reshape(*leading, top_groups * group_size)
-    _, places = jax.lax.top_k(jnp.take_along_axis(biased, experts, axis=-1), k)
+    _, places = _top_k(jnp.take_along_axis(biased, experts, axis=-1), k)
     return jnp.take_along_axis(experts, places, axis=-1)

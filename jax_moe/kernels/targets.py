@@ -89,7 +89,7 @@ def _card_of(target: Target, device_kind: str) -> Card:
 
 
 def _default_device() -> Any:
-    device = jax.config.jax_default_device or jax.devices()[0]  # pyright: ignore[reportAttributeAccessIssue]
+    device = jax.config.jax_default_device or jax.local_devices()[0]  # pyright: ignore[reportAttributeAccessIssue]
     return jax.devices(device)[0] if isinstance(device, str) else device
 
 

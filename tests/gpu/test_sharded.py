@@ -294,3 +294,21 @@ def test_a_module_whose_sums_travel_in_bfloat16(poison):
         got = run(state, x)
     case = dataclasses.replace(case, routing=router(x))
     helpers.assert_matches_sum(got, case, _MESHES[name][1], names, on_gpu=True)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    "method",
+    [jax_moe.Softmax(), jax_moe.Softmax(renormalize=False), jax_moe.Sigmoid(), jax_moe.DeepSeekV3(), jax_moe.Llama4()],
+    ids=str,
+)
+def test_routing_of_spread_tokens(method, wrap):
+    """The ids of one GPU: XLA's ``top_k`` gave zeros here (``routing._top_k``)."""
+    calls.require_gpu()
+    mesh, _ = _mesh("2: experts")
+    logits = jax.random.normal(jax.random.key(3), (64, 128))
+    spread = jax.device_put(logits, NamedSharding(mesh, P("expert", None)))
+    route = wrap(lambda logits: jax_moe.route(logits, 8, method))
+    got, expected = route(spread), route(jax.device_put(logits, jax.devices()[0]))
+    np.testing.assert_array_equal(got.expert_ids, expected.expert_ids)
+    np.testing.assert_allclose(got.weights, expected.weights, rtol=1e-6)

@@ -259,7 +259,10 @@ def modules(world: World) -> None:
         router = jax_moe.Router(spread(weight, everywhere), k=1)
         module = nn.MoE(world.prepare(_place(world, case.experts, axis)), router)  # the mesh is that of the experts
         for y in world.run(*_functional(module), spread(case.x, everywhere), eagerly=False):
-            assert_same(y, exact)
+            if world.on_gpus:  # where XLA's softmax of one value is 1 or a unit off, as it fuses it
+                assert_near(y, exact, 2**-8)
+            else:
+                assert_same(y, exact)
 
 
 def documented(world: World) -> None:
