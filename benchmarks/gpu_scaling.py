@@ -40,7 +40,6 @@ latency). Bytes are those that a rank sends in a ring (benchmarks/exchange_model
 the times that is nearest in relative squares. benchmarks/scaling_model.py goes on from there.
 """
 
-import collections
 from collections.abc import Callable, Iterator
 import concurrent.futures
 import dataclasses
@@ -48,7 +47,6 @@ import functools
 import itertools
 import json
 import pathlib
-import re
 import sys
 import time
 from typing import Annotated, Any
@@ -56,20 +54,19 @@ from typing import Annotated, Any
 import gpu_op
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 import scaling_model
 from scaling_model import LOCAL, MODELS, ONE
+import scaling_programs as programs
+from scaling_programs import Case
 import typer
 
 import jax_moe
-from jax_moe import exchange, shapes
+from jax_moe import shapes
 from jax_moe.cli import timing
 from jax_moe.kernels import targets
 from jax_moe.kernels.cache import MissingKernelError
-
-LENGTH = 8
-"""Calls of a program."""
 
 _ROW_SECONDS = 0.5
 """About so long the repeats of a row may take; never fewer than three."""
@@ -77,37 +74,8 @@ _ROW_SECONDS = 0.5
 _POISON_BYTES = 2**30
 """The largest block of a device's memory that is filled with NaN; there is one of each power of two below."""
 
-COLUMNS = 4096
 ROWS = (8, 128, 1024, 8192)
-"""Of the arrays that collectives are timed with: what ``sharded_moe`` sends of so many tokens with H = 4096."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Form:
-    """A mesh axis, and whether tokens are spread over it, too."""
-
-    axis: str
-    is_spread: bool
-
-
-FORMS = {
-    "replicated": Form("expert", False),
-    "spread": Form("expert", True),
-    "tensor": Form("tensor", False),
-    "tensor-spread": Form("tensor", True),
-    LOCAL: Form("expert", False),
-}
-SUM_DTYPES = ("float32", "bfloat16")
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A row to measure; of one GPU the form is :data:`ONE`, and nothing is summed."""
-
-    precision: Any
-    tokens: int
-    form: str = ONE
-    sum_dtype: str = ""
+"""Of the arrays that collectives are timed with, as many tokens: with their columns what ``sharded_moe`` sends."""
 
 
 @dataclasses.dataclass
@@ -137,109 +105,6 @@ def cards() -> dict[str, int]:
     """How many devices of each kind this process has."""
     kinds = [device.device_kind for device in jax.local_devices()]
     return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
-
-
-# --- The programs -----------------------------------------------------------------------------------------------------
-
-
-def make_mesh(devices: list, axis: str, axis_type=AxisType.Auto) -> Mesh:
-    return Mesh(np.array(devices), (axis,), axis_types=(axis_type,))
-
-
-def tokens_spec(case: Case, mesh: Mesh) -> PartitionSpec:
-    """Of x, the routing and the output."""
-    is_spread = case.form != ONE and FORMS[case.form].is_spread
-    return PartitionSpec(mesh.axis_names[0] if is_spread else None)
-
-
-def program(case: Case, mesh: Mesh) -> Any:
-    """The jitted chain of a case, as a function of ``timing.Arguments``; its first call's output and its last's."""
-    if case.form == ONE:
-        op = functools.partial(jax_moe.fused_moe, precision=case.precision)
-    elif case.form == LOCAL:
-        op = local_op(case, mesh)
-    else:
-        op = functools.partial(
-            jax_moe.sharded_moe,
-            mesh=mesh,
-            data_axis=mesh.axis_names[0] if FORMS[case.form].is_spread else None,
-            precision=case.precision,
-            sum_dtype=jnp.dtype(case.sum_dtype),
-        )
-    spec = tokens_spec(case, mesh)
-    is_gathered, is_chained = spec != PartitionSpec(None), case.tokens <= timing.CHAINED_TOKENS
-
-    def local_wait(x, ids, routing_weights, y):
-        zero = timing.after(y)
-        if is_gathered:
-            routing_weights = routing_weights + zero
-        if is_gathered and not is_chained:
-            x = x.at[0, 0].set(x[0, 0] + zero.astype(x.dtype))  # in place; all of x would be a pass over it
-        return x, ids + zero, routing_weights
-
-    # Each device waits for its own part: a value of the whole output would be one more collective. What is gathered
-    # waits, all of it, as in a model: else XLA gathers an x that all calls share once, and routings in one piece.
-    wait = jax.shard_map(local_wait, mesh=mesh, in_specs=(spec,) * 4, out_specs=(spec,) * 3)
-
-    def chain(x, weights, ids, routing_weights):
-        outputs: list[jax.Array] = []
-        for call_ids, call_weights in zip(ids, routing_weights, strict=True):
-            if outputs and is_chained:
-                x = outputs[-1]
-            if outputs and (is_gathered or not is_chained):
-                x, call_ids, call_weights = wait(x, call_ids, call_weights, outputs[-1])
-            outputs.append(op(x, weights, jax_moe.Routing(call_ids, call_weights)))
-        return outputs[0], outputs[-1]
-
-    return _captured(chain)
-
-
-def local_op(case: Case, mesh: Mesh) -> Callable[..., jax.Array]:
-    """What each device computes in the replicated form; of the outputs, which differ, the caller gets any one."""
-
-    def local(x, experts, routing):
-        offset = jax.lax.axis_index(mesh.axis_names[0]) * experts.down.global_scale.shape[0]
-        return jax_moe.fused_moe(
-            x, experts, routing, precision=case.precision, expert_offset=offset, out_dtype=jnp.dtype(case.sum_dtype),
-            num_experts=mesh.size * experts.down.global_scale.shape[0],
-        ).astype(jnp.bfloat16)  # fmt: skip
-
-    def op(x, experts, routing):
-        specs = jax.tree.map(lambda sharding: sharding.spec, jax_moe.expert_shardings(experts, mesh))
-        everywhere = PartitionSpec(None)
-        run = jax.shard_map(
-            local, mesh=mesh, in_specs=(everywhere, specs, everywhere), out_specs=everywhere, check_vma=False
-        )
-        return run(x, experts, routing)
-
-    return op
-
-
-_captured: Callable[[Callable], Any] = timing.captured  # whatever the program returns
-
-_SENDS = re.compile(
-    r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast)(?:-start)?\("
-)
-
-
-def operations(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """How many of each collective a compiled program has, so that the file shows what was timed; and copies."""
-    text = compiled.as_text() or ""
-    found = collections.Counter(_SENDS.findall(text))
-    return dict(found) | {"copy": len(re.findall(r" copy(?:-start)?\(", text))}
-
-
-@functools.lru_cache(maxsize=16)
-def _host_arguments(shape: shapes.LayerShape, tokens: int):
-    return jax.device_get(timing.chain_arguments(shape, None, tokens, LENGTH, seed=tokens)[0])
-
-
-def arguments(shape: shapes.LayerShape, case: Case, mesh: Mesh, weights: jax_moe.Experts) -> timing.Arguments:
-    """Random arguments of a case's program, placed; the same values for every case with so many tokens."""
-    x, _, ids, routing_weights = _host_arguments(shape, case.tokens)
-    sharding = NamedSharding(mesh, tokens_spec(case, mesh))
-    x, ids, routing_weights = jax.device_put((x, ids, routing_weights), sharding)
-    return x, weights, ids, routing_weights
 
 
 def bound(top_k: int, sum_dtype: str, n: int) -> float:
@@ -320,9 +185,9 @@ def measure(job: Job, canonical: jax_moe.Experts, cases: list[Case], mesh: Mesh)
                 if time.monotonic() > job.deadline:
                     job.fail(case, mesh.size, "not measured: the time was up")
                     continue
-                given = arguments(job.shape, case, mesh, weights)
+                given = programs.arguments(job.shape, case, mesh, weights)
                 try:
-                    lowered = program(case, mesh).lower(*given)
+                    lowered = programs.program(case, mesh).lower(*given)
                 except (ValueError, MissingKernelError) as error:
                     job.fail(case, mesh.size, f"{type(error).__name__}: {error}")
                     continue
@@ -341,12 +206,12 @@ def measure(job: Job, canonical: jax_moe.Experts, cases: list[Case], mesh: Mesh)
 def measure_case(job: Job, case: Case, mesh: Mesh, compiled: jax.stages.Compiled, given: timing.Arguments) -> dict:
     """Times a case's program, and compares its output with one GPU's, which it keeps if it is that."""
     run = functools.partial(timing.run, lambda *values: compiled(*values)[1], given)
-    seconds = timing.seconds_per_call(run, LENGTH, job.repeats, limit=_ROW_SECONDS)
+    seconds = timing.seconds_per_call(run, programs.LENGTH, job.repeats, limit=_ROW_SECONDS)
     poison(mesh)
     output = np.asarray(compiled(*given)[0])
     key, n = (case.precision, case.tokens), mesh.size
     row = {"model": job.model, **dataclasses.asdict(case), "devices": n, "seconds": seconds}
-    row["operations"] = operations(compiled)
+    row["operations"] = programs.operations(compiled)
     if case.form == ONE:
         job.seconds[key], job.outputs[key] = seconds, output
     if case.form in (ONE, LOCAL):  # there is nothing to compare these with
@@ -368,111 +233,39 @@ def cases_of(
     n: int, axis: str, precisions: list, tokens: list[int], forms: list[str], sum_dtypes: list[str]
 ) -> list[Case]:
     """Those of n devices whose mesh has this axis."""
-    chosen = [form for form in forms if FORMS[form].axis == axis]
+    chosen = [form for form in forms if programs.FORMS[form].axis == axis]
     return [
         Case(precision, count, form, sum_dtype)
         for precision, count, form, sum_dtype in itertools.product(precisions, tokens, chosen, sum_dtypes)
-        if not (FORMS[form].is_spread and count % n)
+        if not (programs.FORMS[form].is_spread and count % n)
     ]
 
 
 def axes_of(forms: list[str]) -> list[str]:
-    return list(dict.fromkeys(FORMS[form].axis for form in forms))
+    return list(dict.fromkeys(programs.FORMS[form].axis for form in forms))
 
 
 # --- Collectives ------------------------------------------------------------------------------------------------------
 
-COLLECTIVES: dict[str, tuple[str, Callable[[jax.Array], jax.Array]]] = {
-    "all_reduce float32": ("float32", lambda x: exchange.add_up(x, scattered=(), summed=("expert",))),
-    "all_reduce bfloat16": ("bfloat16", lambda x: exchange.add_up(x, scattered=(), summed=("expert",))),
-    "all_gather": ("bfloat16", lambda x: exchange.gather(x, ("expert",))),
-    "reduce_scatter": ("float32", lambda x: exchange.add_up(x, scattered=("expert",), summed=())),
-    "all_to_all": ("bfloat16", lambda x: exchange.add_up(x, scattered=("expert",), summed=())),
-}
-"""Those of ``sharded_moe``, as it calls them: behind the all-to-all each device adds the parts that it got."""
-
-
-def sent_bytes(name: str, whole: int, n: int) -> float:
-    """What a rank sends of an array of ``whole`` bytes, all tokens in it."""
-    return whole * (n - 1) / n * (2 if name.startswith("all_reduce") else 1)
-
-
-def collective_chain(name: str, rows: int, mesh: Mesh) -> Any:
-    """The same collective :data:`LENGTH` times, as a function of one number for each device."""
-    dtype, collective = COLLECTIVES[name]
-    local = rows // mesh.size if name == "all_gather" else rows
-
-    def chain(seed):
-        column = jax.lax.broadcasted_iota(jnp.float32, (local, COLUMNS), 1)  # XLA would simplify a constant's sum
-        x = (column / COLUMNS + seed).astype(dtype)
-        y = collective(x)
-        for _ in range(LENGTH - 1):
-            x = x.at[0, 0].set(y[0, 0].astype(dtype) / mesh.size)
-            y = collective(x)
-        return y[:1, :1]
-
-    spec = PartitionSpec("expert")
-    return _captured(jax.shard_map(chain, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
-
 
 def measure_collectives(results: Results, mesh: Mesh, repeats: int) -> None:
     seed = jax.device_put(np.arange(1, mesh.size + 1, dtype=np.float32), NamedSharding(mesh, PartitionSpec("expert")))
-    sizes = [(name, count) for name in COLLECTIVES for count in ROWS]
+    sizes = [(name, count) for name in programs.COLLECTIVES for count in ROWS]
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        lowered = [collective_chain(name, count, mesh).lower(seed) for name, count in sizes]
+        lowered = [programs.collective_chain(name, count, mesh).lower(seed) for name, count in sizes]
         for (name, count), compiled in zip(sizes, pool.map(lambda one: one.compile(), lowered), strict=True):
             run = functools.partial(timing.run, compiled, (seed,))
-            seconds = timing.seconds_per_call(run, LENGTH, repeats, limit=_ROW_SECONDS / 5)
-            whole = count * COLUMNS * jnp.dtype(COLLECTIVES[name][0]).itemsize
-            sent = sent_bytes(name, whole, mesh.size)
+            seconds = timing.seconds_per_call(run, programs.LENGTH, repeats, limit=_ROW_SECONDS / 5)
+            whole = count * programs.COLUMNS * jnp.dtype(programs.COLLECTIVES[name][0]).itemsize
+            sent = programs.sent_bytes(name, whole, mesh.size)
             results.collectives.append(
                 {"name": name, "devices": mesh.size, "bytes": whole, "sent_bytes": sent, "seconds": seconds}
-                | {"operations": operations(compiled)}
+                | {"operations": programs.operations(compiled)}
             )
         results.write()
 
 
 # --- The kernels of all this, without a GPU ---------------------------------------------------------------------------
-
-
-def prepared_types(shape: shapes.LayerShape, target: str, precision: Any, mesh: Mesh) -> jax_moe.Experts:
-    """Shapes and shardings of a target's experts on a mesh, without their values."""
-    up, down = (
-        (shape.num_experts, *size)
-        for size in ((shape.intermediate_size, shape.hidden_size), (shape.hidden_size, shape.intermediate_size))
-    )
-    dense = [jax.ShapeDtypeStruct(size, jnp.bfloat16) for size in (up, up, down)]
-    canonical = jax.eval_shape(jax_moe.quantize_experts, *dense)
-    gate_up, down = canonical.gate_up, canonical.down
-    scales = [jax.ShapeDtypeStruct(size, jnp.float32) for size in ((), up[:1])]  # as random experts have them
-    canonical = dataclasses.replace(
-        canonical,
-        gate_up=dataclasses.replace(gate_up, input_scale=scales[0]),
-        down=dataclasses.replace(down, input_scale=scales[1]),
-    )
-    prepare = functools.partial(jax_moe.prepare, target=target, precision=precision, progress=False)
-    if mesh.size == 1:
-        return _placed(jax.eval_shape(prepare, canonical), mesh)
-    # Over explicit axes a traced array's placement is seen, so that each device prepares its own part.
-    explicit = make_mesh(list(mesh.devices.flat), mesh.axis_names[0], AxisType.Explicit)
-    with jax.set_mesh(explicit):
-        prepared = jax.eval_shape(prepare, _placed(canonical, explicit))
-    return _placed(prepared, mesh)
-
-
-def _placed(types: jax_moe.Experts, mesh: Mesh) -> jax_moe.Experts:
-    shardings = jax_moe.expert_shardings(types, mesh)
-    return jax.tree.map(lambda t, s: jax.ShapeDtypeStruct(t.shape, t.dtype, sharding=s), types, shardings)
-
-
-def lower_for(target: str, shape: shapes.LayerShape, case: Case, mesh: Mesh, weights: jax_moe.Experts):
-    """One call of a case lowered for a GPU, which compiles the kernels that the cache lacks."""
-    sharding = NamedSharding(mesh, tokens_spec(case, mesh))
-    x, ids, routing_weights = (
-        jax.ShapeDtypeStruct((case.tokens, size), dtype, sharding=sharding)
-        for size, dtype in ((shape.hidden_size, jnp.bfloat16), (shape.top_k, jnp.int32), (shape.top_k, jnp.float32))
-    )
-    return program(case, mesh).trace(x, weights, [ids], [routing_weights]).lower(lowering_platforms=("cuda",))
 
 
 def compile_for(target: str, placements: Iterator[tuple[str, list[Case], Mesh]]) -> None:
@@ -482,8 +275,8 @@ def compile_for(target: str, placements: Iterator[tuple[str, list[Case], Mesh]])
         try:
             for case in cases:
                 if case.precision not in types:
-                    types[case.precision] = prepared_types(MODELS[model], target, case.precision, mesh)
-                lower_for(target, MODELS[model], case, mesh, types[case.precision])
+                    types[case.precision] = programs.prepared_types(MODELS[model], target, case.precision, mesh)
+                programs.lower_for(MODELS[model], case, mesh, types[case.precision])
         except ValueError as error:  # the mesh does not divide E or I
             print(f"{model} on {dict(mesh.shape)}: {error}")
             continue
@@ -497,7 +290,9 @@ def main(
     model: Annotated[list[str] | None, typer.Option(help=f"Any of {', '.join(MODELS)}.")] = None,
     tokens: Annotated[str, typer.Option(help="Numbers of tokens in all, separated by commas.")] = "8,128,1024,8192",
     devices: Annotated[str, typer.Option(help="Numbers of GPUs beside 1; else 2, 4, ... of those there.")] = "",
-    form: Annotated[list[str] | None, typer.Option(help=f"Any of {', '.join(FORMS)}; else the first three.")] = None,
+    form: Annotated[
+        list[str] | None, typer.Option(help=f"Any of {', '.join(programs.FORMS)}; else the first three.")
+    ] = None,
     precision: Annotated[list[str] | None, typer.Option(help="w4a16 (if none is given) or w4a4.")] = None,
     sum_dtype: Annotated[list[str] | None, typer.Option(help="float32 or bfloat16; else both.")] = None,
     weak: Annotated[str, typer.Option(help="T of weak scaling: one GPU is timed with T/n, too. Else the most.")] = "",
@@ -520,10 +315,10 @@ def main(
     if target:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", 8)
-    models, forms = model or ["qwen3-235b-a22b"], form or list(FORMS)[:3]
-    precisions, sum_dtypes = precision or ["w4a16"], sum_dtype or list(SUM_DTYPES)
+    models, forms = model or ["qwen3-235b-a22b"], form or list(programs.FORMS)[:3]
+    precisions, sum_dtypes = precision or ["w4a16"], sum_dtype or list(programs.SUM_DTYPES)
     for given, known in (
-        (models, MODELS), (forms, FORMS), (precisions, ("w4a16", "w4a4")), (sum_dtypes, SUM_DTYPES),
+        (models, MODELS), (forms, programs.FORMS), (precisions, ("w4a16", "w4a4")), (sum_dtypes, programs.SUM_DTYPES),
     ):  # fmt: skip
         if unknown := [name for name in given if name not in known]:
             raise typer.BadParameter(f"got {', '.join(unknown)}, needs any of {', '.join(known)}")
@@ -537,9 +332,9 @@ def main(
     one = [Case(p, count) for p in precisions for count in alone]
 
     def placements(model: str) -> Iterator[tuple[str, list[Case], Mesh]]:
-        yield model, one, make_mesh(there[:1], "expert")
+        yield model, one, programs.make_mesh(there[:1], "expert")
         for n, axis in itertools.product(sizes, axes_of(forms)):
-            yield model, cases_of(n, axis, precisions, counts, forms, sum_dtypes), make_mesh(there[:n], axis)
+            yield model, cases_of(n, axis, precisions, counts, forms, sum_dtypes), programs.make_mesh(there[:n], axis)
 
     if target:
         compile_for(target, itertools.chain.from_iterable(map(placements, models)))
@@ -555,7 +350,7 @@ def main(
         if time.monotonic() > deadline:
             results.failures.append({"devices": n, "error": "collectives not measured: the time was up"})
             continue
-        measure_collectives(results, make_mesh(there[:n], "expert"), repeats)
+        measure_collectives(results, programs.make_mesh(there[:n], "expert"), repeats)
     results.write()
     print(*scaling_model.markdown(results.document()), sep="\n\n")
     wrong = [row for row in results.rows if not row.get("equal", row.get("finite"))]

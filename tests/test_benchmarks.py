@@ -257,12 +257,13 @@ def scaling(script, monkeypatch):
     """benchmarks/gpu_scaling.py with programs of two calls, of which those of more than 4 tokens are not chained."""
     for name in ("gpu_op", "exchange_model", "scaling_model"):
         script(name)
+    programs = script("scaling_programs")
     module = script("gpu_scaling")
     monkeypatch.setattr(timing, "CHAINED_TOKENS", 4)
-    for name, value in {
-        "LENGTH": 2, "_ROW_SECONDS": 0.001, "_POISON_BYTES": 2**17, "COLUMNS": 64, "ROWS": (8, 64),
-    }.items():  # fmt: skip
+    for name, value in {"_ROW_SECONDS": 0.001, "_POISON_BYTES": 2**17, "ROWS": (8, 64)}.items():
         monkeypatch.setattr(module, name, value)
+    for name, value in {"LENGTH": 2, "COLUMNS": 64}.items():
+        monkeypatch.setattr(programs, name, value)
     return module
 
 
@@ -292,7 +293,7 @@ def test_scaling_is_measured_and_every_row_checked(scaling, tmp_path):
         assert row["error"] <= row["bound"] == scaling.bound(2, row["sum_dtype"], 2)
         assert row["efficiency"] == pytest.approx(alone[row["tokens"]] / 2 / row["seconds"])
         assert row.get("weak_efficiency") == (alone[4] / row["seconds"] if row["tokens"] == 8 else None)
-    assert {row["name"] for row in document["constants"]} == set(scaling.COLLECTIVES)
+    assert {row["name"] for row in document["constants"]} == set(scaling.programs.COLLECTIVES)
     assert {(row["name"], row["bytes"]) for row in document["collectives"]} >= {
         ("all_gather", 8 * 64 * 2), ("all_reduce float32", 64 * 64 * 4),
     }  # fmt: skip
@@ -309,13 +310,13 @@ def test_the_local_op_alone_sends_nothing(scaling, tmp_path):
     rows = [row for row in json.loads(file.read_text())["results"] if row["devices"] == 2]
     assert [(row["sum_dtype"], row["finite"]) for row in rows] == [("float32", True), ("bfloat16", True)]
     assert all(row["operations"].keys() == {"copy"} and row["efficiency"] > 0 for row in rows)
-    mesh, canonical = scaling.make_mesh(jax.devices()[:2], "expert"), timing.random_experts(TINY, 0)
+    mesh, canonical = scaling.programs.make_mesh(jax.devices()[:2], "expert"), timing.random_experts(TINY, 0)
     weights = jax.device_put(canonical, jax_moe.expert_shardings(canonical, mesh))
-    case = scaling.Case("w4a16", 8, "local", "float32")
-    x, _, ids, routing_weights = arguments = scaling.arguments(TINY, case, mesh, weights)
+    case = scaling.programs.Case("w4a16", 8, "local", "float32")
+    x, _, ids, routing_weights = arguments = scaling.programs.arguments(TINY, case, mesh, weights)
     mine = np.where(np.asarray(ids[0]) < 2, routing_weights[0], 0)
     expected = jax_moe.fused_moe(np.asarray(x), canonical, jax_moe.Routing(np.asarray(ids[0]), mine))
-    first = scaling.program(case, mesh)(*arguments)[0].addressable_shards[0].data
+    first = scaling.programs.program(case, mesh)(*arguments)[0].addressable_shards[0].data
     assert scaling.difference(np.asarray(first), np.asarray(expected))[0] < 1e-6
 
 
@@ -359,13 +360,13 @@ def test_the_difference_that_a_row_may_have(scaling):
 @pytest.mark.parametrize("form", ["replicated", "spread", "tensor-spread"])
 def test_every_call_of_a_chain_sends_what_it_needs(scaling, form, tokens):
     """XLA gathers only once what all calls have in common, and early what waits for nothing."""
-    mesh = scaling.make_mesh(jax.devices()[:2], scaling.FORMS[form].axis)
+    mesh = scaling.programs.make_mesh(jax.devices()[:2], scaling.programs.FORMS[form].axis)
     canonical = timing.random_experts(TINY, 0)
     weights = jax.device_put(canonical, jax_moe.expert_shardings(canonical, mesh))
-    case = scaling.Case("w4a16", tokens, form, "float32")
-    program = scaling.program(case, mesh)
-    arguments = scaling.arguments(TINY, case, mesh, weights)
-    sent = scaling.operations(program.lower(*arguments).compile())
+    case = scaling.programs.Case("w4a16", tokens, form, "float32")
+    program = scaling.programs.program(case, mesh)
+    arguments = scaling.programs.arguments(TINY, case, mesh, weights)
+    sent = scaling.programs.operations(program.lower(*arguments).compile())
     if form == "replicated":
         assert sent == {"all-reduce": 2, "copy": sent["copy"]}
         return
@@ -386,12 +387,12 @@ def test_what_of_a_call_waits_for_the_last_one(scaling, monkeypatch, form, token
         return x
 
     monkeypatch.setattr(jax_moe, "sharded_moe", op)
-    monkeypatch.setattr(scaling, "_captured", lambda chain: chain)
+    monkeypatch.setattr(scaling.programs, "_captured", lambda chain: chain)
     monkeypatch.setattr(timing, "after", lambda y: jnp.int32(1))
-    mesh = scaling.make_mesh(jax.devices()[:2], "expert")
-    case = scaling.Case("w4a16", tokens, form, "float32")
-    x, _, ids, routing_weights = arguments = scaling.arguments(TINY, case, mesh, None)
-    scaling.program(case, mesh)(*arguments)
+    mesh = scaling.programs.make_mesh(jax.devices()[:2], "expert")
+    case = scaling.programs.Case("w4a16", tokens, form, "float32")
+    x, _, ids, routing_weights = arguments = scaling.programs.arguments(TINY, case, mesh, None)
+    scaling.programs.program(case, mesh)(*arguments)
     given = {"x": x, "ids": ids[1], "weights": routing_weights[1]}
     changed = [name for name in given if (np.asarray(calls[1][name]) != np.asarray(given[name])).any()]
     assert " ".join(changed) == waits
@@ -401,8 +402,8 @@ def test_what_of_a_call_waits_for_the_last_one(scaling, monkeypatch, form, token
 @pytest.mark.parametrize("n", [1, 2])
 def test_types_of_prepared_experts_are_those_that_prepare_makes(scaling, monkeypatch, axis, n):
     monkeypatch.setattr(jax_moe, "prepare", preparation.prepare)
-    mesh = scaling.make_mesh(jax.devices()[:n], axis)
-    types = scaling.prepared_types(TINY, "sm_90a", "w4a16", mesh)
+    mesh = scaling.programs.make_mesh(jax.devices()[:n], axis)
+    types = scaling.programs.prepared_types(TINY, "sm_90a", "w4a16", mesh)
     canonical = timing.random_experts(TINY, 0)
     made = jax_moe.prepare(jax.device_put(canonical, jax_moe.expert_shardings(canonical, mesh)), "sm_90a")
     assert jax.tree.structure(types) == jax.tree.structure(made)
