@@ -18,6 +18,7 @@ Forms, on a mesh of one axis:
     spread          tokens are spread over the experts' axis: gathered before, sums scattered behind
     tensor          every expert's I is cut into n slices, all devices have all tokens
     tensor-spread   I is cut, tokens are spread
+    local           replicated without its exchange: no result, only what the op itself takes on 1/n of the experts
 
 Efficiency is t(1, T) / (n t(n, T)), and weak efficiency t(1, T/n) / t(n, T). The more tokens fit, the more the power
 limit of a card decides (docs/hopper.md), so the time of a row is long enough to be at it.
@@ -57,6 +58,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
+import scaling_model
+from scaling_model import LOCAL, MODELS, ONE
 import typer
 
 import jax_moe
@@ -64,10 +67,6 @@ from jax_moe import exchange, shapes
 from jax_moe.cli import timing
 from jax_moe.kernels import targets
 from jax_moe.kernels.cache import MissingKernelError
-
-MODELS = shapes.MODELS | {"deepseek-r1": shapes.LayerShape(256, 8, 7168, 2048)}
-ONE = "one GPU"
-"""The form of t(1)."""
 
 LENGTH = 8
 """Calls of a program."""
@@ -96,6 +95,7 @@ FORMS = {
     "spread": Form("expert", True),
     "tensor": Form("tensor", False),
     "tensor-spread": Form("tensor", True),
+    LOCAL: Form("expert", False),
 }
 SUM_DTYPES = ("float32", "bfloat16")
 
@@ -116,16 +116,21 @@ class Results(gpu_op.Results):
 
     collectives: list[dict] = dataclasses.field(default_factory=list)
 
+    def document(self) -> dict:
+        return {
+            "environment": _environment() | {"cards": cards()},
+            "results": self.rows,
+            "collectives": self.collectives,
+            "constants": scaling_model.constants(self.collectives),
+            "failures": self.failures,
+        }
+
     def write(self) -> None:
         if self.output:
-            document = {
-                "environment": gpu_op.environment() | {"cards": cards()},
-                "results": self.rows,
-                "collectives": self.collectives,
-                "constants": constants(self.collectives),
-                "failures": self.failures,
-            }
-            self.output.write_text(json.dumps(document, indent=1) + "\n")
+            self.output.write_text(json.dumps(self.document(), indent=1) + "\n")
+
+
+_environment = functools.cache(gpu_op.environment)  # asking nvidia-smi takes longer than some rows
 
 
 def cards() -> dict[str, int]:
@@ -151,6 +156,8 @@ def program(case: Case, mesh: Mesh) -> Any:
     """The jitted chain of a case, as a function of ``timing.Arguments``; its first call's output and its last's."""
     if case.form == ONE:
         op = functools.partial(jax_moe.fused_moe, precision=case.precision)
+    elif case.form == LOCAL:
+        op = local_op(case, mesh)
     else:
         op = functools.partial(
             jax_moe.sharded_moe,
@@ -185,6 +192,27 @@ def program(case: Case, mesh: Mesh) -> Any:
         return outputs[0], outputs[-1]
 
     return _captured(chain)
+
+
+def local_op(case: Case, mesh: Mesh) -> Callable[..., jax.Array]:
+    """What each device computes in the replicated form; of the outputs, which differ, the caller gets any one."""
+
+    def local(x, experts, routing):
+        offset = jax.lax.axis_index(mesh.axis_names[0]) * experts.down.global_scale.shape[0]
+        return jax_moe.fused_moe(
+            x, experts, routing, precision=case.precision, expert_offset=offset, out_dtype=jnp.dtype(case.sum_dtype),
+            num_experts=mesh.size * experts.down.global_scale.shape[0],
+        ).astype(jnp.bfloat16)  # fmt: skip
+
+    def op(x, experts, routing):
+        specs = jax.tree.map(lambda sharding: sharding.spec, jax_moe.expert_shardings(experts, mesh))
+        everywhere = PartitionSpec(None)
+        run = jax.shard_map(
+            local, mesh=mesh, in_specs=(everywhere, specs, everywhere), out_specs=everywhere, check_vma=False
+        )
+        return run(x, experts, routing)
+
+    return op
 
 
 _captured: Callable[[Callable], Any] = timing.captured  # whatever the program returns
@@ -321,15 +349,17 @@ def measure_case(job: Job, case: Case, mesh: Mesh, compiled: jax.stages.Compiled
     row["operations"] = operations(compiled)
     if case.form == ONE:
         job.seconds[key], job.outputs[key] = seconds, output
-        return row | {"finite": bool(np.isfinite(output.astype(np.float32)).all())}
-    if key in job.outputs:
+    if case.form in (ONE, LOCAL):  # there is nothing to compare these with
+        row["finite"] = bool(np.isfinite(output.astype(np.float32)).all())
+    elif key in job.outputs:
         frobenius, worst_row = difference(output, job.outputs[key])
         limit = bound(job.shape.top_k, case.sum_dtype, n)
-        row["efficiency"] = job.seconds[key] / (n * seconds)
         row |= {"error": frobenius, "bound": limit, "worst_row": worst_row, "worst_row_bound": 2 * limit}
         row["equal"] = frobenius <= limit and worst_row <= 2 * limit
     part = (case.precision, case.tokens / n)
-    if part in job.seconds:
+    if n > 1 and key in job.seconds:
+        row["efficiency"] = job.seconds[key] / (n * seconds)
+    if n > 1 and part in job.seconds and case.form != LOCAL:
         row["weak_efficiency"] = job.seconds[part] / seconds
     return row
 
@@ -385,9 +415,9 @@ def collective_chain(name: str, rows: int, mesh: Mesh) -> Any:
     return _captured(jax.shard_map(chain, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
 
 
-def measure_collectives(results: Results, mesh: Mesh, repeats: int, rows=ROWS) -> None:
+def measure_collectives(results: Results, mesh: Mesh, repeats: int) -> None:
     seed = jax.device_put(np.arange(1, mesh.size + 1, dtype=np.float32), NamedSharding(mesh, PartitionSpec("expert")))
-    sizes = [(name, count) for name in COLLECTIVES for count in rows]
+    sizes = [(name, count) for name in COLLECTIVES for count in ROWS]
     with concurrent.futures.ThreadPoolExecutor() as pool:
         lowered = [collective_chain(name, count, mesh).lower(seed) for name, count in sizes]
         for (name, count), compiled in zip(sizes, pool.map(lambda one: one.compile(), lowered), strict=True):
@@ -400,19 +430,6 @@ def measure_collectives(results: Results, mesh: Mesh, repeats: int, rows=ROWS) -
                 | {"operations": operations(compiled)}
             )
         results.write()
-
-
-def constants(collectives: list[dict]) -> list[dict]:
-    """Of each collective and number of devices: microseconds of the smallest, and GB/s that a rank sends of a large."""
-    found = []
-    for name, n in dict.fromkeys((row["name"], row["devices"]) for row in collectives):
-        mine = [row for row in collectives if (row["name"], row["devices"]) == (name, n)]
-        sent, seconds = (np.array([row[key] for row in mine]) for key in ("sent_bytes", "seconds"))
-        latency, per_byte = np.linalg.lstsq(np.stack([1 / seconds, sent / seconds], 1), np.ones(len(mine)))[0]
-        found.append(
-            {"name": name, "devices": n, "microseconds": latency * 1e6, "gigabytes_per_second": 1e-9 / per_byte}
-        )
-    return found
 
 
 # --- The kernels of all this, without a GPU ---------------------------------------------------------------------------
@@ -494,10 +511,10 @@ def main(
 ) -> None:
     """Time one GPU, several, and their collectives; see the module's text."""
     if plot:
-        _plot(json.loads(plot[0].read_text()), plot[1])
+        scaling_model.plot(json.loads(plot[0].read_text()), plot[1])
         return
     if table:
-        print(*markdown(json.loads(table.read_text())), sep="\n\n")
+        print(*scaling_model.markdown(json.loads(table.read_text())), sep="\n\n")
         return
     deadline = time.monotonic() + seconds
     if target:
@@ -535,13 +552,12 @@ def main(
         for _, cases, mesh in placements(name):
             measure(job, canonical, cases, mesh)
     for n in sizes if collectives else []:
+        if time.monotonic() > deadline:
+            results.failures.append({"devices": n, "error": "collectives not measured: the time was up"})
+            continue
         measure_collectives(results, make_mesh(there[:n], "expert"), repeats)
     results.write()
-    document = {
-        "environment": gpu_op.environment() | {"cards": cards()}, "results": results.rows,
-        "collectives": results.collectives, "constants": constants(results.collectives), "failures": results.failures,
-    }  # fmt: skip
-    print(*markdown(document), sep="\n\n")
+    print(*scaling_model.markdown(results.document()), sep="\n\n")
     wrong = [row for row in results.rows if not row.get("equal", row.get("finite"))]
     for row in wrong:
         print(f"WRONG: {json.dumps(row)}")
@@ -549,99 +565,6 @@ def main(
         print(f"FAILED: {json.dumps(failure)}")
     if wrong:
         raise typer.Exit(1)
-
-
-def markdown(document: dict) -> Iterator[str]:
-    """What docs/scaling.md has of a run: a table for each model and precision, and one of the collectives."""
-    rows = document["results"]
-    given = document["environment"]
-    versions = f"jax {given.get('jax')}, commit {given.get('commit', '')[:7]}, {given.get('time', '')[:10]}"
-    yield f"{', '.join(f'{count} x {kind}' for kind, count in given['cards'].items())}; {versions}."
-    for model, precision in dict.fromkeys((row["model"], row["precision"]) for row in rows):
-        mine = [row for row in rows if (row["model"], row["precision"]) == (model, precision)]
-        columns = list(dict.fromkeys((row["devices"], row["form"], row["sum_dtype"]) for row in mine))
-        head = [f"{model}, {precision}: us (efficiency)"]
-        head += ["1" if form == ONE else f"{n} {form} {sums}" for n, form, sums in columns]
-        lines = []
-        for count in sorted({row["tokens"] for row in mine}):
-            cells = {
-                (row["devices"], row["form"], row["sum_dtype"]): _cell(row) for row in mine if row["tokens"] == count
-            }
-            lines.append([f"T = {count}", *(cells.get(column, "") for column in columns)])
-        yield _table(head, *lines)
-        errors = [(row["error"], row["bound"], row["equal"]) for row in mine if "error" in row]
-        if errors:
-            right = sum(equal for *_, equal in errors)
-            yield (
-                f"{right} of {len(errors)} rows equal one GPU's output; the largest relative difference is "
-                f"{max(errors)[0]:.1e}, bounds are {min(b for _, b, _ in errors):.1e} to "
-                f"{max(b for _, b, _ in errors):.1e}."
-            )
-        weak = [row for row in mine if "weak_efficiency" in row]
-        if weak:
-            best: dict[tuple, dict] = {}
-            for row in sorted(weak, key=lambda row: row["weak_efficiency"]):
-                best[row["devices"], row["tokens"]] = row
-            texts = [
-                f"t(1, {count // n}) / t({n}, {count}) = {row['weak_efficiency']:.0%} "
-                f"({row['form']}, {row['sum_dtype']})"
-                for (n, count), row in sorted(best.items())
-            ]
-            yield f"Weak scaling, the best form: {'; '.join(texts)}."
-    if document["constants"]:
-        measured = document["collectives"]
-        sizes = {one["name"]: [row for row in measured if row["name"] == one["name"]] for one in document["constants"]}
-        lines = []
-        for one in document["constants"]:
-            times = [row for row in sizes[one["name"]] if row["devices"] == one["devices"]]
-            seen = ", ".join(f"{row['bytes'] / 2**20:g}: {row['seconds'] * 1e6:.0f}" for row in times)
-            fit = f"{one['microseconds']:.1f}", f"{one['gigabytes_per_second']:.0f}"
-            lines.append([one["name"], str(one["devices"]), *fit, seen])
-        yield _table(["collective", "n", "us", "GB/s sent by a rank", "MiB in all: us"], *lines)
-
-
-def _cell(row: dict) -> str:
-    text = f"{row['seconds'] * 1e6:.{0 if row['seconds'] > 1e-4 else 1}f}"
-    return text + (f" ({row['efficiency']:.2f})" if "efficiency" in row else "")
-
-
-def _table(*rows: list[str]) -> str:
-    rows = (rows[0], ["---"] * len(rows[0]), *rows[1:])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def _plot(document: dict, picture: pathlib.Path) -> None:
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    rows = [row for row in document["results"] if "efficiency" in row]
-    groups = list(dict.fromkeys((row["model"], row["precision"], row["devices"]) for row in rows))
-    figure, axes = plt.subplots(1, len(groups), figsize=(5 * len(groups), 4.5), squeeze=False, sharey=True)
-    for axis, group in zip(axes[0], groups, strict=True):
-        mine = [row for row in rows if (row["model"], row["precision"], row["devices"]) == group]
-        for place, form in enumerate(dict.fromkeys(row["form"] for row in mine)):
-            for sums, style in (("float32", "--"), ("bfloat16", "-")):
-                line = sorted(
-                    (row["tokens"], row["efficiency"])
-                    for row in mine
-                    if (row["form"], row["sum_dtype"]) == (form, sums)
-                )
-                if line:
-                    axis.plot(*zip(*line, strict=True), style, color=f"C{place}", marker="o", label=f"{form}, {sums}")
-        counts = sorted({row["tokens"] for row in mine})
-        axis.set(title=f"{group[0]}, {group[1]}, {group[2]} GPUs", xlabel="tokens in all", xscale="log", ylim=(0, 1.05))
-        axis.set_xticks(counts, map(str, counts))
-        axis.set_xticks([], minor=True)
-        axis.axhline(1, color="black", linewidth=0.8)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize="small")
-    axes[0][0].set_ylabel("efficiency t(1) / (n t(n))")
-    cards = ", ".join(f"{count} x {kind}" for kind, count in document["environment"]["cards"].items())
-    figure.suptitle(f"{cards}, {document['environment']['time'][:10]}")
-    figure.tight_layout()
-    figure.savefig(picture, dpi=120)
 
 
 if __name__ == "__main__":

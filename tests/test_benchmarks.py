@@ -19,7 +19,7 @@ import typer
 import typer.testing
 
 import jax_moe
-from jax_moe import nvfp4, shapes
+from jax_moe import nvfp4, preparation, shapes
 from jax_moe.cli import timing
 from jax_moe.kernels import records
 from jax_moe.kernels.sm90.target import SM90
@@ -247,3 +247,179 @@ def test_only_a_file_that_passed_changes_what_doctor_says(script, monkeypatch, t
     assert result.exit_code == 0, result.output
     assert records.runs_of("sm_100f")[len(before) :][0]["card"] == "NVIDIA B200"
     assert records.runs_of("sm_90a") == json.loads(records.FILE.read_text())["sm_90a"] != []
+
+
+# --- Several devices --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scaling(script, monkeypatch):
+    """benchmarks/gpu_scaling.py with programs of two calls, of which those of more than 4 tokens are not chained."""
+    for name in ("gpu_op", "exchange_model", "scaling_model"):
+        script(name)
+    module = script("gpu_scaling")
+    monkeypatch.setattr(timing, "CHAINED_TOKENS", 4)
+    for name, value in {
+        "LENGTH": 2, "_ROW_SECONDS": 0.001, "_POISON_BYTES": 2**17, "COLUMNS": 64, "ROWS": (8, 64),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(module, name, value)
+    return module
+
+
+def _scale(scaling, *arguments):
+    app = typer.Typer()
+    app.command()(scaling.main)
+    return typer.testing.CliRunner().invoke(app, ["--model", "tiny", "--devices", "2", "--repeats", "1", *arguments])
+
+
+def test_scaling_is_measured_and_every_row_checked(scaling, tmp_path):
+    file = tmp_path / "results.json"
+    result = _scale(scaling, "--tokens", "4,8", "--output", str(file))
+    assert result.exit_code == 0, result.output
+    document = json.loads(file.read_text())
+    alone = {row["tokens"]: row["seconds"] for row in document["results"] if row["devices"] == 1}
+    several = [row for row in document["results"] if row["devices"] == 2]
+    assert not document["failures"]
+    assert [(row["form"], row["sum_dtype"], row["tokens"]) for row in several] == [
+        (form, sums, tokens)
+        for forms in (("replicated", "spread"), ("tensor",))
+        for tokens in (4, 8)
+        for form in forms
+        for sums in ("float32", "bfloat16")
+    ]
+    for row in several:
+        assert row["equal"]
+        assert row["error"] <= row["bound"] == scaling.bound(2, row["sum_dtype"], 2)
+        assert row["efficiency"] == pytest.approx(alone[row["tokens"]] / 2 / row["seconds"])
+        assert row.get("weak_efficiency") == (alone[4] / row["seconds"] if row["tokens"] == 8 else None)
+    assert {row["name"] for row in document["constants"]} == set(scaling.COLLECTIVES)
+    assert {(row["name"], row["bytes"]) for row in document["collectives"]} >= {
+        ("all_gather", 8 * 64 * 2), ("all_reduce float32", 64 * 64 * 4),
+    }  # fmt: skip
+    assert _scale(scaling, "--table", str(file)).stdout in result.stdout
+    assert "12 of 12 rows equal one GPU's output" in result.stdout
+    assert f"t(1, 4) / t(2, 8) = {max(row.get('weak_efficiency', 0) for row in several):.0%}" in result.stdout
+
+
+def test_the_local_op_alone_sends_nothing(scaling, tmp_path):
+    """And is what each device adds to the sum: here of device 0, that of experts 0 and 1."""
+    file = tmp_path / "results.json"
+    result = _scale(scaling, "--tokens", "8", "--form", "local", "--no-collectives", "--output", str(file))
+    assert result.exit_code == 0, result.output
+    rows = [row for row in json.loads(file.read_text())["results"] if row["devices"] == 2]
+    assert [(row["sum_dtype"], row["finite"]) for row in rows] == [("float32", True), ("bfloat16", True)]
+    assert all(row["operations"].keys() == {"copy"} and row["efficiency"] > 0 for row in rows)
+    mesh, canonical = scaling.make_mesh(jax.devices()[:2], "expert"), timing.random_experts(TINY, 0)
+    weights = jax.device_put(canonical, jax_moe.expert_shardings(canonical, mesh))
+    case = scaling.Case("w4a16", 8, "local", "float32")
+    x, _, ids, routing_weights = arguments = scaling.arguments(TINY, case, mesh, weights)
+    mine = np.where(np.asarray(ids[0]) < 2, routing_weights[0], 0)
+    expected = jax_moe.fused_moe(np.asarray(x), canonical, jax_moe.Routing(np.asarray(ids[0]), mine))
+    first = scaling.program(case, mesh)(*arguments)[0].addressable_shards[0].data
+    assert scaling.difference(np.asarray(first), np.asarray(expected))[0] < 1e-6
+
+
+def test_rows_that_have_no_time_left_are_named(scaling, tmp_path):
+    file = tmp_path / "results.json"
+    _scale(scaling, "--tokens", "4", "--form", "spread", "--seconds", "0", "--no-collectives", "--output", str(file))
+    document = json.loads(file.read_text())
+    assert not document["results"]
+    assert {failure["error"] for failure in document["failures"]} == {"not measured: the time was up"}
+    assert [(failure["devices"], failure["tokens"]) for failure in document["failures"]] == [
+        (1, 2), (1, 4), (2, 4), (2, 4),
+    ]  # fmt: skip
+
+
+def test_one_wrong_token_on_several_devices_is_seen(scaling, monkeypatch):
+    right = jax_moe.sharded_moe
+
+    def wrong(*args, **options):
+        return right(*args, **options).at[3].multiply(1.05)
+
+    monkeypatch.setattr(jax_moe, "sharded_moe", wrong)
+    result = _scale(scaling, "--tokens", "8", "--form", "replicated", "--no-collectives")
+    assert result.exit_code == 1
+    assert result.stdout.count("WRONG") == 2
+
+
+def test_the_difference_that_a_row_may_have(scaling):
+    expected = np.random.default_rng(0).normal(size=(512, 64)).astype(np.float32)
+    limit = scaling.bound(8, "bfloat16", 4)
+    assert scaling.bound(8, "float32", 4) < limit < 0.011
+    assert scaling.difference(expected * (1 + limit / 2), expected) == pytest.approx((limit / 2, limit / 2), rel=1e-3)
+    lost = expected.copy()
+    lost[7] = 0
+    assert scaling.difference(lost, expected)[1] == pytest.approx(1)
+    assert scaling.difference(lost[:-1], expected) == (np.inf, np.inf)
+    lost[7] = np.nan
+    assert scaling.difference(lost, expected) == (np.inf, np.inf)
+
+
+@pytest.mark.parametrize("tokens", [4, 8])
+@pytest.mark.parametrize("form", ["replicated", "spread", "tensor-spread"])
+def test_every_call_of_a_chain_sends_what_it_needs(scaling, form, tokens):
+    """XLA gathers only once what all calls have in common, and early what waits for nothing."""
+    mesh = scaling.make_mesh(jax.devices()[:2], scaling.FORMS[form].axis)
+    canonical = timing.random_experts(TINY, 0)
+    weights = jax.device_put(canonical, jax_moe.expert_shardings(canonical, mesh))
+    case = scaling.Case("w4a16", tokens, form, "float32")
+    program = scaling.program(case, mesh)
+    arguments = scaling.arguments(TINY, case, mesh, weights)
+    sent = scaling.operations(program.lower(*arguments).compile())
+    if form == "replicated":
+        assert sent == {"all-reduce": 2, "copy": sent["copy"]}
+        return
+    assert sent == {"all-gather": 6, "reduce-scatter": 2, "copy": sent["copy"]}
+
+
+@pytest.mark.parametrize(
+    ("form", "tokens", "waits"),
+    [
+        ("replicated", 4, ""), ("replicated", 8, "ids"), ("spread", 4, "ids weights"), ("spread", 8, "x ids weights"),
+    ],
+)  # fmt: skip
+def test_what_of_a_call_waits_for_the_last_one(scaling, monkeypatch, form, tokens, waits):
+    calls = []
+
+    def op(x, weights, routing, **_):
+        calls.append({"x": x, "ids": routing.expert_ids, "weights": routing.weights})
+        return x
+
+    monkeypatch.setattr(jax_moe, "sharded_moe", op)
+    monkeypatch.setattr(scaling, "_captured", lambda chain: chain)
+    monkeypatch.setattr(timing, "after", lambda y: jnp.int32(1))
+    mesh = scaling.make_mesh(jax.devices()[:2], "expert")
+    case = scaling.Case("w4a16", tokens, form, "float32")
+    x, _, ids, routing_weights = arguments = scaling.arguments(TINY, case, mesh, None)
+    scaling.program(case, mesh)(*arguments)
+    given = {"x": x, "ids": ids[1], "weights": routing_weights[1]}
+    changed = [name for name in given if (np.asarray(calls[1][name]) != np.asarray(given[name])).any()]
+    assert " ".join(changed) == waits
+
+
+@pytest.mark.parametrize("axis", ["expert", "tensor"])
+@pytest.mark.parametrize("n", [1, 2])
+def test_types_of_prepared_experts_are_those_that_prepare_makes(scaling, monkeypatch, axis, n):
+    monkeypatch.setattr(jax_moe, "prepare", preparation.prepare)
+    mesh = scaling.make_mesh(jax.devices()[:n], axis)
+    types = scaling.prepared_types(TINY, "sm_90a", "w4a16", mesh)
+    canonical = timing.random_experts(TINY, 0)
+    made = jax_moe.prepare(jax.device_put(canonical, jax_moe.expert_shardings(canonical, mesh)), "sm_90a")
+    assert jax.tree.structure(types) == jax.tree.structure(made)
+    for got, leaf in zip(jax.tree.leaves(types), jax.tree.leaves(made), strict=True):
+        assert (got.shape, got.dtype) == (leaf.shape, leaf.dtype)
+        assert got.sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
+
+
+def test_kernels_are_compiled_for_all_that_is_measured(scaling, monkeypatch):
+    monkeypatch.setattr(jax_moe, "prepare", preparation.prepare)
+    asked = cuda_call.stand_in_compiler(monkeypatch)
+    monkeypatch.setattr(
+        scaling.jax.config, "update", lambda *_: None
+    )  # the platform and its devices: as tests have them
+    result = _scale(scaling, "--tokens", "4,8", "--precision", "w4a4", "--compile-for", "sm_90a")
+    assert result.exit_code == 0, result.output
+    assert re.findall(r"on (.*): (\d+) programs", result.stdout) == [
+        ("{'expert': 1}", "2"), ("{'expert': 2}", "8"), ("{'tensor': 2}", "4"),
+    ]  # fmt: skip
+    assert asked

@@ -6,6 +6,7 @@ import itertools
 import math
 import pathlib
 import re
+import sys
 
 import helpers
 import jax
@@ -20,14 +21,17 @@ from jax_moe import shapes
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def _model():
-    spec = importlib.util.spec_from_file_location("exchange_model", ROOT / "benchmarks" / "exchange_model.py")
+def _script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])  # scripts import one another
+        spec.loader.exec_module(module)
     return module
 
 
-model = _model()
+scaling_model = _script("scaling_model")
+model = scaling_model.exchange_model
 SMALL = model.Layer("small", num_experts=8, top_k=2, hidden_size=64)
 
 
@@ -124,6 +128,19 @@ def test_the_page_has_the_tables():
     text = (ROOT / "docs" / "all-to-all.md").read_text()
     for table in model.tables():
         assert table in text, table
+
+
+def test_the_page_on_scaling_has_the_bytes():
+    text, layer = (ROOT / "docs" / "scaling.md").read_text(), model.LAYERS[0]
+    for n in (2, 4, 8):
+        forms = [(model.replicated, {}), (model.spread, {}), (model.spread, {"x": model.NVFP4})]
+        cells = [
+            " / ".join(f"{form(layer, 8192, n, sums=sums, **x).total / 1e6:.0f}" for sums in (model.FP32, model.BF16))
+            for form, x in forms
+        ]
+        assert re.search(
+            rf"^\| n = {n}.*\| {' .. '.join(map(re.escape, cells)).replace('..', re.escape('|'))} \|$", text, re.M
+        )
 
 
 # --- What the program sends -------------------------------------------------------------------------------------------
@@ -233,3 +250,155 @@ def test_the_design_gives_the_same_bits_and_sends_what_the_model_says(n):
     num_experts = case.experts.down.global_scale.shape[0]
     ranks = np.asarray(case.routing.expert_ids) // (num_experts // n)
     assert np.asarray(counts).sum() == sum(len(set(row)) for row in ranks.tolist())
+
+
+# --- The model of a run -----------------------------------------------------------------------------------------------
+
+CONSTANTS = {
+    "all_reduce float32": (20, 350), "all_reduce bfloat16": (21, 340), "all_gather": (12, 300),
+    "reduce_scatter": (14, 310), "all_to_all": (16, 320),
+}  # fmt: skip
+"""Microseconds and GB/s."""
+TOKENS = (8, 128, 1024, 8192)
+ALONE = dict(zip(TOKENS, (150, 390, 700, 4000), strict=True))
+
+
+def _collectives(n):
+    rows = []
+    for name, (latency, bandwidth) in CONSTANTS.items():
+        for sent in (6e4, 1e6, 6e7):
+            seconds = latency * 1e-6 + sent / bandwidth * 1e-9
+            rows.append({"name": name, "devices": n, "bytes": sent, "sent_bytes": sent, "seconds": seconds})
+    return rows
+
+
+def _document(sizes, start=24.0, per_byte=1e-6, routing=11.0):
+    """A run in which the model holds; the arithmetic written out once more, for qwen3-235b-a22b."""
+    collectives = [row for n in sizes for row in _collectives(n)]
+    row = {"model": "qwen3-235b-a22b", "precision": "w4a16"}
+    rows = [
+        row | {"tokens": T, "form": "one GPU", "sum_dtype": "", "devices": 1, "seconds": us / 1e6}
+        for T, us in ALONE.items()
+    ]
+    for n, T, form, (sums, width) in itertools.product(
+        sizes, TOKENS, ("replicated", "spread"), (("float32", 4), ("bfloat16", 2))
+    ):
+        time = ALONE[T] / n + (1 - 1 / n) * (start + T * 4096 * (2 + width) * per_byte)
+        part = T * 4096 * (n - 1) / n / 1e3
+        if form == "replicated":
+            latency, bandwidth = CONSTANTS[f"all_reduce {sums}"]
+            time += latency + 2 * part * width / bandwidth
+        else:
+            latency, bandwidth = CONSTANTS["all_gather"]
+            time += latency + (2 * part + T * (n - 1) / n * 64 / 1e3) / bandwidth + routing
+            latency, bandwidth = CONSTANTS["reduce_scatter" if sums == "float32" else "all_to_all"]
+            time += latency + part * width / bandwidth
+        rows.append(row | {"tokens": T, "form": form, "sum_dtype": sums, "devices": n, "seconds": time / 1e6})
+    environment = {"cards": {"H": max(sizes)}, "jax": "0", "commit": "0", "time": "2026-01-01"}
+    constants = scaling_model.constants(collectives)
+    return {"environment": environment, "results": rows, "collectives": collectives, "constants": constants}
+
+
+def test_constants_of_collectives_are_a_line():
+    found = scaling_model.constants(_collectives(2) + _collectives(4))
+    assert len(found) == 2 * len(CONSTANTS)
+    for one in found:
+        assert (one["microseconds"], one["gigabytes_per_second"]) == pytest.approx(CONSTANTS[one["name"]])
+
+
+@pytest.mark.parametrize("fit_on", [None, {2}])
+def test_the_model_finds_the_constants_of_a_run_where_it_holds(fit_on):
+    rows, fitted = scaling_model.predict(_document((2, 4)), fit_on)
+    (found,) = fitted.values()
+    assert (found.start, found.per_byte, found.routing) == pytest.approx((24, 1e-6, 11), rel=1e-6)
+    assert len(rows) == 2 * 4 * 2 * 2
+    for row in rows:
+        assert row["predicted"] == pytest.approx(row["seconds"])
+        assert row["off"] == pytest.approx(0, abs=1e-9)
+
+
+def test_the_error_of_the_model_is_said():
+    document = _document((2,))
+    (slow,) = [
+        row
+        for row in document["results"]
+        if (row["form"], row["tokens"], row["sum_dtype"]) == ("spread", 128, "bfloat16")
+    ]
+    slow["seconds"] *= 1.5
+    *_, last = scaling_model.errors(document)
+    assert last.startswith("15 of 16 rows within 15%")
+    rows, _ = scaling_model.predict(document)
+    assert max(rows, key=lambda row: abs(row["off"]))["seconds"] == slow["seconds"]
+
+
+def test_nothing_that_is_fitted_is_below_zero():
+    document = _document((2,), per_byte=-2e-7)
+    _, fitted = scaling_model.predict(document)
+    (found,) = fitted.values()
+    assert found.per_byte == 0
+    assert found.start > 0
+
+
+def test_what_is_expected_of_this_host_is_what_was_measured_there():
+    document = _document((2, 4))
+    (((model_name, precision, _), fitted),) = scaling_model.predict(document)[1].items()
+    links = scaling_model.links_of(document)
+    here, hosts, rack = scaling_model.PLACES
+    for row in document["results"]:
+        if row["devices"] == 1:
+            continue
+        case = (row["devices"], row["tokens"], row["form"], precision, row["sum_dtype"], model_name, fitted, links)
+        time, one = scaling_model.expected(here, *case)
+        assert time == pytest.approx(row["seconds"] * 1e6)
+        assert one == ALONE[row["tokens"]]
+    # Between hosts there is more to do; on other cards with other links both change.
+    case = ("spread", precision, "bfloat16", model_name, fitted, links)
+    assert scaling_model.expected(hosts, 16, 2048, *case) > scaling_model.expected(here, 16, 2048, *case)
+    assert scaling_model.expected(rack, 16, 2048, *case) < scaling_model.expected(here, 16, 2048, *case)
+
+
+def test_between_hosts_each_row_crosses_once():
+    """16 GPUs of two hosts: of the 15 parts that a ring sends on, a network card has its own GPU's, once."""
+    document, (_, hosts, _) = _document((2, 8)), scaling_model.PLACES
+    (((name, precision, _), fitted),) = scaling_model.predict(document)[1].items()
+    case = (16, 2048, "spread", precision, "bfloat16", name, fitted, scaling_model.links_of(document))
+    here, _ = scaling_model.expected(scaling_model.PLACES[0], *case)
+    across, _ = scaling_model.expected(hosts, *case)
+    rows = model.rows_between_hosts(model.LAYERS[0], 2, 8)["spread"] * 2048 / 16
+    link, routing = hosts.between, rows * 64
+    assert across - here == pytest.approx(2 * link.microseconds + (rows * 4096 * 4 + routing) / link.gigabytes / 1e3)
+
+
+def test_w4a4_gathers_what_it_multiplies():
+    layer = model.LAYERS[0]
+    assert scaling_model.sent(layer, 64, 4, "spread", "w4a4", "bfloat16") == model.spread(
+        layer, 64, 4, model.NVFP4, model.BF16
+    )
+    assert scaling_model.sent(layer, 64, 4, "tensor-spread", "w4a16", "float32") == model.spread(layer, 64, 4)
+    assert scaling_model.sent(layer, 64, 4, "tensor", "w4a4", "bfloat16") == model.replicated(layer, 64, 4, model.BF16)
+
+
+def test_the_local_op_alone_is_fitted_but_not_recommended():
+    document = _document((2,))
+    for row in list(document["results"]):
+        if row["form"] == "replicated":
+            latency, bandwidth = CONSTANTS[f"all_reduce {row['sum_dtype']}"]
+            width = {"float32": 4, "bfloat16": 2}[row["sum_dtype"]]
+            seconds = row["seconds"] - latency / 1e6 - row["tokens"] * 4096 * width / bandwidth / 1e9
+            document["results"].append(row | {"form": "local", "seconds": seconds})
+    rows, _ = scaling_model.predict(document)
+    assert len([row for row in rows if row["form"] == "local"]) == 8
+    assert max(abs(row["off"]) for row in rows) < 1e-9
+    assert "local" not in "".join(scaling_model.expectations(document))
+
+
+def test_a_run_is_printed_with_what_to_expect_elsewhere():
+    document = _document((2, 4))
+    text = "\n".join([*scaling_model.markdown(document), *scaling_model.errors(document)])
+    assert "| T = 8192 | 4000 |" in text
+    assert "32 of 32 rows within 15%; mean error 0.0%" in text
+    (table,) = scaling_model.expectations(document)
+    places = [line.split(" | ")[:2] for line in table.splitlines()[2:]]
+    assert [(place.removeprefix("| "), int(n)) for place, n in places] == [
+        (place.name, n) for place in scaling_model.PLACES for n in place.sizes
+    ]
