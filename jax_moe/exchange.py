@@ -57,14 +57,21 @@ def add_up(partial: jax.Array, *, scattered: Axes, summed: Axes) -> jax.Array:
 
     Returns:
       float32 or ``partial``'s dtype, ``[t, H]``, one of ``scattered``'s n slices of tokens. bfloat16 parts are added
-      in float32 where they are scattered; XLA's all-reduce over ``summed`` adds them in bfloat16.
+      in float32 where they are scattered, and not rounded if that is all; XLA's all-reduce over ``summed`` adds them in
+      bfloat16.
     """
     dtype, y = partial.dtype, partial
     if scattered and dtype == jnp.bfloat16:
         # As many bytes as a reduce-scatter sends, but no sum is rounded on the way, and their order is fixed.
-        size = math.prod(jax.lax.axis_size(axis) for axis in scattered)
         parts = jax.lax.all_to_all(y, scattered, split_axis=0, concat_axis=0, tiled=True)
-        y = jnp.sum(parts.reshape(size, -1, y.shape[1]).astype(jnp.float32), axis=0)
+        y = jnp.sum(parts.reshape(_size(scattered), -1, y.shape[1]).astype(jnp.float32), axis=0)
     elif scattered:
         y = jax.lax.psum_scatter(y, scattered, tiled=True)
-    return jax.lax.psum(y.astype(dtype), summed) if summed else y
+    if _size(summed) > 1:
+        y = y.astype(dtype)
+    # Over axes of one device too: it says that y is the same on all of them.
+    return jax.lax.psum(y, summed) if summed else y
+
+
+def _size(axes: Axes) -> int:
+    return math.prod(jax.lax.axis_size(axis) for axis in axes)

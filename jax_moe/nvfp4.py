@@ -128,7 +128,7 @@ def quantize(values: jax.Array, global_scale: jax.Array) -> tuple[jax.Array, jax
     is 0 all codes are 0, else ``code = e2m1(v * (1 / (sf*s)))``; all in float32 with
     IEEE division, where ``s`` is the global scale (docs/numerics.md). XLA's CPU backend flushes subnormals,
     so there the bits are those of IEEE for ``2**-115 <= s <= 2**117``: with a scale beyond, a value, product or
-    reciprocal that counts may be subnormal.
+    reciprocal that counts may be subnormal. On a GPU the reciprocal alone may be, with a scale above.
 
     Args:
       values: ``[..., n]``, n a multiple of 16.

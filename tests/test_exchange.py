@@ -224,8 +224,9 @@ def test_sums_in_bfloat16_are_within_the_bound(layout):
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("layout", [SPREAD, Layout({"tensor": 1, "expert": 8}, {"data_axis": "expert"})], ids=str)
 @pytest.mark.parametrize("out_dtype", [jnp.float32, jnp.bfloat16])
-def test_scattered_parts_are_rounded_once_and_added_in_float32(out_dtype, axis_type):
+def test_scattered_parts_are_rounded_once_and_added_in_float32(out_dtype, layout, axis_type):
     """Bit for bit: what the parts are is exact, and so are float32 sums of them when they are rounded."""
     case = make_exact_case(3, hidden=128, out_dtype=jnp.float32)
     parts = []
@@ -236,7 +237,7 @@ def test_scattered_parts_are_rounded_once_and_added_in_float32(out_dtype, axis_t
     assert sum((r != p).sum() for r, p in zip(rounded, parts, strict=True)) > 1000  # it is no empty claim
     expected = np.sum(rounded, 0).astype(out_dtype)
     assert (expected != np.sum(parts, 0).astype(out_dtype)).any()
-    got = run_on(SPREAD, case.with_options(out_dtype=out_dtype), axis_type, sum_dtype=jnp.bfloat16)
+    got = run_on(layout, case.with_options(out_dtype=out_dtype), axis_type, sum_dtype=jnp.bfloat16)
     helpers.assert_bit_equal(got + out_dtype(0), expected + out_dtype(0))
 
 
