@@ -32,7 +32,15 @@ model of the short run it printed on a CPU:
 The all-reduce, inside the scan over layers, is the sum of the experts' partial outputs: one for each layer. The
 all-gather is the router's: ``lax.top_k`` of the logits [T, E], sharded over data, which XLA does not partition.
 
-On GPUs: NOT RUN YET. (To fill in: the output with ``--load model.npz`` on two GPUs, and which GPUs.)
+With a model of ``--short``, on two H200s, where its kernels came from a cache that ``--compile-for`` had filled:
+
+    2 x NVIDIA H200, {'data': 1, 'expert': 2, 'tensor': 1}; expert weights: 442632 bytes, 221320 on each
+    compiled HLO of a window: 1 x all-reduce of f32[262144]{0}
+    compiled HLO of a step: 1 x all-reduce of f32[8,128]{1,0}
+    collectives that move weights (8 bits or fewer): 0
+    logits [8, 256, 256]: max |one device - 2 devices| = 0.0e+00, where max |logit| = 11.0;
+        best byte equal at 100.00% of positions
+    greedy decoding, 8 prompts x 64 bytes: equal, 25179 bytes/s
 
 How equal the text must be: a token's output is a sum of K contributions, each of them a sum over I. Here K = 2, and
 float32 a + b is b + a: with an expert axis alone the MoE layer gives the very bits of one device, and ``--mesh 1,2,1``
