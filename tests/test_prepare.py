@@ -313,11 +313,11 @@ def test_the_default_target_is_what_this_device_needs():
 
 @pytest.mark.parametrize("default", [None, "gpu", "cpu"])
 def test_the_default_device_may_be_chosen(monkeypatch, default):
-    """``jax.config.jax_default_device`` is a device or a platform's name."""
+    """``jax.config.jax_default_device`` is a device or a platform's name; the devices are those of this process."""
     cpu = types.SimpleNamespace(platform="cpu")
     gpu = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
     found = types.SimpleNamespace(
-        devices=lambda platform=None: [cpu if platform == "cpu" else gpu],
+        local_devices=lambda backend=None: [cpu if backend == "cpu" else gpu],
         config=types.SimpleNamespace(jax_default_device=default),
     )
     monkeypatch.setattr(targets, "jax", found)

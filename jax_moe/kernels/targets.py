@@ -90,7 +90,7 @@ def _card_of(target: Target, device_kind: str) -> Card:
 
 def _default_device() -> Any:
     device = jax.config.jax_default_device or jax.local_devices()[0]  # pyright: ignore[reportAttributeAccessIssue]
-    return jax.devices(device)[0] if isinstance(device, str) else device
+    return jax.local_devices(backend=device)[0] if isinstance(device, str) else device
 
 
 def _gpus() -> list[Any]:
