@@ -71,6 +71,10 @@ class Link:
     microseconds: float
     gigabytes: float
 
+    def time(self, sent: float) -> float:
+        """Microseconds of one collective in which the busiest rank sends so many bytes."""
+        return self.microseconds + sent / self.gigabytes / 1e3
+
 
 @dataclasses.dataclass(frozen=True)
 class Sent:
@@ -85,7 +89,7 @@ class Sent:
 
     def time(self, link: Link) -> float:
         """Microseconds of the collectives, one after the other."""
-        return sum(link.microseconds + sent / link.gigabytes / 1e3 for sent in (self.before, self.after) if sent)
+        return sum(link.time(sent) for sent in (self.before, self.after) if sent)
 
 
 def routing_bytes(layer: Layer, tokens: int, n: int) -> float:
@@ -109,11 +113,6 @@ def all_to_all(layer: Layer, tokens: int, n: int, x: float = BF16, sums: float =
     share = min(1.0, imbalance * expected_ranks(layer, n) / n)  # of all tokens that visit the busiest rank
     rows = tokens * (n - 1) / n * share
     return Sent(rows * layer.hidden_size * x + routing_bytes(layer, tokens, n), rows * layer.hidden_size * sums)
-
-
-def capacity_rows(tokens: int) -> int:
-    """Rows of the buffer that a rank receives in, if no token may be lost: all tokens may choose its experts."""
-    return tokens
 
 
 def rows_between_hosts(layer: Layer, hosts: int, per_host: int) -> dict[str, float]:
@@ -155,12 +154,14 @@ RANKS = (2, 4, 8, 16, 32, 64)
 PLACES = [(name, n) for name, counts in (("H200", (4, 8)), ("NVL72", (4, 8, 16, 32, 64))) for n in counts]
 
 
-def tables() -> Iterator[str]:
-    """The tables of docs/all-to-all.md, as Markdown."""
+def table(*rows: list[str]) -> str:
+    """Rows as Markdown; the first is the head."""
+    rows = (rows[0], ["---"] * len(rows[0]), *rows[1:])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
-    def table(*rows: list[str]) -> str:
-        rows = (rows[0], ["---"] * len(rows[0]), *rows[1:])
-        return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+def tables() -> Iterator[str]:
+    """The tables of docs/all-to-all.md."""
 
     def share(layer: Layer, n: int) -> str:
         return "" if layer.num_experts % n else f"{expected_ranks(layer, n) / n:.0%}"

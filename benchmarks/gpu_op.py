@@ -51,10 +51,12 @@ class Results:
     rows: list[dict] = dataclasses.field(default_factory=list)
     failures: list[dict] = dataclasses.field(default_factory=list)
 
+    def document(self) -> dict:
+        return {"environment": environment(), "results": self.rows, "failures": self.failures}
+
     def write(self) -> None:
         if self.output:
-            document = {"environment": environment(), "results": self.rows, "failures": self.failures}
-            self.output.write_text(json.dumps(document, indent=1) + "\n")
+            self.output.write_text(json.dumps(self.document(), indent=1) + "\n")
 
 
 def main(

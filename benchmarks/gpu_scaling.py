@@ -93,10 +93,6 @@ class Results(gpu_op.Results):
             "failures": self.failures,
         }
 
-    def write(self) -> None:
-        if self.output:
-            self.output.write_text(json.dumps(self.document(), indent=1) + "\n")
-
 
 _environment = functools.cache(gpu_op.environment)  # asking nvidia-smi takes longer than some rows
 

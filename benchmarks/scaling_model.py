@@ -27,7 +27,7 @@ import pathlib
 from typing import Annotated
 
 import exchange_model
-from exchange_model import Layer, Link
+from exchange_model import Layer, Link, table
 import gpu_op
 import numpy as np
 import scipy.optimize
@@ -104,8 +104,8 @@ def exchange(links: Links, layer: Layer, tokens: int, n: int, form: str, precisi
         return 0.0
     given = sent(layer, tokens, n, form, precision, sum_dtype)
     before, after = collectives_of(form, sum_dtype)
-    time = exchange_model.Sent(0, given.after).time(nearest(links[after], n))
-    return time + (exchange_model.Sent(given.before, 0).time(nearest(links[before], n)) if before else 0)
+    time = nearest(links[after], n).time(given.after)
+    return time + (nearest(links[before], n).time(given.before) if before else 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,11 +277,6 @@ def expectations(document: dict, tokens_per_gpu: tuple[int, ...] = (1, 16, 128, 
 
 
 # --- Tables and the picture -------------------------------------------------------------------------------------------
-
-
-def table(*rows: list[str]) -> str:
-    rows = (rows[0], ["---"] * len(rows[0]), *rows[1:])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def errors(document: dict, fit_on: set[int] | None = None) -> Iterator[str]:

@@ -100,10 +100,8 @@ def sharded_moe(
         is_rounded = bool(gathered) and _takes_rounded_x(problem)
         if gathered:
             routing = exchange.gather(routing, gathered)
-        if is_rounded:
-            x = exchange.gather_rounded(x, experts.gate_up.input_scale, gathered)
-        elif gathered:
-            x = exchange.gather(x, gathered)
+            scale = experts.gate_up.input_scale
+            x = exchange.gather_rounded(x, scale, gathered) if is_rounded else exchange.gather(x, gathered)
         offset = jax.lax.axis_index(expert_axes) * experts.down.global_scale.shape[0] if expert_axes else 0
         if tensor_axes:
             experts = _bias_on_first(experts, jax.lax.axis_index(tensor_axes) == 0)

@@ -4,12 +4,8 @@ Kept on disk beside the kernels and under their keys (``jax_moe/kernels/cache.py
 processes find them.
 """
 
-import base64
 import contextlib
-import dataclasses
 import fcntl
-import json
-import os
 import pathlib
 
 from jax_moe.kernels import cache, compiler
@@ -27,18 +23,14 @@ def kernel_and_ptx(spec: Spec, target: str) -> tuple[CompiledKernel, str]:
     if version is None:
         raise cache.MissingKernelError(f"{compiler.PACKAGE} is not installed to compile {spec.name}")
     path = cache.cache_folder().with_name("kernels_with_ptx") / cache._file_name(spec, target, version)
+    text = path.with_suffix(".ptx")
     with only_one(path):
-        if not path.exists():
+        if (kernel := cache._read(path)) is None:
             with cache._lock:
-                kernel, text = compiler.compile_with_ptx(spec, target)
-            fields = dataclasses.asdict(kernel) | {"image": base64.b64encode(kernel.image).decode()}
-            part = path.with_suffix(".tmp")
-            part.write_text(json.dumps({"ptx": text, "kernel": fields}))
-            os.replace(part, path)
-    found = json.loads(path.read_text())
-    fields = found["kernel"]
-    fields |= {"image": base64.b64decode(fields["image"]), "parameter_bytes": tuple(fields["parameter_bytes"])}
-    return CompiledKernel(**fields), found["ptx"]
+                kernel, made = compiler.compile_with_ptx(spec, target)
+            text.write_text(made)
+            cache._write(path, kernel)  # after its PTX: where this is, both are whole
+        return kernel, text.read_text()
 
 
 @contextlib.contextmanager

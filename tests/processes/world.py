@@ -52,7 +52,7 @@ class World:
         Nothing where programs are only lowered.
         """
         if self.compiles:
-            jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
+            _lower(function, *arguments)
             return []
         results = [function(*arguments)] if eagerly else []
         options = {"xla_gpu_graph_min_graph_size": 1} if self.on_gpus else {}
@@ -65,9 +65,14 @@ class World:
     def alone(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """What a program of this process alone gives, on its first device; None where programs are only lowered."""
         if self.compiles:
-            jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
+            _lower(function, *arguments)
             return None
         return jax.tree.map(np.asarray, jax.jit(function)(*arguments))
+
+
+def _lower(function: Callable[..., Any], *arguments: Any) -> None:
+    """Its kernels are in the cache then."""
+    jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
 
 
 def assert_same(got: Any, expected: Any) -> None:
