@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import dataclasses
-import statistics
 import subprocess
 import sys
 
@@ -196,11 +195,11 @@ assert xla_bridge.backends_are_initialized()
 
 
 def test_importing_is_quick():
-    """Under 0.3 s beyond jax's own import; CPU time, so that a busy machine does not fail it."""
+    """Under 0.3 s beyond jax's own import. The least CPU time of five: neighbours make it longer, never shorter."""
     program = (
         "import time, jax, jax.numpy; start = time.process_time(); import jax_moe; print(time.process_time() - start)"
     )
-    assert statistics.median(float(helpers.run_python(program)) for _ in range(3)) < 0.3
+    assert min(float(helpers.run_python(program)) for _ in range(5)) < 0.3
 
 
 def test_importing_does_not_need_the_optional_packages():
