@@ -71,9 +71,9 @@ ffi::Error CheckBuffers(const Program& program, const Operands& operands, const 
   if (sizes != program.sizes()) return RefuseSizes(sizes, program.sizes());
 
   for (size_t i = 0; i < std::size(kPackedWeights); ++i) {
-    const ffi::AnyBuffer& buffer = *operands[kPackedWeights[i]];
+    const ffi::AnyBuffer& buffer = operands[kPackedWeights[i]];
     const size_t bytes = program.weight_bytes()[i];
-    if (buffer.size_bytes() != bytes) return RefuseBytes(std::string(kOperandNames[kPackedWeights[i]]), buffer, bytes);
+    if (buffer.size_bytes() != bytes) return RefuseBytes(std::string(operands.name(kPackedWeights[i])), buffer, bytes);
   }
   const size_t num_workspaces = program.workspace_bytes().size();
   for (size_t i = 0; i < num_workspaces; ++i) {
@@ -81,8 +81,8 @@ ffi::Error CheckBuffers(const Program& program, const Operands& operands, const 
     const size_t bytes = program.workspace_bytes()[i];
     if (buffer.size_bytes() != bytes) return RefuseBytes("workspace " + std::to_string(i), buffer, bytes);
   }
-  for (size_t i = 0; i < kNumOperands; ++i) {
-    if (!IsAligned(*operands[i])) return RefuseAlignment(std::string(kOperandNames[i]));
+  for (size_t i = 0; i < operands.size(); ++i) {
+    if (!IsAligned(operands[i])) return RefuseAlignment(std::string(operands.name(i)));
   }
   for (size_t i = 0; i <= num_workspaces; ++i) {
     if (!IsAligned(*results[i])) return RefuseAlignment("result " + std::to_string(i));
@@ -108,10 +108,10 @@ ffi::Error Initialize(Program* program) {
 ffi::Error Execute(Stream stream, Program* program, ffi::RemainingArgs args, ffi::RemainingRets rets) {
   ffi::ErrorOr<const Driver*> driver = RequireDriver();
   if (driver.has_error()) return driver.error();
-  Operands operands;
+  Operands operands(kOperandNames);
   Results results;
   const Function* functions = nullptr;
-  JAX_MOE_TRY(GetOperands(args, &operands));
+  JAX_MOE_TRY(operands.Take(args));
   JAX_MOE_TRY(GetResults(rets, 1 + program->workspace_bytes().size(), "", &results));
   JAX_MOE_TRY(CheckBuffers(*program, operands, results));
   JAX_MOE_TRY(program->Loaded(**driver, &functions));

@@ -143,8 +143,9 @@ struct CallLaunches {
   // pointer all eight.
   uint64_t Value(const Argument& argument) const {
     if (argument.kind == Argument::Kind::kScalar) return argument.value;
-    const auto& buffer = argument.kind == Argument::Kind::kOperand ? operands[argument.value] : results[argument.value];
-    return reinterpret_cast<uint64_t>(buffer->untyped_data());
+    const bool is_operand = argument.kind == Argument::Kind::kOperand;
+    const ffi::AnyBuffer& buffer = is_operand ? operands[argument.value] : *results[argument.value];
+    return reinterpret_cast<uint64_t>(buffer.untyped_data());
   }
 };
 
