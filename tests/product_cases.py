@@ -93,8 +93,10 @@ def expected(case: ProductCase) -> np.ndarray:
     return exact.astype(case.out_dtype)
 
 
-def make_case(seed: int, group_sizes, rows: int, *, in_features=144, out_features=80, local_groups=None,
-              group_offset=0, bias=True, exact=True, precision="w4a16", out_dtype=jnp.float32) -> ProductCase:  # fmt: skip
+def make_case(
+    seed: int, group_sizes, rows: int, *, in_features=144, out_features=80, local_groups=None, group_offset=0,
+    bias=True, exact=True, precision="w4a16", out_dtype=jnp.float32,
+) -> ProductCase:  # fmt: skip
     """A case; ``exact``: every partial sum is exact in float32, so that every right answer has the same bits.
 
     Then x and the codes are 0 or +-1, and scales have few bits. Groups differ in all their scales, and those of the

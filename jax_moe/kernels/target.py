@@ -36,8 +36,8 @@ class Launch:
       name: of the step, in attributes and messages.
       spec: the kernel.
       grid: CTAs.
-      arguments: for each of ``spec.parameters`` an operand (``operands.py``, ``product/problem.py``), a workspace or "out" by name; a number;
-        or None, a null pointer.
+      arguments: for each of ``spec.parameters`` an operand (``operands.py``, ``product/problem.py``), a workspace or
+        "out" by name; a number; or None, a null pointer.
     """
 
     name: str

@@ -78,8 +78,8 @@ def for_call(
             for target in TARGETS.values()
         )
         raise ValueError(
-            f"{argument}.layout: got {layout!r}, on a GPU {function} with precision={precision!r} needs prepared weights: "
-            f"{advice}"
+            f"{argument}.layout: got {layout!r}, on a GPU {function} with precision={precision!r} needs prepared "
+            f"weights: {advice}"
         )
     for device in _gpus():
         for target in fitting:

@@ -85,7 +85,7 @@ class Groups(entry.Kernel):
 
     @cute.jit
     def _add(self, a, b, limit) -> Int32:
-        """``min(a + b, limit)`` of numbers from 0 on, where the sum may be more than an int32; ``a`` is at most limit."""
+        """``min(a + b, limit)`` of numbers from 0 on, whose sum may be beyond an int32; ``a`` is at most ``limit``."""
         return a + min(b, limit - a)
 
     @cute.jit
