@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import statement
 
-from jax_moe import layouts, nvfp4
+from jax_moe import layouts
 from jax_moe.experts import Projection
 from jax_moe.product.problem import Product
 

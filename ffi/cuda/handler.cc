@@ -96,15 +96,15 @@ ffi::Error CheckBuffers(const Program& program, const Operands& operands, const 
   return ffi::Error::Success();
 }
 
+template <class KindOfCall>
+ffi::ErrorOr<std::unique_ptr<Program>> Instantiate(ffi::Dictionary attributes) {
+  return Program::Decode(std::make_unique<KindOfCall>(), attributes);
+}
+
 // Of jax_moe_fused_moe_v1, whose kernels had other attributes.
 ffi::ErrorOr<std::unique_ptr<Program>> InstantiateV1(ffi::Dictionary) {
   return ffi::Unexpected(
       Refuse("custom call jax_moe_fused_moe_v1: the program was exported by an earlier jax_moe: export it again"));
-}
-
-template <class KindOfCall>
-ffi::ErrorOr<std::unique_ptr<Program>> Instantiate(ffi::Dictionary attributes) {
-  return Program::Decode(std::make_unique<KindOfCall>(), attributes);
 }
 
 ffi::Error Initialize(Program* program) {
