@@ -53,9 +53,6 @@ inline constexpr std::string_view kOperandNames[kNumOperands] = {
     "down.bias",
 };
 
-// The operands whose layout is the platform's.
-inline constexpr Operand kPackedWeights[] = {kGateUpPayload, kGateUpBlockScale, kDownPayload, kDownBlockScale};
-
 inline ffi::Error DecodeOptions(const Attributes& attributes, Options* options) {
   struct Rounding {
     Precision precision;

@@ -91,11 +91,16 @@ def register() -> None:
     # The type of the CUDA handler's state must be known before a target that returns it.
     state_type = {"type_id": _capsule_from("JaxMoeCudaTypeId"), "type_info": _capsule_from("JaxMoeCudaTypeInfo")}
     jax.ffi.register_ffi_type("jax_moe_cuda_call", state_type, platform="CUDA")  # pyright: ignore[reportArgumentType]
-    for suffix, execute in (("", "JaxMoeFusedMoeCuda"), ("_no_capture", "JaxMoeFusedMoeCudaNoCapture")):
-        for target, instantiate in ((TARGET, "Instantiate"), (_V1_TARGET, "V1Instantiate")):
+    instantiate = {
+        TARGET: "JaxMoeFusedMoeCudaInstantiate",
+        _V1_TARGET: "JaxMoeFusedMoeCudaV1Instantiate",
+        PRODUCT_TARGET: "JaxMoeRaggedDotCudaInstantiate",
+    }
+    for suffix, execute in (("", "JaxMoeCuda"), ("_no_capture", "JaxMoeCudaNoCapture")):
+        for target, symbol in instantiate.items():
             stages = {
-                "instantiate": _capsule("JaxMoeFusedMoeCuda" + instantiate),
-                "initialize": _capsule("JaxMoeFusedMoeCudaInitialize"),
+                "instantiate": _capsule(symbol),
+                "initialize": _capsule("JaxMoeCudaInitialize"),
                 "execute": _capsule(execute),
             }
             jax.ffi.register_ffi_target(target + suffix, stages, platform="CUDA")
