@@ -1,1 +1,1 @@
-"""The grouped product on its own (``jax_moe.ragged_dot``), and the dense layer that is one group (``jax_moe.linear``)."""
+"""Products with NVFP4 weights outside a MoE layer: ``jax_moe.ragged_dot``, and ``jax_moe.linear`` of one group."""

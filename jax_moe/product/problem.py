@@ -1,7 +1,7 @@
 """``Product``: everything about one grouped product that is known when it is traced, and its operands."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,12 @@ class Product:
       absent: the optional operands that are not given.
     """
 
+    op: ClassVar[str] = "ragged_dot"
+    operand_names: ClassVar[tuple[str, ...]] = OPERANDS
+    when_sharded: ClassVar[str] = (
+        "Put ragged_dot in a jax.shard_map over all the mesh's axes, with group_offset where they divide the groups."
+    )
+
     precision: Precision
     out_dtype: Any
     command_buffer: bool
@@ -38,6 +44,11 @@ class Product:
     out_features: int
     layout: str
     absent: tuple[str, ...]
+
+    @property
+    def num_operands(self) -> int:
+        """Those of the call that are given."""
+        return len(self.operand_names) - len(self.absent)
 
     @property
     def has_bias(self) -> bool:
