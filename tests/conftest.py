@@ -51,6 +51,13 @@ _LONG = (
 """Files that take long. They come first: one that came last would leave the other processes without work."""
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--each-value-once", default="", metavar="FILE,...",
+        help="of the tests in these files run no more cases than give each parameter each of its values once",
+    )  # fmt: skip
+
+
 def pytest_configure(config):
     # A thread that reads what another is writing compiles for itself.
     config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache entry")
@@ -61,7 +68,31 @@ def pytest_unconfigure():
         shutil.rmtree(_programs, ignore_errors=True)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     here = pathlib.Path(__file__).parent
     rank = {here / name: place for place, name in enumerate(_LONG)}
     items.sort(key=lambda item: rank.get(item.path, len(rank)))  # stable: else in the order of names
+    if files := config.getoption("each_value_once"):
+        paths = {config.invocation_params.dir / file for file in files.split(",")}
+        if missing := [str(path) for path in paths if not path.exists()]:
+            raise pytest.UsageError(f"--each-value-once: no file {missing}")
+        left_out = _whose_values_were_seen([item for item in items if item.path in paths])
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]
+
+
+def _whose_values_were_seen(items) -> set[pytest.Item]:
+    """Cases of which each value of each parameter stands in an earlier case of the same test that is not among these.
+
+    One jax runs all combinations. Which of our values another one breaks is not a matter of combinations.
+    """
+    seen, repeated = set(), set()
+    for item in items:
+        if (case := getattr(item, "callspec", None)) is None:
+            continue
+        test = item.path, item.cls, item.originalname
+        values = {(test, name, repr(value)) for name, value in case.params.items()}
+        if values <= seen:
+            repeated.add(item)
+        seen |= values
+    return repeated
