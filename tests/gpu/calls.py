@@ -228,7 +228,7 @@ def _object(unit: str, sources: pathlib.Path, folder: pathlib.Path) -> pathlib.P
     """A unit of the library's CUDA half, compiled; beside it, what it reads, as for make."""
     made = folder / f"{unit}.o"
     includes = [f"-I{sources}", f"-isystem{jax.ffi.include_dir()}"]
-    command = [_COMPILER, "-std=c++20", "-O1", "-fPIC", "-c", "-MMD", *includes, sources / "cuda" / f"{unit}.cc"]
+    command = [_COMPILER, "-std=c++20", "-O0", "-fPIC", "-c", "-MMD", *includes, sources / "cuda" / f"{unit}.cc"]
     subprocess.run([*command, "-o", made], check=True)
     return made
 
