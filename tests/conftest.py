@@ -44,9 +44,10 @@ hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000
 hypothesis.settings.load_profile("suite")
 
 _LONG = (
-    "test_kernels_compile.py", "test_sm100_calls.py", "test_cuda_handler.py", "test_lint.py", "test_emulator.py",
-    "test_prepare.py", "test_nn.py", "test_sharded_moe.py", "gpu/test_sharded.py", "test_hostile_calls.py",
-    "test_fused_moe.py", "test_launch_rule.py", "test_jax_citizen.py", "test_sm100_machine_code.py",
+    "test_kernels_compile.py", "test_sm100_calls.py", "test_lint.py", "test_cuda_handler.py", "test_emulator.py",
+    "test_sharded_moe.py", "test_prepare.py", "test_nn.py", "gpu/test_op.py", "gpu/test_sharded.py",
+    "test_hostile_calls.py", "test_fused_moe.py", "test_launch_rule.py", "test_batches.py",
+    "checkpoints/test_memory.py", "test_jax_citizen.py", "test_sm100_machine_code.py",
 )  # fmt: skip
 """Files that take long. They come first: one that came last would leave the other processes without work."""
 
