@@ -12,8 +12,6 @@ Errors are about one unit in the last place. NaN gives NaN.
 import jax
 import jax.numpy as jnp
 
-from jax_moe import nvfp4
-
 _BITS = 30  # behind the point, of fixed-point numbers
 _ONE = 1 << _BITS
 _LARGEST = 2.0**28  # a logit beyond it counts as this
@@ -88,11 +86,26 @@ def _sum_of_parts_jvp(primals, tangents):
     return sum_of_parts(*primals), jnp.sum(tangents[0], axis=-1, keepdims=True)
 
 
+def divide(a: jax.Array, b: jax.Array) -> jax.Array:
+    """``a / b`` of float32 as IEEE rounds it, which XLA does on no backend if it can help it.
+
+    Its GPU backend has a division that may be a unit or two in the last place off (``div.full.f32``); x in bfloat16
+    is on a tie of e2m1 so often that codes would change. Both divide by a broadcast scalar by multiplying with its
+    reciprocal. In float64 neither matters: 53 bits are more than twice 24, so a quotient is never so near to where
+    float32 rounds the other way. LLVM would narrow a division between two casts to float32 again, hence the rounding by
+    ``reduce_precision``, which makes a subnormal result 0.
+    """
+    with jax.enable_x64(True):
+        wide = [jax.lax.convert_element_type(value, jnp.float64) for value in (a, jnp.broadcast_to(b, a.shape))]
+        quotient = jax.lax.reduce_precision(jax.lax.div(*wide), exponent_bits=8, mantissa_bits=23)
+        return jax.lax.convert_element_type(quotient, jnp.float32)
+
+
 @jax.custom_jvp
 @jax.jit
 def quotient(a: jax.Array, b: jax.Array) -> jax.Array:
     """``a / b``, where b broadcasts to a; a quotient that would be subnormal is 0."""
-    return nvfp4.divide(a, b)
+    return divide(a, b)
 
 
 @quotient.defjvp
