@@ -134,8 +134,7 @@ def route(logits: jax.Array, k: int, method: Method = Softmax(), *, bias: jax.Ar
         raise ValueError(f"bias: got an array, but {type(method).__name__} has no selection bias")
     if bias is not None:
         arguments.floats("bias", bias, (num_experts,))
-    # Behind the barrier, no operation that made the logits is fused, and rounded once, with one of these.
-    logits = jax.lax.optimization_barrier(logits.astype(jnp.float32))
+    logits = logits.astype(jnp.float32)
 
     match method:
         case Softmax(renormalize=True):

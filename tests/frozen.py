@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_moe
+from jax_moe import routing
 
 
 def numbers(shape, salt: int) -> np.ndarray:
@@ -42,13 +43,13 @@ def case(tokens: int, num_experts=5, top_k=3, hidden=1056, intermediate=48) -> h
         projection(20, (num_experts,), hidden, intermediate, np.float32(1 / 300) + np.zeros(num_experts, np.float32)),
     )
     ids = (np.arange(top_k) + numbers((tokens, 1), 2) % num_experts) % num_experts
-    routing = jax_moe.Routing(jnp.asarray(ids, jnp.int32), jnp.asarray(floats((tokens, top_k), 3)))
-    return helpers.Case(jnp.asarray(floats((tokens, hidden), 1), jnp.bfloat16), experts, routing)
+    routes = jax_moe.Routing(jnp.asarray(ids, jnp.int32), jnp.asarray(floats((tokens, top_k), 3)))
+    return helpers.Case(jnp.asarray(floats((tokens, hidden), 1), jnp.bfloat16), experts, routes)
 
 
 def rows(case: helpers.Case, chosen) -> helpers.Case:
-    x, routing = jax.tree.map(lambda a: a[np.asarray(chosen)], (case.x, case.routing))
-    return dataclasses.replace(case, x=x, routing=routing)
+    x, routes = jax.tree.map(lambda a: a[np.asarray(chosen)], (case.x, case.routing))
+    return dataclasses.replace(case, x=x, routing=routes)
 
 
 def digest(*arrays) -> str:
@@ -75,9 +76,14 @@ METHODS = {
 }
 
 
+SCORES = ("sigmoid", "softmax", "sqrtsoftplus")
+
+
 def every_route(logits) -> dict:
+    """What each method makes of logits, and the scores of all experts, which some look at and ``HashRouter`` weighs."""
     routes = {name: jax_moe.route(logits, k, method) for name, (k, method) in METHODS.items()}
-    return {name: (routing.expert_ids, routing.weights) for name, routing in routes.items()}
+    made = {name: (made.expert_ids, made.weights) for name, made in routes.items()}
+    return made | {kind: (routing.score(logits, kind),) for kind in SCORES}
 
 
 def route_digests(routes) -> dict[str, str]:
@@ -88,6 +94,7 @@ ROUTES = {
     "Softmax": "a67246ff883801f6", "Softmax of all": "b092a241b3a022f2", "Sigmoid": "146217c0ef16c564",
     "Sigmoid of some": "fe862ec23f4dccfa", "Llama4": "656e51e2bb655364", "SparseMixer": "02243148b671edd8",
     "DeepSeekV2": "3b64e04c7db9b07a", "DeepSeekV3": "28300e661be5f714", "DeepSeekV4": "2349e3eaad9162e6",
-    "ERNIE": "87f429c26e4e9241",
+    "ERNIE": "87f429c26e4e9241", "sigmoid": "c72f10908eb15b88", "softmax": "77a2703418b9cb8a",
+    "sqrtsoftplus": "79c8305e3cff0c48",
 }  # fmt: skip
 """Digests of what each method makes of the same logits."""

@@ -151,7 +151,7 @@ def as_users_compile(tmp_path_factory):
     return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("name", frozen.METHODS)
+@pytest.mark.parametrize("name", [*frozen.METHODS, *frozen.SCORES])
 def test_a_route_has_the_same_bits_whatever_the_batch(as_users_compile, name):
     """Eager, jitted, fused with what makes the logits; 1 token, which XLA treats like a scalar, and 96, for which it
     has another ``exp`` on a CPU."""
@@ -160,7 +160,7 @@ def test_a_route_has_the_same_bits_whatever_the_batch(as_users_compile, name):
     assert [key for key, is_same in found.items() if not is_same] == []
 
 
-@pytest.mark.parametrize("name", frozen.METHODS)
+@pytest.mark.parametrize("name", [*frozen.METHODS, *frozen.SCORES])
 def test_routes_are_what_they_always_were(as_users_compile, name):
     """With every jaxlib: nothing that rounds is XLA's."""
     assert as_users_compile["digests"][name] == frozen.ROUTES[name]
