@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import os
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -65,7 +64,7 @@ def summarize(directory: str | os.PathLike[str]) -> Summary:
     Raises:
       CheckpointError: the directory, its config or its index cannot be read.
     """
-    model = open_model(Path(directory))
+    model = open_model(directory)
     layers: dict[int, LayerSummary | CheckpointError] = {}
     for number in model.modules:
         try:
