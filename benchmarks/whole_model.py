@@ -166,7 +166,9 @@ def ours(request: Request, precision: Any, form: str, emit) -> None:
     run, tokens = generator(request.prefill, 1), prompt(1, request.prefill)
     prefill = functools.partial(run.prefill, params, tokens, request.prefill, key)
     seconds, first = timed(lambda: jax.block_until_ready(prefill()), request.repeats)
-    emit({"what": "prefill", "batch": 1, "tokens": request.prefill, "seconds": seconds, "first_seconds": first, **facts})
+    emit(
+        {"what": "prefill", "batch": 1, "tokens": request.prefill, "seconds": seconds, "first_seconds": first, **facts}
+    )
 
     for batch in request.batches:
         calls = request.repeats + 2  # the first compiles, the second is captured
@@ -216,7 +218,9 @@ def compile_for(request: Request, precision: Any, form: str, target: str) -> Non
     for batch in request.batches:
         prefill = generate.Generator.prefill.trace(run, shapes, ints((batch, padded)), number, key)
         prefill.lower(lowering_platforms=("cuda",))
-        state = jax.eval_shape(functools.partial(generate.Generator.prefill, run), shapes, ints((batch, padded)), number, key)
+        state = jax.eval_shape(
+            functools.partial(generate.Generator.prefill, run), shapes, ints((batch, padded)), number, key
+        )
         generate.Generator.decode.trace(run, shapes, state, number, key).lower(lowering_platforms=("cuda",))
 
 
@@ -280,7 +284,9 @@ def transformers(request: Request, cache: str | None, emit) -> None:
 
     tokens = prompt(1, request.prefill)
     seconds, first = timed(lambda: run(tokens, 1), request.repeats)
-    emit({"what": "prefill", "batch": 1, "tokens": request.prefill, "seconds": seconds, "first_seconds": first, **facts})
+    emit(
+        {"what": "prefill", "batch": 1, "tokens": request.prefill, "seconds": seconds, "first_seconds": first, **facts}
+    )
     for batch in request.batches:
         tokens = prompt(batch, request.context)
         one, _ = timed(lambda tokens=tokens: run(tokens, 1), request.repeats)
@@ -364,7 +370,16 @@ def show(rows: list[dict], title: str) -> None:
     from rich.table import Table
 
     table = Table(title=title)
-    for heading in ("method", "what", "batch", "ms a call", "tokens/s", "weights GB", "peak GB", "eager, captured, forked"):
+    for heading in (
+        "method",
+        "what",
+        "batch",
+        "ms a call",
+        "tokens/s",
+        "weights GB",
+        "peak GB",
+        "eager, captured, forked",
+    ):
         table.add_column(heading)
     for row in rows:
         peak, counted = row.get("peak_gb"), row.get("counters")

@@ -17,6 +17,7 @@ where there is none. --ids takes and prints numbers of tokens instead of text, f
 """
 
 from collections.abc import Iterator
+import contextlib
 import dataclasses
 import functools
 import json
@@ -211,7 +212,8 @@ def make_mesh(text: str | None) -> Mesh | None:
         raise typer.BadParameter(f"--mesh: got {text!r}, needs expert=N, tensor=N or both, as expert=4,tensor=2")
     shape = tuple(map(int, sizes.values()))
     count = int(np.prod(shape))
-    jax.config.update("jax_num_cpu_devices", count)  # before anything uses a device; does nothing to GPUs
+    with contextlib.suppress(RuntimeError):  # where something uses a device already: there are as many as there are
+        jax.config.update("jax_num_cpu_devices", count)  # does nothing to GPUs
     if count > len(jax.devices()):
         raise typer.BadParameter(f"--mesh: got {text!r}, needs at most the {len(jax.devices())} devices that are here")
     return Mesh(np.array(jax.devices()[:count]).reshape(shape), tuple(sizes))
@@ -234,7 +236,9 @@ def main(
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     precision: Annotated[str, typer.Option(help="Of the experts: w4a16 or w4a4.")] = "w4a16",
     mesh: Annotated[str | None, typer.Option(help="Spread the experts, as expert=4 or expert=2,tensor=2.")] = None,
-    scan: Annotated[bool, typer.Option(help="Scan over stacked layers; the other way compiles slower, runs faster.")] = False,
+    scan: Annotated[
+        bool, typer.Option(help="Scan over stacked layers; the other way compiles slower, runs faster.")
+    ] = False,
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's message.")] = False,
     ids: Annotated[bool, typer.Option("--ids", help="The prompt and the output are numbers of tokens.")] = False,
 ) -> None:
@@ -252,7 +256,9 @@ def main(
         params, config = load(checkpoint, mesh=devices, precision=precision, stack=scan)
         vocabulary = len(params["embed"])
         if not prompt_ids or not all(0 <= number < vocabulary for number in prompt_ids):
-            raise ValueError(f"PROMPT: got {len(prompt_ids)} tokens, needs at least one, each from 0 to {vocabulary - 1}")
+            raise ValueError(
+                f"PROMPT: got {len(prompt_ids)} tokens, needs at least one, each from 0 to {vocabulary - 1}"
+            )
         moe = moe_layer(devices, precision=precision, **checkpoints.moe_options(checkpoint))
         generator = Generator(config, moe, sampling, cache_length(len(prompt_ids), max_tokens))
         tokens = np.tile(np.int32(prompt_ids), (samples, 1))

@@ -75,9 +75,7 @@ def forward(
 
     def block(x, inputs):
         layer, layer_cache = inputs
-        y, layer_cache = attention(
-            rms_norm(x, layer["attention_norm"], config), layer, layer_cache, position, config
-        )
+        y, layer_cache = attention(rms_norm(x, layer["attention_norm"], config), layer, layer_cache, position, config)
         x = x + y
         moe_in = rms_norm(x, layer["moe_norm"], config).reshape(-1, x.shape[-1])
         y = moe(moe_in.astype(jnp.bfloat16), layer["experts"], layer["router"](moe_in))

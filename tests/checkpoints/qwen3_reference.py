@@ -46,7 +46,7 @@ class Model:
 
     def attention(self, x: np.ndarray, layer: dict[str, Any], rounding: Rounding) -> np.ndarray:
         x = rounding("x", x)
-        length, groups = len(x), self.heads // self.kv_heads
+        length = len(x)
         query = (x @ layer["query"].T).reshape(length, self.heads, -1)
         key, value = ((x @ layer[name].T).reshape(length, self.kv_heads, -1) for name in ("key", "value"))
         query = rounding("query", self.turn(self.normalize(query, layer["query_norm"])))
@@ -54,12 +54,21 @@ class Model:
         value = rounding("value", value)
         y = np.zeros_like(query)
         for head in range(self.heads):
-            mine = head // groups  # whose keys and values it reads
+            mine = self.keys_of(head)
             for position in range(length):
-                scores = key[: position + 1, mine] @ query[position, head] / np.sqrt(query.shape[-1])
+                seen = self.visible(position, length)
+                scores = key[:seen, mine] @ query[position, head] / np.sqrt(query.shape[-1])
                 weights = np.exp(scores - scores.max())
-                y[position, head] = rounding("probability", weights / weights.sum()) @ value[: position + 1, mine]
+                y[position, head] = rounding("probability", weights / weights.sum()) @ value[:seen, mine]
         return rounding("attention", y.reshape(length, -1)) @ layer["output"].T
+
+    def keys_of(self, head: int) -> int:
+        """The head of keys and values that a query head reads."""
+        return head // (self.heads // self.kv_heads)
+
+    def visible(self, position: int, length: int) -> int:
+        """How many keys a position reads."""
+        return position + 1
 
     def turn(self, x: np.ndarray) -> np.ndarray:
         """Rotary embedding: each pair (d, d + D/2) is a complex number that turns with the position."""
