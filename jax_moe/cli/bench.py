@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import platform
 from typing import Annotated, Any
 
@@ -17,11 +18,11 @@ from jax_moe.kernels.cache import MissingKernelError
 _CHAIN = 16
 """Calls in a program on a GPU; on a CPU one call is long enough to be timed by itself."""
 
-_MODEL = f"one of {', '.join(shapes.MODELS)}, or E,K,H,I"
+_LETTERS = "E,K,H,I"
 
 
 def bench(
-    model: Annotated[str, typer.Option(help=f"The layer: {_MODEL}.")] = "16,4,1024,512",
+    model: Annotated[str, typer.Option(help=f"The layer: {options.models(_LETTERS)}.")] = "16,4,1024,512",
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, as 1,32 or 1-8.")] = "1,32,256",
     precision: Annotated[str, typer.Option(help="w4a16, w4a4, or both separated by a comma.")] = "w4a16,w4a4",
     combine: Annotated[str, typer.Option(help="atomic or ordered.")] = "atomic",
@@ -31,13 +32,14 @@ def bench(
 ) -> None:
     """Time fused_moe under jit, on a GPU in a command buffer; random weights, tokens and routing."""
     try:
-        shape = shapes.MODELS.get(model) or options.layer("--model", model, _MODEL)
+        shape = options.model("--model", model, _LETTERS)
         if shape.top_k > shape.num_experts:
             raise ValueError(f"--model: got K = {shape.top_k}, needs at most E = {shape.num_experts}")
         counts = options.numbers("--tokens", tokens)
         kinds = options.choices("--precision", precision, problem.Precision)
         arguments.choice("--combine", combine, problem.Combine)
         if output is not None:
+            output = os.path.expanduser(output)
             open(output, "a").close()  # whether it can be written is known before anything is measured
         layouts = {kind: targets.layout_for(None, kind).name for kind in kinds}
         canonical = timing.random_experts(shape, seed)

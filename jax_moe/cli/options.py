@@ -49,9 +49,16 @@ def numbers(option: str, text: str, *, least: int = 1) -> list[int]:
     return found
 
 
-def layer(option: str, text: str, needs: str) -> shapes.LayerShape:
-    """Experts, top-k, hidden and intermediate size, as ``128,8,2048,768``; an error calls them what ``needs`` says."""
-    sizes = text.split(",")
+def models(letters: str) -> str:
+    """What :func:`model` takes, for help and errors."""
+    return f"one of {', '.join(shapes.MODELS)}, or {letters}"
+
+
+def model(option: str, text: str, letters: str) -> shapes.LayerShape:
+    """A model's name, or experts, top-k, hidden and intermediate size, as ``128,8,2048,768``, which are ``letters``."""
+    if text in shapes.MODELS:
+        return shapes.MODELS[text]
+    needs, sizes = models(letters), text.split(",")
     if len(sizes) != 4 or not all(re.fullmatch(r"0*[1-9][0-9]*", size) for size in sizes):
         raise ValueError(f"{option}: got {text!r}, needs {needs}: four positive integers")
     shape = shapes.LayerShape(*map(int, sizes))
