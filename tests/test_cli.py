@@ -142,7 +142,7 @@ def test_bench_writes_what_it_shows(tmp_path):
 
 
 FOUR = "four positive integers"
-COUNTS = "needs numbers from 1, as 1,32, or ranges, as 1-8192"
+COUNTS = "needs numbers from 1 to 1000000, as 1,32, or ranges, as 1-8192"
 ACTIVATION = "SwiGLU, GeGLU, ReLU2, SiTU, by itself or with alpha,beta,limit"
 
 
@@ -153,7 +153,9 @@ ACTIVATION = "SwiGLU, GeGLU, ReLU2, SiTU, by itself or with alpha,beta,limit"
     ("bench --model 4,2,100,64", "--model: got H = 100, needs a multiple of 16"),
     ("bench --model 2,3,48,32", "--model: got K = 3, needs at most E = 2"),
     ("bench --tokens 0", f"--tokens: got '0', {COUNTS}"),
+    ("bench --tokens 1-99999999999", f"--tokens: got '1-99999999999', {COUNTS}"),
     ("bench --repeats 0", "--repeats"),
+    ("bench --seed 99999999999999999999", "--seed"),
     ("bench --precision fp8", "--precision: got 'fp8', needs one of 'w4a16', 'w4a4'"),
     ("bench --combine sum", "--combine: got 'sum', needs one of 'atomic', 'ordered'"),
     ("bench --json /nope/x.json", "--json: got '/nope/x.json', needs a file that can be written"),
@@ -291,6 +293,30 @@ def test_compile_without_the_compiler_is_one_plain_line(no_compiler):
     (line,) = ran.output.splitlines()
     assert "needs nvidia-cutlass-dsl" in line
     assert "pip install nvidia-cutlass-dsl" in line
+
+
+@pytest.mark.parametrize(("command", "message"), [
+    ("bench --model 99999999,2,48000,32000 --tokens 1", "not enough memory: "),
+    (f"convert {CHECKPOINT} /dev/null", "File exists: '/dev/null'"),
+    (f"convert {CHECKPOINT} /proc/nothing/out", "No such file or directory: '/proc/nothing'"),
+    (f"inspect {CHECKPOINT / 'config.json'}", "found a file, expected a directory with a checkpoint"),
+], ids=["memory", "file", "folder", "no directory"])  # fmt: skip
+def test_what_the_machine_cannot_do_is_one_plain_line(command, message):
+    ran = run_here(*shlex.split(command))
+    assert ran.exit_code == 1
+    (line,) = ran.output.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("no GPU\nat all"), ImportError("no GPU"), OSError("no GPU")], ids=repr)
+def test_a_device_or_a_library_that_fails_is_one_plain_line(monkeypatch, failure):
+    def devices():
+        raise failure
+
+    monkeypatch.setattr(bench.jax, "devices", devices)
+    ran = run_here("bench", "--model", "3,2,48,32")
+    assert (ran.exit_code, ran.output) == (1, "error: no GPU\n")
 
 
 def test_bench_without_a_kernel_prints_the_error_alone(no_compiler, monkeypatch):

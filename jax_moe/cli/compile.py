@@ -16,6 +16,7 @@ _LETTERS = "L,K,H,I"  # as of bench, but with the experts that a device holds
 _HEADINGS = ("kernel", "threads", "registers", "stack bytes", "shared bytes", "tensor core", "cubin bytes")
 
 
+@show.one_line_errors
 def compile(
     target: Annotated[str, typer.Option(help=f"One of {', '.join(targets.TARGETS)}.")] = next(iter(targets.TARGETS)),
     model: Annotated[

@@ -15,6 +15,7 @@ _HEADINGS = (
 )  # fmt: skip
 
 
+@show.one_line_errors
 def inspect(directory: Annotated[Path, typer.Argument(help="A checkpoint, published or converted.")]) -> None:
     """Show the MoE layers of a checkpoint: format, shapes, router, scales, size; exit status 1 if one is unusable."""
     try:
