@@ -11,6 +11,7 @@ from jax_moe.checkpoints.load import (
     list_layers as list_layers,
     load_experts as load_experts,
     load_linear as load_linear,
+    load_projection as load_projection,
     load_router as load_router,
     load_shared_expert as load_shared_expert,
     load_tensor as load_tensor,

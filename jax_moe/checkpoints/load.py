@@ -11,7 +11,7 @@ from jax_moe.checkpoints import leaves, linear, quantization, router, shared_exp
 from jax_moe.checkpoints.files import CheckpointError, Files, read_rows
 from jax_moe.checkpoints.layer import open_experts
 from jax_moe.checkpoints.model import Model, open_model
-from jax_moe.experts import Experts
+from jax_moe.experts import Experts, Projection
 from jax_moe.layers import HashRouter, Router, SharedExpert
 
 Directory = str | os.PathLike[str] | Model
@@ -115,6 +115,19 @@ def load_linear(directory: Directory, module: str) -> jax.Array:
       CheckpointError: as :func:`load_experts`.
     """
     return jax.device_put(linear.read_linear(_files(directory), module).weight)
+
+
+def load_projection(directory: Directory, module: str) -> Projection:
+    """Loads the weight of a 4-bit linear layer as it is stored, for :func:`jax_moe.linear`; :func:`load_linear` widens it.
+
+    Returns:
+      Canonical ``[N, C]`` without lead axes; with its input scale (what ``precision="w4a4"`` needs) and its bias, where
+      the file has them. On a GPU it goes through :func:`jax_moe.prepare`.
+
+    Raises:
+      CheckpointError: as :func:`load_experts`, or the layer is in another format, which the message names.
+    """
+    return jax.tree.map(jax.device_put, linear.read_projection(_files(directory), module))
 
 
 def moe_options(directory: Directory, layer: int | None = None) -> dict[str, Any]:
