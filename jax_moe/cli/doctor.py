@@ -18,6 +18,7 @@ from jax_moe.kernels import cache, compiler, records, targets
 from jax_moe.settings import SETTINGS
 
 
+@show.one_line_errors
 def doctor() -> None:
     """Show versions, devices, the FFI library, what can run here and why the rest cannot."""
     console = show.console()
