@@ -1,4 +1,4 @@
-"""The ``JAX_MOE_*`` variables of the environment, each once: ``doctor`` and the README list them from here."""
+"""The ``JAX_MOE_*`` variables of the environment, each once: ``doctor`` lists them, and so does ``docs/settings.md``."""
 
 import dataclasses
 import os
