@@ -1,4 +1,4 @@
-"""The ``JAX_MOE_*`` variables of the environment, each once: ``doctor`` lists them, and so does ``docs/settings.md``."""
+"""The ``JAX_MOE_*`` variables of the environment, each once; ``doctor`` and ``docs/settings.md`` list what is here."""
 
 import dataclasses
 import os

@@ -5,6 +5,7 @@ nvidia-modelopt wrote, and ``output``, a directory to write. ``print(...)  # tex
 leaves out of it is an ellipsis in front. A block without a language is not run.
 """
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 import re
@@ -15,7 +16,9 @@ import pytest
 from typer.testing import CliRunner
 
 import jax_moe
+from jax_moe import layouts
 from jax_moe.__main__ import app
+from jax_moe.layouts import canonical
 
 ROOT = Path(__file__).parents[2]
 TINY = Path(__file__).parent / "data" / "modelopt-deepseek_v3"
@@ -65,20 +68,36 @@ def test_the_python_snippets_run_in_order(path, tmp_path, capsys):
 CALLS = re.compile(r"jax_moe\.(?:fused_moe|sharded_moe)\(")
 
 
+class Prepared(canonical.Canonical):
+    """Canonical weights under another name: what the pages do on a CPU, but it shows where ``prepare`` is forgotten."""
+
+    name = "prepared"
+    partition = dataclasses.replace(canonical.Canonical.partition, layout=name)
+
+
 @pytest.mark.parametrize("path", [path for path in PAGES if CALLS.search(path.read_text())], ids=lambda path: path.name)
 def test_every_call_gets_prepared_experts(path, tmp_path, monkeypatch):
-    """On a CPU nobody would notice: here ``prepare`` is for a GPU, whose layout the op wants and all else refuses."""
-    prepare, calls = jax_moe.prepare, []
+    """On a CPU nobody would notice: here ``prepare`` leaves a mark, which the op wants and all else refuses."""
+
+    def prepare(experts, *_, **__):
+        assert experts.layout == "canonical"
+        return dataclasses.replace(experts, layout="prepared")
+
+    calls = []
 
     def op(x, experts, *_, out_dtype=jnp.bfloat16, **__):
         calls.append(experts.layout)
         return x.astype(out_dtype)
 
-    monkeypatch.setattr(jax_moe, "prepare", lambda experts, *_, **__: prepare(experts, "sm_90a"))
-    monkeypatch.setattr(jax_moe, "fused_moe", op)
-    monkeypatch.setattr(jax_moe, "sharded_moe", op)
+    def calibrate(experts, *_, **__):
+        assert experts.layout == "canonical"
+        return experts
+
+    monkeypatch.setitem(layouts.LAYOUTS, "prepared", Prepared())
+    for name, stand_in in (("prepare", prepare), ("fused_moe", op), ("sharded_moe", op), ("calibrate", calibrate)):
+        monkeypatch.setattr(jax_moe, name, stand_in)
     run(path, tmp_path, flax=False)  # MoE.from_checkpoint prepares by itself: tests/test_nn.py
-    assert set(calls) == {"wgmma_v1"}
+    assert set(calls) == {"prepared"}
     assert len(calls) >= len(CALLS.findall("".join(snippets(path, "python"))))
 
 
