@@ -11,7 +11,9 @@ import shutil
 import typing
 
 from docutils import nodes
+from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.util import logging
 
 import jax_moe
 
@@ -114,7 +116,10 @@ def _edit_docstring(app, what, name, obj, options, lines: list[str]) -> None:
 def _show_math(writer, node) -> None:
     """As MathML, which browsers show by themselves: MathJax would be fetched from elsewhere by every reader."""
     block = isinstance(node, nodes.math_block)
-    writer.body.append(tex2mathml(node.astext(), as_block=block))
+    try:
+        writer.body.append(tex2mathml(node.astext(), as_block=block))
+    except MathError as error:
+        logging.getLogger(__name__).warning("%s", error, location=node)
     raise nodes.SkipNode
 
 
