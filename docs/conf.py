@@ -44,6 +44,8 @@ templates_path = ["_templates"]
 
 html_theme = "furo"
 html_title = f"jax_moe {version}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_show_copyright = False
 html_copy_source = False
 html_math_renderer = "mathml"
