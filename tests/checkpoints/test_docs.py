@@ -110,7 +110,10 @@ def test_the_commands_run(tmp_path, command):
     assert result.exit_code == 0, result.output
 
 
-@pytest.mark.parametrize("page", ["using-a-checkpoint.md", "checkpoint-formats.md"])
-def test_the_files_that_a_page_names_exist(page):
-    for name in re.findall(r"`((?:docs|tests|examples|jax_moe)/[\w/.-]+)`", (ROOT / "docs" / page).read_text()):
-        assert (ROOT / name).exists(), name
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name
+)
+def test_the_files_that_a_page_names_exist(path):
+    folders = "benchmarks|docs|examples|ffi|jax_moe|tests"
+    names = re.findall(rf"`(?:python )?((?:{folders})/[\w/.-]+)[^`]*`", path.read_text())
+    assert [name for name in names if not (ROOT / name).exists()] == []
