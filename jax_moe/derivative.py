@@ -14,7 +14,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 import jax.numpy as jnp
 
-from jax_moe import eager, primitive, reference
+from jax_moe import custom_call, eager, primitive, reference
 from jax_moe.experts import CANONICAL, Experts, Projection
 from jax_moe.operands import fill, OPERANDS
 from jax_moe.preparation import unprepare
@@ -83,7 +83,7 @@ def _apply(*operands, problem: Problem, transposed: bool, max_tiles: int | None 
         return (totals[0].at[tokens].add(dy, mode="drop"),)
 
     shapes = [x.shape, (weights.size,)] if transposed else [x.shape]
-    _, *totals = primitive.vary_alike(x, *[jnp.zeros(shape, jnp.float32) for shape in shapes])
+    _, *totals = custom_call.vary_alike(x, *[jnp.zeros(shape, jnp.float32) for shape in shapes])
     totals = jax.lax.fori_loop(0, num_tiles if max_tiles is None else max_tiles, add_tile, tuple(totals))
     if transposed:
         return [totals[0].astype(x.dtype), totals[1].reshape(weights.shape)]
@@ -179,7 +179,7 @@ def _transpose(cotangents, *operands, problem: Problem, transposed: bool):
 
 
 def _lower(ctx, *operands, problem: Problem, transposed: bool):
-    primitive.refuse_partitioning(ctx.module_context.axis_context)
+    custom_call.refuse_partitioning(ctx.module_context.axis_context, problem)
     apply = functools.partial(_apply, problem=problem, transposed=transposed)
     return mlir.lower_fun(apply, multiple_results=True)(ctx, *operands)
 

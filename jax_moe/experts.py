@@ -38,6 +38,22 @@ class Projection:
 
 @pytree.register
 @dataclasses.dataclass(frozen=True)
+class PreparedProjection(Projection):
+    """A single projection in the layout of a GPU's kernels, for :func:`jax_moe.ragged_dot` or :func:`jax_moe.linear`.
+
+    :func:`jax_moe.prepare` makes one.
+
+    Attributes:
+      layout: that the weights were repacked to.
+      out_features: N without the padding of ``payload``.
+    """
+
+    layout: str = dataclasses.field(kw_only=True, metadata={"static": True})
+    out_features: int = dataclasses.field(kw_only=True, metadata={"static": True})
+
+
+@pytree.register
+@dataclasses.dataclass(frozen=True)
 class Experts:
     """The experts of one MoE layer.
 

@@ -11,16 +11,30 @@ import jax.export
 
 from jax_moe import settings
 
-__all__ = ["NO_CAPTURE_TARGET", "TARGET", "Counters", "counters", "library_path"]
+__all__ = [
+    "NO_CAPTURE_TARGET",
+    "PRODUCT_NO_CAPTURE_TARGET",
+    "PRODUCT_TARGET",
+    "TARGET",
+    "Counters",
+    "counters",
+    "library_path",
+]
 
 TARGET = "jax_moe_fused_moe_v2"
-"""Target of the custom call. The version is in the name because exported programs outlive this library."""
+"""Target of ``fused_moe``'s custom call. The version is in the name because exported programs outlive this library."""
+
+PRODUCT_TARGET = "jax_moe_ragged_dot_v1"
+"""Target of ``ragged_dot``'s custom call."""
 
 _V1_TARGET = "jax_moe_fused_moe_v1"
 """On a CPU the same call; on a GPU refused: the kernels' attributes were others."""
 
 NO_CAPTURE_TARGET = TARGET + "_no_capture"
 """The same handler without the trait that lets XLA record it into a command buffer (GPU only)."""
+
+PRODUCT_NO_CAPTURE_TARGET = PRODUCT_TARGET + "_no_capture"
+"""The same of ``ragged_dot``."""
 
 
 def library_path() -> pathlib.Path:
@@ -72,15 +86,21 @@ def register() -> None:
     """
     for target in (TARGET, _V1_TARGET):
         jax.ffi.register_ffi_target(target, _capsule("JaxMoeFusedMoeCpu"), platform="cpu")
+    jax.ffi.register_ffi_target(PRODUCT_TARGET, _capsule("JaxMoeRaggedDotCpu"), platform="cpu")
 
     # The type of the CUDA handler's state must be known before a target that returns it.
     state_type = {"type_id": _capsule_from("JaxMoeCudaTypeId"), "type_info": _capsule_from("JaxMoeCudaTypeInfo")}
     jax.ffi.register_ffi_type("jax_moe_cuda_call", state_type, platform="CUDA")  # pyright: ignore[reportArgumentType]
-    for suffix, execute in (("", "JaxMoeFusedMoeCuda"), ("_no_capture", "JaxMoeFusedMoeCudaNoCapture")):
-        for target, instantiate in ((TARGET, "Instantiate"), (_V1_TARGET, "V1Instantiate")):
+    instantiate = {
+        TARGET: "JaxMoeFusedMoeCudaInstantiate",
+        _V1_TARGET: "JaxMoeFusedMoeCudaV1Instantiate",
+        PRODUCT_TARGET: "JaxMoeRaggedDotCudaInstantiate",
+    }
+    for suffix, execute in (("", "JaxMoeCuda"), ("_no_capture", "JaxMoeCudaNoCapture")):
+        for target, symbol in instantiate.items():
             stages = {
-                "instantiate": _capsule("JaxMoeFusedMoeCuda" + instantiate),
-                "initialize": _capsule("JaxMoeFusedMoeCudaInitialize"),
+                "instantiate": _capsule(symbol),
+                "initialize": _capsule("JaxMoeCudaInitialize"),
                 "execute": _capsule(execute),
             }
             jax.ffi.register_ffi_target(target + suffix, stages, platform="CUDA")
@@ -111,7 +131,8 @@ def export_checks() -> list[jax.export.DisabledSafetyCheck]:
     ``jax.export`` refuses custom calls whose stability nobody vouches for; we do, by versioning the target. A program
     is exported for one platform, whose layout its experts have (:func:`jax_moe.prepare`).
     """
-    return [jax.export.DisabledSafetyCheck.custom_call(target) for target in (TARGET, NO_CAPTURE_TARGET)]
+    targets = (TARGET, NO_CAPTURE_TARGET, PRODUCT_TARGET, PRODUCT_NO_CAPTURE_TARGET)
+    return [jax.export.DisabledSafetyCheck.custom_call(target) for target in targets]
 
 
 class Counters(NamedTuple):

@@ -7,7 +7,7 @@ from jax.interpreters import ad
 import jax.numpy as jnp
 import numpy as np
 
-from jax_moe import activations, check, derivative, nvfp4, primitive, settings
+from jax_moe import activations, check, custom_call, derivative, nvfp4, primitive, settings
 from jax_moe.experts import Experts
 from jax_moe.operands import expert_operands
 from jax_moe.problem import Combine, Options, Precision, Problem, WeightOn
@@ -89,7 +89,7 @@ def bind(problem: Problem, x: jax.Array, experts: Experts, routing: Routing, exp
     for name in ("gate_up.payload", "down.payload"):
         weights[name] = nvfp4.payload_bytes(weights[name])
     given = (flat_x, flat.expert_ids, flat.weights, jnp.asarray(expert_offset, jnp.int32), *weights.values())
-    operands = primitive.vary_alike(*(jnp.asarray(operand) for operand in given if operand is not None))
+    operands = custom_call.vary_alike(*(jnp.asarray(operand) for operand in given if operand is not None))
     return primitive.fused_moe_p.bind(*operands, problem=problem).reshape(x.shape)
 
 

@@ -1,4 +1,4 @@
-"""The operands of the custom call: the one list of them in Python, as ``ffi/decode.h`` has that of C++."""
+"""The operands of fused_moe's custom call: the one list of them in Python, as ``ffi/decode.h`` has that of C++."""
 
 from collections.abc import Iterable
 import operator
@@ -22,7 +22,7 @@ def expert_operands(experts: Experts) -> dict[str, Any]:
     return {name: operator.attrgetter(name)(experts) for name in OPERANDS if "." in name}
 
 
-def fill(given: Iterable[Any], absent: tuple[str, ...], value: Any) -> list[Any]:
-    """One item for each of :data:`OPERANDS`, where ``given`` has none for those in ``absent``: they get ``value``."""
+def fill(given: Iterable[Any], absent: tuple[str, ...], value: Any, names: tuple[str, ...] = OPERANDS) -> list[Any]:
+    """One item for each of ``names``, where ``given`` has none for those in ``absent``: they get ``value``."""
     rest = iter(given)
-    return [value if name in absent else next(rest) for name in OPERANDS]
+    return [value if name in absent else next(rest) for name in names]

@@ -1,20 +1,34 @@
 """``prepare`` and ``unprepare``: canonical weights into the layout of a GPU's kernels, once, at load, and back."""
 
 import dataclasses
+import math
+from typing import overload
 
 import jax
 import jax.core
 import jax.numpy as jnp
 
 from jax_moe import arguments, layouts, nvfp4, placement
-from jax_moe.experts import CANONICAL, Experts, Projection
+from jax_moe.experts import CANONICAL, Experts, PreparedProjection, Projection
 from jax_moe.kernels import targets
 from jax_moe.problem import Precision
 
 
+@overload
 def prepare(
     experts: Experts, target: str | None = None, precision: Precision | None = None, *, progress: bool = True
-) -> Experts:
+) -> Experts: ...
+@overload
+def prepare(
+    experts: Projection, target: str | None = None, precision: Precision | None = None, *, progress: bool = True
+) -> Projection: ...
+def prepare(
+    experts: Experts | Projection,
+    target: str | None = None,
+    precision: Precision | None = None,
+    *,
+    progress: bool = True,
+) -> Experts | Projection:
     """Repacks one layer's experts for the kernels of ``target``; done once, when the weights are loaded.
 
     Works where the weights are, one expert at a time: beside the input and the result, memory holds a few copies of
@@ -23,7 +37,8 @@ def prepare(
     is not seen: there, a program for several devices is refused.
 
     Args:
-      experts: canonical layout, or that of the target already: then they are returned as they are.
+      experts: canonical layout, or that of the target already: then they are returned as they are. Or a Projection of
+        a single part with any lead axes, in one place, for :func:`jax_moe.ragged_dot` and :func:`jax_moe.linear`.
       target: a GPU target (``python -m jax_moe doctor`` lists them), or the name of a layout: "canonical" is that of
         CPUs. None is what JAX's default device needs, so that a program may call this wherever it runs.
       precision: of the calls to come; None: they may be of any, which the target must have one layout for.
@@ -32,18 +47,21 @@ def prepare(
     Returns:
       Experts with ``layout`` set to that of the target. E stays the first axis of every leaf and I an axis of its own,
       in whole blocks of weights: shard over these. ``jax_moe/layouts/`` says what each layout is.
+      Of a Projection, a :class:`jax_moe.PreparedProjection`; on a CPU the same one.
 
       Every weight keeps its value exactly; only, where the layout's scales have no NaN, a block scale that is NaN makes
       the *global* scale of its expert and part NaN.
 
     Raises:
-      TypeError: not Experts.
+      TypeError: not Experts or a Projection.
       ValueError: unknown target or precision, no kernels for the default device, a target that has a layout for each
         precision and none was named, or the experts are in another layout, of several layers, or placed on a mesh
         in another way; traced for several devices outside ``jax.shard_map``.
     """
-    arguments.instance("experts", experts, Experts)
+    arguments.instance("experts", experts, Experts | Projection)
     layout = targets.layout_for(target, precision)
+    if isinstance(experts, Projection):
+        return _prepare_projection(experts, layout)
     if layout.name == experts.layout:
         return experts
     if experts.layout != CANONICAL:
@@ -57,6 +75,37 @@ def prepare(
     if placement.find(experts).mesh is not None:
         return _prepare_in_place(experts, layout.name)
     return layout.pack(placement.refuse_to_gather("prepare", experts), progress=progress, tensor_axes=())
+
+
+def _prepare_projection(weights: Projection, layout: layouts.Layout) -> Projection:
+    if layout.name == (weights.layout if isinstance(weights, PreparedProjection) else CANONICAL):
+        return weights
+    if isinstance(weights, PreparedProjection):
+        raise ValueError(f"experts.layout: got {weights.layout!r}, needs {CANONICAL!r} weights")
+    weights = placement.refuse_to_gather("prepare", weights)
+    lead = jnp.shape(weights.global_scale)
+    rows, _ = arguments.array("experts.payload", weights.payload, None, (*lead, "N", "C/2"))[-2:]
+    arguments.array("experts.block_scale", weights.block_scale, jnp.float8_e4m3fn, (*lead, rows, "C/16"))
+
+    def with_lead(leaf, lead, rank):
+        return jnp.reshape(leaf, (*lead, *leaf.shape[leaf.ndim - rank :]))
+
+    count = math.prod(lead)
+    flat = Projection(
+        with_lead(nvfp4.payload_bytes(weights.payload), (count,), 2),
+        with_lead(weights.block_scale, (count,), 2),
+        with_lead(weights.global_scale, (count,), 0),
+    )
+    packed = layout.pack_matrices(flat)
+    return PreparedProjection(
+        with_lead(packed.payload, lead, 3),
+        None,
+        with_lead(packed.global_scale, lead, 0),
+        weights.input_scale,
+        weights.bias,
+        layout=layout.name,
+        out_features=rows,
+    )
 
 
 def _check_one_layer(experts: Experts, layout: layouts.Layout, advice: str) -> None:

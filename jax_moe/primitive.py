@@ -8,29 +8,17 @@ import dataclasses
 import functools
 
 import jax
-import jax.core
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 import jax.numpy as jnp
-import numpy as np
 
-from jax_moe import eager, ffi, placement
+from jax_moe import custom_call, eager, ffi
 from jax_moe.experts import CANONICAL
-from jax_moe.operands import fill, NUM_OF_TOKENS
+from jax_moe.operands import NUM_OF_TOKENS
 from jax_moe.problem import cpu_workspaces, Problem
 
 fused_moe_p = Primitive("jax_moe_fused_moe")
 """``out = fused_moe_p.bind(*operands, problem=...)``: those of ``operands.py``, but for those in ``problem.absent``."""
-
-
-def vary_alike(*operands: jax.Array) -> tuple[jax.Array, ...]:
-    """Inside ``shard_map``, marks every operand as varying over each mesh axis that any of them varies over."""
-    varying = [frozenset(jax.typeof(operand).mat.varying) for operand in operands]
-    union = frozenset().union(*varying)
-    return tuple(
-        jax.lax.pcast(operand, tuple(union - axes), to="varying") if union - axes else operand
-        for operand, axes in zip(operands, varying, strict=True)
-    )
 
 
 fused_moe_p.def_impl(functools.partial(eager.run_eagerly, fused_moe_p))
@@ -48,7 +36,7 @@ def _lower_cpu(ctx, *operands, problem: Problem):
             f"experts.layout: got {problem.layout!r}, but on a CPU fused_moe needs {CANONICAL!r} weights: those that "
             "jax_moe.prepare was given, or jax_moe.unprepare(experts, hidden_size, intermediate_size)"
         )
-    return _custom_call(ctx, ffi.TARGET, operands, problem, {}, cpu_workspaces(problem))
+    return custom_call.emit(ctx, ffi.TARGET, operands, problem, {}, cpu_workspaces(problem))
 
 
 def _lower_cuda(ctx, *operands, problem: Problem):
@@ -56,42 +44,7 @@ def _lower_cuda(ctx, *operands, problem: Problem):
 
     call = lowering.cuda_call(problem)
     target = ffi.TARGET if problem.command_buffer else ffi.NO_CAPTURE_TARGET
-    return _custom_call(ctx, target, operands, problem, call.attributes, call.workspaces)
-
-
-def _custom_call(ctx, target: str, operands, problem: Problem, attributes, workspaces):
-    """Emits the call: ``attributes`` are those that only this platform has, ``workspaces`` results behind the output.
-
-    An absent operand becomes f32[0], so that each has a fixed place. Here and not where the op is called, because an
-    operand may become sharded, even one without elements, and then jaxlib 0.11.2 crashes: that is what an eager
-    ``shard_map`` does with everything that a primitive takes.
-    """
-    (out,) = ctx.avals_out
-    if out.size == 0:  # the same crash, of tokens without elements: no call, then
-        return mlir.lower_fun(lambda *_: jnp.zeros(out.shape, out.dtype), multiple_results=False)(ctx, *operands)
-    ffi.register()
-    refuse_partitioning(ctx.module_context.axis_context)
-    empty = np.zeros((0,), np.float32)
-    avals = fill(ctx.avals_in, problem.absent, jax.core.ShapedArray(empty.shape, empty.dtype))
-    results = [out, *(jax.core.ShapedArray(w.shape, w.dtype) for w in workspaces)]
-    rule = jax.ffi.ffi_lowering(target)
-    operands = fill(operands, problem.absent, mlir.ir_constant(empty))
-    return rule(ctx.replace(avals_in=avals, avals_out=results), *operands, **problem.attributes(), **attributes)[:1]
-
-
-def refuse_partitioning(axis_context) -> None:
-    """Raises unless each device runs this call on arrays of its own.
-
-    XLA cannot split a custom call: it would gather every operand, the weights included, on every device and
-    say nothing. Inside ``shard_map`` over all mesh axes the operands are local and all is well.
-    """
-    count = placement.num_partitions(axis_context)
-    if count != 1:
-        raise ValueError(
-            f"fused_moe: this call is spread over {count} devices outside jax.shard_map. XLA cannot split a "
-            "custom call and would silently gather every operand, the weights included, on each of them. Call "
-            "jax_moe.sharded_moe(..., mesh=mesh), or put fused_moe in a jax.shard_map over all the mesh's axes."
-        )
+    return custom_call.emit(ctx, target, operands, problem, call.attributes, call.workspaces)
 
 
 def fold_into_tokens(primitive: Primitive, operands, axes, *, problem: Problem, **static):

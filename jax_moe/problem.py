@@ -1,7 +1,7 @@
 """``Problem``: everything about one call that is known when it is traced."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,12 @@ class Problem(Options):
       x_is_rounded: x has gone through what w4a4 does to it: it is code * block scale, without the global scale.
     """
 
+    op: ClassVar[str] = "fused_moe"
+    operand_names: ClassVar[tuple[str, ...]] = OPERANDS
+    when_sharded: ClassVar[str] = (
+        "Call jax_moe.sharded_moe(..., mesh=mesh), or put fused_moe in a jax.shard_map over all the mesh's axes."
+    )
+
     num_tokens: int
     top_k: int
     local_experts: int
@@ -60,7 +66,7 @@ class Problem(Options):
     @property
     def num_operands(self) -> int:
         """Those of the call that are given."""
-        return len(OPERANDS) - len(self.absent)
+        return len(self.operand_names) - len(self.absent)
 
     @property
     def has_gate_up_bias(self) -> bool:

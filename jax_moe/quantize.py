@@ -90,6 +90,36 @@ def quantize_experts(
     )
 
 
+def quantize_projection(
+    weights: Dense, *, bias: Dense | None = None, input_scale: jax.Array | None = None
+) -> Projection:
+    """Quantises dense matrices to NVFP4, for :func:`jax_moe.linear` and :func:`jax_moe.ragged_dot`.
+
+    Each gets the global scale amax / (6 * 448); one after the other, as :func:`quantize_experts` does.
+
+    Args:
+      weights: ``[N, C]`` or ``[G, N, C]`` of any float dtype, in ``y = x @ W.T`` orientation; C a multiple of 16.
+      bias: ``[N]`` or ``[G, N]``, or None.
+      input_scale: float32 ``[]`` or ``[G]``, the NVFP4 global scale of what is multiplied with them (w4a4), or None.
+
+    Raises:
+      TypeError, ValueError: shapes do not fit one another, or an array is spread over devices.
+    """
+    *lead, rows, columns = shape = arguments.floats("weights", weights, ("...", "N", "C"))
+    if len(lead) > 1 or 0 in shape or columns % nvfp4.BLOCK_SIZE:
+        raise ValueError(f"weights: got shape {shape}, needs [N, C] or [G, N, C], C a multiple of {nvfp4.BLOCK_SIZE}")
+    if bias is not None:
+        arguments.floats("bias", bias, (*lead, rows))
+        arguments.in_one_place("bias", bias)
+        bias = jnp.asarray(bias, jnp.float32)
+    if input_scale is not None:
+        arguments.array("input_scale", input_scale, jnp.float32, tuple(lead) if jnp.ndim(input_scale) else ())
+    arguments.in_one_place("weights", weights)
+    weights = placement.refuse_to_gather("quantize_projection", weights)
+    leaves = stacking.map_in_turn(quantize_matrix, weights, range(lead[0])) if lead else quantize_matrix(weights)
+    return Projection(*leaves, input_scale=input_scale, bias=bias)
+
+
 @jax.jit
 def quantize_matrix(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Payload, block scale and global scale of a dense ``[N, C]``, as in :func:`quantize_experts`."""

@@ -14,7 +14,7 @@ from jax_moe.experts import CANONICAL, Experts, Projection
 from jax_moe.problem import Combine, Precision, WeightOn
 from jax_moe.routing import Routing
 
-__all__ = ["fused_moe"]
+__all__ = ["fused_moe", "ragged_dot"]
 
 
 def project(x: jax.Array, weights: Projection, input_scale: jax.Array | float) -> jax.Array:
@@ -124,6 +124,36 @@ def fused_moe(
 
     total, _ = jax.lax.scan(add_expert, jnp.zeros(x.shape, jnp.float32), jnp.arange(local_experts))
     return total.reshape(shape).astype(out_dtype)
+
+
+def ragged_dot(
+    x: jax.Array,
+    weights: Projection,
+    group_sizes: jax.Array,
+    *,
+    precision: Precision = "w4a16",
+    group_offset: jax.Array | int = 0,
+    out_dtype=jnp.bfloat16,
+    command_buffer: bool = True,
+) -> jax.Array:
+    """What :func:`jax_moe.ragged_dot` computes, up to the order of float32 sums; the same arguments and result."""
+    del command_buffer
+    x = x.astype(jnp.float32)
+    ends = jnp.cumsum(group_sizes)
+    row = jnp.arange(x.shape[0])
+    total = jnp.zeros((x.shape[0], weights.payload.shape[1]), jnp.float32)
+    for local in range(weights.global_scale.shape[0]):
+        matrix, group = _select(weights, local), local + group_offset
+        scale: jax.Array | float = 1.0
+        rounded = x
+        if precision == "w4a4":
+            scale = _required(matrix.input_scale)
+            rounded = _quantize_dequantize(x, scale)
+        has_size = (group >= 0) & (group < ends.size)
+        end, size = (jnp.where(has_size, array[jnp.clip(group, 0, ends.size - 1)], 0) for array in (ends, group_sizes))
+        is_mine = (row >= end - size) & (row < end)
+        total = jnp.where(is_mine[:, None], project(rounded, matrix, scale), total)
+    return total.astype(out_dtype)
 
 
 def weighted_input(x: jax.Array, weights: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""A whole ``fused_moe`` call on the emulator: the launches of its program, over its operands and workspaces."""
+"""A whole call on the emulator: the launches of its program, over its operands and workspaces."""
 
 import dataclasses
 import functools
@@ -10,6 +10,7 @@ from emulator import Array, Launch, Memory
 from helpers import Case
 import jax.numpy as jnp
 import numpy as np
+from product_cases import ProductCase
 
 import jax_moe
 from jax_moe import check, nvfp4
@@ -19,6 +20,7 @@ from jax_moe.kernels.specs import Spec
 from jax_moe.kernels.target import Program
 from jax_moe.operands import expert_operands
 from jax_moe.problem import Options, Problem
+from jax_moe.product.problem import Product
 
 
 @dataclasses.dataclass
@@ -33,7 +35,7 @@ class Call:
       arrays: operands, workspaces and "out", by name.
     """
 
-    problem: Problem
+    problem: Problem | Product
     program: Program
     target: str
     memory: Memory
@@ -77,17 +79,31 @@ def prepare(case: Case, target: str, *, multiprocessors: int = 3, config: Any = 
     assert made_for.name == target
     card = dataclasses.replace(card, multiprocessors=multiprocessors)
     program = made_for.program(problem, card) if config is None else sm100_program.with_config(problem, card, config)
-    memory = Memory()
     operands = {
         "x": case.x, "expert_ids": case.routing.expert_ids, "routing_weights": case.routing.weights,
         "expert_offset": jnp.int32(offset), **expert_operands(experts),
     }  # fmt: skip
     for name in ("gate_up.payload", "down.payload"):
         operands[name] = nvfp4.payload_bytes(operands[name])
+    return _call(problem, program, target, operands, case.x.shape)
+
+
+def prepare_product(case: ProductCase, target: str = "sm_90a", *, multiprocessors: int = 3) -> Call:
+    """The grouped product that ``case`` is on a GPU with so many multiprocessors."""
+    problem = case.problem()
+    made_for, card = targets.for_call(problem.layout, problem.precision)
+    assert made_for.name == target
+    assert made_for.product is not None
+    program = made_for.product(problem, dataclasses.replace(card, multiprocessors=multiprocessors))
+    return _call(problem, program, target, case.operands(), (problem.num_rows, problem.out_features))
+
+
+def _call(problem: Problem | Product, program: Program, target: str, operands, shape) -> Call:
+    memory = Memory()
     arrays = {name: memory.array(np.asarray(value), name) for name, value in operands.items() if value is not None}
-    for name, shape in program.workspaces.items():
-        arrays[name] = memory.poisoned(shape.shape, shape.dtype, name)
-    shape, dtype = case.x.shape, jnp.dtype(problem.out_dtype)
+    for name, workspace in program.workspaces.items():
+        arrays[name] = memory.poisoned(workspace.shape, workspace.dtype, name)
+    dtype = jnp.dtype(problem.out_dtype)
     if program.adds or not program.launches:
         arrays["out"] = memory.array(np.zeros(shape, dtype), "out", strict=True)
     else:

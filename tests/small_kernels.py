@@ -1,4 +1,4 @@
-"""The sort of routes and the pass over x, in NumPy: what a GPU or the emulator must make of such calls."""
+"""The sort, the groups of a product and the pass over x, in NumPy: what a GPU or the emulator must make of them."""
 
 import dataclasses
 import math
@@ -100,3 +100,28 @@ def expected_nvfp4(values: np.ndarray, scale: float) -> tuple[np.ndarray, np.nda
     with jax.default_device(jax.devices("cpu")[0]):
         payload, scales = nvfp4.quantize(jnp.asarray(values), jnp.float32(scale))
         return np.asarray(nvfp4.unpack(payload)), np.asarray(scales)
+
+
+def expected_groups(sizes: np.ndarray, offset: int, local_groups: int, rows: int, token_tile: int):
+    """What the kernel of a grouped product makes of group sizes.
+
+    Returns:
+      Tile starts of the local groups, group of each tile, row of each padded row, end of each local group's rows, and
+      the local group of each row, -1 where there is none.
+    """
+    ends = np.minimum(np.cumsum(np.maximum(sizes.astype(np.int64), 0)), rows)
+    starts = np.concatenate([[0], ends[:-1]])
+    of_row = np.full(rows, -1)
+    for local in range(local_groups):
+        if 0 <= local + offset < len(sizes):
+            of_row[starts[local + offset] : ends[local + offset]] = local
+    mine = [np.flatnonzero(of_row == local) for local in range(local_groups)]
+    tiles = [-(-len(m) // token_tile) for m in mine]
+    padded = [np.concatenate([m, np.full(t * token_tile - len(m), -1)]) for m, t in zip(mine, tiles, strict=True)]
+    group_ends = [
+        0 if local + offset < 0 else rows_end if local + offset >= len(sizes) else ends[local + offset]
+        for rows_end in [ends[-1]]
+        for local in range(local_groups)
+    ]
+    first_tiles = np.concatenate([[0], np.cumsum(tiles)])
+    return first_tiles, np.repeat(np.arange(local_groups), tiles), np.concatenate(padded), group_ends, of_row

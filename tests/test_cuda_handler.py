@@ -51,17 +51,17 @@ _MUTANTS = {
         "if (!kernels.dictionary.contains(name)) return",
         "if (!kernels.dictionary.contains(name)) continue; if (false) return",
     ),
-    "no launches unchecked": ("cuda/program.cc", "if (launches_.empty() != (sizes_.num_tokens == 0))", "if (false)"),
+    "no launches unchecked": ("cuda/program.cc", "if (launches_.empty() != (sizes_[0] == 0))", "if (false)"),
     "output given to nobody": ("cuda/program.cc", "if (first == launches_.size()) return", "if (false) return"),
     "what adds unchecked": ("cuda/program.cc", "if (adds == first_name)", "if (true)"),
-    "ordered adds": ("cuda/program.cc", "if (options_.combine == Combine::kAtomic) first", "first"),
+    "ordered adds": ("cuda/program.cc", "if (kind_->adds()) first", "first"),
     "joined a launch too late": ("cuda/program.cc", "first_that_adds_ = first,", "first_that_adds_ = first + 1,"),
     "another launch's function": ("cuda/stream_api.h", "functions[index]", "functions[0]"),
     "another launch named": ("cuda/handler.cc", "[launched.launch].name", "[0].name"),
     "version 1 decoded": (
         "cuda/handler.cc",
         "InstantiateV1(ffi::Dictionary) {",
-        "InstantiateV1(ffi::Dictionary attributes) {\n  return Program::Decode(attributes);",
+        "InstantiateV1(ffi::Dictionary attributes) {\n  return Instantiate<FusedMoe>(attributes);",
     ),
     "arguments unchecked": ("cuda/program.cc", "if (!is_there)", "if (false)"),
     "checks in words": (
@@ -69,16 +69,24 @@ _MUTANTS = {
         "if (!IsAligned(*results[i]))",
         "if (!std::string(99, ' ').empty() && !IsAligned(*results[i]))",
     ),
-    "scales of w4a4 unchecked": ("cuda/program.cc", "if (is_needed &&", "if (false &&"),
+    "scales of w4a4 unchecked": ("cuda/kinds.h", "options_.precision == Precision::kW4A4", "false"),
+    "scales of a product unchecked": ("cuda/kinds.h", " precision_ == Precision::kW4A4", " false"),
+    "scale of a product not asked for": ("cuda/kinds.h", "results, precision_,", "results, Precision::kW4A16,"),
+    "a product adds": ("cuda/kinds.h", "bool adds() const override { return false; }",
+                       "bool adds() const override { return true; }"),
+    "a product taken for fused_moe": ("cuda/handler.cc", "Instantiate<jax_moe::cuda::RaggedDot>",
+                                      "Instantiate<jax_moe::cuda::FusedMoe>"),
     "kernels not told apart by image": ("cuda/program.cc", "shared_bytes, launch.image)", 'shared_bytes, "")'),
     "kernels not told apart by name": ("cuda/program.cc", "key(context_id, launch.kernel,", 'key(context_id, "",'),
     "last failure told": ("cuda/stream_api.h", "result != kSuccess && *failed_call_ == '\\0'", "result != kSuccess"),
     "too many arguments": ("cuda/program.cc", "launch->arguments.size() == kMostArguments ||", ""),
-    "runs unloaded": ("cuda/program.cc", "(found == functions_.end()) return", "(false) return"),
+    "runs unloaded": ("cuda/program.cc", "(found == functions_.end()) {", "(false) {"),
 }  # fmt: skip
 
 
-_SOURCES = ("tests/cuda/handler_test.cc", "cuda/driver.cc", "cuda/program.cc", "cuda/handler.cc")
+_SOURCES = (
+    "tests/cuda/handler_test.cc", "tests/cuda/product_test.cc", "cuda/driver.cc", "cuda/program.cc", "cuda/handler.cc"
+)  # fmt: skip
 _TSAN = ("-fsanitize=thread", "-g", "-O1")
 
 # Mutants that only the thread sanitizer sees.

@@ -1,4 +1,4 @@
-"""The sort of routes and the pass over x on the emulator, against NumPy and ``jax_moe.nvfp4``, bit for bit.
+"""The sort, the groups of a product and the pass over x on the emulator, against NumPy and ``jax_moe.nvfp4``, exactly.
 
 tests/gpu/test_small_kernels.py runs on a GPU what exists for one at hand.
 """
@@ -109,3 +109,58 @@ def test_x_as_codes(per_route, tokens, hidden):
     # Beside a NaN scale a code may be anything.
     some = ~nan.repeat(16, axis=1)
     np.testing.assert_array_equal(got_codes[:, :hidden][some], expected_codes[some])
+
+
+_HOSTILE = np.int32([-1, -(2**31), 2**31 - 1, 2**30, 5, 0, 3])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "offset", "local_groups", "rows", "grid"),
+    [
+        ([3, 0, 5, 2], 0, 4, 12, 1),
+        ([3, 0, 5, 2], 0, 4, 9, 2),  # more than there are rows
+        ([3, -4, 5, 2, 9], 1, 3, 30, 3),
+        ([7], 0, 1, 7, 1),
+        ([4, 3], -2, 4, 9, 1),
+        ([4, 3], 1, 5, 9, 2),
+        ([4, 3], 9, 2, 9, 1),
+        ([4, 3], -9, 2, 9, 1),
+        ([4, 3], 2**31 - 1, 2, 9, 1),
+        ([4, 3], -(2**31), 3, 9, 1),
+        ("hostile", 1, 6, 25, 2),
+        ("many", 270, 140, 500, 3),  # more groups than threads, and than the small kernel has room for
+        ("many", 0, 600, 300, 2),
+    ],
+    ids=str,
+)
+def test_groups(sizes, offset, local_groups, rows, grid):
+    rng = np.random.default_rng(rows)
+    named = {"hostile": _HOSTILE, "many": np.minimum(rng.geometric(0.5, 600) - 1, 9)}
+    sizes = np.int32(named[sizes] if isinstance(sizes, str) else sizes)
+    token_tile, row_vectors = 8, 3
+    max_tiles = tiling.max_tiles(rows, local_groups, token_tile)
+    spec = specs.groups_spec(local_groups, "float32", has_row_group=True)
+    first_tiles, tile_group, padded, ends, of_row = small_kernels.expected_groups(
+        sizes, offset, local_groups, rows, token_tile
+    )
+    memory = emulator.Memory()
+    expert_tiles = memory.poisoned((local_groups + 1 + WORK_COUNTERS,), np.int32)
+    tile_expert, row_route = (
+        memory.poisoned((max_tiles,), np.int32),
+        memory.poisoned((max_tiles * token_tile,), np.int32),
+    )
+    group_ends, row_group = memory.poisoned((local_groups,), np.int32), memory.poisoned((rows,), np.int32)
+    out = memory.poisoned((rows, 4 * row_vectors), np.float32)
+    arrays = [memory.array(sizes), memory.array(np.int32([offset])), expert_tiles, tile_expert, row_route, group_ends,
+              row_group, out, rows, len(sizes), local_groups, token_tile, row_vectors]  # fmt: skip
+    emulator.run([launch(spec, grid, "sm_90a", arrays)], memory, seed=1, multiprocessors=grid)
+    np.testing.assert_array_equal(expert_tiles.read(), np.append(first_tiles, [0] * WORK_COUNTERS))
+    np.testing.assert_array_equal(tile_expert.read(partial=True)[: len(tile_group)], tile_group)
+    np.testing.assert_array_equal(row_route.read(partial=True)[: len(padded)], padded)
+    assert tile_expert.written[: len(tile_group)].all()
+    assert row_route.written[: len(padded)].all()
+    np.testing.assert_array_equal(group_ends.read(), ends)
+    np.testing.assert_array_equal(row_group.read(), of_row)
+    zeros = of_row < 0
+    np.testing.assert_array_equal(out.written, np.broadcast_to(zeros[:, None], out.written.shape))
+    assert (out.read(partial=True)[zeros] == 0).all()

@@ -6,35 +6,15 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <string>
-#include <string_view>
 
+#include "cpu/choose_kernels.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel_for.h"
 #include "decode.h"
 
 namespace jax_moe {
 namespace {
-
-// The best kernels that this machine can run, or those that JAX_MOE_CPU_KERNELS asks for (tests do); chosen once.
-const Kernels& ChooseKernels() {
-  static const Kernels* const chosen = [] {
-#if defined(JAX_MOE_X86_VARIANTS)
-    const char* const value = std::getenv("JAX_MOE_CPU_KERNELS");
-    const std::string_view wanted = value == nullptr ? "" : value;
-    // The features tested are exactly those that CMakeLists.txt compiles for.
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (avx512 && (wanted.empty() || wanted == "avx512")) return &kKernelsAvx512;
-    if (avx2 && (wanted.empty() || wanted == "avx2")) return &kKernelsAvx2;
-#endif
-    return &kKernelsBaseline;
-  }();
-  return *chosen;
-}
 
 ffi::Error DecodeWorkspaces(const Results& results, Call* call) {
   const Problem& p = call->problem;
@@ -80,12 +60,12 @@ void SortRoutes(Call* call) {
 ffi::Error FusedMoe(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
                     ffi::Dictionary attributes) {
   constexpr size_t kNumResults = 7;
-  Operands operands;
+  Operands operands(kOperandNames);
   Results results;
   Options options;
   Call call = {};
   int64_t intermediate_size = 0;
-  JAX_MOE_TRY(GetOperands(args, &operands));
+  JAX_MOE_TRY(operands.Take(args));
   JAX_MOE_TRY(GetResults(rets, kNumResults, " (out and the workspaces of cpu_workspaces)", &results));
   JAX_MOE_TRY(DecodeOptions({attributes, ""}, &options));
   JAX_MOE_TRY(CanonicalIntermediateSize(operands, &intermediate_size));

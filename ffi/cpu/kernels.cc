@@ -258,8 +258,72 @@ void CombineRow(const Call& call, int64_t token) {
   }
 }
 
+// The local group that has `row`, which one has. Not by std::upper_bound: a function of the standard library that is
+// compiled here for one instruction set may be linked into the code of another.
+inline int64_t GroupOf(const int32_t* starts, int64_t groups, int64_t row) {
+  int64_t first = 0, last = groups;
+  while (last - first > 1) {
+    const int64_t middle = (first + last) / 2;
+    (starts[middle] <= row ? first : last) = middle;
+  }
+  return first;
+}
+
+void ProductRow(const ProductCall& call, int64_t row) {
+  const Product& p = call.problem;
+  const int32_t* const starts = call.group_starts;
+  if (row < starts[0] || row >= starts[p.local_groups]) {
+    memset(static_cast<char*>(p.out) + row * p.out_features * p.out_bytes, 0, p.out_features * p.out_bytes);
+    return;
+  }
+  float input_scale = 1.0f;
+  if (p.precision == Precision::kW4A4) {
+    input_scale = p.weights.input_scale[GroupOf(starts, p.local_groups, row)];
+  }
+  const uint16_t* from = p.x + row * p.in_features;
+  float* to = call.x_rows + row * p.in_features;
+  for (int64_t c = 0; c < p.in_features; c += kBlockSize) {
+    float block[kBlockSize];
+    for (int i = 0; i < kBlockSize; ++i) block[i] = BF16ToFloat(from[c + i]);
+    if (p.precision == Precision::kW4A4) RoundBlock(p.precision, input_scale, block);
+    memcpy(to + c, block, sizeof(block));
+  }
+}
+
+void ProductUnit(const ProductCall& call, int64_t unit) {
+  const Product& p = call.problem;
+  const int64_t group = call.active_groups[unit / call.units_per_group()];
+  const int64_t first_column = unit % call.units_per_group() * call.unit_columns;
+  const int64_t past_last = first_column + call.unit_columns;
+  const int64_t end_column = past_last < p.out_features ? past_last : p.out_features;
+  const float input_scale = p.precision == Precision::kW4A4 ? p.weights.input_scale[group] : 1.0f;
+  const float scale = input_scale * p.weights.global_scale[group];
+  const int64_t end = call.group_starts[group + 1];
+  for (int64_t begin = call.group_starts[group]; begin < end; begin += kBlockTokens) {
+    const int count = static_cast<int>(end - begin < kBlockTokens ? end - begin : kBlockTokens);
+    const float* inputs[kBlockTokens];
+    for (int t = 0; t < count; ++t) inputs[t] = call.x_rows + (begin + t) * p.in_features;
+    for (int64_t column = first_column; column < end_column; column += kColumns) {
+      const int64_t weight_row = group * p.out_features + column;
+      const float* bias = p.weights.bias == nullptr ? nullptr : p.weights.bias + weight_row;
+      alignas(64) float sums[kBlockTokens][kColumns];
+      Multiply(WeightRows(p.weights, weight_row, p.in_features), inputs, count, sums);
+      for (int t = 0; t < count; ++t) {
+        const int64_t at = (begin + t) * p.out_features + column;
+        float block[kColumns];
+        Finish(sums[t], scale, bias, block);
+        if (p.out_is_bf16()) {
+          for (int i = 0; i < kColumns; ++i) static_cast<uint16_t*>(p.out)[at + i] = BF16FromFloat(block[i]);
+        } else {
+          memcpy(static_cast<float*>(p.out) + at, block, sizeof(block));
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
-const Kernels JAX_MOE_KERNELS = {XRow, GateUpUnit, DownUnit, CombineRow};
+const Kernels JAX_MOE_KERNELS = {XRow, GateUpUnit, DownUnit, CombineRow, ProductRow, ProductUnit};
 
 }  // namespace jax_moe

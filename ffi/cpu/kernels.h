@@ -28,6 +28,20 @@ struct Call {
   int64_t num_down_units() const { return (problem.hidden_size + down_unit_columns - 1) / down_unit_columns; }
 };
 
+// A Product and its workspaces, which are results 1 to 3 of the custom call (cpu_workspaces in Python).
+struct ProductCall {
+  Product problem;
+  int32_t* group_starts;   // [G+1]: first row of each local group
+  int32_t* active_groups;  // [G]: the local groups that have rows; num_active of them
+  float* x_rows;           // what is multiplied: [T, C], for the rows of local groups
+
+  int64_t num_active;
+  int64_t unit_columns;  // a multiple of 16
+
+  int64_t units_per_group() const { return (problem.out_features + unit_columns - 1) / unit_columns; }
+  int64_t num_units() const { return num_active * units_per_group(); }
+};
+
 // Units of one kind are independent: any number of threads may run them in any order, with the same result.
 struct Kernels {
   // Row `unit` of `x_rows`: widens x; weights and quantises it as the options say.
@@ -38,6 +52,11 @@ struct Kernels {
   void (*down_unit)(const Call& call, int64_t unit);
   // Output row `unit` from the contributions of its routes, in slot order; for ordered.
   void (*combine_row)(const Call& call, int64_t unit);
+
+  // Of a grouped product, row `unit` of `x_rows`, or zeros in that row of the output where no local group has it.
+  void (*product_row)(const ProductCall& call, int64_t unit);
+  // Some columns of the output for all rows of one local group.
+  void (*product_unit)(const ProductCall& call, int64_t unit);
 };
 
 extern const Kernels kKernelsBaseline;

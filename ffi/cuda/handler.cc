@@ -1,4 +1,5 @@
-// The CUDA handler: fused_moe as XLA calls it.
+// The CUDA handler: fused_moe and ragged_dot as XLA calls them. The kinds of call differ where they are instantiated
+// (kinds.h), and nowhere else.
 //
 //   instantiate  once for each call site: decode the attributes and check all that does not depend on buffers
 //   initialize   before every run, never while capturing (XLA initialises what a command buffer holds before it records
@@ -11,14 +12,16 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 
+#include "buffers.h"
+#include "checks.h"
 #include "cuda/driver.h"
+#include "cuda/kinds.h"
 #include "cuda/program.h"
 #include "cuda/stream_api.h"
-#include "decode.h"
 #include "launch_sequence.h"
-#include "problem.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_moe::cuda {
@@ -29,10 +32,11 @@ std::atomic<int64_t> eager_calls{0};
 std::atomic<int64_t> captured_calls{0};
 std::atomic<int64_t> forked_calls{0};
 
-ffi::ErrorOr<const Driver*> RequireDriver() {
+ffi::ErrorOr<const Driver*> RequireDriver(const Program& program) {
   const char* reason = nullptr;
   if (const Driver* driver = GetDriver(&reason)) return driver;
-  return ffi::Unexpected(ffi::Error(ffi::ErrorCode::kFailedPrecondition, std::string("fused_moe: ") + reason));
+  const std::string what = std::string(program.kind().name()) + ": " + reason;
+  return ffi::Unexpected(ffi::Error(ffi::ErrorCode::kFailedPrecondition, what));
 }
 
 [[gnu::cold]] ffi::Error RefuseBytes(const std::string& name, const ffi::AnyBuffer& buffer, size_t bytes) {
@@ -52,28 +56,30 @@ bool IsAligned(const ffi::AnyBuffer& buffer) {
                 "If it was imported (DLPack), import an aligned copy");
 }
 
-[[gnu::cold]] ffi::Error RefuseSizes(const Sizes& got, const Sizes& planned) {
+[[gnu::cold]] ffi::Error RefuseSizes(const Kind& kind, const CallSizes& got, const CallSizes& planned) {
   std::string differing;
-  for (const auto& [name, size] : kSizeNames) {
-    if (got.*size == planned.*size) continue;
-    differing.append(differing.empty() ? "" : ", ").append(name).append(" = ").append(std::to_string(got.*size));
-    differing.append(" (planned for ").append(std::to_string(planned.*size)).append(")");
+  for (size_t i = 0; i < kind.size_names().size(); ++i) {
+    if (got[i] == planned[i]) continue;
+    differing.append(differing.empty() ? "" : ", ").append(kind.size_names()[i]).append(" = ");
+    differing.append(std::to_string(got[i]));
+    differing.append(" (planned for ").append(std::to_string(planned[i])).append(")");
   }
   return Refuse("attribute kernels.sizes: the buffers have " + differing);
 }
 
-// All of a call that Program::Decode could not know: what DecodeProblem checks, that the kernels were planned for just
+// All of a call that Program::Decode could not know: what its kind checks, that the kernels were planned for just
 // these sizes, and the sizes and alignment of the buffers that only the call's program knows.
 ffi::Error CheckBuffers(const Program& program, const Operands& operands, const Results& results) {
-  Problem problem = {};  // its pointers serve the check: kernels are given buffers by number
-  JAX_MOE_TRY(DecodeProblem(operands, results, program.options(), program.sizes().intermediate_size, &problem));
-  const Sizes& sizes = problem;
-  if (sizes != program.sizes()) return RefuseSizes(sizes, program.sizes());
+  const Kind& kind = program.kind();
+  CallSizes sizes;
+  JAX_MOE_TRY(kind.GetSizes(operands, results, program.sizes(), &sizes));
+  if (sizes != program.sizes()) return RefuseSizes(kind, sizes, program.sizes());
 
-  for (size_t i = 0; i < std::size(kPackedWeights); ++i) {
-    const ffi::AnyBuffer& buffer = *operands[kPackedWeights[i]];
-    const size_t bytes = program.weight_bytes()[i];
-    if (buffer.size_bytes() != bytes) return RefuseBytes(std::string(kOperandNames[kPackedWeights[i]]), buffer, bytes);
+  const std::span<const size_t> packed = kind.packed_weights();
+  for (size_t i = 0; i < packed.size(); ++i) {
+    const ffi::AnyBuffer& buffer = operands[packed[i]];
+    const size_t bytes = program.weight_bytes(i);
+    if (buffer.size_bytes() != bytes) return RefuseBytes(std::string(operands.name(packed[i])), buffer, bytes);
   }
   const size_t num_workspaces = program.workspace_bytes().size();
   for (size_t i = 0; i < num_workspaces; ++i) {
@@ -81,13 +87,18 @@ ffi::Error CheckBuffers(const Program& program, const Operands& operands, const 
     const size_t bytes = program.workspace_bytes()[i];
     if (buffer.size_bytes() != bytes) return RefuseBytes("workspace " + std::to_string(i), buffer, bytes);
   }
-  for (size_t i = 0; i < kNumOperands; ++i) {
-    if (!IsAligned(*operands[i])) return RefuseAlignment(std::string(kOperandNames[i]));
+  for (size_t i = 0; i < operands.size(); ++i) {
+    if (!IsAligned(operands[i])) return RefuseAlignment(std::string(operands.name(i)));
   }
   for (size_t i = 0; i <= num_workspaces; ++i) {
     if (!IsAligned(*results[i])) return RefuseAlignment("result " + std::to_string(i));
   }
   return ffi::Error::Success();
+}
+
+template <class KindOfCall>
+ffi::ErrorOr<std::unique_ptr<Program>> Instantiate(ffi::Dictionary attributes) {
+  return Program::Decode(std::make_unique<KindOfCall>(), attributes);
 }
 
 // Of jax_moe_fused_moe_v1, whose kernels had other attributes.
@@ -96,22 +107,20 @@ ffi::ErrorOr<std::unique_ptr<Program>> InstantiateV1(ffi::Dictionary) {
       Refuse("custom call jax_moe_fused_moe_v1: the program was exported by an earlier jax_moe: export it again"));
 }
 
-ffi::ErrorOr<std::unique_ptr<Program>> Instantiate(ffi::Dictionary attributes) { return Program::Decode(attributes); }
-
 ffi::Error Initialize(Program* program) {
-  ffi::ErrorOr<const Driver*> driver = RequireDriver();
+  ffi::ErrorOr<const Driver*> driver = RequireDriver(*program);
   if (driver.has_error()) return driver.error();
   return program->Load(**driver);
 }
 
 // No attributes: instantiate has taken from them all there is.
 ffi::Error Execute(Stream stream, Program* program, ffi::RemainingArgs args, ffi::RemainingRets rets) {
-  ffi::ErrorOr<const Driver*> driver = RequireDriver();
+  ffi::ErrorOr<const Driver*> driver = RequireDriver(*program);
   if (driver.has_error()) return driver.error();
-  Operands operands;
+  Operands operands(program->kind().operand_names());
   Results results;
   const Function* functions = nullptr;
-  JAX_MOE_TRY(GetOperands(args, &operands));
+  JAX_MOE_TRY(operands.Take(args));
   JAX_MOE_TRY(GetResults(rets, 1 + program->workspace_bytes().size(), "", &results));
   JAX_MOE_TRY(CheckBuffers(*program, operands, results));
   JAX_MOE_TRY(program->Loaded(**driver, &functions));
@@ -121,7 +130,7 @@ ffi::Error Execute(Stream stream, Program* program, ffi::RemainingArgs args, ffi
   CallLaunches launches{api, *program, functions, operands, results};
   const LaunchResult launched = Enqueue(api, stream, sequence, results[0]->untyped_data(), launches);
   if (!launched.ok()) {
-    std::string what = std::string("fused_moe: ") + LaunchStepName(launched.step);
+    std::string what = std::string(program->kind().name()) + ": " + LaunchStepName(launched.step);
     if (launched.step == LaunchStep::kLaunch) what += " " + program->launches()[launched.launch].name;
     what += std::string(": ") + api.failed_call() + ": " + ErrorText(**driver, launched.code);
     if (launched.join_code != 0)
@@ -131,7 +140,7 @@ ffi::Error Execute(Stream stream, Program* program, ffi::RemainingArgs args, ffi
 
   const int64_t before = (launched.captured ? captured_calls : eager_calls).fetch_add(1, std::memory_order_relaxed);
   if (launched.forked) forked_calls.fetch_add(1, std::memory_order_relaxed);
-  if (launched.captured) api.DumpGraph(stream, before);
+  if (launched.captured) api.DumpGraph(stream, program->kind().name(), before);
   return ffi::Error::Success();
 }
 
@@ -145,16 +154,18 @@ auto BindExecute() {
 // What the library shows: everything else in it is hidden.
 #pragma GCC visibility push(default)
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeFusedMoeCudaInstantiate, jax_moe::cuda::Instantiate,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeFusedMoeCudaInstantiate, jax_moe::cuda::Instantiate<jax_moe::cuda::FusedMoe>,
+                              xla::ffi::Ffi::BindInstantiate().Attrs());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeRaggedDotCudaInstantiate, jax_moe::cuda::Instantiate<jax_moe::cuda::RaggedDot>,
                               xla::ffi::Ffi::BindInstantiate().Attrs());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeFusedMoeCudaV1Instantiate, jax_moe::cuda::InstantiateV1,
                               xla::ffi::Ffi::BindInstantiate().Attrs());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeFusedMoeCudaInitialize, jax_moe::cuda::Initialize,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeCudaInitialize, jax_moe::cuda::Initialize,
                               xla::ffi::Ffi::BindInitialize().Ctx<xla::ffi::State<jax_moe::cuda::Program>>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeFusedMoeCuda, jax_moe::cuda::Execute, jax_moe::cuda::BindExecute(),
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeCuda, jax_moe::cuda::Execute, jax_moe::cuda::BindExecute(),
                               {xla::ffi::Traits::kCmdBufferCompatible});
 // The same without the trait: XLA never captures it. For callers who opt out of command buffers.
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeFusedMoeCudaNoCapture, jax_moe::cuda::Execute, jax_moe::cuda::BindExecute());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeCudaNoCapture, jax_moe::cuda::Execute, jax_moe::cuda::BindExecute());
 
 extern "C" {
 

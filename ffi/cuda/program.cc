@@ -23,7 +23,7 @@ std::vector<std::string_view> Words(std::string_view text) {
   return words;
 }
 
-std::string Quoted(std::string_view text) { return "'" + std::string(text) + "'"; }
+std::string Quoted(std::string_view text) { return std::string("'").append(text).append("'"); }
 
 template <typename T>
 bool ParseNumber(std::string_view text, T* value) {
@@ -91,7 +91,9 @@ class LoadedKernels {
     return *instance;
   }
 
-  ffi::Error Get(const Driver& driver, unsigned long long context_id, const Launch& launch, Function* function) {
+  // `whose`: of messages.
+  ffi::Error Get(const Driver& driver, unsigned long long context_id, std::string_view whose, const Launch& launch,
+                 Function* function) {
     const std::lock_guard<std::mutex> lock(mutex_);
     const Key key(context_id, launch.kernel, launch.shared_bytes, launch.image);
     if (auto found = functions_.find(key); found != functions_.end()) {
@@ -99,7 +101,8 @@ class LoadedKernels {
       return ffi::Error::Success();
     }
     auto failed = [&](const char* call, Result result) {
-      std::string what = "fused_moe: loading kernel " + launch.kernel + ": " + call + ": " + ErrorText(driver, result);
+      std::string what =
+          std::string(whose) + ": loading kernel " + launch.kernel + ": " + call + ": " + ErrorText(driver, result);
       if (result == kErrorNoBinaryForGpu) {
         what += ". The kernel was compiled for another GPU than this one: call jax_moe.prepare() for this GPU's target";
       }
@@ -137,10 +140,10 @@ class LoadedKernels {
 };
 
 // Contexts are told apart by id and not by address, which a destroyed context passes on.
-ffi::Error CurrentContext(const Driver& driver, unsigned long long* id) {
+ffi::Error CurrentContext(const Driver& driver, std::string_view whose, unsigned long long* id) {
   constexpr Context kCurrent = nullptr;
   if (Result result = driver.cuCtxGetId(kCurrent, id)) {
-    return ffi::Error::Internal("fused_moe: cuCtxGetId: " + ErrorText(driver, result));
+    return ffi::Error::Internal(std::string(whose) + ": cuCtxGetId: " + ErrorText(driver, result));
   }
   return ffi::Error::Success();
 }
@@ -159,11 +162,11 @@ bool Launch::IsGiven(const Argument& argument) const {
   return std::find(arguments.begin(), arguments.end(), argument) != arguments.end();
 }
 
-ffi::ErrorOr<std::unique_ptr<Program>> Program::Decode(const ffi::Dictionary& attributes) {
-  auto program = std::make_unique<Program>();
+ffi::ErrorOr<std::unique_ptr<Program>> Program::Decode(std::unique_ptr<Kind> kind, const ffi::Dictionary& attributes) {
+  auto program = std::make_unique<Program>(std::move(kind));
   const Attributes call{attributes, ""};
   Attributes kernels{attributes, "kernels."};
-  ffi::Error error = DecodeOptions(call, &program->options_);
+  ffi::Error error = program->kind_->DecodeOptions(call);
   if (error.success()) error = call.Get("kernels", &kernels.dictionary);
   if (error.success()) error = program->DecodeKernels(kernels);
   if (error.success()) error = program->CheckLaunches(kernels);
@@ -174,10 +177,12 @@ ffi::ErrorOr<std::unique_ptr<Program>> Program::Decode(const ffi::Dictionary& at
 ffi::Error Program::DecodeKernels(const Attributes& kernels) {
   Attributes sizes{kernels.dictionary, "kernels.sizes."}, weights{kernels.dictionary, "kernels.weight_bytes."};
   JAX_MOE_TRY(kernels.Get("sizes", &sizes.dictionary));
-  for (const auto& [name, size] : kSizeNames) JAX_MOE_TRY(sizes.Get(name, &(sizes_.*size)));
+  const auto size_names = kind_->size_names();
+  for (size_t i = 0; i < size_names.size(); ++i) JAX_MOE_TRY(sizes.Get(size_names[i], &sizes_[i]));
   JAX_MOE_TRY(kernels.Get("weight_bytes", &weights.dictionary));
-  for (size_t i = 0; i < weight_bytes_.size(); ++i) {
-    JAX_MOE_TRY(weights.Get(kOperandNames[kPackedWeights[i]], &weight_bytes_[i]));
+  const auto packed = kind_->packed_weights();
+  for (size_t i = 0; i < packed.size(); ++i) {
+    JAX_MOE_TRY(weights.Get(kind_->operand_names()[packed[i]], &weight_bytes_[i]));
   }
   ffi::Span<const int64_t> workspaces;
   JAX_MOE_TRY(kernels.Get("workspace_bytes", &workspaces));
@@ -192,20 +197,21 @@ ffi::Error Program::DecodeKernels(const Attributes& kernels) {
     if (!kernels.dictionary.contains(name)) return kernels.Refuse("launches", "has no kernel for " + Quoted(name));
     JAX_MOE_TRY(DecodeLaunch(kernels, name, &launches_.emplace_back()));
   }
-  if (launches_.empty() != (sizes_.num_tokens == 0)) {
+  if (launches_.empty() != (sizes_[0] == 0)) {
     return kernels.Refuse("launches",
                           "got " + Quoted(names) + ", " +
-                              (launches_.empty() ? "needs one where there are tokens" : "needs none without tokens"));
+                              (launches_.empty() ? "needs one where x has rows" : "needs none where x has no rows"));
   }
   return ffi::Error::Success();
 }
 
 ffi::Error Program::CheckLaunches(const Attributes& kernels) {
-  const size_t num_results = 1 + workspace_bytes_.size();
+  const auto operand_names = kind_->operand_names();
+  const size_t num_operands = operand_names.size(), num_results = 1 + workspace_bytes_.size();
   for (const Launch& launch : launches_) {
     for (const Argument& argument : launch.arguments) {
       const bool is_there = argument.kind == Argument::Kind::kScalar ||
-                            argument.value < (argument.kind == Argument::Kind::kOperand ? kNumOperands : num_results);
+                            argument.value < (argument.kind == Argument::Kind::kOperand ? num_operands : num_results);
       if (!is_there) return kernels.Refuse(launch.name + ".arguments", "no such buffer");
     }
   }
@@ -217,16 +223,15 @@ ffi::Error Program::CheckLaunches(const Attributes& kernels) {
       while (i < launches_.size() && !launches_[i].IsGiven({kind, value})) ++i;
       return i;
     };
-    for (uint32_t scale : {kGateUpInputScale, kDownInputScale}) {
-      const bool is_needed = options_.precision == Precision::kW4A4;
-      if (is_needed && first_given(Argument::Kind::kOperand, scale) == launches_.size()) {
-        return kernels.Refuse("launches", "none is given " + std::string(kOperandNames[scale]) + ", as w4a4 needs");
+    for (size_t scale : kind_->input_scales()) {
+      if (first_given(Argument::Kind::kOperand, static_cast<uint32_t>(scale)) == launches_.size()) {
+        return kernels.Refuse("launches", "none is given " + std::string(operand_names[scale]) + ", as w4a4 needs");
       }
     }
     // Before the first launch that adds, none is given the output.
     const size_t first = first_given(Argument::Kind::kResult, 0);
     if (first == launches_.size()) return kernels.Refuse("launches", "none is given the output");
-    if (options_.combine == Combine::kAtomic) first_that_adds_ = first, first_name = launches_[first].name;
+    if (kind_->adds()) first_that_adds_ = first, first_name = launches_[first].name;
   }
   if (adds == first_name) return ffi::Error::Success();
   return kernels.Refuse("adds", "got " + Quoted(adds) + ", needs " + Quoted(first_name) +
@@ -236,12 +241,12 @@ ffi::Error Program::CheckLaunches(const Attributes& kernels) {
 
 ffi::Error Program::Load(const Driver& driver) {
   unsigned long long context_id = 0;
-  JAX_MOE_TRY(CurrentContext(driver, &context_id));
+  JAX_MOE_TRY(CurrentContext(driver, kind_->name(), &context_id));
   const std::lock_guard<std::mutex> lock(mutex_);
   if (functions_.count(context_id) != 0) return ffi::Error::Success();
   std::vector<Function> functions;
   for (const Launch& launch : launches_) {
-    JAX_MOE_TRY(LoadedKernels::Instance().Get(driver, context_id, launch, &functions.emplace_back()));
+    JAX_MOE_TRY(LoadedKernels::Instance().Get(driver, context_id, kind_->name(), launch, &functions.emplace_back()));
   }
   functions_.emplace(context_id, std::move(functions));
   return ffi::Error::Success();
@@ -249,10 +254,12 @@ ffi::Error Program::Load(const Driver& driver) {
 
 ffi::Error Program::Loaded(const Driver& driver, const Function** functions) const {
   unsigned long long context_id = 0;
-  JAX_MOE_TRY(CurrentContext(driver, &context_id));
+  JAX_MOE_TRY(CurrentContext(driver, kind_->name(), &context_id));
   const std::lock_guard<std::mutex> lock(mutex_);
   const auto found = functions_.find(context_id);
-  if (found == functions_.end()) return ffi::Error::Internal("fused_moe: executed before it was initialized");
+  if (found == functions_.end()) {
+    return ffi::Error::Internal(std::string(kind_->name()) + ": executed before it was initialized");
+  }
   *functions = found->second.data();
   return ffi::Error::Success();
 }

@@ -1,15 +1,14 @@
 // What one custom call site launches: options, sizes and a list of kernel launches with their images and arguments,
 // decoded and checked once, when XLA instantiates the call, and loaded once on each device. No kernel is known here by
-// name: which there are, and in which order, is the call's to say.
+// name: which there are, and in which order, is the call's to say. What kind of call it is, kinds.h knows.
 //
 // The attribute `kernels` is a dictionary that jax_moe/kernels/ writes:
-//   sizes            {num_tokens, top_k, local_experts, num_parts, hidden_size, intermediate_size, out_bytes}: those of
-//                    problem.h, i64 each, that the kernels were planned for
-//   weight_bytes     {"gate_up.payload", "gate_up.block_scale", "down.payload", "down.block_scale"}: bytes, i64 each
+//   sizes            {num_tokens, top_k, ...}: those of problem.h, i64 each, that the kernels were planned for
+//   weight_bytes     {"down.payload", ...}: bytes of operands whose layout is the platform's, i64 each
 //   workspace_bytes  i64[n]  sizes of results 1..n
-//   launches         "sort gemm1 gemm2", names in the order of launch; empty exactly where there are no tokens
+//   launches         "sort gemm1 gemm2", names in the order of launch; empty exactly where x has no rows
 //   adds             "gemm2", the first launch that adds into the output, and the first that is given it; empty where
-//                    none adds: combine="ordered", or no launches
+//                    none adds: combine="ordered", ragged_dot, or no launches
 //   and for each name in `launches` a dictionary,
 //     image      the cubin, as bytes        name       of the kernel in it
 //     grid       CTAs                       threads    in a CTA
@@ -28,12 +27,11 @@
 #include <mutex>
 #include <optional>
 #include <string>
-#include <string_view>
+#include <utility>
 #include <vector>
 
 #include "cuda/driver.h"
-#include "decode.h"
-#include "problem.h"
+#include "cuda/kinds.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_moe::cuda {
@@ -41,18 +39,6 @@ namespace jax_moe::cuda {
 namespace ffi = ::xla::ffi;
 
 inline constexpr size_t kMostArguments = 64;  // of one kernel
-
-struct SizeName {
-  std::string_view name;
-  int64_t Sizes::* size;
-};
-
-inline constexpr SizeName kSizeNames[] = {
-    {"num_tokens", &Sizes::num_tokens},       {"top_k", &Sizes::top_k},
-    {"local_experts", &Sizes::local_experts}, {"num_parts", &Sizes::num_parts},
-    {"hidden_size", &Sizes::hidden_size},     {"intermediate_size", &Sizes::intermediate_size},
-    {"out_bytes", &Sizes::out_bytes},
-};
 
 struct Argument {
   enum class Kind { kOperand, kResult, kScalar };
@@ -84,11 +70,13 @@ class Program {
 
   // Refuses attributes that no buffers can make a valid call, so that a call has only its buffers left to check: every
   // launch has a kernel, every argument is a buffer that such a call has, and the list says what the output needs.
-  static ffi::ErrorOr<std::unique_ptr<Program>> Decode(const ffi::Dictionary& attributes);
+  static ffi::ErrorOr<std::unique_ptr<Program>> Decode(std::unique_ptr<Kind> kind, const ffi::Dictionary& attributes);
 
-  const Options& options() const { return options_; }
-  const Sizes& sizes() const { return sizes_; }
-  const std::array<int64_t, std::size(kPackedWeights)>& weight_bytes() const { return weight_bytes_; }
+  explicit Program(std::unique_ptr<Kind> kind) : kind_(std::move(kind)) {}
+
+  const Kind& kind() const { return *kind_; }
+  const CallSizes& sizes() const { return sizes_; }
+  int64_t weight_bytes(size_t i) const { return weight_bytes_[i]; }  // of kind().packed_weights()[i]
   const std::vector<int64_t>& workspace_bytes() const { return workspace_bytes_; }
   const std::vector<Launch>& launches() const { return launches_; }
   std::optional<size_t> first_that_adds() const { return first_that_adds_; }
@@ -103,9 +91,9 @@ class Program {
   ffi::Error DecodeKernels(const Attributes& kernels);
   ffi::Error CheckLaunches(const Attributes& kernels);
 
-  Options options_;
-  Sizes sizes_;
-  std::array<int64_t, std::size(kPackedWeights)> weight_bytes_;
+  const std::unique_ptr<Kind> kind_;
+  CallSizes sizes_ = {};
+  std::array<int64_t, kMostWeights> weight_bytes_ = {};
   std::vector<int64_t> workspace_bytes_;
   std::vector<Launch> launches_;
   std::optional<size_t> first_that_adds_;

@@ -7,10 +7,11 @@
 #include <cstdint>
 #include <cstdlib>
 #include <string>
+#include <string_view>
 
+#include "buffers.h"
 #include "cuda/driver.h"
 #include "cuda/program.h"
-#include "decode.h"
 
 namespace jax_moe::cuda {
 
@@ -85,11 +86,11 @@ class StreamApi {
   }
 
   // Writes the graph being captured, as `dot` reads it, to the folder JAX_MOE_GRAPH_DUMP, one file a captured call.
-  void DumpGraph(Stream stream, int64_t number) {
+  void DumpGraph(Stream stream, std::string_view kind, int64_t number) {
     static const char* const folder = std::getenv("JAX_MOE_GRAPH_DUMP");
     Capture capture;
     if (folder == nullptr || GetCapture(stream, &capture) != kSuccess) return;
-    const std::string path = std::string(folder) + "/fused_moe." + std::to_string(number) + ".dot";
+    const std::string path = std::string(folder) + "/" + std::string(kind) + "." + std::to_string(number) + ".dot";
     constexpr unsigned kVerbose = 1;
     Check("cuGraphDebugDotPrint", driver_.cuGraphDebugDotPrint(capture.graph, path.c_str(), kVerbose));
   }
@@ -143,8 +144,9 @@ struct CallLaunches {
   // pointer all eight.
   uint64_t Value(const Argument& argument) const {
     if (argument.kind == Argument::Kind::kScalar) return argument.value;
-    const auto& buffer = argument.kind == Argument::Kind::kOperand ? operands[argument.value] : results[argument.value];
-    return reinterpret_cast<uint64_t>(buffer->untyped_data());
+    const bool is_operand = argument.kind == Argument::Kind::kOperand;
+    const ffi::AnyBuffer& buffer = is_operand ? operands[argument.value] : *results[argument.value];
+    return reinterpret_cast<uint64_t>(buffer.untyped_data());
   }
 };
 

@@ -13,9 +13,11 @@ import numpy as np
 from jax_moe import activations
 from jax_moe.kernels import cache, compiler, targets
 from jax_moe.kernels.specs import PARAMETER_BYTES
-from jax_moe.kernels.target import Launch, Program
+from jax_moe.kernels.target import Card, Launch, Program, Target
 from jax_moe.operands import OPERANDS
 from jax_moe.problem import Problem
+from jax_moe.product import problem as product
+from jax_moe.product.problem import Product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,45 +28,41 @@ class CudaCall:
     workspaces: list[jax.ShapeDtypeStruct]
 
 
-def cuda_call(problem: Problem) -> CudaCall:
-    """What ``problem`` launches, its kernels compiled or taken from the cache.
+def cuda_call(problem: Problem | Product) -> CudaCall:
+    """What a call launches, its kernels compiled or taken from the cache.
 
     Raises:
-      ValueError: the experts are not prepared for a GPU, or a size is beyond what the kernels take.
+      ValueError: the weights are not prepared for a GPU, or a size is beyond what the kernels take.
+      NotImplementedError: the GPU has no kernels for such a call yet.
       MissingKernelError: a kernel would have to be compiled, and the DSL is not installed.
     """
-    if not isinstance(problem.num_tokens, int):
+    rows = problem.num_rows if isinstance(problem, Product) else problem.num_tokens
+    if not isinstance(rows, int):
         raise ValueError(
-            f"x: got T = {problem.num_tokens}, which is symbolic; GPU kernels are chosen for a number of tokens: "
+            f"x: got T = {rows}, which is symbolic; GPU kernels are chosen for a number of tokens: "
             "export a program for each"
         )
-    target, card = targets.for_call(problem.layout, problem.precision)
-    program = target.program(problem, card)
+    target, card, program = _planned(problem)
     buffers = _buffers(program, problem)
     try:
         kernels: dict[str, object] = {
             launch.name: _kernel_attributes(launch, buffers, target.name) for launch in program.launches
         }
     except cache.MissingKernelError as error:
-        command = " ".join(["python -m jax_moe compile --target", target.name, *command_arguments(problem)])
+        if isinstance(problem, Product):  # `compile` is for layers of experts
+            elsewhere = "lower the same call, `jax.jit(f).trace(...).lower(lowering_platforms=('cuda',))`,"
+        else:
+            arguments = [target.name, *command_arguments(problem)]
+            elsewhere = f"run `{' '.join(['python -m jax_moe compile --target', *arguments])}`"
         raise cache.MissingKernelError(
-            f"{error} Either `pip install {compiler.PACKAGE}`, or run `{command}` on a machine that has it (no GPU "
+            f"{error} Either `pip install {compiler.PACKAGE}`, or {elsewhere} on a machine that has it (no GPU "
             "needed) and copy its folder of kernels here (JAX_MOE_CACHE_DIR names another place)."
         ) from None
-    sizes = {
-        "num_tokens": problem.num_tokens,
-        "top_k": problem.top_k,
-        "local_experts": problem.local_experts,
-        "num_parts": activations.num_parts(problem.activation),
-        "hidden_size": problem.hidden_size,
-        "intermediate_size": program.intermediate_size,
-        "out_bytes": jnp.dtype(problem.out_dtype).itemsize,
-    }
     workspaces = list(program.workspaces.values())
     kernels |= {
         "launches": " ".join(launch.name for launch in program.launches),
         "adds": program.adds or "",
-        "sizes": _int64s(sizes),
+        "sizes": _int64s(program.sizes),
         "weight_bytes": _int64s(program.weight_bytes),
         "workspace_bytes": np.array([w.size * w.dtype.itemsize for w in workspaces], np.int64),
         "card": card.name,  # for whoever reads the program: what its kernels were chosen for
@@ -72,10 +70,20 @@ def cuda_call(problem: Problem) -> CudaCall:
     return CudaCall({"kernels": kernels}, workspaces)
 
 
-def launches(problem: Problem) -> tuple[Launch, ...]:
+def launches(problem: Problem | Product) -> tuple[Launch, ...]:
     """The launches that :func:`cuda_call` would compile kernels for, in order."""
-    target, card = targets.for_call(problem.layout, problem.precision)
-    return target.program(problem, card).launches
+    return _planned(problem)[2].launches
+
+
+def _planned(problem: Problem | Product) -> tuple[Target, Card, Program]:
+    """What runs a call, and how."""
+    if not isinstance(problem, Product):
+        target, card = targets.for_call(problem.layout, problem.precision)
+        return target, card, target.program(problem, card)
+    target, card = targets.for_call(problem.layout, problem.precision, "weights", "ragged_dot")
+    if target.product is None:
+        raise NotImplementedError(f"ragged_dot: there are no kernels for {target.generation} ({target.name}) yet")
+    return target, card, target.product(problem, card)
 
 
 def command_arguments(problem: Problem) -> list[str]:
@@ -122,14 +130,18 @@ def _kernel_attributes(launch: Launch, buffers: Mapping[str, tuple[str, str]], t
 
 
 _OPERAND_TYPES = {
-    "x": "bf16*", "expert_ids": "i32*", "expert_offset": "i32*", "gate_up.payload": "u8*", "down.payload": "u8*"
+    "x": "bf16*", "expert_ids": "i32*", "expert_offset": "i32*", "gate_up.payload": "u8*", "down.payload": "u8*",
+    "group_sizes": "i32*", "group_offset": "i32*", "weights.payload": "u8*",
 }  # fmt: skip
+"""Of those that are not f32."""
+
 _POINTERS = {"int32": "i32*", "float32": "f32*", "bfloat16": "bf16*", "uint8": "u8*"}
 
 
-def _buffers(program: Program, problem: Problem) -> dict[str, tuple[str, str]]:
+def _buffers(program: Program, problem: Problem | Product) -> dict[str, tuple[str, str]]:
     """Of every buffer of a call: where it is, and what a kernel's pointer to it is."""
-    buffers = {name: (f"operand:{i}", _OPERAND_TYPES.get(name, "f32*")) for i, name in enumerate(OPERANDS)}
+    operands = product.OPERANDS if isinstance(problem, Product) else OPERANDS
+    buffers = {name: (f"operand:{i}", _OPERAND_TYPES.get(name, "f32*")) for i, name in enumerate(operands)}
     results = {"out": problem.out_dtype} | {name: w.dtype for name, w in program.workspaces.items()}
     return buffers | {
         name: (f"result:{i}", _POINTERS[jnp.dtype(dtype).name]) for i, (name, dtype) in enumerate(results.items())

@@ -7,6 +7,9 @@ from typing import Any, Protocol
 MAX_EXPERTS = 512
 """Local experts that the sort has room for: a counter for each in each warp's part of shared memory."""
 
+MAX_GROUPS = 4096
+"""Local groups that a grouped product has room for in shared memory."""
+
 PARAMETER_BYTES = {"i32": 4, "i32*": 8, "f32*": 8, "bf16*": 8, "u8*": 8}
 """Types of kernel parameters; a ``*`` is a pointer to global memory, aligned to 16 bytes."""
 
@@ -99,9 +102,31 @@ class Gemm2Spec(_Gemm):
     has_bias: bool
 
     @property
+    def adds(self) -> bool:
+        """Whether it adds into the output, or else stores."""
+        return self.combine == "atomic"
+
+    @property
     def name(self) -> str:
         bias = "_bias" if self.has_bias else ""
         return f"jax_moe_gemm2_{self.config.name}_{self.precision}_{self.combine}_{self.out_dtype}{bias}"
+
+
+@dataclasses.dataclass(frozen=True)
+class ProductSpec(_Gemm):
+    """x rows -> out, of a grouped product: what a target's own spec is derived from."""
+
+    config: Any
+    precision: str
+    out_dtype: str
+    has_bias: bool
+
+    adds = False
+
+    @property
+    def name(self) -> str:
+        bias = "_bias" if self.has_bias else ""
+        return f"jax_moe_product_{self.config.name}_{self.precision}_{self.out_dtype}{bias}"
 
 
 TILE_MAP = {"expert_tiles": "i32*", "tile_expert": "i32*", "row_route": "i32*", "row_weight": "f32*"}
@@ -172,6 +197,57 @@ def sort_spec(num_routes: int, local_experts: int, token_tile: int, weighted: bo
 
 
 @dataclasses.dataclass(frozen=True)
+class GroupsSpec:
+    """Group sizes -> tile map of a grouped product, and zeros for the rows of no local group.
+
+    Attributes:
+      capacity: local groups that it has room for.
+      out_dtype: of the output.
+      has_row_group: whether the group of each row is written too, for the pass over x.
+    """
+
+    capacity: int
+    out_dtype: str
+    has_row_group: bool
+
+    implementation = "jax_moe.kernels.device.groups:Groups"
+    threads = 256
+    cluster = 1
+    overlap = False
+    tensor_core_ptx = None
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        out = "bf16*" if self.out_dtype == "bfloat16" else "f32*"
+        return {
+            "group_sizes": "i32*", "group_offset": "i32*", "expert_tiles": "i32*", "tile_expert": "i32*",
+            "row_route": "i32*", "group_ends": "i32*", "row_group": "i32*", "out": out, "num_rows": "i32",
+            "num_groups": "i32", "local_groups": "i32", "token_tile": "i32", "row_vectors": "i32",
+        }  # fmt: skip
+
+    @property
+    def name(self) -> str:
+        return f"jax_moe_groups_e{self.capacity}_{self.out_dtype}{'_rows' if self.has_row_group else ''}"
+
+    def grid(self, num_tiles: int, num_vectors: int, multiprocessors: int) -> int:
+        """CTAs: no more than run at once, because each finds the groups for itself; a warp takes a tile."""
+        work = max(num_tiles * 32, num_vectors // 8)
+        return max(1, min(multiprocessors, -(-work // self.threads)))
+
+
+def groups_spec(local_groups: int, out_dtype: str, has_row_group: bool) -> GroupsSpec:
+    """The spec with room for so many groups: few kernels serve all.
+
+    Raises:
+      ValueError: more than any has room for.
+    """
+    if local_groups > MAX_GROUPS:
+        raise ValueError(f"weights: got {local_groups} local groups, the GPU kernels take at most {MAX_GROUPS}")
+    capacity = 128 if local_groups <= 128 else MAX_GROUPS
+    return GroupsSpec(capacity, out_dtype, has_row_group)
+
+
+@dataclasses.dataclass(frozen=True)
 class XRowsSpec:
     """The pass over x: what GEMM1 multiplies, where that is not x itself.
 
@@ -180,15 +256,19 @@ class XRowsSpec:
       per_route: a row for each route, multiplied by its routing weight (weight_on="input"); else for each token.
       codes: what is rounded becomes codes and block scales, for tensor cores that take them (that needs instructions of
         sm_100); else bf16 again, code * block scale.
+      per_group: each row is rounded with the scale of its group, and rows of no local group are left out.
     """
 
     quantise: bool
     per_route: bool
     codes: bool = False
+    per_group: bool = False
 
     def __post_init__(self):
-        if self.codes and not self.quantise:
-            raise ValueError("codes: got True, needs quantise")
+        if (self.codes or self.per_group) and not self.quantise:
+            raise ValueError("codes or per_group: got True, needs quantise")
+        if self.per_group and (self.codes or self.per_route):
+            raise ValueError("per_group: got True, is only for bf16 rows that have no weight")
 
     threads = 256
     cluster = 1
@@ -202,9 +282,10 @@ class XRowsSpec:
     def parameters(self) -> dict[str, str]:
         out = {"x_codes": "u8*", "x_scales": "u8*"} if self.codes else {"x_rows": "bf16*"}
         padded = {"padded_blocks": "i32"} if self.codes else {}
+        group = {"row_group": "i32*"} if self.per_group else {}
         return {
-            "x": "bf16*", "routing_weights": "f32*", "input_scale": "f32*", **out, "num_rows": "i32",
-            "row_divisor": "i32", "row_blocks": "i32", **padded,
+            "x": "bf16*", "routing_weights": "f32*", "input_scale": "f32*", **out, **group,
+            "num_rows": "i32", "row_divisor": "i32", "row_blocks": "i32", **padded,
         }  # fmt: skip
 
     @property
@@ -214,7 +295,7 @@ class XRowsSpec:
     @property
     def name(self) -> str:
         form = "_codes" if self.codes else "_nvfp4" if self.quantise else ""
-        return f"jax_moe_x_rows{form}{'_weighted' if self.per_route else ''}"
+        return f"jax_moe_x_rows{form}{'_weighted' if self.per_route else ''}{'_groups' if self.per_group else ''}"
 
     def grid(self, num_rows: int, width: int) -> int:
         """CTAs: a thread takes 16 values of rows of ``width``."""

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax_moe import activations
 from jax_moe.kernels import specs, tiling
 from jax_moe.kernels.device.constants import WORK_COUNTERS
-from jax_moe.kernels.target import Launch
+from jax_moe.kernels.target import Card, Launch
 from jax_moe.problem import Problem
+from jax_moe.product.problem import Product
 
 Workspaces = dict[str, jax.ShapeDtypeStruct]
 
@@ -32,7 +33,7 @@ def sort(p: Problem, token_tile: int, granule: int = 0) -> tuple[Launch, Workspa
     spec = specs.sort_spec(p.num_routes, p.local_experts, token_tile, p.weight_on == "output", granule)
     tiles = tiling.max_tiles(p.num_routes, p.local_experts, token_tile)
     vectors = max(num_x_rows(p) * p.hidden_size // 8, p.num_tokens * p.hidden_size // 4)  # of x and of the output
-    _check_count(p, max(tiles * token_tile, vectors))
+    _check_count(max(tiles * token_tile, vectors), f"T*K = {p.num_routes} routes of H = {p.hidden_size}", "fused_moe")
     buffers = same("expert_ids", "routing_weights", "expert_offset", *TILE_MAP, "cta_counts")
     return Launch("sort", spec, spec.cluster, {**buffers, "num_routes": p.num_routes}), {
         "expert_tiles": jax.ShapeDtypeStruct((p.local_experts + 1 + WORK_COUNTERS,), jnp.int32),
@@ -43,12 +44,9 @@ def sort(p: Problem, token_tile: int, granule: int = 0) -> tuple[Launch, Workspa
     }
 
 
-def _check_count(p: Problem, count: int) -> None:
+def _check_count(count: int, got: str, function: str) -> None:
     if count > _INT32_MAX - _MOST_THREADS:  # the last CTA counts beyond it
-        raise ValueError(
-            f"x: got T*K = {p.num_routes} routes of H = {p.hidden_size}, the GPU kernels count in int32; "
-            "call fused_moe on parts of the tokens"
-        )
+        raise ValueError(f"x: got {got}, the GPU kernels count in int32; call {function} on parts of the tokens")
 
 
 def num_x_rows(p: Problem) -> int:
@@ -77,7 +75,7 @@ def x_codes(p: Problem, block_k: int) -> tuple[Launch, Workspaces]:
       ValueError: more values than the kernels can count.
     """
     per_route, rows, width = p.weight_on == "input", num_x_rows(p), -(-p.hidden_size // block_k) * block_k
-    _check_count(p, rows * width // 16)
+    _check_count(rows * width // 16, f"T*K = {p.num_routes} routes of H = {p.hidden_size}", "fused_moe")
     spec = specs.XRowsSpec(quantise=True, per_route=per_route, codes=True)
     arguments = {
         **same("x", "routing_weights", "x_codes", "x_scales"), "input_scale": "gate_up.input_scale", "num_rows": rows,
@@ -141,3 +139,76 @@ def combine(p: Problem) -> tuple[Launch, Workspaces]:
     }  # fmt: skip
     workspaces = {"contributions": jax.ShapeDtypeStruct((p.num_routes, p.hidden_size), jnp.float32)}
     return Launch("combine", spec, spec.grid(p.num_tokens, p.hidden_size), arguments), workspaces
+
+
+def sizes(p: Problem, intermediate_size: int) -> dict[str, int]:
+    """``Program.sizes`` of a call; ``intermediate_size``: I with the padding that a bias of gate_up has."""
+    return {
+        "num_tokens": p.num_tokens, "top_k": p.top_k, "local_experts": p.local_experts,
+        "num_parts": activations.num_parts(p.activation), "hidden_size": p.hidden_size,
+        "intermediate_size": intermediate_size, "out_bytes": jnp.dtype(p.out_dtype).itemsize,
+    }  # fmt: skip
+
+
+# -- a grouped product ----------------------------------------------------------------------------------------------
+
+
+def groups(p: Product, token_tile: int, card: Card) -> tuple[Launch, Workspaces]:
+    """Group sizes -> tile map, and the zeros of the rows that no local group has.
+
+    Raises:
+      ValueError: more groups, rows or values than the kernels can count.
+    """
+    quantised = p.precision == "w4a4"
+    spec = specs.groups_spec(p.local_groups, str(p.out_dtype), quantised)
+    tiles = tiling.max_tiles(p.num_rows, p.local_groups, token_tile)
+    row_vectors = p.out_features * jnp.dtype(p.out_dtype).itemsize // 16
+    count = max(tiles * token_tile, p.num_rows * max(p.in_features // 8, row_vectors), p.num_groups)
+    _check_count(count, f"T = {p.num_rows} rows of C = {p.in_features}, for N = {p.out_features}", "ragged_dot")
+    arguments = {
+        **same("group_sizes", "group_offset", "expert_tiles", "tile_expert", "row_route", "group_ends", "out"),
+        "row_group": "row_group" if quantised else None, "num_rows": p.num_rows, "num_groups": p.num_groups,
+        "local_groups": p.local_groups, "token_tile": token_tile, "row_vectors": row_vectors,
+    }  # fmt: skip
+    grid = spec.grid(tiles, p.num_rows * row_vectors, card.multiprocessors)
+    workspaces = {
+        "expert_tiles": jax.ShapeDtypeStruct((p.local_groups + 1 + WORK_COUNTERS,), jnp.int32),
+        "tile_expert": jax.ShapeDtypeStruct((tiles,), jnp.int32),
+        "row_route": jax.ShapeDtypeStruct((tiles * token_tile,), jnp.int32),
+        "group_ends": jax.ShapeDtypeStruct((p.local_groups,), jnp.int32),
+    }
+    if quantised:
+        workspaces["row_group"] = jax.ShapeDtypeStruct((p.num_rows,), jnp.int32)
+    return Launch("groups", spec, grid, arguments), workspaces
+
+
+def rounded_rows(p: Product) -> tuple[Launch, Workspaces]:
+    """The pass over x of w4a4: the rows of local groups, rounded to NVFP4 with the scales of their groups."""
+    spec = specs.XRowsSpec(quantise=True, per_route=False, per_group=True)
+    arguments = {
+        **same("x", "x_rows", "row_group"), "routing_weights": None, "input_scale": "weights.input_scale",
+        "num_rows": p.num_rows, "row_divisor": 1, "row_blocks": p.in_features // 16,
+    }  # fmt: skip
+    workspaces = {"x_rows": jax.ShapeDtypeStruct((p.num_rows, p.in_features), jnp.bfloat16)}
+    return Launch("x_rows", spec, spec.grid(p.num_rows, p.in_features), arguments), workspaces
+
+
+def product_arguments(p: Product) -> dict[str, str | int | None]:
+    """What every target's product takes; the numbers of its blocks are the target's."""
+    quantised = p.precision == "w4a4"
+    return {
+        **same("row_route", "tile_expert", "expert_tiles", "group_ends", "out"), "x": "x_rows" if quantised else "x",
+        "payload": "weights.payload", "global_scale": "weights.global_scale",
+        "input_scale": "weights.input_scale" if quantised else None,
+        "bias": "weights.bias" if p.has_bias else None,
+        "in_features": p.in_features, "out_features": p.out_features, "local_experts": p.local_groups,
+    }  # fmt: skip
+
+
+def product_sizes(p: Product) -> dict[str, int]:
+    """``Program.sizes`` of a grouped product."""
+    return {
+        "num_rows": p.num_rows, "num_groups": p.num_groups, "local_groups": p.local_groups,
+        "in_features": p.in_features, "out_features": p.out_features,
+        "out_bytes": jnp.dtype(p.out_dtype).itemsize,
+    }  # fmt: skip

@@ -8,6 +8,7 @@ import jax
 
 from jax_moe.kernels.specs import Spec
 from jax_moe.problem import Precision, Problem
+from jax_moe.product.problem import Product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +36,8 @@ class Launch:
       name: of the step, in attributes and messages.
       spec: the kernel.
       grid: CTAs.
-      arguments: for each of ``spec.parameters`` an operand (``operands.py``), a workspace or "out" by name; a number;
-        or None, a null pointer.
+      arguments: for each of ``spec.parameters`` an operand (``operands.py``, ``product/problem.py``), a workspace or
+        "out" by name; a number; or None, a null pointer.
     """
 
     name: str
@@ -54,14 +55,14 @@ class Program:
       adds: name of the first launch that adds into the output, which must be zero by then; None: the output is written.
       workspaces: results 1, 2, ... of the call, by name, in order. The kernels write all that they read of them.
       weight_bytes: of each operand that holds weights.
-      intermediate_size: I with the padding that a bias of gate_up has.
+      sizes: those that it was made for, as the handler names them (``ffi/cuda/kinds.h``).
     """
 
     launches: tuple[Launch, ...]
     adds: str | None
     workspaces: Mapping[str, jax.ShapeDtypeStruct]
     weight_bytes: Mapping[str, int]
-    intermediate_size: int
+    sizes: Mapping[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +75,8 @@ class Target:
       compute_capabilities: of the devices that run its kernels, as JAX has them.
       layouts: the layout of prepared weights for each precision that it has kernels for.
       cards: known ones; the first is what programs are made for where no card is at hand.
-      program: builds the program of one call for a card.
+      program: builds the program of one call of ``fused_moe`` for a card.
+      product: builds that of a grouped product; None: there are no kernels for it.
     """
 
     name: str
@@ -83,3 +85,4 @@ class Target:
     layouts: Mapping[Precision, str]
     cards: tuple[Card, ...]
     program: Callable[[Problem, Card], Program]
+    product: Callable[[Product, Card], Program] | None = None

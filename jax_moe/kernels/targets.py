@@ -60,8 +60,12 @@ def for_device(device: Any) -> Target:
     raise ValueError(f"target: a GPU of compute capability {capability}, kernels exist for {known}")
 
 
-def for_call(layout: str, precision: Precision) -> tuple[Target, Card]:
+def for_call(
+    layout: str, precision: Precision, argument: str = "experts", function: str = "fused_moe"
+) -> tuple[Target, Card]:
     """What runs a call on weights of this layout: the GPU at hand if it does, else the first target that does.
+
+    ``argument``: what a caller of ``function`` calls the weights.
 
     Raises:
       ValueError: no target multiplies weights of this layout in this precision.
@@ -69,13 +73,13 @@ def for_call(layout: str, precision: Precision) -> tuple[Target, Card]:
     fitting = [target for target in TARGETS.values() if target.layouts.get(precision) == layout]
     if not fitting:
         advice = ", or ".join(
-            f"jax_moe.prepare(experts, {target.name!r}"
+            f"jax_moe.prepare({argument}, {target.name!r}"
             + (f", {precision!r})" if len(set(target.layouts.values())) > 1 else ")")
             for target in TARGETS.values()
         )
         raise ValueError(
-            f"experts.layout: got {layout!r}, on a GPU fused_moe with precision={precision!r} needs prepared weights: "
-            f"{advice}"
+            f"{argument}.layout: got {layout!r}, on a GPU {function} with precision={precision!r} needs prepared "
+            f"weights: {advice}"
         )
     for device in _gpus():
         for target in fitting:

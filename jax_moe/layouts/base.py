@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_moe import arguments
-from jax_moe.experts import Experts
+from jax_moe.experts import Experts, Projection
 
 E, I = "E", "I"  # noqa: E741
 """Axes that a mesh may divide, in ``Layout.partition``: experts, and slices of the intermediate size."""
@@ -62,6 +62,20 @@ class Layout(Protocol):
 
     def unpack(self, experts: Experts, hidden_size: int, intermediate_size: int) -> tuple[Experts, jax.Array]:
         """The inverse of :meth:`pack`, and whether it cut off anything but padding: bool ``[1]``."""
+        ...
+
+    def check_matrices(self, weights: Projection, lead: int, in_features: int) -> int:
+        """As :meth:`check`, of a single projection ``[G, N, C]``: raises unless payload and block scales are as this
+        layout has them for ``lead`` = G and C; returns N with the padding that the payload has.
+        """
+        ...
+
+    def pack_matrices(self, weights: Projection) -> Projection:
+        """A canonical projection ``[G, N, C]``, already checked, with leaves as this layout has them."""
+        ...
+
+    def unpack_matrix(self, payload: jax.Array, out_features: int, in_features: int) -> tuple[jax.Array, jax.Array]:
+        """Canonical payload ``[N, C/2]`` and block scales ``[N, C/16]`` of one matrix that was packed."""
         ...
 
 

@@ -146,9 +146,8 @@ class Blocks:
         num_experts, parts, intermediate, _ = gate_up.payload.shape
         indices = track(range(num_experts), "prepare gate_up", enabled=progress)
         prepared_gate_up = self._pack_projection(gate_up, indices, tensor_axes)
-        lifted = dataclasses.replace(down, payload=down.payload[:, None], block_scale=down.block_scale[:, None])
         indices = track(range(num_experts), "prepare down", enabled=progress)
-        prepared_down = self._pack_projection(lifted, indices, tensor_axes)
+        prepared_down = self._pack_projection(_with_a_part(down), indices, tensor_axes)
         if gate_up.bias is not None:
             padding = prepared_gate_up.payload.shape[1] * self._unit(parts) - intermediate
             bias = jnp.pad(gate_up.bias, ((0, 0), (0, 0), (0, padding)))
@@ -189,6 +188,36 @@ class Blocks:
             block_scale=scales[:, 0, :hidden_size, : intermediate_size // nvfp4.BLOCK_SIZE],
         )
         return Experts(gate_up=canonical_gate_up, down=canonical_down, layout=CANONICAL), cut
+
+    # -- single projections -------------------------------------------------------------------------------------
+
+    def check_matrices(self, weights: Projection, lead: int, in_features: int) -> int:
+        columns = _blocks(in_features, self.block_k)
+        _, row_blocks, _, _ = arguments.array(
+            "weights.payload", weights.payload, jnp.uint8, (lead, "N blocks", columns, self.block_bytes)
+        )
+        if weights.block_scale is not None:
+            raise ValueError(
+                f"weights.block_scale: got an array, needs None: {self.name!r} has the scales in the payload"
+            )
+        return row_blocks * BLOCK_ROWS
+
+    def pack_matrices(self, weights: Projection) -> Projection:
+        return self._pack_projection(_with_a_part(weights), range(weights.global_scale.shape[0]), ())
+
+    def unpack_matrix(self, payload: jax.Array, out_features: int, in_features: int) -> tuple[jax.Array, jax.Array]:
+        codes, scales = _unpack_expert(payload, layout=self, parts=1)
+        return (
+            nvfp4.pack(codes[0, :out_features, :in_features]),
+            scales[0, :out_features, : in_features // nvfp4.BLOCK_SIZE],
+        )
+
+
+def _with_a_part(projection: Projection) -> Projection:
+    """``[E, N, C]`` as ``[E, 1, N, C]``."""
+    return dataclasses.replace(
+        projection, payload=projection.payload[:, None], block_scale=projection.block_scale[:, None]
+    )
 
 
 def _blocks(size: int, block: int) -> int:

@@ -63,3 +63,17 @@ class Canonical:
 
     def unpack(self, experts: Experts, hidden_size: int, intermediate_size: int) -> tuple[Experts, jax.Array]:
         return experts, jnp.zeros((1,), bool)
+
+    def check_matrices(self, weights: Projection, lead: int, in_features: int) -> int:
+        is_float4 = weights.payload.dtype == jnp.float4_e2m1fn
+        payload_type = (jnp.float4_e2m1fn, in_features) if is_float4 else (jnp.uint8, in_features // 2)
+        _, rows, _ = arguments.array("weights.payload", weights.payload, payload_type[0], (lead, "N", payload_type[1]))
+        blocks = in_features // nvfp4.BLOCK_SIZE
+        arguments.array("weights.block_scale", weights.block_scale, jnp.float8_e4m3fn, (lead, rows, blocks))
+        return rows
+
+    def pack_matrices(self, weights: Projection) -> Projection:
+        return weights
+
+    def unpack_matrix(self, payload: jax.Array, out_features: int, in_features: int) -> tuple[jax.Array, jax.Array]:
+        raise NotImplementedError("canonical matrices are not packed")

@@ -229,8 +229,8 @@ def register(target: str, library: ctypes.CDLL) -> str:
     jax.ffi.register_ffi_type(f"{target}_state", capsules, platform="CUDA")
     stages = {
         "instantiate": library.JaxMoeFusedMoeCudaInstantiate,
-        "initialize": library.JaxMoeFusedMoeCudaInitialize,
-        "execute": library.JaxMoeFusedMoeCuda,
+        "initialize": library.JaxMoeCudaInitialize,
+        "execute": library.JaxMoeCuda,
     }
     jax.ffi.register_ffi_target(target, {k: jax.ffi.pycapsule(v) for k, v in stages.items()}, platform="CUDA")
     return target

@@ -45,7 +45,7 @@ def build(p, card):
             "gate_up.payload": 2 * bytes_of, "gate_up.block_scale": bytes_of // 4,
             "down.payload": bytes_of, "down.block_scale": bytes_of // 8,
         },
-        intermediate_size=p.intermediate_size,
+        sizes=steps.sizes(p, p.intermediate_size),
     )  # fmt: skip
 
 

@@ -10,9 +10,10 @@
 extern "C" {
 XLA_FFI_Error* JaxMoeFusedMoeCudaInstantiate(XLA_FFI_CallFrame*);
 XLA_FFI_Error* JaxMoeFusedMoeCudaV1Instantiate(XLA_FFI_CallFrame*);
-XLA_FFI_Error* JaxMoeFusedMoeCudaInitialize(XLA_FFI_CallFrame*);
-XLA_FFI_Error* JaxMoeFusedMoeCuda(XLA_FFI_CallFrame*);
-XLA_FFI_Error* JaxMoeFusedMoeCudaNoCapture(XLA_FFI_CallFrame*);
+XLA_FFI_Error* JaxMoeRaggedDotCudaInstantiate(XLA_FFI_CallFrame*);
+XLA_FFI_Error* JaxMoeCudaInitialize(XLA_FFI_CallFrame*);
+XLA_FFI_Error* JaxMoeCuda(XLA_FFI_CallFrame*);
+XLA_FFI_Error* JaxMoeCudaNoCapture(XLA_FFI_CallFrame*);
 void JaxMoeCudaCounters(int64_t counters[3]);
 void* JaxMoeCudaTypeId();
 const void* JaxMoeCudaTypeInfo();
@@ -30,8 +31,67 @@ struct SiteOptions {
 };
 
 // A call as XLA would make it: attributes, operands at addresses 0x1000, 0x2000, ..., results at 0x100000, ...
-struct CallSite {
-  explicit CallSite(const SiteOptions& options) {
+struct Site {
+  explicit Site(XLA_FFI_Handler* handler) : instantiate(handler) {
+    context.stream = reinterpret_cast<void*>(uintptr_t{0x5eed});
+  }
+
+  ~Site() {
+    if (context.state == nullptr) return;
+    static_cast<const XLA_FFI_TypeInfo*>(JaxMoeCudaTypeInfo())->deleter(context.state);
+  }
+
+  // The attributes, made anew with what a test has changed.
+  Attributes* Changed() {
+    if (kernels == nullptr) return &attributes;
+    for (auto& [name, kernel] : kernel_of) kernels->Set(name, kernel);
+    kernels->Set("sizes", sizes).Set("weight_bytes", weight_bytes);
+    attributes.Set("kernels", kernels);
+    return &attributes;
+  }
+
+  std::string Instantiate(XLA_FFI_Handler* handler = nullptr) {
+    return Call(handler == nullptr ? instantiate : handler, XLA_FFI_ExecutionStage_INSTANTIATE, &context, {}, {},
+                Changed());
+  }
+  std::string Initialize() {
+    return Call(JaxMoeCudaInitialize, XLA_FFI_ExecutionStage_INITIALIZE, &context, operands, results, &attributes);
+  }
+  std::string Execute(XLA_FFI_Handler* handler = JaxMoeCuda) {
+    return Call(handler, XLA_FFI_ExecutionStage_EXECUTE, &context, operands, results, &attributes);
+  }
+  std::string Run() {
+    std::string error = Instantiate();
+    if (error.empty()) error = Initialize();
+    return error.empty() ? Execute() : error;
+  }
+
+  // One launch of the list.
+  void AddKernel(const std::string& name, const std::string& arguments) {
+    auto kernel = std::make_shared<Attributes>();
+    kernel->Set("image", "image of " + name)
+        .Set("name", name + "_kernel")
+        .Set("grid", int64_t{name == "sort" ? 8 : 132})
+        .Set("threads", int64_t{256})
+        .Set("cluster", int64_t{name == "sort" ? 8 : 1})
+        .Set("shared", int64_t{100000})
+        .Set("overlap", int64_t{name == "gemm1" || name == "product"})
+        .Set("arguments", arguments);
+    kernel_of[name] = kernel;
+  }
+
+  XLA_FFI_Handler* const instantiate;
+  Attributes attributes;
+  std::shared_ptr<Attributes> kernels = std::make_shared<Attributes>(), sizes = std::make_shared<Attributes>(),
+                              weight_bytes = std::make_shared<Attributes>();
+  std::map<std::string, std::shared_ptr<Attributes>> kernel_of;
+  std::vector<Buffer> operands, results;
+  XLA_FFI_ExecutionContext context;
+};
+
+// A call of fused_moe.
+struct CallSite : Site {
+  explicit CallSite(const SiteOptions& options) : Site(JaxMoeFusedMoeCudaInstantiate) {
     const int64_t t = options.tokens;
     operands = {{XLA_FFI_DataType_BF16, {t, H}, 0x1000},
                 {XLA_FFI_DataType_S32, {t, K}, 0x2000},
@@ -69,16 +129,7 @@ struct CallSite {
     std::istringstream names(launches);
     for (std::string name; names >> name;) {
       const bool last = name == (options.ordered ? "combine" : "gemm2");
-      auto kernel = std::make_shared<Attributes>();
-      kernel->Set("image", "image of " + name)
-          .Set("name", name + "_kernel")
-          .Set("grid", int64_t{name == "sort" ? 8 : 132})
-          .Set("threads", int64_t{256})
-          .Set("cluster", int64_t{name == "sort" ? 8 : 1})
-          .Set("shared", int64_t{100000})
-          .Set("overlap", int64_t{name == "gemm1"})
-          .Set("arguments", std::string("operand:0 result:1 null i32:-7") + (last ? " result:0" : ""));
-      kernel_of[name] = kernel;
+      AddKernel(name, std::string("operand:0 result:1 null i32:-7") + (last ? " result:0" : ""));
     }
     attributes.Set("precision", "w4a16")
         .Set("combine", options.ordered ? "ordered" : "atomic")
@@ -87,45 +138,45 @@ struct CallSite {
         .Set("alpha", 1.0f)
         .Set("beta", 0.0f)
         .Set("limit", 1e30f);
-    context.stream = reinterpret_cast<void*>(uintptr_t{0x5eed});
   }
+};
 
-  ~CallSite() {
-    if (context.state == nullptr) return;
-    static_cast<const XLA_FFI_TypeInfo*>(JaxMoeCudaTypeInfo())->deleter(context.state);
-  }
+struct ProductOptions {
+  int64_t rows = T;
+  bool quantised = false;
+  bool bf16 = true;
+};
 
-  // The attributes, made anew with what a test has changed.
-  Attributes* Changed() {
-    if (kernels == nullptr) return &attributes;
-    for (auto& [name, kernel] : kernel_of) kernels->Set(name, kernel);
-    kernels->Set("sizes", sizes).Set("weight_bytes", weight_bytes);
-    attributes.Set("kernels", kernels);
-    return &attributes;
+// A call of ragged_dot: 5 groups have a size, 3 a matrix.
+struct ProductSite : Site {
+  explicit ProductSite(const ProductOptions& options) : Site(JaxMoeRaggedDotCudaInstantiate) {
+    constexpr int64_t kGroups = 5, kLocal = 3, kIn = 32, kOut = 48;
+    const int64_t t = options.rows;
+    operands = {{XLA_FFI_DataType_BF16, {t, kIn}, 0x1000},
+                {XLA_FFI_DataType_S32, {kGroups}, 0x2000},
+                {XLA_FFI_DataType_S32, {}, 0x3000},
+                {XLA_FFI_DataType_U8, {kLocal, 1, 4608}, 0x4000},
+                {XLA_FFI_DataType_F8E4M3FN, {kLocal, 0}, 0x5000},
+                {XLA_FFI_DataType_F32, {kLocal}, 0x6000},
+                {XLA_FFI_DataType_F32, {options.quantised ? kLocal : 0}, 0x7000},
+                {XLA_FFI_DataType_F32, {0}, 0}};
+    results = {{options.bf16 ? XLA_FFI_DataType_BF16 : XLA_FFI_DataType_F32, {t, kOut}, 0x100000},
+               {XLA_FFI_DataType_S32, {kLocal + 3}, 0x200000}};
+    sizes->Set("num_rows", t)
+        .Set("num_groups", kGroups)
+        .Set("local_groups", kLocal)
+        .Set("in_features", kIn)
+        .Set("out_features", kOut)
+        .Set("out_bytes", int64_t{options.bf16 ? 2 : 4});
+    weight_bytes->Set("weights.payload", kLocal * 4608).Set("weights.block_scale", int64_t{0});
+    const std::string launches = t == 0 ? "" : options.quantised ? "groups x_rows product" : "groups product";
+    kernels->SetSizes("workspace_bytes", {(kLocal + 3) * 4}).Set("launches", launches).Set("adds", "");
+    std::istringstream names(launches);
+    for (std::string name; names >> name;) {
+      AddKernel(name, name == "x_rows" ? "operand:0 operand:6 result:1 null" : "operand:0 result:0 result:1 i32:-7");
+    }
+    attributes.Set("precision", options.quantised ? "w4a4" : "w4a16");
   }
-
-  std::string Instantiate(XLA_FFI_Handler* handler = JaxMoeFusedMoeCudaInstantiate) {
-    return Call(handler, XLA_FFI_ExecutionStage_INSTANTIATE, &context, {}, {}, Changed());
-  }
-  std::string Initialize() {
-    return Call(JaxMoeFusedMoeCudaInitialize, XLA_FFI_ExecutionStage_INITIALIZE, &context, operands, results,
-                &attributes);
-  }
-  std::string Execute(XLA_FFI_Handler* handler = JaxMoeFusedMoeCuda) {
-    return Call(handler, XLA_FFI_ExecutionStage_EXECUTE, &context, operands, results, &attributes);
-  }
-  std::string Run() {
-    std::string error = Instantiate();
-    if (error.empty()) error = Initialize();
-    return error.empty() ? Execute() : error;
-  }
-
-  Attributes attributes;
-  std::shared_ptr<Attributes> kernels = std::make_shared<Attributes>(), sizes = std::make_shared<Attributes>(),
-                              weight_bytes = std::make_shared<Attributes>();
-  std::map<std::string, std::shared_ptr<Attributes>> kernel_of;
-  std::vector<Buffer> operands, results;
-  XLA_FFI_ExecutionContext context;
 };
 
 }  // namespace jax_moe::cuda::fake

@@ -4,7 +4,6 @@
 #include <cstring>
 
 #include "cuda/program.h"
-#include "decode.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_moe::cuda {
@@ -12,7 +11,7 @@ namespace {
 
 ffi::Error EchoImage(ffi::Dictionary attributes, ffi::Result<ffi::Buffer<ffi::U8>> image,
                      ffi::Result<ffi::Buffer<ffi::S32>> facts) {
-  ffi::ErrorOr<std::unique_ptr<Program>> program = Program::Decode(attributes);
+  ffi::ErrorOr<std::unique_ptr<Program>> program = Program::Decode(std::make_unique<FusedMoe>(), attributes);
   if (program.has_error()) return program.error();
   const Launch& kernel = (*program)->launches()[0];
   if (kernel.image.size() != image->size_bytes()) return Refuse("image: " + std::to_string(kernel.image.size()));
@@ -24,7 +23,7 @@ ffi::Error EchoImage(ffi::Dictionary attributes, ffi::Result<ffi::Buffer<ffi::U8
                              kernel.overlap,
                              static_cast<int32_t>(kernel.arguments.size()),
                              static_cast<int32_t>(kernel.arguments.back().value),
-                             static_cast<int32_t>((*program)->sizes().out_bytes)};
+                             static_cast<int32_t>((*program)->sizes()[6])};
   if (facts->element_count() != std::size(numbers)) return Refuse("facts");
   std::memcpy(facts->typed_data(), numbers, sizeof(numbers));
   return ffi::Error::Success();

@@ -12,50 +12,11 @@
 #include "call_site.h"
 #include "cuda/driver.h"
 #include "cuda/program.h"
+#include "expect.h"
 #include "fake.h"
 
 namespace jax_moe::cuda::fake {
 namespace {
-
-int num_failures = 0;
-
-void Expect(bool holds, const std::string& what) {
-  if (holds) return;
-  ++num_failures;
-  std::printf("FAILED %s\n", what.c_str());
-}
-
-void ExpectEqual(const std::string& got, const std::string& want, const std::string& what) {
-  Expect(got == want, what + "\n  got  " + got + "\n  want " + want);
-}
-
-void ExpectContains(const std::string& got, const std::string& want, const std::string& what) {
-  Expect(got.find(want) != std::string::npos, what + "\n  got  " + got + "\n  want " + want);
-}
-
-std::string Join(const std::vector<std::string>& lines) {
-  std::string joined;
-  for (const std::string& line : lines) joined += (joined.empty() ? "" : "; ") + line;
-  return joined;
-}
-
-// Each test gets a recorder of its own, and contexts that no other test has loaded kernels into.
-void WithRecorder(const std::function<void()>& test) {
-  static uintptr_t fresh_context = 0;
-  Recorder fresh;
-  for (const char* name : {"sort", "x_rows", "gemm1", "gemm2", "combine"}) {
-    fresh.parameters_of[std::string(name) + "_kernel"] = 4;
-  }
-  recorder = &fresh;
-  current_context = fresh_context += 10;
-  test();
-  recorder = nullptr;
-}
-
-void CaptureAfterNode(uintptr_t node) {
-  recorder->capture_status = kCaptureActive;
-  recorder->capture_dependencies = {reinterpret_cast<GraphNode>(node)};
-}
 
 void TestEager() {
   CallSite site({});
@@ -303,7 +264,7 @@ void TestRefusals() {
        [](CallSite& site) { site.kernel_of.erase("gemm2"); }},
       {"a number for gemm2", "attribute kernels.gemm2: Wrong attribute type",
        [](CallSite& site) { site.kernel_of.erase("gemm2"), site.kernels->Set("gemm2", int64_t{1}); }},
-      {"no launches", "kernels.launches: got '', needs one where there are tokens",
+      {"no launches", "kernels.launches: got '', needs one where x has rows",
        [](CallSite& site) { site.kernels->Set("launches", "").Set("adds", ""); }},
       {"no list of launches", "attribute kernels.launches", [](CallSite& site) { site.kernels->Erase("launches"); }},
       {"two spaces", "kernels.launches: has no kernel for ''",
@@ -384,7 +345,7 @@ void TestStaticRefusals() {
   ExpectContains(Refused(&empty), "kernels.adds: got 'gemm2', needs ''", "without tokens nothing adds");
   CallSite idle({T});
   idle.sizes->Set("num_tokens", int64_t{0});
-  ExpectContains(Refused(&idle), "got 'sort gemm1 gemm2', needs none without tokens", "launches without tokens");
+  ExpectContains(Refused(&idle), "got 'sort gemm1 gemm2', needs none where x has no rows", "launches without tokens");
 
   CallSite old({T});
   ExpectContains(old.Instantiate(JaxMoeFusedMoeCudaV1Instantiate),
@@ -397,7 +358,7 @@ int64_t allocations_of_a_call = -1;
 
 XLA_FFI_Error* CountAllocations(XLA_FFI_CallFrame* frame) {
   const int64_t before = num_allocations;
-  XLA_FFI_Error* error = JaxMoeFusedMoeCuda(frame);
+  XLA_FFI_Error* error = JaxMoeCuda(frame);
   allocations_of_a_call = num_allocations - before;
   return error;
 }
@@ -438,11 +399,9 @@ void TestThreads() {
       for (int run = 0; run < 20; ++run) {
         XLA_FFI_ExecutionContext own = site.context;
         Attributes attributes = site.attributes;  // its Frame() is per object
-        std::string error =
-            Call(JaxMoeFusedMoeCudaInitialize, XLA_FFI_ExecutionStage_INITIALIZE, &own, {}, {}, nullptr);
+        std::string error = Call(JaxMoeCudaInitialize, XLA_FFI_ExecutionStage_INITIALIZE, &own, {}, {}, nullptr);
         if (error.empty()) {
-          error =
-              Call(JaxMoeFusedMoeCuda, XLA_FFI_ExecutionStage_EXECUTE, &own, site.operands, site.results, &attributes);
+          error = Call(JaxMoeCuda, XLA_FFI_ExecutionStage_EXECUTE, &own, site.operands, site.results, &attributes);
         }
         const std::lock_guard<std::mutex> lock(recorder->mutex);
         Expect(error.empty(), "a threaded call: " + error);
@@ -455,10 +414,10 @@ void TestThreads() {
 }
 
 void TestTraits() {
-  Expect(Metadata(JaxMoeFusedMoeCuda).traits == XLA_FFI_HANDLER_TRAITS_COMMAND_BUFFER_COMPATIBLE, "capture is allowed");
-  Expect(Metadata(JaxMoeFusedMoeCudaNoCapture).traits == 0, "the other target opts out of capture");
+  Expect(Metadata(JaxMoeCuda).traits == XLA_FFI_HANDLER_TRAITS_COMMAND_BUFFER_COMPATIBLE, "capture is allowed");
+  Expect(Metadata(JaxMoeCudaNoCapture).traits == 0, "the other target opts out of capture");
   CallSite site({});
-  Expect(site.Run().empty() && site.Execute(JaxMoeFusedMoeCudaNoCapture).empty(), "both targets do the same");
+  Expect(site.Run().empty() && site.Execute(JaxMoeCudaNoCapture).empty(), "both targets do the same");
 }
 
 void TestNoDriver() {
@@ -489,6 +448,7 @@ int main() {
   static_cast<XLA_FFI_TypeId*>(JaxMoeCudaTypeId())->type_id = 1;  // as XLA sets it on registration
   const jax_moe::cuda::Driver driver = MakeDriver();
   jax_moe::cuda::SetDriverForTesting(&driver);
+  TestProducts();
   for (void (*test)() : {TestEager, TestWhere, TestWhatTellsKernelsApart, TestOptions, TestCaptured, TestCounters,
                          TestNoTokens, TestDriverFailures, TestLoading, TestRefusals, TestStaticRefusals,
                          TestAllocations, TestThreads, TestTraits, TestNoDriver}) {

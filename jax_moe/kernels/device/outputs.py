@@ -62,8 +62,10 @@ def activated(spec, made, accumulators, j, c):
     ]
 
 
-def contribution(op, spec, expert, feature, unscale: float):
+def contribution(op, spec, expert, feature, row_size, unscale: float):
     """What GEMM2's thread needs for its four neighbouring values of H, of which ``feature`` is the first.
+
+    Also a grouped product's, for values of N. ``row_size``: values in a row of the output.
 
     Returns, named: ``scale`` and ``biases``; ``column``, the address in row 0 of the output; ``row_bytes``.
     """
@@ -73,34 +75,46 @@ def contribution(op, spec, expert, feature, unscale: float):
     scale = _times(scale, unscale)
     biases = [Float32(0.0)] * 4
     if spec.has_bias:
-        biases = [op.bias[expert * op.hidden_size + feature + i] for i in range(4)]
-    size = 2 if _adds_bf16(spec) else 4
+        biases = [op.bias[expert * row_size + feature + i] for i in range(4)]
+    size = 2 if _is_bf16(spec) else 4
     column = Int64(op.out.toint()) + Int64(feature) * size
-    return named(scale=scale, biases=biases, column=column, row_bytes=op.hidden_size * size)
+    return named(scale=scale, biases=biases, column=column, row_bytes=row_size * size)
 
 
 def store_contribution(spec, made, accumulators, j, c, out_row, weight):
     """Adds (atomic) or stores (ordered) that of token ``8*j + 2*quad + c``, if ``out_row`` is not negative."""
+    values = [value * weight for value in _scaled(made, accumulators, j, c)]
+    _store_row(spec, out_row >= 0, out_row, made.column, made.row_bytes, values)
+
+
+def store_product(spec, made, accumulators, j, c, out_row, end):
+    """Stores a grouped product's row ``8*j + 2*quad + c``, if it comes before ``end``."""
+    _store_row(spec, out_row < end, out_row, made.column, made.row_bytes, _scaled(made, accumulators, j, c))
+
+
+def _scaled(made, accumulators, j, c):
     sums = [accumulators[i // 2][4 * j + 2 * (i % 2) + c] for i in range(4)]
-    values = [(total * made.scale + bias) * weight for total, bias in zip(sums, made.biases, strict=True)]
-    _store_row(spec, out_row, made.column, made.row_bytes, values)
+    return [total * made.scale + bias for total, bias in zip(sums, made.biases, strict=True)]
 
 
 @cute.jit
-def _store_row(spec: cutlass.Constexpr, out_row: Int32, column: Int64, row_bytes: Int32, values):
-    if out_row >= 0:
+def _store_row(spec: cutlass.Constexpr, is_there, out_row: Int32, column: Int64, row_bytes: Int32, values):
+    if is_there:
         address = column + Int64(out_row) * Int64(row_bytes)
-        if cutlass.const_expr(spec.combine == "ordered"):
-            ptx.store_global_f32x4(address, values)
-        elif cutlass.const_expr(_adds_bf16(spec)):
-            low, high = ptx.pack_bf16x2(values[0], values[1]), ptx.pack_bf16x2(values[2], values[3])
-            ptx.add_global_bf16x4(address, low, high)
-        else:
+        if cutlass.const_expr(_is_bf16(spec)):
+            words = ptx.pack_bf16x2(values[0], values[1]), ptx.pack_bf16x2(values[2], values[3])
+            if cutlass.const_expr(spec.adds):
+                ptx.add_global_bf16x4(address, *words)
+            else:
+                ptx.store_global(address, words)
+        elif cutlass.const_expr(spec.adds):
             ptx.add_global_f32x4(address, values)
+        else:
+            ptx.store_global_f32x4(address, values)
 
 
-def _adds_bf16(spec) -> bool:
-    return spec.combine == "atomic" and spec.out_dtype == "bfloat16"
+def _is_bf16(spec) -> bool:
+    return spec.out_dtype == "bfloat16"
 
 
 def _times(scale: Float32, factor: float) -> Float32:

@@ -50,8 +50,14 @@ class XRows(_Pass):
             index = Int32(0)  # whole warps stay together: the rounding exchanges values between lanes
         row = index // given.row_blocks
         loaded, values = self._load(given, row, index - row * given.row_blocks)
+        group = Int32(0)
+        if cutlass.const_expr(self.spec.per_group):
+            group = array(given.row_group)[row]
+            if group < 0:  # nobody multiplies this row
+                group, is_mine = Int32(0), False
         if cutlass.const_expr(self.spec.quantise):
-            (values,) = epilogue.round_blocks([values], array(given.input_scale)[0], lane=Int32(0), lanes=1, stride=1)
+            scale = array(given.input_scale)[group]
+            (values,) = epilogue.round_blocks([values], scale, lane=Int32(0), lanes=1, stride=1)
         for i in cutlass.range_constexpr(_BLOCK):
             loaded[i] = BFloat16(values[i])
         if is_mine:

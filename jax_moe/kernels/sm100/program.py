@@ -158,7 +158,7 @@ def with_config(p: Problem, card: Card, config: Config) -> Program:
             "gate_up.payload": blocks * gate_up_rows * _blocks(p.hidden_size, block_k), "gate_up.block_scale": 0,
             "down.payload": blocks * down_rows * _blocks(p.intermediate_size, block_k), "down.block_scale": 0,
         },
-        intermediate_size=padded_intermediate,
+        sizes=steps.sizes(p, padded_intermediate),
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The program of one call on sm_90a: which kernels, over which buffers. ``README.md`` says what is in these."""
+"""The programs of calls on sm_90a: which kernels, over which buffers. ``README.md`` says what is in these."""
 
 from collections.abc import Mapping
 import functools
@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax_moe import activations
 from jax_moe.kernels import steps, tiling
 from jax_moe.kernels.sm90.device import weight_block
-from jax_moe.kernels.sm90.specs import Config, Gemm1Spec, Gemm2Spec, with_most_stages
+from jax_moe.kernels.sm90.specs import Config, Gemm1Spec, Gemm2Spec, ProductSpec, with_most_stages
 from jax_moe.kernels.target import Card, Launch, Program
 from jax_moe.problem import Problem
+from jax_moe.product.problem import Product
 
 
 def _config(*widths: int) -> Config:
@@ -102,8 +103,37 @@ def build(p: Problem, card: Card) -> Program:
             "gate_up.payload": blocks * gate_up_rows * gate_up_columns, "gate_up.block_scale": 0,
             "down.payload": blocks * down_rows * down_columns, "down.block_scale": 0,
         },
-        intermediate_size=h_blocks * weight_block.BLOCK_K,
+        sizes=steps.sizes(p, h_blocks * weight_block.BLOCK_K),
     )  # fmt: skip
+
+
+def build_product(p: Product, card: Card) -> Program:
+    """The program of a grouped product, its kernels chosen from its shapes and for ``card``.
+
+    Raises:
+      ValueError: a size is beyond what the kernels take.
+    """
+    config = best_config(card, max(1, p.num_rows), 1, p.num_groups)
+    row_blocks = _blocks(p.out_features, weight_block.BLOCK_ROWS)
+    columns = _blocks(p.in_features, weight_block.BLOCK_K)
+    groups, workspaces = steps.groups(p, config.token_tile, card)
+    before = [groups]
+    if p.precision == "w4a4":
+        x_rows, more = steps.rounded_rows(p)
+        before.append(x_rows)
+        workspaces |= more
+    spec = ProductSpec(config, p.precision, str(p.out_dtype), p.has_bias)
+    product = Launch("product", spec, card.multiprocessors * config.ctas_per_sm, {
+        **steps.product_arguments(p), "m_blocks": row_blocks, "k_blocks": columns,
+    })  # fmt: skip
+    payload_bytes = p.local_groups * row_blocks * columns * weight_block.BLOCK_BYTES
+    return Program(
+        launches=(*before, product) if p.num_rows else (),
+        adds=None,
+        workspaces=workspaces,
+        weight_bytes={"weights.payload": payload_bytes, "weights.block_scale": 0},
+        sizes=steps.product_sizes(p),
+    )
 
 
 def _blocks(size: int, block: int) -> int:

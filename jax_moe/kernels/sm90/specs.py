@@ -118,3 +118,19 @@ class Gemm2Spec(_Wgmma, specs.Gemm2Spec):
             "hidden_size": "i32", "row_divisor": "i32", "local_experts": "i32", "m_blocks": "i32", "k_blocks": "i32",
             "h_blocks": "i32",
         }  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class ProductSpec(_Wgmma, specs.ProductSpec):
+    """The grouped product of this target."""
+
+    implementation = "jax_moe.kernels.sm90.device.product:Product"
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        out = "bf16*" if self.out_dtype == "bfloat16" else "f32*"
+        return {
+            "x": "bf16*", "row_route": "i32*", "tile_expert": "i32*", "expert_tiles": "i32*", "group_ends": "i32*",
+            "payload": "u8*", "global_scale": "f32*", "input_scale": "f32*", "bias": "f32*", "out": out,
+            "in_features": "i32", "out_features": "i32", "local_experts": "i32", "m_blocks": "i32", "k_blocks": "i32",
+        }  # fmt: skip

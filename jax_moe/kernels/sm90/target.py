@@ -1,6 +1,6 @@
 """Hopper: the target sm_90a and its cards."""
 
-from jax_moe.kernels.sm90.program import build
+from jax_moe.kernels.sm90.program import build, build_product
 from jax_moe.kernels.target import Card, Target
 
 # Nanoseconds in which a multiprocessor gets through a 128 x 64 block of GEMM1's weights, by m warpgroups and by the
@@ -22,4 +22,5 @@ SM90 = Target(
         Card("H100 80GB HBM3", 132, 3.35, _H200_NANOSECONDS),
     ),
     program=build,
+    product=build_product,
 )

@@ -75,7 +75,7 @@ class Gemm2(mainloop.Gemm):
         inside = feature < op.hidden_size
         if not inside:  # the whole warp loads sums together; what is outside is not stored
             feature = Int32(0)
-        made = outputs.contribution(op, self.spec, unit.expert, feature, self.unscale)
+        made = outputs.contribution(op, self.spec, unit.expert, feature, op.hidden_size, self.unscale)
         whole = unit.width // 32 * 32
         if cutlass.const_expr(self.n >= 32):
             for column in cutlass.range(0, whole, 32, unroll=1):

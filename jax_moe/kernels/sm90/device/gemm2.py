@@ -92,7 +92,8 @@ class Gemm2(mainloop.Gemm):
             self._store(op, shared, unit, mine + 2 * quad, feature, accumulators, width)
 
     def _store(self, op, shared, unit, first_row, feature, accumulators, width):
-        made = outputs.contribution(op, self.spec, unit.expert, feature, 2.0**-bf16_weights.WEIGHT_LOG2)
+        unscale = 2.0**-bf16_weights.WEIGHT_LOG2
+        made = outputs.contribution(op, self.spec, unit.expert, feature, op.hidden_size, unscale)
         for j in range(width // 8):
             for c in range(2):
                 row = first_row + 8 * j + c
