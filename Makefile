@@ -12,7 +12,7 @@ TESTS ?=
 WORKERS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: demo test install wheels zig lint typecheck clean
+.PHONY: demo test install wheels zig lint typecheck docs docs-links clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py
@@ -31,6 +31,10 @@ lint: install
 
 typecheck: install
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# The site as a folder, build/docs; and every link that leaves it, followed.
+docs docs-links: install
+	$(BIN)/python -m sphinx -q -W --keep-going -n -b $(if $(filter docs,$@),html,linkcheck) docs build/$@
 
 # Installed again whenever something that the wheel is made of has changed.
 SOURCES := pyproject.toml README.md LICENSE $(shell git ls-files jax_moe ffi)
