@@ -61,7 +61,7 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 
 # Names of other packages, whose pages are not looked up; a name of ours that is not on the API page is an error.
-nitpick_ignore_regex = [("py:.*", r"(collections|flax|jax|numpy|pathlib)\..*")]
+nitpick_ignore_regex = [("py:.*", r"(collections|flax|jax|numpy|pathlib|jax_moe\.checkpoints\.files)\..*")]
 
 _LINK = re.compile(r"\[([^\]]*)\]\(([^)#:\s]+)(#[^)\s]*)?\)")
 

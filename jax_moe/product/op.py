@@ -143,7 +143,7 @@ def linear(
     Args:
       x: bfloat16 ``[..., C]``.
       weights: ``[N, C]``: a projection without lead axes, from :func:`jax_moe.quantize_projection` or
-        ``jax_moe.checkpoints.load_projection``; on a GPU after :func:`jax_moe.prepare`.
+        :func:`jax_moe.checkpoints.load_projection`; on a GPU after :func:`jax_moe.prepare`.
       precision, out_dtype, command_buffer: as for :func:`ragged_dot`.
 
     Returns:
