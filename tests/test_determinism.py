@@ -181,6 +181,7 @@ def test_the_scale_of_x_is_that_of_its_largest_value():
 # --- Plans of a GPU -----------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def first_tokens_of_the_other_order(top_k: int, num_experts: int) -> int:
     """The least T whose plan sums in one order of all blocks; below it, all plans sum even and odd blocks apart."""
     ways = [program.best_config(SM90.cards[0], tokens, top_k, num_experts).k_warpgroups for tokens in range(1, 1025)]
