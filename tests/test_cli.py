@@ -142,7 +142,7 @@ def test_bench_writes_what_it_shows(tmp_path):
 
 
 FOUR = "four positive integers"
-COUNTS = "needs numbers from 1, as 1,32, or ranges, as 1-8192"
+COUNTS = "needs numbers from 1 to 1000000, as 1,32, or ranges, as 1-8192"
 ACTIVATION = "SwiGLU, GeGLU, ReLU2, SiTU, by itself or with alpha,beta,limit"
 
 
@@ -153,34 +153,37 @@ ACTIVATION = "SwiGLU, GeGLU, ReLU2, SiTU, by itself or with alpha,beta,limit"
     ("bench --model 4,2,100,64", "--model: got H = 100, needs a multiple of 16"),
     ("bench --model 2,3,48,32", "--model: got K = 3, needs at most E = 2"),
     ("bench --tokens 0", f"--tokens: got '0', {COUNTS}"),
+    ("bench --tokens 1-99999999999", f"--tokens: got '1-99999999999', {COUNTS}"),
     ("bench --repeats 0", "--repeats"),
+    ("bench --seed 99999999999999999999", "--seed"),
     ("bench --precision fp8", "--precision: got 'fp8', needs one of 'w4a16', 'w4a4'"),
     ("bench --combine sum", "--combine: got 'sum', needs one of 'atomic', 'ordered'"),
     ("bench --json /nope/x.json", "--json: got '/nope/x.json', needs a file that can be written"),
-    ("compile", "nothing to compile: give --shape or --layer"),
-    ("compile --shape qwen", "--shape: got 'qwen', needs one of qwen3-30b-a3b, qwen3-235b-a22b"),
-    ("compile --layer 8,2,64,64 --target hopper", "--target: got 'hopper', needs one of sm_90a"),
-    ("compile --layer 1,2,3", f"--layer: got '1,2,3', needs L,K,H,I: {FOUR}"),
-    ("compile --layer a,b,c,d", f"--layer: got 'a,b,c,d', needs L,K,H,I: {FOUR}"),
-    ("compile --layer 8,-2,128,64", f"--layer: got '8,-2,128,64', needs L,K,H,I: {FOUR}"),
-    ("compile --layer 0,2,128,64", f"--layer: got '0,2,128,64', needs L,K,H,I: {FOUR}"),
-    ("compile --layer 8,2,128,72", "--layer: got I = 72, needs a multiple of 16"),
-    ("compile --layer 8,2,64,64 --num-experts 4", "--num-experts: got 4, needs at least L = 8"),
-    ("compile --layer 8,2,64,64 --tokens x", f"--tokens: got 'x', {COUNTS}"),
-    ("compile --layer 8,2,64,64 --tokens 1,,2", f"--tokens: got '', {COUNTS}"),
-    ("compile --layer 8,2,64,64 --tokens 8,32-1", f"--tokens: got '32-1', {COUNTS}"),
-    ("compile --layer 8,2,64,64 --tokens 1-", f"--tokens: got '1-', {COUNTS}"),
-    ("compile --layer 8,2,64,64 --tokens 0-4", f"--tokens: got '0-4', {COUNTS}"),
-    ("compile --layer 8,2,64,64 --tokens -5", f"--tokens: got '-5', {COUNTS}"),
-    ("compile --layer 8,2,64,64 --precision w4a16,fp8", "--precision: got 'fp8', needs one of 'w4a16', 'w4a4'"),
-    ("compile --layer 8,2,64,64 --combine both", "--combine: got 'both', needs one of 'atomic', 'ordered'"),
-    ("compile --layer 8,2,64,64 --weight-on both", "--weight-on: got 'both', needs one of 'output', 'input'"),
-    ("compile --layer 8,2,64,64 --out-dtype float16", "--out-dtype: got float16, needs bfloat16 or float32"),
-    ("compile --layer 8,2,64,64 --activation swiglu", f"--activation: got 'swiglu', needs one of {ACTIVATION}"),
-    ("compile --layer 8,2,64,64 --activation SwiGLU,1", f"--activation: got 'SwiGLU,1', needs one of {ACTIVATION}"),
-    ("compile --layer 8,2,64,64 --activation SwiGLU,1,2,x", "--activation: got 'SwiGLU,1,2,x', needs one of"),
-    ("compile --layer 8,2,64,64 --activation GeGLU,1,0,inf", "--activation: got 'GeGLU,1,0,inf', needs one of"),
-    ("compile --layer 8,2,64,64 --jobs 0", "--jobs"),
+    ("compile", "nothing to compile: give --model"),
+    ("compile --model qwen", f"--model: got 'qwen', needs one of qwen3-30b-a3b, qwen3-235b-a22b, deepseek-r1-ep8, "
+     f"mixtral-8x7b, gpt-oss-120b, or L,K,H,I: {FOUR}"),
+    ("compile --model 8,2,64,64 --target hopper", "--target: got 'hopper', needs one of sm_90a"),
+    ("compile --model 1,2,3", "--model: got '1,2,3', needs one of"),
+    ("compile --model a,b,c,d", "--model: got 'a,b,c,d', needs one of"),
+    ("compile --model 8,-2,128,64", "--model: got '8,-2,128,64', needs one of"),
+    ("compile --model 0,2,128,64", "--model: got '0,2,128,64', needs one of"),
+    ("compile --model 8,2,128,72", "--model: got I = 72, needs a multiple of 16"),
+    ("compile --model 8,2,64,64 --num-experts 4", "--num-experts: got 4, needs at least L = 8"),
+    ("compile --model 8,2,64,64 --tokens x", f"--tokens: got 'x', {COUNTS}"),
+    ("compile --model 8,2,64,64 --tokens 1,,2", f"--tokens: got '', {COUNTS}"),
+    ("compile --model 8,2,64,64 --tokens 8,32-1", f"--tokens: got '32-1', {COUNTS}"),
+    ("compile --model 8,2,64,64 --tokens 1-", f"--tokens: got '1-', {COUNTS}"),
+    ("compile --model 8,2,64,64 --tokens 0-4", f"--tokens: got '0-4', {COUNTS}"),
+    ("compile --model 8,2,64,64 --tokens -5", f"--tokens: got '-5', {COUNTS}"),
+    ("compile --model 8,2,64,64 --precision w4a16,fp8", "--precision: got 'fp8', needs one of 'w4a16', 'w4a4'"),
+    ("compile --model 8,2,64,64 --combine both", "--combine: got 'both', needs one of 'atomic', 'ordered'"),
+    ("compile --model 8,2,64,64 --weight-on both", "--weight-on: got 'both', needs one of 'output', 'input'"),
+    ("compile --model 8,2,64,64 --out-dtype float16", "--out-dtype: got float16, needs bfloat16 or float32"),
+    ("compile --model 8,2,64,64 --activation swiglu", f"--activation: got 'swiglu', needs one of {ACTIVATION}"),
+    ("compile --model 8,2,64,64 --activation SwiGLU,1", f"--activation: got 'SwiGLU,1', needs one of {ACTIVATION}"),
+    ("compile --model 8,2,64,64 --activation SwiGLU,1,2,x", "--activation: got 'SwiGLU,1,2,x', needs one of"),
+    ("compile --model 8,2,64,64 --activation GeGLU,1,0,inf", "--activation: got 'GeGLU,1,0,inf', needs one of"),
+    ("compile --model 8,2,64,64 --jobs 0", "--jobs"),
 ], ids=lambda value: value if value.startswith(("bench", "compile")) else "")  # fmt: skip
 def test_a_mistake_names_its_option_and_what_that_needs(compiler, monkeypatch, command, message):
     monkeypatch.setattr(bench, "time_op", lambda *_: pytest.fail("measured before the options were checked"))
@@ -200,6 +203,19 @@ def test_activations_that_an_error_prints_are_read_back():
         assert options.activation("--activation", type(activation).__name__) == type(activation)()
 
 
+def test_compile_and_bench_call_a_layer_alike(compiler):
+    """And compile by its former names, which messages and scripts have."""
+
+    def made(*arguments):
+        compiler.clear()
+        assert run_here("compile", "--tokens", "1", *arguments).exit_code == 0
+        return list(compiler)
+
+    name, sizes = "qwen3-30b-a3b", "128,8,2048,768"
+    assert made("--model", name) == made("--model", sizes) == made("--shape", name) == made("--layer", sizes)
+    assert set(made("--model", name, "--model", "8,2,64,64")) > set(made("--model", name))
+
+
 def test_token_counts_are_numbers_and_ranges():
     assert options.numbers("--tokens", "1-3,32,5-5") == [1, 2, 3, 32, 5]
 
@@ -211,7 +227,7 @@ def test_token_counts_are_numbers_and_ranges():
 def test_compile_makes_the_kernels_of_every_value_in_a_list(compiler, option, values):
     def made(text):
         compiler.clear()
-        assert run_here("compile", "--layer", "8,2,64,64", "--tokens", "1,64", option, text).exit_code == 0
+        assert run_here("compile", "--model", "8,2,64,64", "--tokens", "1,64", option, text).exit_code == 0
         return set(compiler)
 
     first, second = map(made, values.split(","))
@@ -220,7 +236,7 @@ def test_compile_makes_the_kernels_of_every_value_in_a_list(compiler, option, va
 
 
 def test_compile_shows_every_column_in_a_pipe(compiler):
-    arguments = "compile --layer 8,2,64,64 --tokens 1-64,8150-8192 --activation SiTU"
+    arguments = "compile --model 8,2,64,64 --tokens 1-8,8190-8192 --activation SiTU"
     ran = CliRunner(env={"COLUMNS": "80"}).invoke(app, arguments.split())
     assert ran.exit_code == 0
     for heading in ("kernel", "threads", "registers", "stack bytes", "shared bytes", "tensor core", "cubin bytes"):
@@ -239,7 +255,7 @@ def test_check_fails_for_what_spills_or_has_no_wgmma(compiler, monkeypatch, fact
     stub = cache.compiled
     bad = {"stack_bytes": dsl.MOST_STACK_BYTES + 8, "tensor_core_instructions": 0}[fact]
     monkeypatch.setattr(cache, "compiled", lambda *call: dataclasses.replace(stub(*call), **{fact: bad}))
-    arguments = ["compile", "--layer", "8,2,64,64", "--tokens", "1-2"]
+    arguments = ["compile", "--model", "8,2,64,64", "--tokens", "1-2"]
     assert run_here(*arguments).exit_code == 0
     ran = run_here(*arguments, "--check")
     assert ran.exit_code == 1
@@ -248,7 +264,7 @@ def test_check_fails_for_what_spills_or_has_no_wgmma(compiler, monkeypatch, fact
 
 def test_every_combination_of_a_list_is_compiled(compiler):
     arguments = "--tokens 1,100-101 --precision w4a16,w4a4 --combine atomic,ordered --out-dtype bfloat16,float32"
-    assert run_here("compile", "--layer", "8,2,64,64", *arguments.split()).exit_code == 0
+    assert run_here("compile", "--model", "8,2,64,64", *arguments.split()).exit_code == 0
     gemms = [name for name in compiler if "_gemm2_" in name]
     for parts in itertools.product(("_w4a16_", "_w4a4_"), ("atomic_bfloat16", "atomic_float32", "ordered_float32")):
         assert sum(all(part in name for part in parts) for name in gemms) == 2, (
@@ -266,17 +282,41 @@ def test_processes_compile_every_kernel(monkeypatch, tmp_path):
     for spec in wanted:
         name = cache._file_name(spec, "sm_90a", cache._compiler_version() or "1.0")
         cache._write(cache.cache_folder() / name, kernel)
-    ran = run_here("compile", "--layer", "8,2,64,64", "--tokens", "1,100", "--jobs", "2")
+    ran = run_here("compile", "--model", "8,2,64,64", "--tokens", "1,100", "--jobs", "2")
     assert ran.exit_code == 0, ran.output
     assert all(row(ran.output, spec.name).count("98765") == 1 for spec in wanted)
 
 
 def test_compile_without_the_compiler_is_one_plain_line(no_compiler):
-    ran = run_here("compile", "--layer", "8,2,64,64", "--tokens", "1")
+    ran = run_here("compile", "--model", "8,2,64,64", "--tokens", "1")
     assert ran.exit_code == 1
     (line,) = ran.output.splitlines()
     assert "needs nvidia-cutlass-dsl" in line
     assert "pip install nvidia-cutlass-dsl" in line
+
+
+@pytest.mark.parametrize(("command", "message"), [
+    ("bench --model 99999999,2,48000,32000 --tokens 1", "not enough memory: "),
+    (f"convert {CHECKPOINT} /dev/null", "File exists: '/dev/null'"),
+    (f"convert {CHECKPOINT} /proc/nothing/out", "No such file or directory: '/proc/nothing'"),
+    (f"inspect {CHECKPOINT / 'config.json'}", "found a file, expected a directory with a checkpoint"),
+], ids=["memory", "file", "folder", "no directory"])  # fmt: skip
+def test_what_the_machine_cannot_do_is_one_plain_line(command, message):
+    ran = run_here(*shlex.split(command))
+    assert ran.exit_code == 1
+    (line,) = ran.output.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("no GPU\nat all"), ImportError("no GPU"), OSError("no GPU")], ids=repr)
+def test_a_device_or_a_library_that_fails_is_one_plain_line(monkeypatch, failure):
+    def devices():
+        raise failure
+
+    monkeypatch.setattr(bench.jax, "devices", devices)
+    ran = run_here("bench", "--model", "3,2,48,32")
+    assert (ran.exit_code, ran.output) == (1, "error: no GPU\n")
 
 
 def test_bench_without_a_kernel_prints_the_error_alone(no_compiler, monkeypatch):
@@ -293,7 +333,7 @@ def test_bench_without_a_kernel_prints_the_error_alone(no_compiler, monkeypatch)
 def test_a_table_is_complete_on_a_narrow_terminal():
     piped = run("inspect", str(CHECKPOINT)).stdout
     cells = [cell.strip() for cell in piped.splitlines()[4].split("│")[1:-1]]
-    assert len(cells) == 10
+    assert len(cells) == 13
     shown = run_on_a_terminal("inspect", str(CHECKPOINT))
     _, *lines = shown.splitlines()
     assert max(map(len, lines)) <= 80

@@ -26,6 +26,7 @@ from jax_moe.checkpoints.converted import named_leaves, VERSION
 from jax_moe.checkpoints.files import (
     brief,
     CheckpointError,
+    expand_home,
     read_bytes,
     read_header,
     read_json,
@@ -81,7 +82,7 @@ def convert(
       ValueError: unknown layout, no layers, or the checkpoint was itself converted to another target's.
     """
     layout = targets.layout_for(layout, None, "layout").name
-    source, target = Path(directory), Path(output)
+    source, target = expand_home(directory), expand_home(output)
     model = open_model(source)
     numbers = _checked(model, layers, layout)
     target.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ import math
 import mmap
 import os
 from pathlib import Path, PurePosixPath
+import shlex
 import stat
 from typing import Any, BinaryIO, TypeGuard
 
@@ -219,13 +220,18 @@ class Files:
     def __init__(self, directory: str | os.PathLike):
         """Opens ``directory``: ``model.safetensors.index.json`` if it has one, else every ``*.safetensors`` in it.
 
+        "~" at its start is the home directory.
+
         Raises:
           CheckpointError: there is no such directory, no safetensors file, or the index is malformed or points
             outside the directory.
         """
-        self.directory = Path(directory)
+        self.directory = expand_home(directory)
         if not self.directory.is_dir():
-            raise CheckpointError(f"{self.directory}: found no directory, expected one with a checkpoint")
+            found = "a file" if self.directory.is_file() else "no directory"
+            raise CheckpointError(
+                f"{self.directory}: found {found}, expected a directory with a checkpoint; {how_to_download(self.directory)}"
+            )
         self._headers: dict[Path, tuple[dict[str, TensorInfo], dict[str, str]]] = {}
         self._json: dict[str, dict[str, Any] | None] = {}
         self._sorted: list[str] | None = None
@@ -281,7 +287,9 @@ class Files:
         single = self.directory / "model.safetensors"
         shards = [single] if single.exists() else sorted(self.directory.glob("*.safetensors"))
         if not shards:
-            raise CheckpointError(f"{self.directory}: found no *.safetensors file, expected a checkpoint")
+            raise CheckpointError(
+                f"{self.directory}: found no *.safetensors file, expected a checkpoint; {how_to_download(self.directory)}"
+            )
         shard_of: dict[str, Path] = {}
         for shard in shards:
             for name in self._header(shard)[0]:
@@ -311,6 +319,22 @@ class Files:
         if shard == self.directory or not shard.parent.resolve().is_relative_to(root):
             raise CheckpointError(f"{index}: found the file name {brief(entry)}, which leads outside {self.directory}")
         return shard
+
+
+def expand_home(path: str | os.PathLike[str]) -> Path:
+    """The path, "~" at its start being the home directory: a shell expands it in few places, Python nowhere."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # "~somebody" of nobody
+        raise CheckpointError(f"{path}: found no such home directory ({error}), expected a path") from None
+
+
+def how_to_download(directory: Path) -> str:
+    """What to do about a checkpoint that is not there, or not whole."""
+    return (
+        "`pip install huggingface_hub`, then `hf download OWNER/MODEL --local-dir "
+        f"{shlex.quote(str(directory))}` downloads a published one (config.json, *.safetensors and its tokenizer)"
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -350,7 +374,10 @@ def _regular_file_size(path: Path) -> int:
     try:
         status = os.stat(path)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: found no such file ({error}), expected it in the checkpoint") from None
+        raise CheckpointError(
+            f"{path}: found no such file ({error}), expected it in the checkpoint; if its download is not complete, "
+            f"{how_to_download(path.parent)}"
+        ) from None
     if not stat.S_ISREG(status.st_mode):  # opening a FIFO would hang
         raise CheckpointError(f"{path}: found something that is not a regular file")
     return status.st_size

@@ -14,6 +14,7 @@ import numpy as np
 from jax_moe import nvfp4
 from jax_moe.checkpoints import quantization, stored
 from jax_moe.checkpoints.files import CheckpointError, Files, FLOATS, read_floats, read_rows, TensorInfo
+from jax_moe.experts import Projection
 
 _FP8_SCALES = ("weight_scale", "weight_scale_inv", "scale")
 _FP8_SCALE_DTYPES = (*FLOATS, "F8_E8M0", "U8")
@@ -52,6 +53,34 @@ def read_linear(files: Files, module: str) -> Linear:
     return read_plain(files, module)
 
 
+def read_projection(files: Files, module: str) -> Projection:
+    """Reads the 4-bit linear layer ``module`` as it is: NumPy arrays ``[N, C/2]``, ``[N, C/16]``, scalars, and a bias.
+
+    Raises:
+      CheckpointError: as :func:`read_linear`, or the layer is not in NVFP4, nor in MXFP4 that NVFP4 represents.
+    """
+    quantization.refuse_online_transforms(files, [module])
+    present = files.under(f"{module}.")
+    weight = files.info(f"{module}.weight") if f"{module}.weight" in present else None
+    if weight is not None and weight.dtype not in ("U8", "I8"):
+        raise CheckpointError(
+            f"{weight}: found {weight.summary}, expected {module} in NVFP4 or MXFP4; load_linear reads it in bfloat16"
+        )
+    linear = stored.find_linear(files, module)
+    bias = _bias(files, f"{module}.bias", linear.num_rows)
+    _check_explained(files, module, present - linear.expected_names())
+    input_scale = linear.input_scale(0, 0)
+    if any("FP8" in name for name in quantization.algorithms(files, module)):
+        input_scale = None  # W4A8: it is that of FP8 activations
+    return Projection(
+        payload=np.ascontiguousarray(linear.payload(0, 0)),
+        block_scale=np.ascontiguousarray(linear.block_scale(0, 0)),
+        global_scale=np.float32(linear.global_scale(0, 0)),
+        input_scale=None if input_scale is None else np.float32(input_scale),
+        bias=bias,
+    )
+
+
 def read_plain(files: Files, module: str) -> Linear:
     """As :func:`read_linear`, where the configuration has been asked for transforms already."""
     present = files.under(f"{module}.")
@@ -63,13 +92,17 @@ def read_plain(files: Files, module: str) -> Linear:
     else:
         matrix, used = _floats(weight), {weight.name}
     bias = _bias(files, f"{module}.bias", matrix.shape[0])
-    unexplained = present - used - {f"{module}.{name}" for name in ("bias", *_ACTIVATIONS)}
+    _check_explained(files, module, present - used)
+    return Linear(matrix, bias)
+
+
+def _check_explained(files: Files, module: str, left: Set[str]) -> None:
+    unexplained = left - {f"{module}.{name}" for name in ("bias", *_ACTIVATIONS)}
     if unexplained:
         raise CheckpointError(
             f"{files.info(min(unexplained))}: found a tensor that a linear layer in this format does not have; leaving "
             "it out could change the result"
         )
-    return Linear(matrix, bias)
 
 
 def _bias(files: Files, name: str, rows: int) -> np.ndarray | None:

@@ -1,7 +1,6 @@
 """The public loaders, for published checkpoints and for what ``convert`` wrote."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,11 +10,20 @@ from jax_moe import placement
 from jax_moe.checkpoints import leaves, linear, quantization, router, shared_expert
 from jax_moe.checkpoints.files import CheckpointError, Files, read_rows
 from jax_moe.checkpoints.layer import open_experts
-from jax_moe.checkpoints.model import open_model
-from jax_moe.experts import Experts
+from jax_moe.checkpoints.model import Model, open_model
+from jax_moe.experts import Experts, Projection
 from jax_moe.layers import HashRouter, Router, SharedExpert
 
-Directory = str | os.PathLike[str]
+Directory = str | os.PathLike[str] | Model
+"""A checkpoint directory, or what :func:`jax_moe.checkpoints.open_model` returned for it."""
+
+
+def _model(directory: Directory) -> Model:
+    return directory if isinstance(directory, Model) else open_model(directory)
+
+
+def _files(directory: Directory) -> Files:
+    return directory.files if isinstance(directory, Model) else Files(directory)
 
 
 def load_experts(
@@ -37,7 +45,8 @@ def load_experts(
     maps, an expert at a time: memory holds the result and two experts.
 
     Args:
-      directory: holds ``config.json`` and safetensors files, with or without an index.
+      directory: holds ``config.json`` and safetensors files, with or without an index; or what :func:`open_model`
+        returned for it, which all loaders of this module take: each call then saves reading the headers again.
       layer: number of the layer, as in the tensors' names.
       experts: only these (expert parallelism by hand: use ``expert_offset=experts.start`` in ``fused_moe``). The
         input scale of x is the maximum over all experts even so.
@@ -58,7 +67,7 @@ def load_experts(
       TypeError: ``layer`` is not an int, or ``experts`` neither slice nor range.
       ValueError: ``experts`` is not a contiguous part of the layer's experts, or the mesh does not divide E or I.
     """
-    source = open_experts(open_model(Path(directory)), layer, quantize=quantize)
+    source = open_experts(_model(directory), layer, quantize=quantize)
     chosen = _chosen(experts, source.num_experts)
     return leaves.to_jax(source.leaves(chosen), mesh, expert_axis, tensor_axis, progress)
 
@@ -73,7 +82,7 @@ def load_router(directory: Directory, layer: int) -> Router | HashRouter:
         rule needs is missing, or one that it has no use for is there.
       TypeError: as :func:`load_experts`.
     """
-    model = open_model(Path(directory))
+    model = _model(directory)
     name = router.router_module(model, layer)
     quantization.refuse_online_transforms(model.files, [name], [model.module(layer)])
     return router.open_router(model, layer)
@@ -85,7 +94,7 @@ def load_shared_expert(directory: Directory, layer: int) -> SharedExpert | None:
     Raises:
       CheckpointError, TypeError: as :func:`load_experts`.
     """
-    return shared_expert.open_shared_expert(open_model(Path(directory)), layer)
+    return shared_expert.open_shared_expert(_model(directory), layer)
 
 
 def load_tensor(directory: Directory, name: str) -> jax.Array:
@@ -94,7 +103,7 @@ def load_tensor(directory: Directory, name: str) -> jax.Array:
     Raises:
       CheckpointError: as :func:`load_experts`.
     """
-    return jax.device_put(np.array(read_rows(Files(directory).info(name))))
+    return jax.device_put(np.array(read_rows(_files(directory).info(name))))
 
 
 def load_linear(directory: Directory, module: str) -> jax.Array:
@@ -105,7 +114,20 @@ def load_linear(directory: Directory, module: str) -> jax.Array:
     Raises:
       CheckpointError: as :func:`load_experts`.
     """
-    return jax.device_put(linear.read_linear(Files(directory), module).weight)
+    return jax.device_put(linear.read_linear(_files(directory), module).weight)
+
+
+def load_projection(directory: Directory, module: str) -> Projection:
+    """Loads the weight of a 4-bit linear layer as it is stored, for :func:`jax_moe.linear`; :func:`load_linear` widens it.
+
+    Returns:
+      Canonical ``[N, C]`` without lead axes; with its input scale (what ``precision="w4a4"`` needs) and its bias, where
+      the file has them. On a GPU it goes through :func:`jax_moe.prepare`.
+
+    Raises:
+      CheckpointError: as :func:`load_experts`, or the layer is in another format, which the message names.
+    """
+    return jax.tree.map(jax.device_put, linear.read_projection(_files(directory), module))
 
 
 def moe_options(directory: Directory, layer: int | None = None) -> dict[str, Any]:
@@ -119,7 +141,7 @@ def moe_options(directory: Directory, layer: int | None = None) -> dict[str, Any
       CheckpointError: as :func:`load_experts`, or the options depend on the layer.
       TypeError: as :func:`load_experts`.
     """
-    model = open_model(Path(directory))
+    model = _model(directory)
     if layer is not None:
         model.module(layer)
     return {"activation": model.family.activation(model.settings(layer)), "weight_on": model.family.weight_on}
@@ -131,11 +153,11 @@ def check_whole_module(directory: Directory, layer: int) -> None:
     Raises:
       CheckpointError: the reason, and what can be loaded.
     """
-    model = open_model(Path(directory))
+    model = _model(directory)
     reason = model.family.apart(model.settings(layer))
     if reason is not None:
         raise CheckpointError(
-            f"{directory}: layer {layer} of {model.family.name}: found that {reason}, expected a module that "
+            f"{model.files.directory}: layer {layer} of {model.family.name}: found that {reason}, expected a module that "
             "is a function of one x; load_experts, load_router and load_shared_expert load its parts one by one"
         )
 
@@ -146,7 +168,7 @@ def list_layers(directory: Directory) -> list[int]:
     Raises:
       CheckpointError: as :func:`load_experts`.
     """
-    return list(open_model(Path(directory)).modules)
+    return list(_model(directory).modules)
 
 
 def _chosen(experts: slice | range | None, num_experts: int) -> range:

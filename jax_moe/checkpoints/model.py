@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from pathlib import Path
+import os
 import re
 
 from jax_moe import arguments, nvfp4
@@ -15,7 +15,9 @@ from jax_moe.checkpoints.settings import Settings
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A checkpoint directory, its config and its family.
+    """An open checkpoint: its files, its config and its family. The loaders take it in place of the directory.
+
+    A caller may use :meth:`settings`; the rest is for the loaders.
 
     Attributes:
       files: the tensors.
@@ -48,7 +50,10 @@ class Model:
         return self.modules[layer]
 
     def settings(self, layer: int | None = None) -> Settings:
-        """The configuration as a layer sees it; without one, settings that depend on the layer are errors."""
+        """The configuration, whose values are checked when they are read, as a layer sees it.
+
+        Without a layer, settings that depend on it are errors.
+        """
         return Settings(self.config, self.config_file, layer)
 
     def beside(self, layer: int) -> list[str]:
@@ -62,19 +67,25 @@ class Model:
         return sorted(name for name in self.files.names() if name.startswith(prefixes) and not name.startswith(experts))
 
 
-def open_model(directory: Path) -> Model:
-    """Reads the config and finds the MoE layers.
+def open_model(directory: str | os.PathLike[str]) -> Model:
+    """Reads the config and finds the MoE layers; what the files' headers say is read once, when it is first needed.
+
+    For a program that loads a whole model: a checkpoint of 75,000 tensors takes seconds to open, and every loader that
+    gets a directory opens it. The files must stay as they are until the last one has been loaded.
+
+    Args:
+      directory: of the checkpoint; "~" is the home directory.
 
     Raises:
       CheckpointError: there is no usable config or index, the model family is unknown, or there are no experts.
     """
     files = Files(directory)
-    config_path = directory / "config.json"
+    config_path = files.directory / "config.json"
     whole = read_json(config_path)
     family, config = family_of(whole, str(config_path))
     modules = _find_modules(files, family, config)
     if not modules:
-        raise CheckpointError(f"{directory}: {_nothing(files, family)}")
+        raise CheckpointError(f"{files.directory}: {_nothing(files, family)}")
     return Model(files, family, config, modules)
 
 

@@ -11,8 +11,12 @@ from jax_moe.checkpoints.model import Model
 from jax_moe.layers import SharedExpert
 
 
-def open_shared_expert(model: Model, layer: int) -> SharedExpert | None:
-    """See :func:`jax_moe.checkpoints.load_shared_expert`."""
+def find_shared_expert(model: Model, layer: int) -> tuple[str, tuple[str, ...]] | None:
+    """The module of a layer's shared expert, and the names of its linear layers, the last being down; None without one.
+
+    Raises:
+      CheckpointError: the configuration says that there is one, and the files have none.
+    """
     module, family, settings = model.module(layer), model.family, model.settings(layer)
     names = model.files.names()
     candidates = [full_name(module, name) for name in family.shared_expert]
@@ -28,6 +32,35 @@ def open_shared_expert(model: Model, layer: int) -> SharedExpert | None:
         (each for each in linears if any(tensor.startswith(f"{expert}.{each[0]}.") for tensor in names)),
         linears[0],
     )
+    return expert, chosen
+
+
+def describe_shared_expert(model: Model, layer: int) -> str | None:
+    """Its sizes, from the headers, as "2 x [I, H]"; None without one.
+
+    Raises:
+      CheckpointError: see :func:`find_shared_expert`, or it has no weights.
+    """
+    found = find_shared_expert(model, layer)
+    if found is None:
+        return None
+    expert, linears = found
+    first = f"{expert}.{linears[0]}"
+    packed = f"{first}.weight_packed"
+    weight = model.files.info(packed if packed in model.files.names() else f"{first}.weight")
+    rows = weight.shape[0] if weight.shape else 0
+    gated = "" if model.family.shared_expert_gate is None else ", behind a gate"
+    return f"{len(linears) - 1} x [{rows}, {model.settings(layer).integer('hidden_size')}]{gated}"
+
+
+def open_shared_expert(model: Model, layer: int) -> SharedExpert | None:
+    """See :func:`jax_moe.checkpoints.load_shared_expert`."""
+    module, family, settings = model.module(layer), model.family, model.settings(layer)
+    names = model.files.names()
+    found = find_shared_expert(model, layer)
+    if found is None:
+        return None
+    expert, chosen = found
     *parts, down = (read_linear(model.files, f"{expert}.{name}") for name in chosen)
     hidden, intermediate = settings.integer("hidden_size"), parts[0].weight.shape[0]
     shapes = [(intermediate, hidden)] * len(parts) + [(hidden, intermediate)]

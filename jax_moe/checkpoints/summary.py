@@ -3,15 +3,17 @@
 import dataclasses
 import math
 import os
-from pathlib import Path
 
 import jax
 import numpy as np
 
 from jax_moe.checkpoints.files import CheckpointError
 from jax_moe.checkpoints.layer import open_experts
-from jax_moe.checkpoints.model import open_model
+from jax_moe.checkpoints.model import Model, open_model, Sizes
+from jax_moe.checkpoints.router import open_router
+from jax_moe.checkpoints.shared_expert import describe_shared_expert
 from jax_moe.experts import Experts
+from jax_moe.layers import HashRouter
 
 Range = tuple[float, float]
 
@@ -24,6 +26,9 @@ class LayerSummary:
       layer: its number.
       format: of its experts.
       experts, parts, intermediate, hidden: E, P, I and H; for prepared layers I and H are those of the config.
+      top_k: K; None if the router cannot be loaded.
+      router: its rule, as a text; or the error that loading it would raise.
+      shared_expert: its sizes, as a text; None if the layer has none; or the error that loading it would raise.
       gate_up_scale, down_scale: smallest and largest global scale.
       part_ratio: how far the global scales of gate and up of one expert differ at most; 1 where they are equal.
       gate_up_input_scale, down_input_scale: ranges, or None if there are none.
@@ -36,6 +41,9 @@ class LayerSummary:
     parts: int
     intermediate: int
     hidden: int
+    top_k: int | None
+    router: str | CheckpointError
+    shared_expert: str | CheckpointError | None
     gate_up_scale: Range
     down_scale: Range
     part_ratio: float
@@ -60,25 +68,24 @@ class Summary:
 
 
 def summarize(directory: str | os.PathLike[str]) -> Summary:
-    """Reads headers, scales and biases of every MoE layer: all of the experts but their codes.
+    """Reads headers, scales and biases of every MoE layer, all of the experts but their codes, and its router.
 
     Raises:
       CheckpointError: the directory, its config or its index cannot be read.
     """
-    model = open_model(Path(directory))
+    model = open_model(directory)
     layers: dict[int, LayerSummary | CheckpointError] = {}
     for number in model.modules:
         try:
             source = open_experts(model, number)
-            layers[number] = _summarize_layer(
-                number, source.format, source.leaves(range(source.num_experts)), source.sizes
-            )
+            leaves = source.leaves(range(source.num_experts))
+            layers[number] = _summarize_layer(model, number, source.format, leaves, source.sizes)
         except CheckpointError as error:
             layers[number] = error
     return Summary(model.family.name, str(model.config.get("model_type")), layers)
 
 
-def _summarize_layer(number: int, format: str, leaves: Experts, sizes) -> LayerSummary:
+def _summarize_layer(model: Model, number: int, format: str, leaves: Experts, sizes: Sizes) -> LayerSummary:
     gate_up, down = leaves.gate_up.global_scale.read(), leaves.down.global_scale.read()
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = gate_up.max(1) / gate_up.min(1)
@@ -90,6 +97,7 @@ def _summarize_layer(number: int, format: str, leaves: Experts, sizes) -> LayerS
         for field in dataclasses.fields(projection):
             leaf = getattr(projection, field.name)
             nbytes += 0 if leaf is None else math.prod(leaf.shape) * leaf.dtype.itemsize
+    top_k, rule = _router(model, number)
     return LayerSummary(
         layer=number,
         format=format,
@@ -97,6 +105,9 @@ def _summarize_layer(number: int, format: str, leaves: Experts, sizes) -> LayerS
         parts=gate_up.shape[1],
         intermediate=sizes.intermediate,
         hidden=sizes.hidden,
+        top_k=top_k,
+        router=rule,
+        shared_expert=_shared_expert(model, number),
         gate_up_scale=_range(gate_up),
         down_scale=_range(down),
         part_ratio=float(ratios.max()),
@@ -104,6 +115,25 @@ def _summarize_layer(number: int, format: str, leaves: Experts, sizes) -> LayerS
         down_input_scale=_range_of(leaves.down.input_scale),
         nbytes=nbytes,
     )
+
+
+def _router(model: Model, number: int) -> tuple[int | None, str | CheckpointError]:
+    """K, and the rule: the method as it is written in Python, and what a method does not say."""
+    try:
+        router = open_router(model, number)
+    except CheckpointError as error:
+        return None, error
+    if isinstance(router, HashRouter):
+        return router.token_table.shape[1], f"by token id, {router.method!r}"
+    biased = "" if router.selection_bias is None else ", selection bias"
+    return router.k, f"{router.method!r}{biased}"
+
+
+def _shared_expert(model: Model, number: int) -> str | CheckpointError | None:
+    try:
+        return describe_shared_expert(model, number)
+    except CheckpointError as error:
+        return error
 
 
 def _range(values: np.ndarray) -> Range:

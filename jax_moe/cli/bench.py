@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import platform
 from typing import Annotated, Any
 
@@ -17,27 +18,29 @@ from jax_moe.kernels.cache import MissingKernelError
 _CHAIN = 16
 """Calls in a program on a GPU; on a CPU one call is long enough to be timed by itself."""
 
-_MODEL = f"one of {', '.join(shapes.MODELS)}, or E,K,H,I"
+_LETTERS = "E,K,H,I"
 
 
+@show.one_line_errors
 def bench(
-    model: Annotated[str, typer.Option(help=f"The layer: {_MODEL}.")] = "16,4,1024,512",
+    model: Annotated[str, typer.Option(help=f"The layer: {options.models(_LETTERS)}.")] = "16,4,1024,512",
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, as 1,32 or 1-8.")] = "1,32,256",
     precision: Annotated[str, typer.Option(help="w4a16, w4a4, or both separated by a comma.")] = "w4a16,w4a4",
     combine: Annotated[str, typer.Option(help="atomic or ordered.")] = "atomic",
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs; the median is shown.")] = 20,
-    seed: Annotated[int, typer.Option(help="Seed of weights, tokens and routing.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of weights, tokens and routing.")] = 0,
     output: Annotated[str | None, typer.Option("--json", help="Write the results to this file as well.")] = None,
 ) -> None:
     """Time fused_moe under jit, on a GPU in a command buffer; random weights, tokens and routing."""
     try:
-        shape = shapes.MODELS.get(model) or options.layer("--model", model, _MODEL)
+        shape = options.model("--model", model, _LETTERS)
         if shape.top_k > shape.num_experts:
             raise ValueError(f"--model: got K = {shape.top_k}, needs at most E = {shape.num_experts}")
         counts = options.numbers("--tokens", tokens)
         kinds = options.choices("--precision", precision, problem.Precision)
         arguments.choice("--combine", combine, problem.Combine)
         if output is not None:
+            output = os.path.expanduser(output)
             open(output, "a").close()  # whether it can be written is known before anything is measured
         layouts = {kind: targets.layout_for(None, kind).name for kind in kinds}
         canonical = timing.random_experts(shape, seed)

@@ -12,16 +12,17 @@ from jax_moe.cli import options, show
 from jax_moe.kernels import cache, compiler, lowering, targets
 from jax_moe.kernels.specs import Spec
 
+_LETTERS = "L,K,H,I"  # as of bench, but with the experts that a device holds
 _HEADINGS = ("kernel", "threads", "registers", "stack bytes", "shared bytes", "tensor core", "cubin bytes")
 
 
+@show.one_line_errors
 def compile(
     target: Annotated[str, typer.Option(help=f"One of {', '.join(targets.TARGETS)}.")] = next(iter(targets.TARGETS)),
-    shape: Annotated[
-        list[str] | None, typer.Option(help=f"One of {', '.join(shapes.MODELS)}; may be repeated.")
-    ] = None,
-    layer: Annotated[
-        list[str] | None, typer.Option(help="L,K,H,I: local experts, top-k, hidden, intermediate; may be repeated.")
+    model: Annotated[
+        list[str] | None,
+        # It had the other two names once, and messages of programs that were built then have them.
+        typer.Option("--model", "--shape", "--layer", help=f"The layer: {options.models(_LETTERS)}; may be repeated."),
     ] = None,
     num_experts: Annotated[int | None, typer.Option(help="E: experts that routes may name; default L.")] = None,
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, as 1,32 or 1-8192.")] = "1-8192",
@@ -41,8 +42,7 @@ def compile(
     """Compile every kernel that calls of these shapes launch, into the cache; no GPU needed."""
     try:
         options.one_of("--target", target, targets.TARGETS)
-        layers = [shapes.MODELS[options.one_of("--shape", name, shapes.MODELS)] for name in shape or []]
-        layers += [options.layer("--layer", text, "L,K,H,I") for text in layer or []]
+        layers = [options.model("--model", text, _LETTERS) for text in model or []]
         function = options.activation("--activation", activation)
         modes = itertools.product(
             options.choices("--precision", precision, problem.Precision),
@@ -61,7 +61,7 @@ def compile(
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     if not specs:
-        raise typer.BadParameter("nothing to compile: give --shape or --layer")
+        raise typer.BadParameter("nothing to compile: give --model")
 
     rows, failures = [], []
     try:

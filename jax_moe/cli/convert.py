@@ -12,6 +12,7 @@ from jax_moe.experts import CANONICAL
 from jax_moe.kernels import targets
 
 
+@show.one_line_errors
 def convert(
     directory: Annotated[Path, typer.Argument(help="A checkpoint with NVFP4 or MXFP4 experts.")],
     output: Annotated[Path, typer.Argument(help="The directory to write; an interrupted conversion is continued.")],

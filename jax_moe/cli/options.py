@@ -37,21 +37,34 @@ def dtypes(option: str, text: str, allowed) -> list[jnp.dtype]:
     return [arguments.dtype(option, value, allowed) for value in text.split(",")]
 
 
+_MOST = 10**6
+"""Far more than a call has tokens or a model layers; and a range of so many is still a small list."""
+
+
 def numbers(option: str, text: str, *, least: int = 1) -> list[int]:
-    """Numbers and ranges that include both ends: ``1,32`` or ``1-8192``; none below ``least``."""
+    """Numbers and ranges that include both ends: ``1,32`` or ``1-8192``; none below ``least`` or above a million."""
     found = []
     for part in text.split(","):
         match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (least - 1, 0)
-        if not least <= first <= last:
-            raise ValueError(f"{option}: got {part!r}, needs numbers from {least}, as 1,32, or ranges, as 1-8192")
+        if not least <= first <= last <= _MOST:
+            raise ValueError(
+                f"{option}: got {part!r}, needs numbers from {least} to {_MOST}, as 1,32, or ranges, as 1-8192"
+            )
         found += range(first, last + 1)
     return found
 
 
-def layer(option: str, text: str, needs: str) -> shapes.LayerShape:
-    """Experts, top-k, hidden and intermediate size, as ``128,8,2048,768``; an error calls them what ``needs`` says."""
-    sizes = text.split(",")
+def models(letters: str) -> str:
+    """What :func:`model` takes, for help and errors."""
+    return f"one of {', '.join(shapes.MODELS)}, or {letters}"
+
+
+def model(option: str, text: str, letters: str) -> shapes.LayerShape:
+    """A model's name, or experts, top-k, hidden and intermediate size, as ``128,8,2048,768``, which are ``letters``."""
+    if text in shapes.MODELS:
+        return shapes.MODELS[text]
+    needs, sizes = models(letters), text.split(",")
     if len(sizes) != 4 or not all(re.fullmatch(r"0*[1-9][0-9]*", size) for size in sizes):
         raise ValueError(f"{option}: got {text!r}, needs {needs}: four positive integers")
     shape = shapes.LayerShape(*map(int, sizes))

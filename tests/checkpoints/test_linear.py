@@ -6,12 +6,13 @@ from pathlib import Path
 
 import checkpoint_writer as writer
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
 import jax_moe
-from jax_moe import checkpoints
+from jax_moe import checkpoints, nvfp4
 
 MODULE = "model.layers.0.self_attn.q_proj"
 N, C = 200, 320  # of no block size a multiple, but of 16 and 32
@@ -199,3 +200,49 @@ def test_fp8_shared_experts_stand_beside_nvfp4_experts(tmp_path):
     scale = max(matrix.input_scale for matrices in layer.gate_up for matrix in matrices)
     assert checkpoints.load_experts(tmp_path, 1).gate_up.input_scale == scale
     assert checkpoints.moe_options(tmp_path)["activation"] == jax_moe.ReLU2()
+
+
+TOOLS = ["modelopt-qwen3_moe", "llmcompressor-qwen3_moe", "modelopt-qwen3_moe-mxfp4"]
+
+
+@pytest.mark.parametrize("case", TOOLS)
+def test_a_projection_of_a_tools_file_is_what_load_linear_widens(case):
+    directory = Path(__file__).parent / "data" / case
+    for name in ("q_proj", "o_proj"):
+        module = f"model.layers.0.self_attn.{name}"
+        projection = checkpoints.load_projection(directory, module)
+        values = nvfp4.dequantize(projection.payload, projection.block_scale, projection.global_scale)
+        widened = checkpoints.load_linear(directory, module)
+        np.testing.assert_array_equal(np.asarray(values.astype(jnp.bfloat16)), np.asarray(widened))
+        assert projection.global_scale.shape == ()
+        assert (projection.input_scale is None) == case.endswith("mxfp4")
+        x = jnp.asarray(np.random.default_rng(0).normal(size=(3, widened.shape[1])), jnp.bfloat16)
+        y = jax_moe.linear(x, projection, out_dtype=jnp.float32)
+        np.testing.assert_allclose(y, x.astype(jnp.float32) @ values.T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tool", ["modelopt", "compressed-tensors"])
+def test_a_projection_has_the_files_scales_and_bias(tmp_path, tool):
+    rng = np.random.default_rng(1)
+    matrix, bias = writer.random_matrix(rng, 32, 48), rng.normal(size=32).astype(np.float32)
+    suffixes, invert = writer.SUFFIXES[tool], tool == "compressed-tensors"
+    scalars = [1 / s if invert else s for s in (matrix.global_scale, matrix.input_scale)]
+    values = [matrix.payload, matrix.block_scale, *(np.full((1,), s, np.float32) for s in scalars)]
+    tensors = {f"a.b.{suffix}": value for suffix, value in zip(suffixes, values, strict=True)} | {"a.b.bias": bias}
+    writer.write(tmp_path, {}, tensors)
+    projection = checkpoints.load_projection(tmp_path, "a.b")
+    np.testing.assert_array_equal(projection.payload, matrix.payload)
+    np.testing.assert_array_equal(np.asarray(projection.block_scale), matrix.block_scale)
+    assert (projection.global_scale, projection.input_scale) == (matrix.global_scale, matrix.input_scale)
+    np.testing.assert_array_equal(projection.bias, bias)
+    writer.write(tmp_path, {}, tensors | {"a.b.pre_quant_scale": bias})
+    with pytest.raises(checkpoints.CheckpointError, match=r"a\.b\.pre_quant_scale: found a tensor that a linear layer"):
+        checkpoints.load_projection(tmp_path, "a.b")
+
+
+def test_a_projection_in_another_format_is_named():
+    directory = Path(__file__).parent / "data" / "modelopt-qwen3_moe-experts"
+    with pytest.raises(checkpoints.CheckpointError, match=r"q_proj\.weight: found BF16 \[64, 64\], expected .* in NVFP4"):
+        checkpoints.load_projection(directory, "model.layers.0.self_attn.q_proj")
+    with pytest.raises(checkpoints.CheckpointError, match=r"nothing\.weight: found no such tensor"):
+        checkpoints.load_projection(directory, "nothing")

@@ -11,13 +11,14 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 from product_cases import ProductCase
 import pytest
 from raw_call import raw_call
 
 import jax_moe
-from jax_moe import ffi
+from jax_moe import ffi, placement, preparation
 from jax_moe.kernels import targets
 from jax_moe.kernels.target import Target
 
@@ -71,13 +72,28 @@ def prepare(experts: Weights, precision: str = "w4a16") -> Weights:
     leaves, structure = jax.tree.flatten(experts)
     key = structure, precision, *((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
     if key not in _prepared:
-        prepared = functools.partial(jax_moe.prepare, target=target().name, precision=precision, progress=False)
-        if all(len(leaf.devices()) == 1 for leaf in leaves):
-            types = jax.eval_shape(prepared, experts)
-            _prepared[key] = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), types)
-        else:
-            _prepared[key] = prepared(experts)
+        _prepared[key] = _zeros_as_prepared(experts, precision)
     return _prepared[key]
+
+
+def _zeros_as_prepared(experts: Weights, precision: str) -> Weights:
+    """Traced, not compiled: that is most of what a test of this folder would cost."""
+    layout = targets.layout_for(target().name, precision).name  # type: ignore[arg-type]
+    if isinstance(experts, jax_moe.Projection):
+        types = jax.eval_shape(functools.partial(jax_moe.prepare, target=layout, progress=False), experts)
+        return jax.tree.map(lambda type_: jnp.zeros(type_.shape, type_.dtype), types)
+    where = placement.find(experts)
+    if where.mesh is None:
+        types = jax.eval_shape(functools.partial(jax_moe.prepare, target=layout, progress=False), experts)
+        sharding = experts.gate_up.payload.sharding
+        if isinstance(sharding, NamedSharding):  # a copy on each device
+            sharding = NamedSharding(sharding.mesh, PartitionSpec())
+        shardings = jax.tree.map(lambda _: sharding, types)
+    else:
+        run, arguments = preparation._prepare_in_place._bind(experts, (layout,))
+        types = jax.eval_shape(run, *arguments)
+        shardings = jax.tree.map(lambda spec: NamedSharding(where.mesh, spec), where.specs(types))
+    return jax.tree.map(lambda type_, s: jax.device_put(np.zeros(type_.shape, type_.dtype), s), types, shardings)
 
 
 _prepared: dict[tuple, Any] = {}
@@ -233,7 +249,7 @@ def _object(unit: str, sources: pathlib.Path, folder: pathlib.Path) -> pathlib.P
     """A unit of the library's CUDA half, compiled; beside it, what it reads, as for make."""
     made = folder / f"{unit}.o"
     includes = [f"-I{sources}", f"-isystem{jax.ffi.include_dir()}"]
-    command = [_COMPILER, "-std=c++20", "-O1", "-fPIC", "-c", "-MMD", *includes, sources / "cuda" / f"{unit}.cc"]
+    command = [_COMPILER, "-std=c++20", "-O0", "-fPIC", "-c", "-MMD", *includes, sources / "cuda" / f"{unit}.cc"]
     subprocess.run([*command, "-o", made], check=True)
     return made
 
