@@ -1,7 +1,7 @@
 """``examples/generate.py`` and ``qwen3_moe.py``: a whole model computes what transformers computes.
 
-Two chains, each with a bound of its own. ``checkpoints/qwen3_reference.py``, float64 NumPy, is compared with logits that
-transformers computed in float32 (``checkpoints/generate_models.py`` stored them): nothing but float32 sums lie between.
+Two chains, each with a bound of its own. ``checkpoints/qwen3_reference.py``, float64 NumPy, is compared with logits
+that transformers computed in float32 (``checkpoints/generate_models.py`` stored them): only float32 sums lie between.
 The example is compared with that reference, rounding where the example says that it rounds; and with transformers.
 """
 
@@ -39,8 +39,8 @@ PROMPT = generate_models.PROMPT
 ALIKE = 2**-16
 """Relative: float32 sums of up to 128 products, in two layers, are units of 2^-24, a few hundred of them at most."""
 SITES = {jnp.float32: 2, jnp.bfloat16: 8}
-"""Roundings in a layer: x of the experts and their intermediate; also x, query, key, value, probability and output of the
-attention. Each is of 2^-8 at most and of either sign, so together they are 2^-8 times the root of their number."""
+"""Roundings in a layer: x of the experts and their intermediate; also x, query, key, value, probability and output of
+the attention. Each is of 2^-8 at most and of either sign, so together they are 2^-8 times the root of their number."""
 
 
 def example(name: str, folder: str = "examples"):
@@ -88,9 +88,15 @@ def stored(case, rounding=qwen3_reference.exact) -> np.ndarray:
     return np.stack([model.logits(tokens, rounding) for tokens in expected(case)["tokens"]])
 
 
-def reference(directory, renormalize=True, tied=False) -> qwen3_reference.Model:
+def reference(directory, renormalize=True, tied=False, widened=True) -> qwen3_reference.Model:
     """Weights by the public loaders, which tests of their own compare with the tools' decompression."""
     checkpoint = checkpoints.open_model(directory)
+
+    def attention(name):
+        if widened:
+            return matrix(name)
+        p = checkpoints.load_projection(checkpoint, name)
+        return np.asarray(nvfp4.dequantize(p.payload, p.block_scale, p.global_scale), np.float64)
 
     def matrix(name):
         return np.asarray(checkpoints.load_linear(checkpoint, name), np.float64)
@@ -109,10 +115,10 @@ def reference(directory, renormalize=True, tied=False) -> qwen3_reference.Model:
         layers.append({
             "attention_norm": norm(f"{prefix}.input_layernorm"),
             "moe_norm": norm(f"{prefix}.post_attention_layernorm"),
-            "query": matrix(f"{prefix}.self_attn.q_proj"),
-            "key": matrix(f"{prefix}.self_attn.k_proj"),
-            "value": matrix(f"{prefix}.self_attn.v_proj"),
-            "output": matrix(f"{prefix}.self_attn.o_proj"),
+            "query": attention(f"{prefix}.self_attn.q_proj"),
+            "key": attention(f"{prefix}.self_attn.k_proj"),
+            "value": attention(f"{prefix}.self_attn.v_proj"),
+            "output": attention(f"{prefix}.self_attn.o_proj"),
             "query_norm": norm(f"{prefix}.self_attn.q_norm"),
             "key_norm": norm(f"{prefix}.self_attn.k_norm"),
             "router": matrix(f"{prefix}.mlp.gate"),
@@ -163,8 +169,8 @@ def total_error(actual, wanted) -> float:
 def agree(actual, rounded) -> bool:
     """Whether logits are those of a reference that rounds at the same places, in float64 between them.
 
-    Where a value lies in the middle between two bfloat16 numbers, a float32 sum decides which; that moves its position's
-    logits, and a little those behind it, by up to some 2^-8. It is rare: a quarter of the positions at least have none.
+    Where a value lies in the middle between two bfloat16 numbers, a float32 sum decides which; that moves the logits of
+    its position, and a little those behind it, by some 2^-8. It is rare: a quarter of the positions at least have none.
     """
     errors = position_errors(actual, rounded)
     return errors[len(errors) // 4] < ALIKE and total_error(actual, rounded) < 2**-8
@@ -192,6 +198,18 @@ def test_logits_in_bfloat16_of_stacked_layers(qwen3, case):
     assert agree(actual, stored(case, to_bfloat16))
     rounded = LAYERS * SITES[jnp.bfloat16] + 1  # one for what the last product reads
     assert total_error(actual, wanted["logits"]) < 2**-8 * rounded**0.5
+
+
+def test_the_attentions_4_bit_weights_as_they_are(qwen3):
+    """Not rounded to bfloat16 on the way: ``jax_moe.linear`` multiplies them."""
+    directory = MODELS / "llmcompressor-qwen3_moe"
+    params, config = qwen3.load(directory, widen=False, stack=True)
+    assert isinstance(params["layers"]["query"], jax_moe.Projection)
+    tokens = expected(directory.name)["tokens"][:1]
+    model = reference(directory, widened=False)
+    assert agree(compute(qwen3, params, config, tokens), model.logits(tokens[0], to_bfloat16)[None])
+    bf16, _ = qwen3.load(MODELS / BF16_EXPERTS, widen=False)
+    assert isinstance(bf16["layers"][0]["query"], jax.Array)  # what is not in 4 bits is as ever
 
 
 class TurnsBack(qwen3_reference.Model):
@@ -403,7 +421,7 @@ def test_chat_is_what_the_template_says(generate, tmp_path):
     assert generate.as_chat(tmp_path, "why?") == "<user>why?<me>"
 
 
-# --- What the checkpoint may be, and what is refused -------------------------------------------------------------------
+# --- What the checkpoint may be, and what is refused ------------------------------------------------------------------
 
 
 def changed(directory, case=BF16_EXPERTS, remove=(), **settings) -> pathlib.Path:
@@ -450,6 +468,7 @@ def test_what_the_model_does_not_compute_is_refused(generate, tmp_path, settings
     ([MODELS / BF16_EXPERTS, "1", "--ids", "--mesh", "expert=16"], "at most the 8 devices"),
     ([MODELS / BF16_EXPERTS, "1", "--ids", "--mesh", "expert=3"], "does not divide E = 8"),
     ([MODELS / BF16_EXPERTS, "1", "--ids", "--precision", "fp8"], "--precision: got 'fp8', needs w4a16 or w4a4"),
+    ([MODELS / BF16_EXPERTS, "1", "--ids", "--mesh", "expert=2", "--attention-4bit"], "needs one device"),
     ([MODELS / BF16_EXPERTS, "1", "--ids", "--chat"], "found no chat template"),
     ([MODELS / BF16_EXPERTS, "1", "--ids", "--top-p", "1.5"], "--top-p"),
 ], ids=lambda value: " ".join(map(str, value[1:])) if isinstance(value, list) else "")  # fmt: skip
@@ -459,7 +478,7 @@ def test_a_mistake_is_one_line_that_says_what_is_needed(generate, arguments, mes
     assert message in " ".join(run(*arguments, fails=True).split())
 
 
-# --- The benchmark, and transformers today -----------------------------------------------------------------------------
+# --- The benchmark, and transformers today ----------------------------------------------------------------------------
 
 
 def test_the_benchmark_runs_on_any_machine(generate, monkeypatch):

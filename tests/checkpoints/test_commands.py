@@ -131,7 +131,9 @@ def test_a_missing_directory_says_what_to_download_and_how(tmp_path, monkeypatch
     monkeypatch.setenv("HOME", str(tmp_path))
     status, output = run("inspect", "~/my models/x")
     assert status == 1
-    assert f"pip install huggingface_hub`, then `hf download OWNER/MODEL --local-dir '{tmp_path}/my models/x'`" in output
+    assert (
+        f"pip install huggingface_hub`, then `hf download OWNER/MODEL --local-dir '{tmp_path}/my models/x'`" in output
+    )
     (tmp_path / "file").touch()
     status, output = run("inspect", "~/file")
     assert (status, "found a file, expected a directory" in output) == (1, True)
@@ -157,7 +159,12 @@ def test_an_open_checkpoint_takes_the_place_of_its_directory(tmp_path, monkeypat
     opened, read = checkpoints.open_model(tmp_path), []
     header = files.read_header
     monkeypatch.setattr(files, "read_header", lambda path: (read.append(path), header(path))[1])
-    for load in (checkpoints.load_experts, checkpoints.load_router, checkpoints.load_shared_expert, checkpoints.moe_options):
+    for load in (
+        checkpoints.load_experts,
+        checkpoints.load_router,
+        checkpoints.load_shared_expert,
+        checkpoints.moe_options,
+    ):
         for layer in (0, 1):
             ours, theirs = load(opened, layer), load(tmp_path, layer)
             assert jax.tree.all(jax.tree.map(lambda a, b: (np.asarray(a) == np.asarray(b)).all(), ours, theirs))
