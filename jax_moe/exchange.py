@@ -62,9 +62,11 @@ def add_up(partial: jax.Array, *, scattered: Axes, summed: Axes) -> jax.Array:
     """
     dtype, y = partial.dtype, partial
     if scattered and dtype == jnp.bfloat16:
-        # As many bytes as a reduce-scatter sends, but no sum is rounded on the way, and their order is fixed.
+        # As many bytes as a reduce-scatter sends, but no sum is rounded on the way, and their order is fixed: here,
+        # because the order of a reduction depends on its shape (docs/determinism.md).
         parts = jax.lax.all_to_all(y, scattered, split_axis=0, concat_axis=0, tiled=True)
-        y = jnp.sum(parts.reshape(_size(scattered), -1, y.shape[1]).astype(jnp.float32), axis=0)
+        parts = parts.reshape(_size(scattered), -1, y.shape[1]).astype(jnp.float32)
+        y = functools.reduce(jnp.add, [parts[device] for device in range(len(parts))])
     elif scattered:
         y = jax.lax.psum_scatter(y, scattered, tiled=True)
     if _size(summed) > 1:

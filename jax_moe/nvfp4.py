@@ -13,6 +13,8 @@ it with ``ml_dtypes`` over every code, tie and special value.
 import jax
 import jax.numpy as jnp
 
+from jax_moe import steady
+
 __all__ = [
     "BLOCK_SIZE", "E2M1_MAX", "E4M3_MAX", "amax", "dequantize", "e2m1_from_float", "e2m1_to_float", "global_scale_for",
     "pack", "payload_bytes", "quantize", "quantize_dequantize", "unpack",
@@ -102,23 +104,8 @@ def global_scale_for(amax: jax.Array) -> jax.Array:
     An all-zero tensor, or one too small for a scale, gets 1, so that quantising it gives zeros instead of 0/0.
     NaN and infinity stay, so that they are not hidden.
     """
-    scale = _divide(jnp.asarray(amax, jnp.float32), jnp.float32(E2M1_MAX * E4M3_MAX))
+    scale = steady.divide(jnp.asarray(amax, jnp.float32), jnp.float32(E2M1_MAX * E4M3_MAX))
     return jnp.where(scale == 0, jnp.float32(1), scale)
-
-
-def _divide(a: jax.Array, b: jax.Array) -> jax.Array:
-    """``a / b`` of float32 as IEEE rounds it, which XLA does on no backend if it can help it.
-
-    Its GPU backend has a division that may be a unit or two in the last place off (``div.full.f32``); x in bfloat16
-    is on a tie of e2m1 so often that codes would change. Both divide by a broadcast scalar by multiplying with its
-    reciprocal. In float64 neither matters: 53 bits are more than twice 24, so a quotient is never so near to where
-    float32 rounds the other way. LLVM would narrow a division between two casts to float32 again, hence the rounding by
-    ``reduce_precision``, which makes a subnormal result 0.
-    """
-    with jax.enable_x64(True):
-        wide = [jax.lax.convert_element_type(value, jnp.float64) for value in (a, jnp.broadcast_to(b, a.shape))]
-        quotient = jax.lax.reduce_precision(jax.lax.div(*wide), exponent_bits=8, mantissa_bits=23)
-        return jax.lax.convert_element_type(quotient, jnp.float32)
 
 
 def quantize(values: jax.Array, global_scale: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -147,14 +134,16 @@ def quantize(values: jax.Array, global_scale: jax.Array) -> tuple[jax.Array, jax
     blocks = values.astype(jnp.float32).reshape(*values.shape[:-1], n // BLOCK_SIZE, BLOCK_SIZE)
     scale = jnp.broadcast_to(jnp.asarray(global_scale, jnp.float32), values.shape[:-1])[..., None]
 
-    block_scale = jnp.minimum(_divide(amax(blocks, axis=-1), E2M1_MAX * scale), E4M3_MAX).astype(jnp.float8_e4m3fn)
+    block_scale = jnp.minimum(steady.divide(amax(blocks, axis=-1), E2M1_MAX * scale), E4M3_MAX).astype(
+        jnp.float8_e4m3fn
+    )
     # XLA's GPU backend may take a conversion and the one back for nothing, and would use the scale unrounded
     # (xla_allow_excess_precision); the barrier keeps the rounding.
     block_scale = jax.lax.optimization_barrier(block_scale)
     decoded = block_scale.astype(jnp.float32)
     is_zero = decoded == 0
     divisor = jnp.where(is_zero, 1.0, decoded) * scale
-    inverse = _divide(jnp.ones_like(divisor), divisor)
+    inverse = steady.divide(jnp.ones_like(divisor), divisor)
     # In a NaN block the sign of v * NaN is the hardware's choice; keep the sign of a NaN in v and call
     # every other product a positive NaN, so that all backends agree.
     scaled = jnp.where(

@@ -7,7 +7,7 @@ from typing import get_args, Literal
 import jax
 import jax.numpy as jnp
 
-from jax_moe import arguments, pytree
+from jax_moe import arguments, pytree, steady
 
 
 @pytree.register
@@ -108,6 +108,9 @@ Method = Softmax | Sigmoid | DeepSeekV2 | DeepSeekV3 | SparseMixer | Llama4
 def route(logits: jax.Array, k: int, method: Method = Softmax(), *, bias: jax.Array | None = None) -> Routing:
     """Chooses k experts for each token. Ties go to the lower expert id.
 
+    The bits of a token's routing depend on its own logits alone: not on other tokens or how many there are, nor on
+    ``jax.jit`` (``docs/determinism.md``).
+
     Args:
       logits: ``[..., E]``, any float dtype; everything is computed in float32.
       k: experts per token, ``1 <= k <= E``.
@@ -134,15 +137,17 @@ def route(logits: jax.Array, k: int, method: Method = Softmax(), *, bias: jax.Ar
     logits = logits.astype(jnp.float32)
 
     match method:
-        case Softmax(renormalize):
-            weights, expert_ids = _top_k(jax.nn.softmax(logits), k)
-            weights = _normalized(weights) if renormalize else weights
+        case Softmax(renormalize=True):
+            chosen, expert_ids = _top_k(logits, k)
+            weights = steady.softmax(chosen)
+        case Softmax():
+            weights, expert_ids = _top_k(steady.softmax(logits), k)
         case Sigmoid(renormalize):
-            weights, expert_ids = _top_k(jax.nn.sigmoid(logits), k)
+            weights, expert_ids = _top_k(steady.sigmoid(logits), k)
             weights = _normalized(weights) if renormalize else weights
         case Llama4():
             chosen, expert_ids = _top_k(logits, k)
-            weights = jax.nn.sigmoid(chosen)
+            weights = steady.sigmoid(chosen)
         case SparseMixer(jitter):
             weights, expert_ids = _sparse_mixer(logits, k, jitter)
         case DeepSeekV2() | DeepSeekV3():
@@ -161,14 +166,11 @@ def score(logits: jax.Array, scores: Scores) -> jax.Array:
     arguments.choice("method.scores", scores, Scores)
     match scores:
         case "sigmoid":
-            return jax.nn.sigmoid(logits)
+            return steady.sigmoid(logits)
         case "softmax":
-            return jax.nn.softmax(logits)
+            return steady.softmax(logits)
         case "sqrtsoftplus":
-            softplus = jax.nn.softplus(logits)
-            # Where it underflows, the derivative of the square root would be infinite, and its product with 0 NaN.
-            positive = softplus > 0
-            return jnp.where(positive, jnp.sqrt(jnp.where(positive, softplus, 1.0)), 0.0)
+            return steady.square_root(steady.softplus(logits))
 
 
 def weigh(scores: jax.Array, expert_ids: jax.Array, renormalize: bool, scaling_factor: float) -> jax.Array:
@@ -191,11 +193,12 @@ def _top_k(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 
 def _normalized(weights: jax.Array) -> jax.Array:
     # Sigmoids of very negative logits all vanish: then the weights are 0, not 0/0. No other sum notices 1e-20.
-    # Numerator and denominator are divided by the largest weight first: the derivative squares the denominator, and
-    # 1 / (1e-20)**2 is infinite in float32. What both are divided by has no derivative of its own.
+    # Numerator and denominator are divided by the largest weight first, so that no derivative is too large for float32,
+    # and one of what is added up is 1. What both are divided by has no derivative of its own.
     largest = jax.lax.stop_gradient(jnp.maximum(weights.max(-1, keepdims=True), 1e-20))
-    weights = weights / largest
-    return weights / (weights.sum(-1, keepdims=True) + 1e-20 / largest)
+    weights = steady.quotient(weights, largest)
+    floor = steady.quotient(jnp.full_like(largest, 1e-20), largest)
+    return steady.quotient(weights, steady.sum_of_parts(weights) + floor)
 
 
 def _sparse_mixer(logits: jax.Array, k: int, jitter: float) -> tuple[jax.Array, jax.Array]:
@@ -206,9 +209,11 @@ def _sparse_mixer(logits: jax.Array, k: int, jitter: float) -> tuple[jax.Array, 
 
     def weight(largest: jax.Array, candidates: jax.Array | bool) -> jax.Array:
         magnitude = jnp.maximum(jnp.abs(logits), largest)
-        distance = (largest - logits) / jnp.where(magnitude == 0, 1.0, magnitude)
+        distance = steady.quotient(largest - logits, jnp.where(magnitude == 0, 1.0, magnitude))
         near = candidates & ~(distance > 2 * jitter)
-        return 1 / jnp.where(near, jnp.exp(jnp.where(near, logits - largest, 0.0)), 0.0).sum(-1, keepdims=True)
+        exponentials = steady.exp_of_difference(jnp.where(near, logits, largest), largest)
+        total = steady.sum_of_parts(jnp.where(near, exponentials, 0.0))
+        return steady.quotient(jnp.ones_like(total), total)
 
     return jnp.concatenate([weight(largest[..., :1], True), weight(largest[..., 1:], ~first)], axis=-1), expert_ids
 

@@ -1,4 +1,4 @@
-"""The ``JAX_MOE_*`` variables of the environment, each once: ``doctor`` and the README list them from here."""
+"""The ``JAX_MOE_*`` variables of the environment, each once; ``doctor`` and ``docs/settings.md`` list what is here."""
 
 import dataclasses
 import os

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 
 import jax_moe
 from jax_moe import activations
-from jax_moe.kernels import cache, lowering, specs, targets
+from jax_moe.kernels import cache, lowering, specs
 from jax_moe.kernels.compiler import CompiledKernel
 from jax_moe.kernels.target import Program
 from jax_moe.operands import OPERANDS
 from jax_moe.problem import Problem
+from jax_moe.product import problem as grouped
+from jax_moe.product.problem import Product
 
 
 def stand_in_compiler(monkeypatch):
@@ -40,19 +42,29 @@ def problem(*, biases=(False, False), **changes) -> Problem:
     return dataclasses.replace(original, **changes)
 
 
-def program(call: Problem) -> Program:
+def product(*, bias=False, **changes) -> Product:
+    """A grouped product on Hopper."""
+    absent = ["weights.block_scale"] + ["weights.input_scale"] * (changes.get("precision", "w4a16") == "w4a16")
+    original = Product(
+        precision="w4a16", out_dtype=jnp.dtype(jnp.bfloat16), command_buffer=True, num_rows=40, num_groups=16,
+        local_groups=16, in_features=2880, out_features=2880, layout="wgmma_v1",
+        absent=(*absent, *["weights.bias"] * (not bias)),
+    )  # fmt: skip
+    return dataclasses.replace(original, **changes)
+
+
+def program(call: Problem | Product) -> Program:
     """What a call launches."""
-    target, card = targets.for_call(call.layout, call.precision)
-    return target.program(call, card)
+    return lowering._planned(call)[2]
 
 
-def kernels_of(call: Problem):
+def kernels_of(call: Problem | Product):
     """The attribute ``kernels`` of a call, and its workspaces."""
     lowered = lowering.cuda_call(call)
     return lowered.attributes["kernels"], lowered.workspaces
 
 
-def arguments(call: Problem, step: str) -> dict[str, str]:
+def arguments(call: Problem | Product, step: str) -> dict[str, str]:
     """What a kernel is launched with, by the name of the parameter: a buffer's name, a number or "null"."""
     made = program(call)
     (launch,) = (launch for launch in made.launches if launch.name == step)
@@ -60,7 +72,7 @@ def arguments(call: Problem, step: str) -> dict[str, str]:
 
     def named(argument: str) -> str:
         kind, _, value = argument.partition(":")
-        buffers = {"operand": OPERANDS, "result": results}
+        buffers = {"operand": grouped.OPERANDS if isinstance(call, Product) else OPERANDS, "result": results}
         return buffers[kind][int(value)] if kind in buffers else value or kind
 
     given = kernels_of(call)[0][step]["arguments"].split()

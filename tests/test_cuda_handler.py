@@ -6,6 +6,7 @@ Also what needs no driver at all: the library opens without CUDA and names its s
 import ctypes
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 
@@ -87,7 +88,7 @@ _MUTANTS = {
 _SOURCES = (
     "tests/cuda/handler_test.cc", "tests/cuda/product_test.cc", "cuda/driver.cc", "cuda/program.cc", "cuda/handler.cc"
 )  # fmt: skip
-_TSAN = ("-fsanitize=thread", "-g", "-O1")
+_TSAN = ("-fsanitize=thread", "-g1")
 
 # Mutants that only the thread sanitizer sees.
 _RACES = {
@@ -111,7 +112,8 @@ def _compile(folder: pathlib.Path, source: str, include: pathlib.Path = _FFI, mo
 
 
 def _build(*arguments) -> None:
-    command = [_COMPILER, "-std=c++20", "-O0", "-pthread", f"-isystem{jax.ffi.include_dir()}", *arguments]
+    include = f"-isystem{jax.ffi.include_dir()}"
+    command = [_COMPILER, "-std=c++20", "-O0", "-fPIC", "-pthread", include, *arguments]
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
 
@@ -124,14 +126,21 @@ def _run(folder: pathlib.Path, objects, sanitizer: tuple = ()) -> subprocess.Com
     return subprocess.run([program], capture_output=True, text=True, timeout=60)
 
 
+def _precompile(folder: pathlib.Path, *flags) -> tuple:
+    """Flags that give all headers that are not ours ready compiled: reading them is half of what each mutant takes."""
+    helpers.need_shipped_headers()
+    sources = [path for pattern in ("*.h", "cuda/*.*", "tests/cuda/*.*") for path in _FFI.glob(pattern)]
+    system = {name for path in sources for name in re.findall(r"^#include <([a-z_.]+)>$", path.read_text(), re.M)}
+    header = folder / "headers.h"
+    shipped = [f"#include <{name}>" for name in sorted(system - {"cuda.h"})]
+    header.write_text("\n".join(['#include "xla/ffi/api/ffi.h"', *shipped]) + "\n")
+    _build(*flags, "-x", "c++-header", header, "-o", f"{header}.gch")
+    return (*flags, "-include", header)
+
+
 @pytest.fixture(scope="module")
 def precompiled(tmp_path_factory):
-    """Flags that give XLA's headers ready compiled: reading them is half of what each mutant takes."""
-    helpers.need_shipped_headers()
-    header = tmp_path_factory.mktemp("xla") / "headers.h"
-    header.write_text('#include "xla/ffi/api/ffi.h"\n')
-    _build("-x", "c++-header", header, "-o", f"{header}.gch")
-    return "-include", header
+    return _precompile(tmp_path_factory.mktemp("headers"))
 
 
 @pytest.fixture(scope="module")
@@ -168,16 +177,17 @@ def test_a_mutant_of_the_handler_fails(name, objects, precompiled, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def sanitized_objects(tmp_path_factory):
-    """All but program.cc, for the thread sanitizer."""
-    helpers.need_shipped_headers()
+def sanitized(tmp_path_factory):
+    """Flags for the thread sanitizer, and the objects of all but program.cc."""
     folder = tmp_path_factory.mktemp("sanitized")
-    return [_compile(folder, source, more=_TSAN) for source in _SOURCES if source != "cuda/program.cc"]
+    flags = _precompile(folder, *_TSAN)
+    return flags, [_compile(folder, source, more=flags) for source in _SOURCES if source != "cuda/program.cc"]
 
 
 @pytest.mark.parametrize("name", [None, *_RACES])
-def test_threads_under_the_thread_sanitizer(name, sanitized_objects, tmp_path):
+def test_threads_under_the_thread_sanitizer(name, sanitized, tmp_path):
     """The handler has no data race, and a lock less would be one."""
+    flags, objects = sanitized
     text = (_FFI / "cuda/program.cc").read_text()
     if name:
         original, replacement = _RACES[name]
@@ -185,9 +195,9 @@ def test_threads_under_the_thread_sanitizer(name, sanitized_objects, tmp_path):
         text = text.replace(original, replacement)
     (tmp_path / "cuda").mkdir()
     (tmp_path / "cuda/program.cc").write_text(text)
-    program = _compile(tmp_path, "cuda/program.cc", include=tmp_path, more=_TSAN)
+    program = _compile(tmp_path, "cuda/program.cc", include=tmp_path, more=flags)
     for _ in range(20 if name else 1):  # whether a race shows is a matter of luck
-        ran = _run(tmp_path, [*sanitized_objects, program], _TSAN)
+        ran = _run(tmp_path, [*objects, program], _TSAN)
         raced = "WARNING: ThreadSanitizer: data race" in ran.stderr
         if raced:
             break
@@ -234,11 +244,11 @@ def _echo(target: str, image: bytes, **changes):
 
 
 @pytest.fixture(scope="module")
-def echo_target(objects, tmp_path_factory):
+def echo_target(objects, precompiled, tmp_path_factory):
     folder = tmp_path_factory.mktemp("echo")
     library = folder / "echo.so"
-    sources = [_FFI / "tests/cuda/echo_image.cc", _FFI / "cuda/program.cc"]
-    _build("-fPIC", "-shared", f"-I{_FFI}", *sources, "-o", library)
+    echo = _compile(folder, "tests/cuda/echo_image.cc", more=precompiled)
+    _build("-shared", echo, objects["cuda/program.cc"], "-o", library)
     handler = ctypes.CDLL(str(library)).JaxMoeTestEchoImage
     jax.ffi.register_ffi_target("jax_moe_test_echo_image", jax.ffi.pycapsule(handler), platform="cpu")
     return "jax_moe_test_echo_image"

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import qwen3_mistakes as mistakes
 import qwen3_reference
 from typer.testing import CliRunner
 
@@ -212,66 +213,10 @@ def test_the_attentions_4_bit_weights_as_they_are(qwen3):
     assert isinstance(bf16["layers"][0]["query"], jax.Array)  # what is not in 4 bits is as ever
 
 
-class TurnsBack(qwen3_reference.Model):
-    def turn(self, x):
-        return super().turn(x[::-1])[::-1]
-
-
-class TurnsNeighbours(qwen3_reference.Model):
-    def turn(self, x):
-        return super().turn(x.reshape(*x.shape[:-1], -1, 2).swapaxes(-1, -2).reshape(x.shape))
-
-
-class KeysOneLate(qwen3_reference.Model):
-    def turn(self, x):
-        return super().turn(np.concatenate([x[:1], x]))[1:] if x.shape[1] == self.kv_heads else super().turn(x)
-
-
-class SeesAll(qwen3_reference.Model):
-    def visible(self, position, length):
-        return length
-
-
-class SeesOneLess(qwen3_reference.Model):
-    def visible(self, position, length):
-        return max(position, 1)
-
-
-class OtherKeys(qwen3_reference.Model):
-    def keys_of(self, head):
-        return head % self.kv_heads
-
-
-class NoKeyNorm(qwen3_reference.Model):
-    def normalize(self, x, weight):
-        return x if x.shape[1] == self.kv_heads else super().normalize(x, weight)
-
-
-class Subtracts(qwen3_reference.Model):
-    """A LayerNorm, which takes the mean away."""
-
-    def normalize(self, x, weight):
-        return super().normalize(x - x.mean(-1, keepdims=True), weight)
-
-
-class OwnInput(qwen3_reference.Model):
-    """The router sees what comes out of the layer before, not its norm."""
-
-    def experts(self, x, layer, rounding):
-        return super().experts(x / layer["moe_norm"], layer, rounding)
-
-
-FUNCTIONS = [TurnsBack, TurnsNeighbours, KeysOneLate, SeesAll, SeesOneLess, OtherKeys, NoKeyNorm, Subtracts, OwnInput]
-VALUES = {"theta": 1100.0, "epsilon": 1e-4, "top_k": 2, "renormalize": False}
-LEAVES = {
-    "query_norm": np.ones_like, "key_norm": np.ones_like, "attention_norm": np.ones_like, "moe_norm": np.ones_like,
-    "router": lambda weight: weight[::-1], "gate_up": lambda weight: weight[:, ::-1], "down": lambda weight: weight / 2,
-    "output": lambda weight: np.roll(weight, 32, axis=1), "value": lambda weight: weight[::-1],
-}  # fmt: skip
-
-
 @pytest.mark.parametrize(
-    "mistake", [*FUNCTIONS, *VALUES, *LEAVES], ids=lambda m: m if isinstance(m, str) else m.__name__
+    "mistake",
+    [*mistakes.CLASSES, *mistakes.VALUES, *mistakes.LEAVES],
+    ids=lambda m: m if isinstance(m, str) else m.__name__,
 )
 def test_a_model_with_a_mistake_is_another(actual, mistake):
     """The comparison tells the example from models with a wrong rope, mask, norm, router or order of anything.
@@ -279,10 +224,10 @@ def test_a_model_with_a_mistake_is_another(actual, mistake):
     The mistakes are the reference's: it takes no compiling. They were also made in the example, and seen.
     """
     model = reference(MODELS / BF16_EXPERTS)
-    if mistake in VALUES:
-        model = dataclasses.replace(model, **{mistake: VALUES[mistake]})
-    elif mistake in LEAVES:  # of the second layer alone
-        model.layers[1][mistake] = LEAVES[mistake](model.layers[1][mistake])
+    if mistake in mistakes.VALUES:
+        model = dataclasses.replace(model, **{mistake: mistakes.VALUES[mistake]})
+    elif mistake in mistakes.LEAVES:  # of the second layer alone
+        model.layers[1][mistake] = mistakes.LEAVES[mistake](model.layers[1][mistake])
     else:
         model = mistake(**vars(model))
     wrong = model.logits(expected(BF16_EXPERTS)["tokens"][0], experts_to_bfloat16)

@@ -27,8 +27,8 @@ _CALLS_PER_SEED = 3000
 _MUTANTS = {
     "one operand's shape is not checked": (
         "decode.h",
-        "JAX_MOE_TRY(GetOperandData(operands, kRoutingWeights, ffi::F32, {tokens, k}, &p.routing_weights));",
-        "p.routing_weights = static_cast<const float*>(operands[kRoutingWeights]->untyped_data());",
+        "JAX_MOE_TRY(operands.GetData(kRoutingWeights, ffi::F32, {tokens, k}, &p.routing_weights));",
+        "p.routing_weights = static_cast<const float*>(operands[kRoutingWeights].untyped_data());",
     ),
     "ids are not checked against the number of experts": (
         "cpu/handler.cc",

@@ -104,9 +104,9 @@ def test_random_schedules_of_up_to_four_threads(checker, seed):
 
 def test_every_trace_of_a_list_has_the_same_nodes_and_edges(checker):
     assert run(checker, "traces") == {
-        "schedules": 9,
-        "calls": 180,
-        "captured": 180,
+        "schedules": 10,
+        "calls": 200,
+        "captured": 200,
         "errors": 0,
         # In order of creation, each node with the nodes that it depends on.
         "topologies": {
@@ -119,6 +119,7 @@ def test_every_trace_of_a_list_has_the_same_nodes_and_edges(checker):
             "adds first": "zero() gemm2(0) finish(1) sort(2)",
             "adds twice": "zero() sort() gemm1(1) gemm2(0,2) gemm2(3) finish(4)",
             "one launch": "gemm2()",
+            "product": "sort() x_rows(0) gemm2(1)",
         },
         "violations": {},
     }

@@ -10,6 +10,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+import product_cases
 import pytest
 import typer.testing
 
@@ -212,3 +213,97 @@ def test_workspaces_hold_the_worst_routing():
         uneven[0] += max(0, routes - uneven.sum())
         for counts in (spread, uneven, np.array([routes])):
             assert np.ceil(counts / tile).sum() <= limit or counts.sum() > routes
+
+
+# -- a grouped product ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        ({}, ["groups", "product"]),
+        ({"precision": "w4a4", "bias": True}, ["groups", "x_rows", "product"]),
+        ({"num_rows": 0}, []),
+        ({"num_rows": 0, "precision": "w4a4"}, []),
+    ],
+    ids=str,
+)
+def test_a_product_launches_its_kernels(changes, steps):
+    attributes, workspaces = cuda_call.kernels_of(cuda_call.product(**changes))
+    assert attributes["launches"].split() == steps
+    assert attributes["adds"] == ""
+    assert list(attributes["workspace_bytes"]) == [w.size * w.dtype.itemsize for w in workspaces]
+    for step in steps:
+        for argument in attributes[step]["arguments"].split():
+            kind, _, value = argument.partition(":")
+            limit = {"operand": 8, "result": 1 + len(workspaces), "i32": 2**31, "null": 1}[kind]
+            assert int(value or 0) < limit, (step, argument)
+
+
+def test_a_product_reads_x_or_what_the_pass_over_x_made():
+    plain, quantised = (cuda_call.product(precision=precision, bias=True) for precision in ("w4a16", "w4a4"))
+    names = ("x", "input_scale", "bias", "out")
+    given = cuda_call.arguments(plain, "product")
+    assert [given[name] for name in names] == ["x", "null", "weights.bias", "out"]
+    assert cuda_call.arguments(plain, "groups")["row_group"] == "null"
+    given = cuda_call.arguments(quantised, "product")
+    assert [given[name] for name in names] == ["x_rows", "weights.input_scale", "weights.bias", "out"]
+    rows = cuda_call.arguments(quantised, "x_rows")
+    assert (rows["input_scale"], rows["row_group"], rows["x_rows"]) == ("weights.input_scale", "row_group", "x_rows")
+    assert cuda_call.arguments(quantised, "groups")["row_group"] == "row_group"
+
+
+def test_sizes_of_a_products_weights_are_those_that_are_packed():
+    case = product_cases.make_case(0, [3, 2], 6, in_features=144, out_features=272)
+    attributes, _ = cuda_call.kernels_of(case.problem())
+    packed = product_cases.pack(case.weights)
+    assert attributes["weight_bytes"] == {"weights.payload": packed.payload.nbytes, "weights.block_scale": 0}
+    assert attributes["sizes"] == {
+        "num_rows": 6, "num_groups": 2, "local_groups": 2, "in_features": 144, "out_features": 272, "out_bytes": 4,
+    }  # fmt: skip
+
+
+def test_products_that_the_kernels_cannot_run_are_refused():
+    assert cuda_call.kernels_of(cuda_call.product(local_groups=specs.MAX_GROUPS, num_groups=10_000))
+    with pytest.raises(ValueError, match="weights: got 4097 local groups, the GPU kernels take at most 4096"):
+        lowering.cuda_call(cuda_call.product(local_groups=specs.MAX_GROUPS + 1))
+    for sizes in (
+        {"num_rows": 2**23, "in_features": 2**12},  # groups of 8 values of x
+        {"num_rows": 2**23, "out_features": 2**12},  # and of the output
+        {"num_rows": 2**31 - 1, "in_features": 16, "out_features": 16},
+        {"num_groups": 2**31 - 1},
+    ):
+        with pytest.raises(ValueError, match="int32; call ragged_dot on parts of the tokens"):
+            lowering.cuda_call(cuda_call.product(**sizes))
+    with pytest.raises(ValueError, match=r"weights.layout: got 'canonical', .* jax_moe.prepare\(weights, 'sm_90a'\)"):
+        lowering.cuda_call(cuda_call.product(layout="canonical"))
+    (tokens,) = jax.export.symbolic_shape("t")
+    with pytest.raises(ValueError, match="x: got T = t, which is symbolic"):
+        lowering.cuda_call(cuda_call.product(num_rows=tokens))
+
+
+def test_a_target_without_products_says_so():
+    for layout, precision in (("tcgen05_bf16_v1", "w4a16"), ("tcgen05_fp4_v1", "w4a4")):
+        with pytest.raises(
+            NotImplementedError, match=r"ragged_dot: there are no kernels for Blackwell \(sm_100f\) yet"
+        ):
+            lowering.cuda_call(cuda_call.product(layout=layout, precision=precision))
+
+
+def test_a_products_missing_kernel_says_how_to_make_it(monkeypatch):
+    def compiled(spec, target):
+        raise cache.MissingKernelError("kernel so-and-so is not there.")
+
+    monkeypatch.setattr(cache, "compiled", compiled)
+    with pytest.raises(cache.MissingKernelError) as error:
+        lowering.cuda_call(cuda_call.product())
+    assert "jax_moe compile" not in str(error.value)
+    assert "lower the same call" in str(error.value)
+
+
+def test_groups_use_the_multiprocessors_for_what_there_is_to_write():
+    def grid(**changes):
+        return cuda_call.program(cuda_call.product(**changes)).launches[0].grid
+
+    assert grid(num_rows=1, out_features=16) == 1
+    assert grid(num_rows=8192) == 132

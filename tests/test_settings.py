@@ -1,4 +1,4 @@
-"""The ``JAX_MOE_*`` variables: one list, which the sources, the README and doctor agree with."""
+"""The ``JAX_MOE_*`` variables: one list, which the sources, their page and doctor agree with."""
 
 import pathlib
 import re
@@ -32,8 +32,8 @@ def test_python_reads_them_in_one_place():
     assert python == {"settings.py"}
 
 
-def test_the_readme_lists_them():
-    table = re.search(r"\| in the environment .*\n(?:\|.*\n)+", (REPOSITORY / "README.md").read_text())
+def test_their_page_lists_them():
+    table = re.search(r"\| in the environment .*\n(?:\|.*\n)+", (REPOSITORY / "docs" / "settings.md").read_text())
     _, _, *rows = table[0].splitlines()
     assert rows == [f"| `{each.name}` | {each.meaning} | {each.default} |" for each in settings.SETTINGS]
 

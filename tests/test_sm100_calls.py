@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 import jax_moe
-from jax_moe import activations
 from jax_moe.kernels.sm100 import program
 
 pytestmark = [
@@ -68,15 +67,17 @@ def test_every_width_of_a_tile(precision, config):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("activation", [*ACTIVATIONS, activations.GeGLU()], ids=lambda a: repr(a)[:40])
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: repr(a)[:40])
 def test_activations_and_biases(precision, activation):
-    for bias, combine, out_dtype in ((False, "atomic", jnp.bfloat16), (True, "ordered", jnp.float32)):
-        case = make_case(
-            3, tokens=11, hidden=272, intermediate=144, num_experts=4, top_k=3, activation=activation, bias=bias,
-            precision=precision, combine=combine, out_dtype=out_dtype,
-        )  # fmt: skip
-        for actual in run(case):
-            assert_matches(actual, case)
+    """Any two of activation, precision and bias in each combination; a kernel for each three takes long to compile."""
+    bias = (ACTIVATIONS.index(activation) + PRECISIONS.index(precision)) % 2 == 1
+    combine, out_dtype = ("ordered", jnp.float32) if bias else ("atomic", jnp.bfloat16)
+    case = make_case(
+        3, tokens=11, hidden=272, intermediate=144, num_experts=4, top_k=3, activation=activation, bias=bias,
+        precision=precision, combine=combine, out_dtype=out_dtype,
+    )  # fmt: skip
+    for actual in run(case):
+        assert_matches(actual, case)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

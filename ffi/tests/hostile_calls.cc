@@ -5,6 +5,8 @@
 // INVALID_ARGUMENT and a message. Calls that are valid in form carry hostile contents (ids and offsets from anywhere in
 // int32, random bits for scales, NaN weights); those must succeed, write all of the output, give zeros to tokens
 // without a local expert, and give the same bits whatever the workspaces held before and whichever threads worked.
+//
+// The last line has a digest of all answers. It is the same for every compiler and instruction set.
 
 #include <cstdint>
 #include <cstdio>
@@ -39,6 +41,43 @@ class Random {
 
  private:
   uint64_t state_;
+};
+
+// Of everything that the handler answered: 64-bit FNV-1a over codes, messages and outputs.
+class Digest {
+ public:
+  uint64_t value() const { return value_; }
+
+  void Add(const Outcome& outcome, XLA_FFI_DataType out_dtype) {
+    AddBytes(&outcome.code, sizeof(outcome.code));
+    AddBytes(outcome.message.data(), outcome.message.size());
+    if (outcome.code != XLA_FFI_Error_Code_OK) return;
+    const std::vector<uint8_t>& out = outcome.results[0];
+    if (out_dtype == XLA_FFI_DataType_BF16) {
+      AddFloats<uint16_t>(out, 0x7F80);
+    } else {
+      AddFloats<uint32_t>(out, 0x7F800000);
+    }
+  }
+
+ private:
+  // All NaNs count as one: which sign and payload they get is the CPU's choice.
+  template <typename T>
+  void AddFloats(const std::vector<uint8_t>& out, T infinity) {
+    for (size_t i = 0; i + sizeof(T) <= out.size(); i += sizeof(T)) {
+      T bits;
+      std::memcpy(&bits, out.data() + i, sizeof(T));
+      const auto magnitude = static_cast<T>(bits & (std::numeric_limits<T>::max() >> 1));
+      if (magnitude > infinity) bits = static_cast<T>(infinity + 1);
+      AddBytes(&bits, sizeof(T));
+    }
+  }
+  void AddBytes(const void* data, size_t size) {
+    const auto* bytes = static_cast<const uint8_t*>(data);
+    for (size_t i = 0; i < size; ++i) value_ = (value_ ^ bytes[i]) * 0x100000001B3u;
+  }
+
+  uint64_t value_ = 0xCBF29CE484222325u;
 };
 
 template <typename T, typename Generate>
@@ -287,6 +326,7 @@ bool SkippedTokensAreZero(const HandlerCall& call, const std::vector<uint8_t>& o
 
 int Run(uint64_t seed, int64_t count) {
   Random random(seed);
+  Digest digest;
   int64_t refused = 0, accepted = 0;
   for (int64_t n = 0; n < count; ++n) {
     HandlerCall call = ValidCall(&random);
@@ -295,6 +335,7 @@ int Run(uint64_t seed, int64_t count) {
     const Pool pool = random.Of<Pool>({Pool::kNone, Pool::kNone, Pool::kLate, Pool::kLate, Pool::kEager});
     for (Buffer& result : call.results) Fill<uint8_t>(&result, [] { return uint8_t{0xFF}; });  // NaN, or -1
     const Outcome outcome = Invoke(JaxMoeFusedMoeCpu, call, pool);
+    digest.Add(outcome, call.results[0].dtype);
     if (spoilt) {
       if (outcome.code != XLA_FFI_Error_Code_INVALID_ARGUMENT) Fail(call, "a spoilt call was not refused", outcome);
       if (outcome.message.find("jax_moe: ") != 0) Fail(call, "a refusal does not say what is wrong", outcome);
@@ -308,9 +349,9 @@ int Run(uint64_t seed, int64_t count) {
     if (again.results[0] != outcome.results[0]) Fail(call, "the output depends on what the results held", again);
     ++accepted;
   }
-  std::printf("seed %llu: %lld hostile calls, %lld refused, %lld run twice with hostile contents\n",
+  std::printf("seed %llu: %lld hostile calls, %lld refused, %lld run twice with hostile contents, digest %016llx\n",
               static_cast<unsigned long long>(seed), static_cast<long long>(count), static_cast<long long>(refused),
-              static_cast<long long>(accepted));
+              static_cast<long long>(accepted), static_cast<unsigned long long>(digest.value()));
   return 0;
 }
 

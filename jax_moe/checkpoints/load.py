@@ -45,7 +45,7 @@ def load_experts(
     maps, an expert at a time: memory holds the result and two experts.
 
     Args:
-      directory: holds ``config.json`` and safetensors files, with or without an index; or what :func:`open_model`
+      directory: holds ``config.json`` and safetensors files, with or without an index; or what ``open_model``
         returned for it, which all loaders of this module take: each call then saves reading the headers again.
       layer: number of the layer, as in the tensors' names.
       experts: only these (expert parallelism by hand: use ``expert_offset=experts.start`` in ``fused_moe``). The

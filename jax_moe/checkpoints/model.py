@@ -21,7 +21,8 @@ class Model:
 
     Attributes:
       files: the tensors.
-      family, config: the table entry, and the text model's part of ``config.json``.
+      family: the table entry.
+      config: the text model's part of ``config.json``.
       modules: the MoE module of each layer that has one ("model.layers.3.mlp"), by layer number.
     """
 

@@ -25,13 +25,18 @@ class LayerSummary:
     Attributes:
       layer: its number.
       format: of its experts.
-      experts, parts, intermediate, hidden: E, P, I and H; for prepared layers I and H are those of the config.
+      experts: E.
+      parts: P.
+      intermediate: I; for prepared layers that of the config.
+      hidden: H, likewise.
       top_k: K; None if the router cannot be loaded.
       router: its rule, as a text; or the error that loading it would raise.
       shared_expert: its sizes, as a text; None if the layer has none; or the error that loading it would raise.
-      gate_up_scale, down_scale: smallest and largest global scale.
+      gate_up_scale: smallest and largest global scale.
+      down_scale: likewise.
       part_ratio: how far the global scales of gate and up of one expert differ at most; 1 where they are equal.
-      gate_up_input_scale, down_input_scale: ranges, or None if there are none.
+      gate_up_input_scale: smallest and largest, or None if there are none.
+      down_input_scale: likewise.
       nbytes: of the experts in memory.
     """
 

@@ -3,7 +3,9 @@
 import ctypes
 import importlib.metadata
 import os
+import pathlib
 import platform
+import re
 from typing import Any
 
 import jax
@@ -25,10 +27,14 @@ def doctor() -> None:
     versions.add_row("jax_moe", jax_moe.__version__)
     for package in ("jax", "jaxlib", "ml_dtypes", "nvidia-cutlass-dsl", "flax"):
         versions.add_row(package, _version(package))
+    versions.add_row("cuDNN", _cudnn())
     console.print(versions)
 
     facts = Table("what", Column(overflow="fold"), title="This installation", show_header=False)
+    facts.add_row("machine", f"{platform.system()}, {platform.machine()}, {' '.join(platform.libc_ver())}")
+    facts.add_row("wheel", _wheel())
     facts.add_row("library", _library())
+    facts.add_row("XLA's FFI", _ffi())
     facts.add_row("custom call target", jax_moe.ffi.TARGET)
     devices, failure = _devices()
     facts.add_row("JAX devices", failure or ", ".join(map(str, devices)))
@@ -59,6 +65,55 @@ def _library() -> str:
         return str(jax_moe.ffi.library_path())
     except ImportError as error:
         return str(error)
+
+
+def _wheel() -> str:
+    """Which wheel is installed, and whether it is what runs."""
+    try:
+        installed = importlib.metadata.distribution("jax_moe")
+    except importlib.metadata.PackageNotFoundError:
+        return f"none installed; this is {pathlib.Path(jax_moe.__file__).parent}"
+    tags = ", ".join(re.findall(r"^Tag: *(\S+)", installed.read_text("WHEEL") or "", re.MULTILINE)) or "unknown tag"
+    if pathlib.Path(str(installed.locate_file("jax_moe"))).resolve() == pathlib.Path(jax_moe.__file__).resolve().parent:
+        return tags
+    return f"{tags}, hidden by {pathlib.Path(jax_moe.__file__).parent}"
+
+
+def _ffi() -> str:
+    """The version that our library was built for, and jaxlib's, which must not be older."""
+    header = pathlib.Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h")
+    try:
+        theirs = tuple(int(n) for n in re.findall(r"#define XLA_FFI_API_(?:MAJOR|MINOR) (\d+)", header.read_text()))
+    except OSError:
+        theirs = ()
+    ours = _library_ffi()
+    text = " and ".join(
+        f"{'.'.join(map(str, version)) or 'an unknown version'} in {place}"
+        for version, place in ((ours, "the library"), (theirs, "jaxlib"))
+    )
+    return f"{text}: jaxlib is too old" if ours and theirs and theirs < ours else text
+
+
+def _library_ffi() -> tuple[int, ...]:
+    """The major and minor version; empty where there is no library, or one that does not say."""
+    version = (ctypes.c_int32 * 2)()
+    try:
+        jax_moe.ffi.library().JaxMoeFfiVersion(version)
+    except (ImportError, OSError, AttributeError):
+        return ()
+    return tuple(version)
+
+
+def _cudnn() -> str:
+    """Of the package that JAX's CUDA plugin needs, or else of the system's library."""
+    for package in ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12"):
+        if (version := _version(package)) != "not installed":
+            return version
+    try:
+        number = ctypes.CDLL("libcudnn.so.9").cudnnGetVersion()  # 92801 is 9.28.1
+    except (OSError, AttributeError):
+        return "not installed"
+    return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
 
 
 def _command_buffers() -> str:

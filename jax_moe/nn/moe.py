@@ -48,12 +48,12 @@ class MoE(nnx.Module):
 
     Attributes:
       experts: the :class:`jax_moe.Experts`, each leaf in a :class:`Quantized` variable.
-      router: the :class:`jax_moe.checkpoints.Router`, each leaf in an ``nnx.Param``; or a ``HashRouter``, likewise,
+      router: the :class:`jax_moe.Router`, each leaf in an ``nnx.Param``; or a ``HashRouter``, likewise,
         but for its table of integers, in an ``nnx.Variable``.
-      shared_expert: the :class:`jax_moe.checkpoints.SharedExpert`, likewise, or None.
+      shared_expert: the :class:`jax_moe.SharedExpert`, likewise, or None.
       options: how it computes: arguments of :func:`jax_moe.fused_moe`, as one hashable object.
       mesh: the mesh that it was made with, or None.
-      axes: the :class:`Axes`.
+      axes: the names of the mesh axes that it is spread over.
     """
 
     def __init__(
@@ -78,9 +78,9 @@ class MoE(nnx.Module):
         Args:
           experts: all E experts of the layer, ``[E, P, I, H]`` and ``[E, H, I]``; on a GPU they must have gone through
             :func:`jax_moe.prepare`.
-          router: a :class:`jax_moe.checkpoints.Router`, or a :class:`jax_moe.checkpoints.HashRouter`, with float32
+          router: a :class:`jax_moe.Router`, or a :class:`jax_moe.HashRouter`, with float32
             weights ``[E, H]``.
-          shared_expert: a :class:`jax_moe.checkpoints.SharedExpert` with weights ``[P, I', H]`` and ``[H, I']``, I' its
+          shared_expert: a :class:`jax_moe.SharedExpert` with weights ``[P, I', H]`` and ``[H, I']``, I' its
             own; or None.
           activation, precision, combine, weight_on, command_buffer: as for :func:`jax_moe.fused_moe`.
           mesh: run over this mesh. None is the mesh that the experts, or else ``x``, are placed on when the module is

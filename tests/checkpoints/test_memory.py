@@ -66,7 +66,9 @@ def checkpoint(directory: Path, model_type: str, tool: str, shards: int, experts
 def test_loading_a_layer_needs_little_more_than_the_layer(tmp_path, model_type, tool, shards, chosen):
     checkpoint(tmp_path / "big", model_type, tool, shards, EXPERTS)
     checkpoint(tmp_path / "small", model_type, tool, shards, 2)
-    grown, result = map(int, helpers.run_python(STATUS + LOAD, tmp_path / "big", tmp_path / "small", chosen).split())
+    arguments = tmp_path / "big", tmp_path / "small", chosen
+    # Compiled as for users: what conftest.py compiles faster takes longer to quantise 300 MB than is won.
+    grown, result = map(int, helpers.run_python(STATUS + LOAD, *arguments, XLA_FLAGS="").split())
     assert result > 30 * 2**20
     print(f"peak {grown / result:.3f} of the result")
     allowed = 1.15 * result

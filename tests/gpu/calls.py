@@ -10,14 +10,18 @@ import subprocess
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
+import product_cases
+from product_cases import ProductCase
 import pytest
 from raw_call import raw_call
 
 import jax_moe
-from jax_moe import ffi
-from jax_moe.kernels import targets
+from jax_moe import ffi, placement, preparation
+from jax_moe.kernels import lowering, targets
 from jax_moe.kernels.target import Target
+from jax_moe.product import problem as grouped
 
 FOLDER = pathlib.Path(__file__).parent
 FFI = FOLDER.parents[1] / "ffi"
@@ -67,13 +71,25 @@ def prepare(experts: jax_moe.Experts, precision: str = "w4a16") -> jax_moe.Exper
     leaves, structure = jax.tree.flatten(experts)
     key = structure, precision, *((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
     if key not in _prepared:
-        prepared = functools.partial(jax_moe.prepare, target=target().name, precision=precision, progress=False)
-        if all(len(leaf.devices()) == 1 for leaf in leaves):
-            types = jax.eval_shape(prepared, experts)
-            _prepared[key] = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), types)
-        else:
-            _prepared[key] = prepared(experts)
+        _prepared[key] = _zeros_as_prepared(experts, precision)
     return _prepared[key]
+
+
+def _zeros_as_prepared(experts: jax_moe.Experts, precision: str) -> jax_moe.Experts:
+    """Traced, not compiled: that is most of what a test of this folder would cost."""
+    where = placement.find(experts)
+    layout = targets.layout_for(target().name, precision).name  # type: ignore[arg-type]
+    if where.mesh is None:
+        types = jax.eval_shape(functools.partial(jax_moe.prepare, target=layout, progress=False), experts)
+        sharding = experts.gate_up.payload.sharding
+        if isinstance(sharding, NamedSharding):  # a copy on each device
+            sharding = NamedSharding(sharding.mesh, PartitionSpec())
+        shardings = jax.tree.map(lambda _: sharding, types)
+    else:
+        run, arguments = preparation._prepare_in_place._bind(experts, (layout,))
+        types = jax.eval_shape(run, *arguments)
+        shardings = jax.tree.map(lambda spec: NamedSharding(where.mesh, spec), where.specs(types))
+    return jax.tree.map(lambda type_, s: jax.device_put(np.zeros(type_.shape, type_.dtype), s), types, shardings)
 
 
 _prepared: dict[tuple, jax_moe.Experts] = {}
@@ -186,6 +202,32 @@ def call(
     return raw_call(target, results, attributes, *operands)
 
 
+def product(case: ProductCase, custom_call: str = ffi.PRODUCT_TARGET):
+    """The grouped product of ``case`` as a function of x, group sizes, offset and packed weights; and these.
+
+    Where nothing can run, the weights are zeros of the same types.
+    """
+    if target().product is None:
+        pytest.skip(f"no grouped products for {target().name} yet")
+    problem, packed = case.problem(), functools.partial(product_cases.pack, case.weights)
+    if why_not_run():
+        weights = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(packed))
+    else:
+        weights = packed()
+    lowered = lowering.cuda_call(problem)
+    results = [jax.ShapeDtypeStruct((problem.num_rows, problem.out_features), problem.out_dtype), *lowered.workspaces]
+    absent = jnp.zeros((0,), jnp.float32)
+
+    def call_of(x, group_sizes, group_offset, weights):
+        leaves = {f"weights.{field.name}": getattr(weights, field.name) for field in dataclasses.fields(weights)}
+        given = {"x": x, "group_sizes": group_sizes, "group_offset": group_offset} | leaves
+        operands = [absent if given[name] is None else given[name] for name in grouped.OPERANDS]
+        attributes = problem.attributes() | lowered.attributes
+        return raw_call(custom_call, results, attributes, *operands)[0]
+
+    return call_of, weights
+
+
 def register_changed(name: str, changes: dict[str, tuple[str, str]], build_folder: pathlib.Path) -> str:
     """Builds the library's CUDA half with some changes and registers it; returns the name of its target.
 
@@ -215,7 +257,7 @@ def _object(unit: str, sources: pathlib.Path, folder: pathlib.Path) -> pathlib.P
     """A unit of the library's CUDA half, compiled; beside it, what it reads, as for make."""
     made = folder / f"{unit}.o"
     includes = [f"-I{sources}", f"-isystem{jax.ffi.include_dir()}"]
-    command = [_COMPILER, "-std=c++20", "-O1", "-fPIC", "-c", "-MMD", *includes, sources / "cuda" / f"{unit}.cc"]
+    command = [_COMPILER, "-std=c++20", "-O0", "-fPIC", "-c", "-MMD", *includes, sources / "cuda" / f"{unit}.cc"]
     subprocess.run([*command, "-o", made], check=True)
     return made
 

@@ -15,7 +15,7 @@ constexpr int kInjected = 700;  // an injected error's code, plus the number of 
 constexpr std::size_t kOutputBytes = 4096;
 
 // fused_moe's lists; then lists that other kinds of call may have: the first launch adds, two add, a single one does
-// not.
+// not; and ragged_dot's, whose first and last launch write different rows of the output.
 static const LaunchSpec kSort = {Kind::kSort, {{kRouting, Access::kRead}, {kSorted, Access::kWrite}}};
 static const LaunchSpec kPassOverX = {Kind::kXRows, {{kX, Access::kRead}, {kXRows, Access::kWrite}}};
 static const LaunchSpec kCombine = {Kind::kCombine, {{kRows, Access::kRead}, {kOut, Access::kWrite}}};
@@ -46,6 +46,11 @@ const std::array<LaunchList, kNumLists> kLists = {{
       kFinish},
      2},
     {"one launch", {{Kind::kGemm2, {{kX, Access::kRead}, {kOut, Access::kWrite}}}}, {}},
+    {"product",
+     {{Kind::kSort, {{kRouting, Access::kRead}, {kSorted, Access::kWrite}, {kOut, Access::kWrite}}},
+      {Kind::kXRows, {{kX, Access::kRead}, {kSorted, Access::kRead}, {kXRows, Access::kWrite}}},
+      {Kind::kGemm2, {{kXRows, Access::kRead}, {kSorted, Access::kRead}, {kOut, Access::kWrite}}}},
+     {}},
 }};
 
 struct CallContext {

@@ -46,6 +46,7 @@ enum ListName {
   kAddsFirst,
   kAddsTwice,
   kOne,
+  kProduct,
   kNumLists,
 };
 

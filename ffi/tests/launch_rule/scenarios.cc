@@ -211,7 +211,7 @@ static void Exhaustive(bool errors, Totals* totals) {
 static void Random(unsigned seed, long count, bool errors, Totals* totals) {
   constexpr ListName kOften[] = {kAtomic,       kAtomic,    kAtomic,     kAtomicXRows, kAtomicXRows, kAtomicXRows,
                                  kAddsTwice,    kAddsTwice, kAddsTwice,  kAddsFirst,   kAddsFirst,   kOrdered,
-                                 kOrderedXRows, kOne,       kAddsAtOnce, kEmptyList};
+                                 kOrderedXRows, kOne,       kAddsAtOnce, kEmptyList,   kProduct};
   std::mt19937 random(seed);
   const auto below = [&random](unsigned n) { return static_cast<int>(random() % n); };
   for (long i = 0; i < count; ++i) {

@@ -107,6 +107,11 @@ def build(p: Problem, card: Card) -> Program:
     )  # fmt: skip
 
 
+def product_spec(p: Product, config: Config) -> ProductSpec:
+    """The kernel of a grouped product that multiplies."""
+    return ProductSpec(config, p.precision, str(p.out_dtype), p.has_bias)
+
+
 def build_product(p: Product, card: Card) -> Program:
     """The program of a grouped product, its kernels chosen from its shapes and for ``card``.
 
@@ -122,8 +127,7 @@ def build_product(p: Product, card: Card) -> Program:
         x_rows, more = steps.rounded_rows(p)
         before.append(x_rows)
         workspaces |= more
-    spec = ProductSpec(config, p.precision, str(p.out_dtype), p.has_bias)
-    product = Launch("product", spec, card.multiprocessors * config.ctas_per_sm, {
+    product = Launch("product", product_spec(p, config), card.multiprocessors * config.ctas_per_sm, {
         **steps.product_arguments(p), "m_blocks": row_blocks, "k_blocks": columns,
     })  # fmt: skip
     payload_bytes = p.local_groups * row_blocks * columns * weight_block.BLOCK_BYTES

@@ -1,10 +1,11 @@
-"""The main loop of sm_90a's two grouped GEMMs: NVFP4 weights from registers, gathered tokens from shared memory.
+"""The main loop of sm_90a's grouped GEMMs: NVFP4 weights from registers, gathered tokens from shared memory.
 
-One main loop serves both GEMMs and both precisions. A CTA has one producer warpgroup and several
-consumer warpgroups. Weights are the M side of ``wgmma``: a consumer turns its share of a prepared 128 x 64 block
-(``weight_block.py``) into bf16 A fragments and multiplies them with N tokens that lie K-major in shared memory. CTAs
-are persistent and take units (expert, weight tile, token tile) as ``device/schedule.py`` hands them out. The producer
-tells the consumers with a unit's first stage what the unit is; a stage of no unit, the sentinel, ends their work.
+One main loop serves GEMM1, GEMM2 and the product on its own (a GEMM1 to the table below), in both precisions. A CTA has
+one producer warpgroup and several consumer warpgroups. Weights are the M side of ``wgmma``: a consumer turns its share
+of a prepared 128 x 64 block (``weight_block.py``) into bf16 A fragments and multiplies them with N tokens that lie
+K-major in shared memory. CTAs are persistent and take units (expert, weight tile, token tile) as ``device/schedule.py``
+hands them out. The producer tells the consumers with a unit's first stage what the unit is; a stage of no unit, the
+sentinel, ends their work.
 
 A stage is ``config.stage_blocks`` weight blocks for each m warpgroup and as many blocks of tokens. Who waits for whom:
 

@@ -1,0 +1,114 @@
+"""Figures in the documentation are those of ``benchmarks/results`` and of the programs that printed them."""
+
+import importlib.util
+import json
+import pathlib
+import re
+
+ROOT = pathlib.Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+
+
+def results(name: str) -> list[dict]:
+    return json.loads((ROOT / "benchmarks" / "results" / f"h200-{name}.json").read_text())["results"]
+
+
+def microseconds(rows: list[dict]) -> dict[tuple[str, int], float]:
+    """By method, or model where there is only one method, and tokens."""
+    return {(row["method"], row["tokens"]): 1e6 * row["seconds"] for row in rows}
+
+
+def is_rounded(text: str, value: float) -> bool:
+    """Whether a page may write ``value`` so: the nearest number of as many decimals."""
+    decimals = len(text.partition(".")[2])
+    return abs(float(text) - value) <= 0.5 * 10**-decimals * (1 + 1e-9)
+
+
+def rows_of(page: str, heading: str) -> dict[int, list[str]]:
+    """The table below a heading that leads with tokens, by these."""
+    text = (DOCS / page).read_text().partition(f"\n{heading}\n")[2]
+    table = re.search(r"^\| T \|.*\n\|[-|]+\n((?:\|.*\n)+)", text, re.MULTILINE)
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[1].splitlines()]
+    return {int(tokens): rest for tokens, *rest in cells}
+
+
+def test_the_table_of_one_model():
+    rows = results("qwen3-235b-a22b")
+    ours = {row["tokens"]: row for row in rows if row["method"].startswith("jax_moe")}
+    torch = {row["tokens"]: 1e6 * row["seconds"] for row in rows if row["method"] == "torch"}
+    table = rows_of("hopper.md", "## Speed")
+    assert table.keys() == ours.keys()
+    for tokens, (time, floor, _, peer, *_) in table.items():
+        assert is_rounded(time.removesuffix(" us"), 1e6 * ours[tokens]["seconds"]), time
+        assert is_rounded(floor, ours[tokens]["ratio"]), floor
+        assert is_rounded(peer.removesuffix(" us"), torch[tokens]), peer
+
+
+def test_the_table_of_variants_and_what_choosing_makes_of_it():
+    times = microseconds(results("qwen3-235b-a22b-variants"))
+    text = (DOCS / "choosing.md").read_text()
+    slower = []
+    for tokens, cells in rows_of("hopper.md", "### Variants").items():
+        exact = [times[f"jax_moe {variant}", tokens] for variant in ("w4a16/atomic", "w4a4/atomic", "w4a16/ordered")]
+        for cell, value in zip(cells, exact, strict=True):
+            time, *percent = re.findall(r"[-+]?[\d.]+", cell)
+            assert is_rounded(time, value), cell
+            assert not percent or is_rounded(percent[0], 100 * (value / exact[0] - 1)), cell
+        slower.append(f"{100 * (exact[2] / exact[0] - 1):.1f}%")
+        if tokens != 2048:
+            assert f"{exact[0]:.0f} and {exact[1]:.0f} us" in text
+    assert f"{slower[0]} more for 512 tokens, {slower[1]} for 2048, {slower[2]} for 8192" in text
+
+
+def test_the_table_of_other_models():
+    rows = {(row["model"], row["tokens"]): row for row in results("other-models")}
+    models = ("qwen3-30b-a3b", "deepseek-r1-ep8", "mixtral-8x7b", "gpt-oss-120b")
+    for tokens, cells in rows_of("hopper.md", "### Other models").items():
+        for model, cell in zip(models, cells, strict=True):
+            time, floor = cell.split(", ")
+            assert is_rounded(time, 1e6 * rows[model, tokens]["seconds"]), (model, cell)
+            assert is_rounded(floor, rows[model, tokens]["ratio"]), (model, cell)
+
+
+def test_the_readme_on_several_gpus():
+    rows = [row for row in results("scaling-qwen3-235b-a22b") if row["precision"] == "w4a16"]
+    alone = {row["tokens"]: row["seconds"] for row in rows if row["devices"] == 1}
+
+    def best(tokens: int, devices: int) -> str:
+        times = [row["seconds"] for row in rows if row["tokens"] == tokens and row["devices"] == devices
+                 and row["form"] == "replicated"]  # fmt: skip
+        return f"{100 * alone[tokens] / devices / min(times):.0f}%"
+
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"8192 tokens reach {best(8192, 2)} of linear scaling on two H200s and {best(8192, 4)} on four" in text
+    assert f"8 tokens reach {best(8, 2)} and {best(8, 4)}" in text
+
+
+def test_what_quantisation_costs_is_what_the_examples_printed():
+    row = re.search(r"^\| bits per byte .*$", (DOCS / "choosing.md").read_text(), re.MULTILINE)[0]
+    printed = re.findall(r"│ MoE, .*│ +([\d.]+) │", (ROOT / "examples" / "language_model.py").read_text())
+    assert re.findall(r"\d\.\d{3}", row) == printed
+    assert len(printed) == 3
+    row = re.search(r"^\| error of a layer .*$", (DOCS / "choosing.md").read_text(), re.MULTILINE)[0]
+    printed = re.findall(r"│ w4a\d+ +│ ordered │ +\S+ │ +(\S+) │", (ROOT / "examples" / "quickstart.py").read_text())
+    assert re.findall(r"\d+%", row) == [f"{100 * float(error):.0f}%" for error in printed]
+
+
+def test_the_pictures_have_the_errors_that_their_script_computes():
+    spec = importlib.util.spec_from_file_location("pictures", DOCS / "pictures.py")
+    pictures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pictures)
+    arrays = pictures.layer()
+    assert arrays["tokens"].sum() == pictures.TOKENS * pictures.TOP_K
+
+    def rows(text: str) -> dict[str, tuple[float, float]]:
+        found = re.findall(r"^\| ([\w, ]+) \| ([\d.]+)% \| ([\d.]+) \|$", text, re.MULTILINE)
+        return {name: (float(percent), float(correlation)) for name, percent, correlation in found}
+
+    page, computed = rows(pictures.PAGE.read_text()), rows(pictures.errors(arrays))
+    assert page.keys() == computed.keys()
+    assert len(page) == 3
+    for name, (percent, correlation) in page.items():
+        # fp32 sums in another order move the last digit, where it is at the edge of its rounding.
+        assert abs(percent - computed[name][0]) < 0.11, name
+        assert abs(correlation - computed[name][1]) < 0.0011, name
