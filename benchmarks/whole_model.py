@@ -10,9 +10,9 @@ around the decoding calls: captured calls were recorded into a command buffer, a
 auxiliary branch there. ``loop`` has the layers one after another in the program, each with arrays of its own; ``scan``
 scans over stacked ones, where XLA may copy a layer's weights before each call.
 
-transformers generates with ``model.generate``, its own cache (or, as ``transformers-static``, a static cache, with
-which it compiles the decoding step on a GPU), random bfloat16 weights of the same shapes, and the time of one new token
-subtracted from that of 17. Every method runs in a process of its own; one that fails is listed, and the rest still runs.
+transformers generates with ``model.generate``, random bfloat16 weights of the same shapes and its own cache (or, as
+``transformers-static``, a static one, with which it compiles the decoding step on a GPU); the time of one new token is
+subtracted from that of 17. Every method runs in a process of its own; one that fails is listed, the rest still runs.
 
 Kernels for a GPU that has no compiler beside it: JAX_MOE_CACHE_DIR=kernels and --compile-for sm_90a, on any machine.
 """
@@ -240,8 +240,8 @@ def timed(run, repeats: int) -> tuple[float, float]:
 def transformers(request: Request, cache: str | None, emit) -> None:
     """Rows of transformers with bfloat16 weights; on a GPU if torch has one."""
     import torch
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
     import transformers as package
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     sizes = request.sizes
     num_experts, top_k, hidden, intermediate = sizes.experts
@@ -311,7 +311,8 @@ def measure(text: str) -> None:
     if method in PEERS:
         transformers(request, "static" if method == "transformers-static" else None, emit)
     else:
-        ours(request, *method.removeprefix("jax_moe ").split(), emit)
+        _, precision, form = method.split()
+        ours(request, precision, form, emit)
 
 
 def main(
@@ -340,7 +341,8 @@ def main(
     methods = [f"jax_moe {p} {f}" for p in precision or ["w4a16"] for f in form or ["loop"]]
     if compile_target:
         for method in methods:
-            compile_for(request, *method.split()[1:], compile_target)
+            _, kind, layers_as = method.split()
+            compile_for(request, kind, layers_as, compile_target)
         print(f"compiled for {compile_target}: the kernels of {model}")
         return
     rows, failures = [], []

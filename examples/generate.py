@@ -207,7 +207,7 @@ def make_mesh(text: str | None) -> Mesh | None:
     """``expert=4`` or ``expert=2,tensor=2`` as a mesh of the first devices; on a CPU, of as many virtual ones."""
     if text is None:
         return None
-    sizes = dict(part.partition("=")[::2] for part in text.split(","))
+    sizes = {name: size for name, _, size in (part.partition("=") for part in text.split(","))}
     if not set(sizes) <= {"expert", "tensor"} or not all(size.isdecimal() and int(size) for size in sizes.values()):
         raise typer.BadParameter(f"--mesh: got {text!r}, needs expert=N, tensor=N or both, as expert=4,tensor=2")
     shape = tuple(map(int, sizes.values()))
@@ -239,12 +239,18 @@ def main(
     scan: Annotated[
         bool, typer.Option(help="Scan over stacked layers; the other way compiles slower, runs faster.")
     ] = False,
+    attention_4bit: Annotated[
+        bool,
+        typer.Option("--attention-4bit", help="Multiply 4-bit weights of the attention as they are."),
+    ] = False,
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's message.")] = False,
     ids: Annotated[bool, typer.Option("--ids", help="The prompt and the output are numbers of tokens.")] = False,
 ) -> None:
     """Continue a prompt with a Qwen3-MoE checkpoint in NVFP4."""
     if precision not in ("w4a16", "w4a4"):
         raise typer.BadParameter(f"--precision: got {precision!r}, needs w4a16 or w4a4")
+    if mesh and attention_4bit:
+        raise typer.BadParameter("--attention-4bit: got it with --mesh, needs one device")
     devices = make_mesh(mesh)
     try:
         directory = directory.expanduser()
@@ -253,7 +259,7 @@ def main(
         prompt_ids = tokenizer.encode(as_chat(directory, prompt) if chat else prompt)
         ends = end_tokens(directory)
         sampling = sampling_of(directory, temperature, top_k, top_p)
-        params, config = load(checkpoint, mesh=devices, precision=precision, stack=scan)
+        params, config = load(checkpoint, mesh=devices, precision=precision, stack=scan, widen=not attention_4bit)
         vocabulary = len(params["embed"])
         if not prompt_ids or not all(0 <= number < vocabulary for number in prompt_ids):
             raise ValueError(
@@ -261,7 +267,7 @@ def main(
             )
         moe = moe_layer(devices, precision=precision, **checkpoints.moe_options(checkpoint))
         generator = Generator(config, moe, sampling, cache_length(len(prompt_ids), max_tokens))
-        tokens = np.tile(np.int32(prompt_ids), (samples, 1))
+        tokens = np.tile(np.array(prompt_ids, np.int32), (samples, 1))
         made, speed = stream(generator(params, tokens, max_tokens, seed), tokenizer, ends, samples)
     except (ValueError, TypeError, OSError) as error:
         report(f"error: {error}")
@@ -271,7 +277,7 @@ def main(
 
 def stream(chunks: Iterator[np.ndarray], tokenizer: Ids | Text, ends: set[int], samples: int) -> tuple[int, str]:
     """Prints the first continuation as it comes, then the others; (tokens of each, speed without the first chunk)."""
-    pieces, shown, start, before = [], "", 0.0, 0
+    pieces, rows, shown, start, before = [], [[]], "", 0.0, 0
     for chunk in chunks:
         pieces.append(chunk)
         rows = np.concatenate(pieces, axis=1).tolist()

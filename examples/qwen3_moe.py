@@ -47,6 +47,8 @@ class Config:
 
 Params = dict[str, Any]
 """``embed`` and ``unembed`` [V, H], ``norm`` [H], and ``layers``: a list of dicts, or one dict of stacked arrays."""
+Weight = jax.Array | jax_moe.Projection | jax_moe.PreparedProjection
+"""``[N, C]`` of ``Config.dtype``, or in NVFP4."""
 Cache = Any
 """Keys and values ``[B, S, kv_heads, head_dim]`` of each layer: a list of pairs, or a pair of stacked arrays."""
 MoE = Callable[[jax.Array, jax_moe.Experts, jax_moe.Routing], jax.Array]
@@ -102,8 +104,10 @@ def logits(params: Params, x: jax.Array) -> jax.Array:
     return linear(x, params["unembed"])
 
 
-def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
+def linear(x: jax.Array, weight: Weight) -> jax.Array:
     """float32 ``x [..., C]`` times ``weight [N, C]`` transposed. Every dense product of the model is made here."""
+    if not isinstance(weight, jax.Array):
+        return jax_moe.linear(x.astype(jnp.bfloat16), weight, out_dtype=jnp.float32)
     return jnp.einsum("...c,nc->...n", x.astype(weight.dtype), weight, preferred_element_type=jnp.float32)
 
 
@@ -176,6 +180,7 @@ def load(
     precision: jax_moe.Precision = "w4a16",
     dtype: Any = jnp.bfloat16,
     stack: bool = False,
+    widen: bool = True,
 ) -> tuple[Params, Config]:
     """Reads a checkpoint, layer by layer, each prepared for this device's kernels as it comes.
 
@@ -183,7 +188,9 @@ def load(
       directory: of the checkpoint, or what ``checkpoints.open_model`` returned for it.
       mesh: spread the experts over it; everything else is on all of its devices.
       precision: what the experts will be run in.
-      dtype: of everything beside the experts and the router; 4-bit and FP8 weights are widened to it.
+      dtype: of everything beside the experts and the router; FP8 weights are widened to it.
+      widen: 4-bit weights of the attention are widened to it, too; otherwise ``jax_moe.linear`` multiplies them as they
+        are: a quarter of the bytes. That is for one device.
       stack: stack the layers, for a scan. Memory holds one layer twice.
 
     Raises:
@@ -198,6 +205,12 @@ def load(
     def weight(name: str) -> jax.Array:
         return place(checkpoints.load_linear(checkpoint, name).astype(dtype))
 
+    def attention_weight(name: str) -> Weight:
+        try:
+            return weight(name) if widen else jax_moe.prepare(checkpoints.load_projection(checkpoint, name))
+        except checkpoints.CheckpointError:
+            return weight(name)  # not in 4 bits; or it says what is wrong
+
     def norm(name: str) -> jax.Array:
         return place(checkpoints.load_tensor(checkpoint, f"{name}.weight").astype(jnp.float32))
 
@@ -206,10 +219,10 @@ def load(
         experts = checkpoints.load_experts(checkpoint, number, mesh=mesh, progress=False)
         return {
             "attention_norm": norm(f"{prefix}.input_layernorm"),
-            "query": weight(f"{prefix}.self_attn.q_proj"),
-            "key": weight(f"{prefix}.self_attn.k_proj"),
-            "value": weight(f"{prefix}.self_attn.v_proj"),
-            "output": weight(f"{prefix}.self_attn.o_proj"),
+            "query": attention_weight(f"{prefix}.self_attn.q_proj"),
+            "key": attention_weight(f"{prefix}.self_attn.k_proj"),
+            "value": attention_weight(f"{prefix}.self_attn.v_proj"),
+            "output": attention_weight(f"{prefix}.self_attn.o_proj"),
             "query_norm": norm(f"{prefix}.self_attn.q_norm"),
             "key_norm": norm(f"{prefix}.self_attn.k_norm"),
             "moe_norm": norm(f"{prefix}.post_attention_layernorm"),
@@ -255,15 +268,15 @@ def read_config(checkpoint: checkpoints.Model, dtype: Any = jnp.bfloat16) -> Con
 
 def stack_layers(layers: Iterator[Params], count: int, mesh: Mesh | None = None) -> Params:
     """One dict of arrays ``[N, ...]`` of ``count`` layers, each put in its place as it comes."""
-    stack = None
+
+    def room(leaf: jax.Array) -> jax.Array:
+        spec = getattr(leaf.sharding, "spec", ())
+        place = None if mesh is None else NamedSharding(mesh, PartitionSpec(None, *spec))
+        return jnp.zeros((count, *leaf.shape), leaf.dtype, device=place)
+
+    stack: Params = {}
     for number, layer in enumerate(layers):
-        if stack is None:
-
-            def room(leaf: jax.Array) -> jax.Array:
-                place = None if mesh is None else NamedSharding(mesh, PartitionSpec(None, *leaf.sharding.spec))
-                return jnp.zeros((count, *leaf.shape), leaf.dtype, device=place)
-
-            stack = jax.tree.map(room, layer)
+        stack = stack or jax.tree.map(room, layer)
         stack = jax.block_until_ready(_insert(stack, layer, number))  # else layers that were read wait in memory
     return stack
 

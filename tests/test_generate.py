@@ -1,7 +1,7 @@
 """``examples/generate.py`` and ``qwen3_moe.py``: a whole model computes what transformers computes.
 
-Two chains, each with a bound of its own. ``checkpoints/qwen3_reference.py``, float64 NumPy, is compared with logits that
-transformers computed in float32 (``checkpoints/generate_models.py`` stored them): nothing but float32 sums lie between.
+Two chains, each with a bound of its own. ``checkpoints/qwen3_reference.py``, float64 NumPy, is compared with logits
+that transformers computed in float32 (``checkpoints/generate_models.py`` stored them): only float32 sums lie between.
 The example is compared with that reference, rounding where the example says that it rounds; and with transformers.
 """
 
@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import qwen3_mistakes as mistakes
 import qwen3_reference
 from typer.testing import CliRunner
 
@@ -39,8 +40,8 @@ PROMPT = generate_models.PROMPT
 ALIKE = 2**-16
 """Relative: float32 sums of up to 128 products, in two layers, are units of 2^-24, a few hundred of them at most."""
 SITES = {jnp.float32: 2, jnp.bfloat16: 8}
-"""Roundings in a layer: x of the experts and their intermediate; also x, query, key, value, probability and output of the
-attention. Each is of 2^-8 at most and of either sign, so together they are 2^-8 times the root of their number."""
+"""Roundings in a layer: x of the experts and their intermediate; also x, query, key, value, probability and output of
+the attention. Each is of 2^-8 at most and of either sign, so together they are 2^-8 times the root of their number."""
 
 
 def example(name: str, folder: str = "examples"):
@@ -88,9 +89,15 @@ def stored(case, rounding=qwen3_reference.exact) -> np.ndarray:
     return np.stack([model.logits(tokens, rounding) for tokens in expected(case)["tokens"]])
 
 
-def reference(directory, renormalize=True, tied=False) -> qwen3_reference.Model:
+def reference(directory, renormalize=True, tied=False, widened=True) -> qwen3_reference.Model:
     """Weights by the public loaders, which tests of their own compare with the tools' decompression."""
     checkpoint = checkpoints.open_model(directory)
+
+    def attention(name):
+        if widened:
+            return matrix(name)
+        p = checkpoints.load_projection(checkpoint, name)
+        return np.asarray(nvfp4.dequantize(p.payload, p.block_scale, p.global_scale), np.float64)
 
     def matrix(name):
         return np.asarray(checkpoints.load_linear(checkpoint, name), np.float64)
@@ -109,10 +116,10 @@ def reference(directory, renormalize=True, tied=False) -> qwen3_reference.Model:
         layers.append({
             "attention_norm": norm(f"{prefix}.input_layernorm"),
             "moe_norm": norm(f"{prefix}.post_attention_layernorm"),
-            "query": matrix(f"{prefix}.self_attn.q_proj"),
-            "key": matrix(f"{prefix}.self_attn.k_proj"),
-            "value": matrix(f"{prefix}.self_attn.v_proj"),
-            "output": matrix(f"{prefix}.self_attn.o_proj"),
+            "query": attention(f"{prefix}.self_attn.q_proj"),
+            "key": attention(f"{prefix}.self_attn.k_proj"),
+            "value": attention(f"{prefix}.self_attn.v_proj"),
+            "output": attention(f"{prefix}.self_attn.o_proj"),
             "query_norm": norm(f"{prefix}.self_attn.q_norm"),
             "key_norm": norm(f"{prefix}.self_attn.k_norm"),
             "router": matrix(f"{prefix}.mlp.gate"),
@@ -163,8 +170,8 @@ def total_error(actual, wanted) -> float:
 def agree(actual, rounded) -> bool:
     """Whether logits are those of a reference that rounds at the same places, in float64 between them.
 
-    Where a value lies in the middle between two bfloat16 numbers, a float32 sum decides which; that moves its position's
-    logits, and a little those behind it, by up to some 2^-8. It is rare: a quarter of the positions at least have none.
+    Where a value lies in the middle between two bfloat16 numbers, a float32 sum decides which; that moves the logits of
+    its position, and a little those behind it, by some 2^-8. It is rare: a quarter of the positions at least have none.
     """
     errors = position_errors(actual, rounded)
     return errors[len(errors) // 4] < ALIKE and total_error(actual, rounded) < 2**-8
@@ -194,66 +201,22 @@ def test_logits_in_bfloat16_of_stacked_layers(qwen3, case):
     assert total_error(actual, wanted["logits"]) < 2**-8 * rounded**0.5
 
 
-class TurnsBack(qwen3_reference.Model):
-    def turn(self, x):
-        return super().turn(x[::-1])[::-1]
-
-
-class TurnsNeighbours(qwen3_reference.Model):
-    def turn(self, x):
-        return super().turn(x.reshape(*x.shape[:-1], -1, 2).swapaxes(-1, -2).reshape(x.shape))
-
-
-class KeysOneLate(qwen3_reference.Model):
-    def turn(self, x):
-        return super().turn(np.concatenate([x[:1], x]))[1:] if x.shape[1] == self.kv_heads else super().turn(x)
-
-
-class SeesAll(qwen3_reference.Model):
-    def visible(self, position, length):
-        return length
-
-
-class SeesOneLess(qwen3_reference.Model):
-    def visible(self, position, length):
-        return max(position, 1)
-
-
-class OtherKeys(qwen3_reference.Model):
-    def keys_of(self, head):
-        return head % self.kv_heads
-
-
-class NoKeyNorm(qwen3_reference.Model):
-    def normalize(self, x, weight):
-        return x if x.shape[1] == self.kv_heads else super().normalize(x, weight)
-
-
-class Subtracts(qwen3_reference.Model):
-    """A LayerNorm, which takes the mean away."""
-
-    def normalize(self, x, weight):
-        return super().normalize(x - x.mean(-1, keepdims=True), weight)
-
-
-class OwnInput(qwen3_reference.Model):
-    """The router sees what comes out of the layer before, not its norm."""
-
-    def experts(self, x, layer, rounding):
-        return super().experts(x / layer["moe_norm"], layer, rounding)
-
-
-FUNCTIONS = [TurnsBack, TurnsNeighbours, KeysOneLate, SeesAll, SeesOneLess, OtherKeys, NoKeyNorm, Subtracts, OwnInput]
-VALUES = {"theta": 1100.0, "epsilon": 1e-4, "top_k": 2, "renormalize": False}
-LEAVES = {
-    "query_norm": np.ones_like, "key_norm": np.ones_like, "attention_norm": np.ones_like, "moe_norm": np.ones_like,
-    "router": lambda weight: weight[::-1], "gate_up": lambda weight: weight[:, ::-1], "down": lambda weight: weight / 2,
-    "output": lambda weight: np.roll(weight, 32, axis=1), "value": lambda weight: weight[::-1],
-}  # fmt: skip
+def test_the_attentions_4_bit_weights_as_they_are(qwen3):
+    """Not rounded to bfloat16 on the way: ``jax_moe.linear`` multiplies them."""
+    directory = MODELS / "llmcompressor-qwen3_moe"
+    params, config = qwen3.load(directory, widen=False, stack=True)
+    assert isinstance(params["layers"]["query"], jax_moe.Projection)
+    tokens = expected(directory.name)["tokens"][:1]
+    model = reference(directory, widened=False)
+    assert agree(compute(qwen3, params, config, tokens), model.logits(tokens[0], to_bfloat16)[None])
+    bf16, _ = qwen3.load(MODELS / BF16_EXPERTS, widen=False)
+    assert isinstance(bf16["layers"][0]["query"], jax.Array)  # what is not in 4 bits is as ever
 
 
 @pytest.mark.parametrize(
-    "mistake", [*FUNCTIONS, *VALUES, *LEAVES], ids=lambda m: m if isinstance(m, str) else m.__name__
+    "mistake",
+    [*mistakes.CLASSES, *mistakes.VALUES, *mistakes.LEAVES],
+    ids=lambda m: m if isinstance(m, str) else m.__name__,
 )
 def test_a_model_with_a_mistake_is_another(actual, mistake):
     """The comparison tells the example from models with a wrong rope, mask, norm, router or order of anything.
@@ -261,10 +224,10 @@ def test_a_model_with_a_mistake_is_another(actual, mistake):
     The mistakes are the reference's: it takes no compiling. They were also made in the example, and seen.
     """
     model = reference(MODELS / BF16_EXPERTS)
-    if mistake in VALUES:
-        model = dataclasses.replace(model, **{mistake: VALUES[mistake]})
-    elif mistake in LEAVES:  # of the second layer alone
-        model.layers[1][mistake] = LEAVES[mistake](model.layers[1][mistake])
+    if mistake in mistakes.VALUES:
+        model = dataclasses.replace(model, **{mistake: mistakes.VALUES[mistake]})
+    elif mistake in mistakes.LEAVES:  # of the second layer alone
+        model.layers[1][mistake] = mistakes.LEAVES[mistake](model.layers[1][mistake])
     else:
         model = mistake(**vars(model))
     wrong = model.logits(expected(BF16_EXPERTS)["tokens"][0], experts_to_bfloat16)
@@ -403,7 +366,7 @@ def test_chat_is_what_the_template_says(generate, tmp_path):
     assert generate.as_chat(tmp_path, "why?") == "<user>why?<me>"
 
 
-# --- What the checkpoint may be, and what is refused -------------------------------------------------------------------
+# --- What the checkpoint may be, and what is refused ------------------------------------------------------------------
 
 
 def changed(directory, case=BF16_EXPERTS, remove=(), **settings) -> pathlib.Path:
@@ -450,6 +413,7 @@ def test_what_the_model_does_not_compute_is_refused(generate, tmp_path, settings
     ([MODELS / BF16_EXPERTS, "1", "--ids", "--mesh", "expert=16"], "at most the 8 devices"),
     ([MODELS / BF16_EXPERTS, "1", "--ids", "--mesh", "expert=3"], "does not divide E = 8"),
     ([MODELS / BF16_EXPERTS, "1", "--ids", "--precision", "fp8"], "--precision: got 'fp8', needs w4a16 or w4a4"),
+    ([MODELS / BF16_EXPERTS, "1", "--ids", "--mesh", "expert=2", "--attention-4bit"], "needs one device"),
     ([MODELS / BF16_EXPERTS, "1", "--ids", "--chat"], "found no chat template"),
     ([MODELS / BF16_EXPERTS, "1", "--ids", "--top-p", "1.5"], "--top-p"),
 ], ids=lambda value: " ".join(map(str, value[1:])) if isinstance(value, list) else "")  # fmt: skip
@@ -459,7 +423,7 @@ def test_a_mistake_is_one_line_that_says_what_is_needed(generate, arguments, mes
     assert message in " ".join(run(*arguments, fails=True).split())
 
 
-# --- The benchmark, and transformers today -----------------------------------------------------------------------------
+# --- The benchmark, and transformers today ----------------------------------------------------------------------------
 
 
 def test_the_benchmark_runs_on_any_machine(generate, monkeypatch):

@@ -230,7 +230,8 @@ class Files:
         if not self.directory.is_dir():
             found = "a file" if self.directory.is_file() else "no directory"
             raise CheckpointError(
-                f"{self.directory}: found {found}, expected a directory with a checkpoint; {how_to_download(self.directory)}"
+                f"{self.directory}: found {found}, expected a directory with a checkpoint; "
+                f"{how_to_download(self.directory)}"
             )
         self._headers: dict[Path, tuple[dict[str, TensorInfo], dict[str, str]]] = {}
         self._json: dict[str, dict[str, Any] | None] = {}
@@ -288,7 +289,8 @@ class Files:
         shards = [single] if single.exists() else sorted(self.directory.glob("*.safetensors"))
         if not shards:
             raise CheckpointError(
-                f"{self.directory}: found no *.safetensors file, expected a checkpoint; {how_to_download(self.directory)}"
+                f"{self.directory}: found no *.safetensors file, expected a checkpoint; "
+                f"{how_to_download(self.directory)}"
             )
         shard_of: dict[str, Path] = {}
         for shard in shards:

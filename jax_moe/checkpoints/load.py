@@ -118,7 +118,7 @@ def load_linear(directory: Directory, module: str) -> jax.Array:
 
 
 def load_projection(directory: Directory, module: str) -> Projection:
-    """Loads the weight of a 4-bit linear layer as it is stored, for :func:`jax_moe.linear`; :func:`load_linear` widens it.
+    """Loads a 4-bit linear layer as it is stored, for :func:`jax_moe.linear`; :func:`load_linear` would widen it.
 
     Returns:
       Canonical ``[N, C]`` without lead axes; with its input scale (what ``precision="w4a4"`` needs) and its bias, where
@@ -157,8 +157,8 @@ def check_whole_module(directory: Directory, layer: int) -> None:
     reason = model.family.apart(model.settings(layer))
     if reason is not None:
         raise CheckpointError(
-            f"{model.files.directory}: layer {layer} of {model.family.name}: found that {reason}, expected a module that "
-            "is a function of one x; load_experts, load_router and load_shared_expert load its parts one by one"
+            f"{model.files.directory}: layer {layer} of {model.family.name}: found that {reason}, expected a module "
+            "that is a function of one x; load_experts, load_router and load_shared_expert load its parts one by one"
         )
 
 

@@ -10,8 +10,8 @@ from jax_moe.checkpoints.summary import LayerSummary, Range
 from jax_moe.cli import show
 
 _HEADINGS = (
-    "layer", "format", "E", "K", "experts", "router", "shared expert", "MiB", "gate_up scale", "gate/up differ", "down scale", "x scale",
-    "intermediate scale",
+    "layer", "format", "E", "K", "experts", "router", "shared expert", "MiB", "gate_up scale", "gate/up differ",
+    "down scale", "x scale", "intermediate scale",
 )  # fmt: skip
 
 

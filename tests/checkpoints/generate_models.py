@@ -66,7 +66,7 @@ def make_model(name: str):
 
 
 def dequantised(case: generate.Case, out: Path):
-    """The model in float32: experts as 4-bit numbers exactly, other 4-bit weights as the tool widens them to bfloat16."""
+    """The model in float32: experts are 4-bit numbers exactly, other 4-bit weights as the tool widens them."""
     from safetensors import safe_open
     import torch
     from transformers import AutoModelForCausalLM, CONFIG_MAPPING

@@ -1,8 +1,7 @@
-"""Qwen3-MoE in plain NumPy and float64, one token after another where that is plainest: what the example must compute.
+"""Qwen3-MoE in plain NumPy and float64, token by token where that is plainest: what the example must compute.
 
-It shares nothing with the example or with ``jax_moe`` but the dequantised weights. ``rounding`` is called with each value
-that the example stores or multiplies in less than float32, so a test can round there as the example does, or find out how
-much roundings of that size, in any direction, move the logits.
+It shares nothing with the example or with ``jax_moe`` but the dequantised weights. ``rounding`` is called with each
+value that the example stores or multiplies in less than float32, so a test can round where the example does.
 """
 
 from collections.abc import Callable

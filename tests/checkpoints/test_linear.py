@@ -242,9 +242,7 @@ def test_a_projection_has_the_files_scales_and_bias(tmp_path, tool):
 
 def test_a_projection_in_another_format_is_named():
     directory = Path(__file__).parent / "data" / "modelopt-qwen3_moe-experts"
-    with pytest.raises(
-        checkpoints.CheckpointError, match=r"q_proj\.weight: found BF16 \[64, 64\], expected .* in NVFP4"
-    ):
+    with pytest.raises(checkpoints.CheckpointError, match=r"q_proj\.weight: found BF16 .* expected .* in NVFP4"):
         checkpoints.load_projection(directory, "model.layers.0.self_attn.q_proj")
     with pytest.raises(checkpoints.CheckpointError, match=r"nothing\.weight: found no such tensor"):
         checkpoints.load_projection(directory, "nothing")
