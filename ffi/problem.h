@@ -37,7 +37,6 @@ struct Sizes {
 
   int64_t num_routes() const { return num_tokens * top_k; }
   bool out_is_bf16() const { return out_bytes == 2; }
-  bool operator==(const Sizes&) const = default;
 };
 
 // NVFP4 weights of one linear map of every local expert, or group; `lead` is [L, P] for gate_up, [L] for down, [G].
@@ -72,7 +71,6 @@ struct ProductSizes {
   int64_t out_bytes;     // of an output element: 2 (bf16) or 4 (f32)
 
   bool out_is_bf16() const { return out_bytes == 2; }
-  bool operator==(const ProductSizes&) const = default;
 };
 
 // One grouped product (jax_moe.ragged_dot) as both handlers see it.

@@ -1,6 +1,7 @@
 """``jax_moe.ragged_dot`` and ``jax_moe.linear`` on a CPU: against ``jax.lax.ragged_dot`` and the oracle."""
 
 import dataclasses
+import functools
 
 import hypothesis
 import hypothesis.strategies as st
@@ -125,6 +126,15 @@ def test_sizes_that_do_not_fit_are_cut(case, sizes):
         cut.append(min(max(size, 0), left))
         left -= cut[-1]
     assert_equal(got, expected(x, weights, cut))
+    many = jnp.stack([jnp.asarray(sizes, jnp.int32)] * 2)
+    call = functools.partial(jax_moe.ragged_dot, out_dtype=jnp.float32)
+    for axes, given in ((None, many[0]), (0, many)):
+        assert_equal(jax.vmap(call, in_axes=(0, None, axes))(jnp.stack([x, x]), weights, given)[1], got)
+    grad, cut_grad = (
+        jax.grad(lambda x, sizes=sizes: call(x, weights, sizes).sum())(x)
+        for sizes in (many[0], jnp.asarray(cut, jnp.int32))
+    )
+    assert_equal(grad, cut_grad)
 
 
 @pytest.mark.parametrize("offset", [0, 2, 3, 4, 1000, 2**31 - 1])

@@ -59,8 +59,8 @@ def _apply(*operands, product: Product, transposed: bool):
     if product.num_rows == 0:
         return [jnp.zeros((0, width), dtype)]
     rows = min(_ROWS, max(8, 1 << (product.num_rows // product.num_groups).bit_length()))
-    sizes = jnp.maximum(sizes, 0)
-    ends = jnp.cumsum(sizes, dtype=jnp.int32)
+    ends = primitive.group_ends(sizes, product.num_rows)
+    sizes = jnp.diff(ends, prepend=0)
     local = jnp.arange(product.local_groups) + offset
     get = functools.partial(jnp.take, indices=local, mode="fill", fill_value=0)  # no rows where there is no size
     sizes, starts = get(sizes), get(ends - sizes)

@@ -58,7 +58,8 @@ def batch(primitive: Primitive, operands, axes, *, product: Product, **static):
     x = jnp.broadcast_to(x, (size, *x.shape)) if axes[X] is None else jnp.moveaxis(x, axes[X], 0)
     if axes[SIZES] is None:
         # Row r of every batch is in the same group: row by row, the groups stay in one piece.
-        out = bind(jnp.swapaxes(x, 0, 1).reshape(total, x.shape[-1]), sizes * size, *rest)
+        sizes = size * jnp.diff(group_ends(sizes, product.num_rows), prepend=0)
+        out = bind(jnp.swapaxes(x, 0, 1).reshape(total, x.shape[-1]), sizes, *rest)
         return jnp.swapaxes(out.reshape(product.num_rows, size, -1), 0, 1), 0
     sizes = jnp.moveaxis(sizes, axes[SIZES], 0)
     groups = jax.vmap(functools.partial(group_of_rows, num_rows=product.num_rows))(sizes).reshape(-1)
@@ -70,8 +71,17 @@ def batch(primitive: Primitive, operands, axes, *, product: Product, **static):
 
 def group_of_rows(sizes: jax.Array, *, num_rows: int) -> jax.Array:
     """int32 ``[T]``: the group of each row; E, the number of ``sizes`` ``[E]``, where no group has it."""
-    ends = jnp.cumsum(jnp.maximum(sizes, 0), dtype=jnp.int32)
+    ends = group_ends(sizes, num_rows)
     return jnp.searchsorted(ends, jnp.arange(num_rows, dtype=jnp.int32), side="right").astype(jnp.int32)
+
+
+def group_ends(sizes: jax.Array, num_rows: int) -> jax.Array:
+    """int32 ``[E]``: the row behind the last one of each group, sizes cut as the handlers do it."""
+
+    def add(a, b):  # at most num_rows, and no sum beyond an int32
+        return a + jnp.minimum(b, num_rows - a)
+
+    return jax.lax.associative_scan(add, jnp.clip(sizes, 0, num_rows))
 
 
 mlir.register_lowering(product_p, _lower_cpu, platform="cpu")
