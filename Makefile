@@ -40,9 +40,10 @@ docs docs-links: install
 SOURCES := pyproject.toml README.md LICENSE $(shell git ls-files jax_moe ffi)
 
 # uv fills an environment in seconds, pip in a minute. Where uv is not to be had, or fails, pip does it: pip has a
-# configuration of its own, which may name other indexes.
+# configuration of its own, which may name other indexes. Both compile what they install: tests make the warnings of a
+# compilation errors.
 UV := build/uv/bin/uv
-install_with = $(UV) pip install --quiet --python $(BIN)/python $(1) || $(BIN)/python -m pip install --quiet $(1)
+install_with = $(UV) pip install --quiet --compile-bytecode --python $(BIN)/python $(1) || $(BIN)/python -m pip install --quiet $(1)
 
 # Makefile and tests name the Python; uv is not to look for another, or download one.
 export UV_PYTHON := $(PYTHON)

@@ -72,7 +72,6 @@ METHODS = {
     "DeepSeekV2": (6, jax_moe.DeepSeekV2()),
     "DeepSeekV3": (8, jax_moe.DeepSeekV3()),
     "DeepSeekV4": (6, jax_moe.DeepSeekV3(1, 1, scores="sqrtsoftplus")),
-    "ERNIE": (6, jax_moe.DeepSeekV3(1, 1, scores="softmax")),
 }
 
 
@@ -94,7 +93,7 @@ ROUTES = {
     "Softmax": "a67246ff883801f6", "Softmax of all": "b092a241b3a022f2", "Sigmoid": "146217c0ef16c564",
     "Sigmoid of some": "fe862ec23f4dccfa", "Llama4": "656e51e2bb655364", "SparseMixer": "02243148b671edd8",
     "DeepSeekV2": "3b64e04c7db9b07a", "DeepSeekV3": "28300e661be5f714", "DeepSeekV4": "2349e3eaad9162e6",
-    "ERNIE": "87f429c26e4e9241", "sigmoid": "c72f10908eb15b88", "softmax": "77a2703418b9cb8a",
+    "sigmoid": "c72f10908eb15b88", "softmax": "77a2703418b9cb8a",
     "sqrtsoftplus": "79c8305e3cff0c48",
 }  # fmt: skip
 """Digests of what each method makes of the same logits."""

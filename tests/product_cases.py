@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import statement
 
-from jax_moe import layouts
+import jax_moe
 from jax_moe.experts import Projection
 from jax_moe.product.problem import Product
 
@@ -44,16 +44,15 @@ class ProductCase:
     def operands(self) -> dict[str, jax.Array]:
         """Those that are there, by name, with the weights packed."""
         packed = pack(self.weights)
-        leaves = {f"weights.{field.name}": getattr(packed, field.name) for field in dataclasses.fields(packed)}
+        leaves = {f"weights.{field.name}": getattr(packed, field.name) for field in dataclasses.fields(Projection)}
         sizes, offset = jnp.asarray(self.group_sizes, jnp.int32), jnp.int32(self.group_offset)
         operands = {"x": self.x, "group_sizes": sizes, "group_offset": offset, **leaves}
         return {name: value for name, value in operands.items() if value is not None}
 
 
 def pack(weights: Projection) -> Projection:
-    """Canonical weights of lead ``[G]`` in :data:`LAYOUT`, as ``pack`` does ``down``."""
-    lifted = dataclasses.replace(weights, payload=weights.payload[:, None], block_scale=weights.block_scale[:, None])
-    return layouts.get(LAYOUT)._pack_projection(lifted, range(weights.payload.shape[0]), ())  # type: ignore[attr-defined]
+    """Canonical weights of lead ``[G]`` in :data:`LAYOUT`."""
+    return jax_moe.prepare(weights, LAYOUT, progress=False)
 
 
 def local_rows(case: ProductCase) -> list[range]:

@@ -78,8 +78,10 @@ def test_a_library_that_is_broken_is_no_reason_to_stop(monkeypatch):
     def broken():
         raise OSError("libjax_moe_ffi.so: invalid ELF header")
 
+    assert doctor._cpu_kernels() in ("avx512", "avx2", "baseline")
     monkeypatch.setattr(jax_moe.ffi, "library", broken)
     assert doctor._library_ffi() == ()
+    assert doctor._cpu_kernels() == "unknown"
 
 
 def test_cudnn_is_the_packages_or_the_systems(monkeypatch):

@@ -168,6 +168,7 @@ PROJECTION = jax_moe.Projection(_array(2, 3, dtype=jnp.uint8), None, _array(2), 
 METHOD = jax_moe.DeepSeekV3(4, 2, 1.5, scores="sqrtsoftplus")
 EXAMPLES = [
     PROJECTION,
+    jax_moe.PreparedProjection(**vars(PROJECTION), layout="another", out_features=48),
     jax_moe.Experts(PROJECTION, PROJECTION, layout="another"),
     jax_moe.Routing(_array(3, 2, dtype=jnp.int32), _array(3, 2)),
     jax_moe.Router(_array(8, 4), expert_scale=_array(8), k=3, method=METHOD, norm_eps=1e-6),

@@ -93,6 +93,16 @@ ffi::Error FusedMoe(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remainin
 }  // namespace
 }  // namespace jax_moe
 
+// The name of the kernels that calls in this process run.
+extern "C" __attribute__((visibility("default"))) const char* JaxMoeCpuKernels() {
+  const jax_moe::Kernels* const chosen = &jax_moe::ChooseKernels();
+#if defined(JAX_MOE_X86_VARIANTS)
+  if (chosen == &jax_moe::kKernelsAvx512) return "avx512";
+  if (chosen == &jax_moe::kKernelsAvx2) return "avx2";
+#endif
+  return chosen == &jax_moe::kKernelsBaseline ? "baseline" : "unknown";
+}
+
 // Everything else in the library is hidden.
 extern "C" __attribute__((visibility("default"))) XLA_FFI_Error* JaxMoeFusedMoeCpu(XLA_FFI_CallFrame* call_frame);
 

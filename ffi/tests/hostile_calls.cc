@@ -18,6 +18,7 @@
 #include "tests/call_frame.h"
 
 extern "C" XLA_FFI_Error* JaxMoeFusedMoeCpu(XLA_FFI_CallFrame* call_frame);
+extern "C" const char* JaxMoeCpuKernels();
 
 namespace jax_moe::testing {
 namespace {
@@ -349,9 +350,11 @@ int Run(uint64_t seed, int64_t count) {
     if (again.results[0] != outcome.results[0]) Fail(call, "the output depends on what the results held", again);
     ++accepted;
   }
-  std::printf("seed %llu: %lld hostile calls, %lld refused, %lld run twice with hostile contents, digest %016llx\n",
-              static_cast<unsigned long long>(seed), static_cast<long long>(count), static_cast<long long>(refused),
-              static_cast<long long>(accepted), static_cast<unsigned long long>(digest.value()));
+  std::printf(
+      "%s kernels, seed %llu: %lld hostile calls, %lld refused, %lld run twice with hostile contents, digest %016llx\n",
+      JaxMoeCpuKernels(), static_cast<unsigned long long>(seed), static_cast<long long>(count),
+      static_cast<long long>(refused), static_cast<long long>(accepted),
+      static_cast<unsigned long long>(digest.value()));
   return 0;
 }
 

@@ -35,6 +35,7 @@ def doctor() -> None:
     facts.add_row("wheel", _wheel())
     facts.add_row("library", _library())
     facts.add_row("XLA's FFI", _ffi())
+    facts.add_row("CPU kernels", _cpu_kernels())
     facts.add_row("custom call target", jax_moe.ffi.TARGET)
     devices, failure = _devices()
     facts.add_row("JAX devices", failure or ", ".join(map(str, devices)))
@@ -102,6 +103,16 @@ def _library_ffi() -> tuple[int, ...]:
     except (ImportError, OSError, AttributeError):
         return ()
     return tuple(version)
+
+
+def _cpu_kernels() -> str:
+    """Which of the library's CPU kernels this process runs."""
+    try:
+        name = jax_moe.ffi.library().JaxMoeCpuKernels
+        name.restype = ctypes.c_char_p
+        return name().decode()
+    except (ImportError, OSError, AttributeError):
+        return "unknown"
 
 
 def _cudnn() -> str:

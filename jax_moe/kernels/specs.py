@@ -265,10 +265,10 @@ class XRowsSpec:
     per_group: bool = False
 
     def __post_init__(self):
-        if (self.codes or self.per_group) and not self.quantise:
-            raise ValueError("codes or per_group: got True, needs quantise")
-        if self.per_group and (self.codes or self.per_route):
-            raise ValueError("per_group: got True, is only for bf16 rows that have no weight")
+        if self.codes and not self.quantise:
+            raise ValueError("codes: got True, needs quantise")
+        if self.per_group and (not self.quantise or self.codes or self.per_route):
+            raise ValueError("per_group: got True, needs quantise alone")
 
     threads = 256
     cluster = 1

@@ -7,25 +7,26 @@ import os
 import pathlib
 import shutil
 import subprocess
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
-import product_cases
 from product_cases import ProductCase
 import pytest
 from raw_call import raw_call
 
 import jax_moe
 from jax_moe import ffi, placement, preparation
-from jax_moe.kernels import lowering, targets
+from jax_moe.kernels import targets
 from jax_moe.kernels.target import Target
-from jax_moe.product import problem as grouped
 
 FOLDER = pathlib.Path(__file__).parent
 FFI = FOLDER.parents[1] / "ffi"
 _COMPILER = os.environ.get("CXX", "g++")
+
+Weights = TypeVar("Weights", jax_moe.Experts, jax_moe.Projection)
 
 COMPILE_ONLY = bool(os.environ.get("JAX_MOE_COMPILE_ONLY"))
 """Fill the kernel cache, for a machine that has a GPU and no compiler."""
@@ -61,8 +62,8 @@ def target() -> Target:
     return next(iter(targets.TARGETS.values())) if isinstance(found, str) else found
 
 
-def prepare(experts: jax_moe.Experts, precision: str = "w4a16") -> jax_moe.Experts:
-    """Experts as :func:`target` reads them; where nothing can run, some of the same types and in the same places.
+def prepare(experts: Weights, precision: str = "w4a16") -> Weights:
+    """Weights as :func:`target` reads them; where nothing can run, some of the same types and in the same places.
 
     Their values are not read then: what ``prepare`` computes, on a mesh too, is for tests/test_prepare.py.
     """
@@ -75,10 +76,13 @@ def prepare(experts: jax_moe.Experts, precision: str = "w4a16") -> jax_moe.Exper
     return _prepared[key]
 
 
-def _zeros_as_prepared(experts: jax_moe.Experts, precision: str) -> jax_moe.Experts:
+def _zeros_as_prepared(experts: Weights, precision: str) -> Weights:
     """Traced, not compiled: that is most of what a test of this folder would cost."""
-    where = placement.find(experts)
     layout = targets.layout_for(target().name, precision).name  # type: ignore[arg-type]
+    if isinstance(experts, jax_moe.Projection):
+        types = jax.eval_shape(functools.partial(jax_moe.prepare, target=layout, progress=False), experts)
+        return jax.tree.map(lambda type_: jnp.zeros(type_.shape, type_.dtype), types)
+    where = placement.find(experts)
     if where.mesh is None:
         types = jax.eval_shape(functools.partial(jax_moe.prepare, target=layout, progress=False), experts)
         sharding = experts.gate_up.payload.sharding
@@ -92,7 +96,7 @@ def _zeros_as_prepared(experts: jax_moe.Experts, precision: str) -> jax_moe.Expe
     return jax.tree.map(lambda type_, s: jax.device_put(np.zeros(type_.shape, type_.dtype), s), types, shardings)
 
 
-_prepared: dict[tuple, jax_moe.Experts] = {}
+_prepared: dict[tuple, Any] = {}
 
 
 def prepared(case):
@@ -202,30 +206,18 @@ def call(
     return raw_call(target, results, attributes, *operands)
 
 
-def product(case: ProductCase, custom_call: str = ffi.PRODUCT_TARGET):
-    """The grouped product of ``case`` as a function of x, group sizes, offset and packed weights; and these.
-
-    Where nothing can run, the weights are zeros of the same types.
-    """
+def product(case: ProductCase, *, command_buffer: bool = True):
+    """The grouped product of ``case`` as a function of x, group sizes, offset and weights; and these, prepared."""
     if target().product is None:
         pytest.skip(f"no grouped products for {target().name} yet")
-    problem, packed = case.problem(), functools.partial(product_cases.pack, case.weights)
-    if why_not_run():
-        weights = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(packed))
-    else:
-        weights = packed()
-    lowered = lowering.cuda_call(problem)
-    results = [jax.ShapeDtypeStruct((problem.num_rows, problem.out_features), problem.out_dtype), *lowered.workspaces]
-    absent = jnp.zeros((0,), jnp.float32)
 
-    def call_of(x, group_sizes, group_offset, weights):
-        leaves = {f"weights.{field.name}": getattr(weights, field.name) for field in dataclasses.fields(weights)}
-        given = {"x": x, "group_sizes": group_sizes, "group_offset": group_offset} | leaves
-        operands = [absent if given[name] is None else given[name] for name in grouped.OPERANDS]
-        attributes = problem.attributes() | lowered.attributes
-        return raw_call(custom_call, results, attributes, *operands)[0]
+    def function(x, group_sizes, group_offset, weights):
+        return jax_moe.ragged_dot(
+            x, weights, group_sizes, group_offset=group_offset, precision=case.precision, out_dtype=case.out_dtype,
+            command_buffer=command_buffer,
+        )  # fmt: skip
 
-    return call_of, weights
+    return function, prepare(case.weights, case.precision)
 
 
 def register_changed(name: str, changes: dict[str, tuple[str, str]], build_folder: pathlib.Path) -> str:

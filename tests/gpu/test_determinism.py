@@ -79,7 +79,7 @@ def test_a_token_has_the_same_bits_in_any_batch_of_one_order(poison, precision):
     """From 1 token to 3000, other plans and other places in a tile; compared where the page promises it."""
     whole, results = _case(3000, precision=precision), collections.defaultdict(list)
     shuffled = np.random.default_rng(0).permutation(3000)
-    for count in (1, 2, 9, 20, 40, 90, 200, 500, 1200, 3000):
+    for count in (1, 9, 20, 90, 300, 1200, 3000):
         chosen = shuffled[:count]
         part = frozen.rows(whole, chosen)
         poison(0.5)
@@ -156,10 +156,9 @@ def test_replays_of_ordered_sums(poison, tokens, precision, out_dtype):
 
 @pytest.mark.parametrize("out_dtype", [jnp.float32, jnp.bfloat16], ids=lambda dtype: dtype.__name__)
 @pytest.mark.parametrize("top_k", [1, 2])
-@pytest.mark.parametrize("tokens", [9, 700])
-def test_replays_of_atomic_sums_of_at_most_two(poison, tokens, top_k, out_dtype):
+def test_replays_of_atomic_sums_of_at_most_two(poison, top_k, out_dtype):
     """0 + a + b is 0 + b + a."""
-    _same_bits_again_and_again(_case(tokens, top_k, combine="atomic", out_dtype=out_dtype), poison)
+    _same_bits_again_and_again(_case(700, top_k, combine="atomic", out_dtype=out_dtype), poison)
 
 
 @pytest.mark.parametrize("precision", _PRECISIONS)

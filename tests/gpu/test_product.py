@@ -1,7 +1,4 @@
-"""The grouped product on a GPU against its definition, bit for bit where all sums are exact.
-
-The custom call is made by hand (``calls.product``): what ``jax_moe.ragged_dot`` is around it is tested on a CPU.
-"""
+"""``ragged_dot`` on a GPU against its definition, bit for bit where all sums are exact."""
 
 import calls
 import helpers
@@ -35,9 +32,9 @@ def _arguments(case: ProductCase):
     return case.x, jnp.asarray(case.group_sizes), jnp.int32(case.group_offset)
 
 
-def _run(case: ProductCase, poison, times=3, compiler_options=_CAPTURE, custom_call=ffi.PRODUCT_TARGET) -> np.ndarray:
+def _run(case: ProductCase, poison, times=3, compiler_options=_CAPTURE, **options) -> np.ndarray:
     """The last of some results: with capture, the first call is eager, then one is captured, then there are replays."""
-    function, weights = calls.product(case, custom_call)
+    function, weights = calls.product(case, **options)
     op = calls.jit(function, compiler_options)
     for _ in range(times):
         poison(0.25)
@@ -131,7 +128,7 @@ def test_products_in_one_program_are_captured_and_never_forked(poison, graphs):
 def test_the_other_target_is_never_captured(poison):
     case = make_case(5, [30, 3], 40, **_SIZES, **_VARIANTS[0])
     before = ffi.counters()
-    helpers.assert_bit_equal(_run(case, poison, custom_call=ffi.PRODUCT_NO_CAPTURE_TARGET) + 0, expected(case) + 0)
+    helpers.assert_bit_equal(_run(case, poison, command_buffer=False) + 0, expected(case) + 0)
     after = ffi.counters()
     assert (after.captured, after.eager) == (before.captured, before.eager + 3)
 
