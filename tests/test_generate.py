@@ -213,11 +213,10 @@ def test_the_attentions_4_bit_weights_as_they_are(qwen3):
     assert isinstance(bf16["layers"][0]["query"], jax.Array)  # what is not in 4 bits is as ever
 
 
-@pytest.mark.parametrize(
-    "mistake",
-    [*mistakes.CLASSES, *mistakes.VALUES, *mistakes.LEAVES],
-    ids=lambda m: m if isinstance(m, str) else m.__name__,
-)
+MISTAKES = [*mistakes.CLASSES, *mistakes.VALUES, *mistakes.LEAVES]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda m: m if isinstance(m, str) else m.__name__)
 def test_a_model_with_a_mistake_is_another(actual, mistake):
     """The comparison tells the example from models with a wrong rope, mask, norm, router or order of anything.
 

@@ -1,6 +1,6 @@
 """Qwen3-MoE models with one mistake each: what a comparison must tell from the right one.
 
-``CLASSES`` compute something else; ``VALUES`` are other numbers of the reference; ``LEAVES`` change one array of a layer.
+``CLASSES`` compute something else, ``VALUES`` are other numbers of the model, ``LEAVES`` change an array of a layer.
 """
 
 import numpy as np
