@@ -35,7 +35,7 @@ def doctor() -> None:
     facts.add_row("wheel", _wheel())
     facts.add_row("library", _library())
     facts.add_row("XLA's FFI", _ffi())
-    facts.add_row("CPU kernels", _cpu_kernels())
+    facts.add_row("instruction set", _cpu_kernels())
     facts.add_row("custom call target", jax_moe.ffi.TARGET)
     devices, failure = _devices()
     facts.add_row("JAX devices", failure or ", ".join(map(str, devices)))
