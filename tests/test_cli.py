@@ -80,7 +80,7 @@ def test_doctor_says_what_runs_and_why_not_the_rest():
     done = run("doctor")
     assert done.returncode == 0, done.stderr
     assert jax_moe.__version__ in row(done.stdout, "jax_moe ")
-    assert " yes " in row(done.stdout, "CPU")
+    assert " yes " in row(done.stdout, "│ CPU  ")
     for target in targets.TARGETS.values():
         assert " no " in row(done.stdout, f"{target.generation} ({target.name})")
 
