@@ -48,6 +48,8 @@ install_with = $(UV) pip install --quiet --compile-bytecode --python $(BIN)/pyth
 # Makefile and tests name the Python; uv is not to look for another, or download one.
 export UV_PYTHON := $(PYTHON)
 export UV_PYTHON_DOWNLOADS := never
+# It trusts whom the system trusts, as pip does: a company's registry may have a certificate of its own.
+export UV_SYSTEM_CERTS := 1
 
 build/uv/.tried:
 	$(PYTHON) -m venv build/uv
