@@ -256,7 +256,7 @@ def test_every_field_of_a_spec_is_in_the_key():
         return "other" if isinstance(value, str) else value + type(value)([8] if isinstance(value, tuple) else 1)
 
     for spec in (
-        specs.SortSpec(8, 4, 8, 1, True), specs.XRowsSpec(True, True), specs.CombineSpec("float32"),
+        specs.SortSpec(8, 4, 8, 1, True), specs.XRowsSpec(True, False), specs.CombineSpec("float32"),
         Gemm1Spec(config, "w4a16", "swiglu", True, 1.0, 0.0, 7.0, False),
         Gemm2Spec(config, "w4a16", "atomic", "float32", False),
     ):  # fmt: skip

@@ -123,7 +123,8 @@ def _run(folder: pathlib.Path, objects, sanitizer: tuple = ()) -> subprocess.Com
     command = [_COMPILER, *sanitizer, *objects, "-ldl", "-pthread", "-o", program]
     linked = subprocess.run(command, capture_output=True, text=True)
     assert linked.returncode == 0, linked.stderr
-    return subprocess.run([program], capture_output=True, text=True, timeout=60)
+    # A mutant may print what is no text: a message in memory that was freed.
+    return subprocess.run([program], capture_output=True, text=True, errors="backslashreplace", timeout=60)
 
 
 def _precompile(folder: pathlib.Path, *flags) -> tuple:
