@@ -1,6 +1,8 @@
 """The comparison against mutants of the op, and the claims that the case generators make."""
 
 import dataclasses
+import pathlib
+import types
 
 import helpers
 import jax.numpy as jnp
@@ -203,3 +205,26 @@ def test_programs_fail_loudly():
     with pytest.raises(AssertionError, match="ZeroDivisionError"):
         helpers.run_python("1 / 0")
     assert jax_moe.__name__ in helpers.run_python("import jax_moe; print(jax_moe.__name__)")
+
+
+def test_each_value_once_leaves_every_value_and_every_test(pytestconfig):
+    """What ``--each-value-once`` leaves out are combinations: no value of a parameter, and no test, is lost."""
+    (conftest,) = (
+        plugin for plugin in pytestconfig.pluginmanager.get_plugins() if hasattr(plugin, "_whose_values_were_seen")
+    )
+
+    class Item:
+        def __init__(self, test, **params):
+            self.path, self.cls, self.originalname = pathlib.Path("test_it.py"), None, test
+            if params:
+                self.callspec = types.SimpleNamespace(params=params)
+
+    cases = [Item(test, a=a, b=b) for test in ("one", "two") for a in range(3) for b in "xyz"]
+    left_out = conftest._whose_values_were_seen([*cases, Item("plain"), Item("alone", a=0)])
+    kept = [item for item in cases if item not in left_out]
+    for test in ("one", "two"):
+        values = [item.callspec.params for item in kept if item.originalname == test]
+        assert {value["a"] for value in values} == {0, 1, 2}
+        assert {value["b"] for value in values} == {"x", "y", "z"}
+        assert len(values) < 9
+    assert all(item.originalname in ("one", "two") for item in left_out)
