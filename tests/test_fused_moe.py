@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import os
 
 import helpers
 from helpers import ACTIVATIONS, make_case, make_exact_case
@@ -185,6 +186,10 @@ def test_a_token_does_not_depend_on_the_others(combine):
 # --- Weights ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(
+    "xla_cpu_use_fusion_emitters=false" in os.environ.get("XLA_FLAGS", ""),
+    reason="XLA's older emitters, which conftest.py takes with jax 0.10, cannot compile float4: `XLA_FLAGS= pytest`",
+)
 def test_float4_payloads_are_viewed():
     case = make_case(9)
 
