@@ -53,6 +53,15 @@ def emit(
     return rule(ctx.replace(avals_in=avals, avals_out=results), *operands, **problem.attributes(), **attributes)[:1]
 
 
+def emit_for_cuda(ctx, target: str, no_capture_target: str, operands, problem: Any):
+    """As :func:`emit`, with what the GPU's target makes of ``problem``."""
+    from jax_moe.kernels import lowering  # here, because a CPU never needs it
+
+    call = lowering.cuda_call(problem)
+    chosen = target if problem.command_buffer else no_capture_target
+    return emit(ctx, chosen, operands, problem, call.attributes, call.workspaces)
+
+
 def refuse_partitioning(axis_context, problem: Any) -> None:
     """Raises unless each device runs this call on arrays of its own.
 

@@ -107,11 +107,7 @@ def _one_expert(operands, expert: jax.Array, problem: Problem) -> Experts:
     """Canonical experts, of which there is one, from the ten weight operands."""
 
     def select(leaf):
-        if leaf is None or leaf.ndim == 0:
-            return leaf
-        # XLA's CPU backend widens float8 to slice it: behind the barrier what it slices, without it all of the leaf.
-        leaf, _ = jax.lax.optimization_barrier((leaf, expert))
-        return jax.lax.dynamic_slice_in_dim(leaf, expert, 1)
+        return leaf if leaf is None or leaf.ndim == 0 else slice_of_one(leaf, expert)
 
     def projection(operands) -> Projection:
         return Projection(*map(select, operands))
@@ -120,6 +116,13 @@ def _one_expert(operands, expert: jax.Array, problem: Problem) -> Experts:
     if problem.layout == CANONICAL:
         return experts
     return unprepare(experts, problem.hidden_size, problem.intermediate_size)
+
+
+def slice_of_one(leaf: jax.Array, index: jax.Array) -> jax.Array:
+    """``leaf[index : index + 1]`` of a leaf of weights."""
+    # XLA's CPU backend widens float8 to slice it: behind the barrier what it slices, without it all of the leaf.
+    leaf, _ = jax.lax.optimization_barrier((leaf, index))
+    return jax.lax.dynamic_slice_in_dim(leaf, index, 1)
 
 
 def _tiles(expert_ids: jax.Array, offset: jax.Array, problem: Problem):
@@ -148,11 +151,14 @@ def _tiles(expert_ids: jax.Array, offset: jax.Array, problem: Problem):
 
 
 def _rows_of_a_tile(problem: Problem) -> int:
-    """About the routes that an expert has: then tiles are padded to twice the routes at most."""
-    if not isinstance(problem.num_routes, int):  # exported for any T
+    return rows_of_a_tile(problem.num_routes, problem.num_experts or problem.local_experts)
+
+
+def rows_of_a_tile(num_rows: int, num_groups: int) -> int:
+    """About the rows that an expert, or group, has: then tiles are padded to twice the rows at most."""
+    if not isinstance(num_rows, int):  # exported for any T
         return 64
-    mean = problem.num_routes // (problem.num_experts or problem.local_experts)
-    return min(max(1 << mean.bit_length(), 8), 128)
+    return min(max(1 << (num_rows // num_groups).bit_length(), 8), 128)
 
 
 def _second_jvp(primals, tangents, *, problem: Problem, transposed: bool):

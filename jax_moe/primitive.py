@@ -40,11 +40,7 @@ def _lower_cpu(ctx, *operands, problem: Problem):
 
 
 def _lower_cuda(ctx, *operands, problem: Problem):
-    from jax_moe.kernels import lowering  # here, because a CPU never needs it
-
-    call = lowering.cuda_call(problem)
-    target = ffi.TARGET if problem.command_buffer else ffi.NO_CAPTURE_TARGET
-    return custom_call.emit(ctx, target, operands, problem, call.attributes, call.workspaces)
+    return custom_call.emit_for_cuda(ctx, ffi.TARGET, ffi.NO_CAPTURE_TARGET, operands, problem)
 
 
 def fold_into_tokens(primitive: Primitive, operands, axes, *, problem: Problem, **static):

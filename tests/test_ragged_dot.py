@@ -13,8 +13,6 @@ import pytest
 import jax_moe
 from jax_moe import nvfp4
 
-HIGHEST = jax.lax.Precision.HIGHEST
-
 
 def exact_weights(rng, groups: int, n: int, c: int, *, bias=False) -> jax_moe.Projection:
     """Matrices of small integers times powers of two: every partial sum of a product with such an x is exact."""

@@ -77,10 +77,7 @@ ffi::Error FusedMoe(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remainin
   SortRoutes(&call);
   const Kernels& kernels = ChooseKernels();
   const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
-  // Many columns a unit read each block of the intermediate once for all of them; few keep all threads busy to the end.
-  constexpr int64_t kMostColumns = 128, kUnitsPerThread = 4;
-  const int64_t columns = call.problem.hidden_size / (threads * kUnitsPerThread) / 16 * 16;
-  call.down_unit_columns = std::clamp<int64_t>(columns, 16, kMostColumns);
+  call.down_unit_columns = UnitColumns(call.problem.hidden_size, threads);
   ParallelFor(pool, threads, call.num_x_rows(), [&](int64_t unit) { kernels.x_row(call, unit); });
   ParallelFor(pool, threads, call.num_gate_up_units(), [&](int64_t unit) { kernels.gate_up_unit(call, unit); });
   ParallelFor(pool, threads, call.num_down_units(), [&](int64_t unit) { kernels.down_unit(call, unit); });

@@ -70,6 +70,13 @@ void ParallelFor(xla::ffi::ThreadPool& pool, int64_t max_threads, int64_t count,
   loop->Wait();
 }
 
+// Columns of a unit, a multiple of 16, where threads share out so many. Many a unit read each row of the input once for
+// all of them; few keep all threads busy to the end.
+inline int64_t UnitColumns(int64_t columns, int64_t threads) {
+  constexpr int64_t kMostColumns = 128, kUnitsPerThread = 4;
+  return std::clamp<int64_t>(columns / (threads * kUnitsPerThread) / 16 * 16, 16, kMostColumns);
+}
+
 }  // namespace jax_moe
 
 #endif  // JAX_MOE_CPU_PARALLEL_FOR_H_

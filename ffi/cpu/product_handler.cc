@@ -59,10 +59,7 @@ ffi::Error RaggedDot(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remaini
   FindGroups(&call);
   const Kernels& kernels = ChooseKernels();
   const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
-  // As for the columns of GEMM2, but that each group has units of its own.
-  constexpr int64_t kMostColumns = 128, kUnitsPerThread = 4;
-  const int64_t columns = call.num_active * call.problem.out_features / (threads * kUnitsPerThread) / 16 * 16;
-  call.unit_columns = std::clamp<int64_t>(columns, 16, kMostColumns);
+  call.unit_columns = UnitColumns(call.num_active * call.problem.out_features, threads);  // each group has its own
   ParallelFor(pool, threads, call.problem.num_rows, [&](int64_t unit) { kernels.product_row(call, unit); });
   ParallelFor(pool, threads, call.num_units(), [&](int64_t unit) { kernels.product_unit(call, unit); });
   return ffi::Error::Success();

@@ -2,8 +2,8 @@
 // worth intrinsics. Included once per instruction set (kernels.cc), hence the `static inline`s.
 //
 // Every instruction set gives the same bits. A weight has 6 significant bits and an activation 8, so a product is exact
-// in fp32, unless it leaves fp32's range, and a fused multiply-add equals a multiply and an add; and all sum the same 16
-// lanes in the same order.
+// in fp32, unless it leaves fp32's range, and a fused multiply-add equals a multiply and an add; and all sum the same
+// 16 lanes in the same order.
 
 #ifndef JAX_MOE_CPU_SIMD_H_
 #define JAX_MOE_CPU_SIMD_H_

@@ -17,6 +17,11 @@ _SMALL = 2048  # routes that one CTA sorts in less time than a cluster takes to 
 _CLUSTER = 8  # CTAs; the most that a kernel may have on any GPU with clusters
 
 
+def out_pointer(out_dtype: str) -> str:
+    """The type of a pointer to the output."""
+    return "bf16*" if out_dtype == "bfloat16" else "f32*"
+
+
 class Spec(Protocol):
     """What describes a kernel; hashable, and its ``repr`` tells two of them apart."""
 
@@ -218,10 +223,10 @@ class GroupsSpec:
 
     @property
     def parameters(self) -> dict[str, str]:
-        out = "bf16*" if self.out_dtype == "bfloat16" else "f32*"
         return {
             "group_sizes": "i32*", "group_offset": "i32*", "expert_tiles": "i32*", "tile_expert": "i32*",
-            "row_route": "i32*", "group_ends": "i32*", "row_group": "i32*", "out": out, "num_rows": "i32",
+            "row_route": "i32*", "group_ends": "i32*", "row_group": "i32*",
+            "out": out_pointer(self.out_dtype), "num_rows": "i32",
             "num_groups": "i32", "local_groups": "i32", "token_tile": "i32", "row_vectors": "i32",
         }  # fmt: skip
 
@@ -316,9 +321,9 @@ class CombineSpec:
 
     @property
     def parameters(self) -> dict[str, str]:
-        out = "bf16*" if self.out_dtype == "bfloat16" else "f32*"
         return {
-            "contributions": "f32*", "expert_ids": "i32*", "expert_offset": "i32*", "out": out, "num_tokens": "i32",
+            "contributions": "f32*", "expert_ids": "i32*", "expert_offset": "i32*",
+            "out": out_pointer(self.out_dtype), "num_tokens": "i32",
             "top_k": "i32", "hidden_size": "i32", "local_experts": "i32",
         }  # fmt: skip
 

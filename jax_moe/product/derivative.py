@@ -13,6 +13,7 @@ from jax.interpreters import ad, batching, mlir
 import jax.numpy as jnp
 
 from jax_moe import custom_call, eager, layouts, nvfp4
+from jax_moe.derivative import rows_of_a_tile, slice_of_one
 from jax_moe.experts import CANONICAL
 from jax_moe.operands import fill
 from jax_moe.product import primitive
@@ -22,9 +23,6 @@ from jax_moe.product.problem import OPERANDS, Product
 derivative_p = Primitive("jax_moe_ragged_dot_derivative")
 """``dy = derivative_p.bind(dx, *operands, product=..., transposed=False)``, with the op's operands but for x; and with
 ``transposed=True``, ``dx`` from ``dy``."""
-
-_ROWS = 128
-"""Of a tile. A group with fewer rows is padded to as many, up to twice the rows of the mean group."""
 
 
 def _jvp(primals, tangents, *, product: Product):
@@ -58,7 +56,7 @@ def _apply(*operands, product: Product, transposed: bool):
     width, dtype = _result(product, transposed)
     if product.num_rows == 0:
         return [jnp.zeros((0, width), dtype)]
-    rows = min(_ROWS, max(8, 1 << (product.num_rows // product.num_groups).bit_length()))
+    rows = rows_of_a_tile(product.num_rows, product.num_groups)
     ends = primitive.group_ends(sizes, product.num_rows)
     sizes = jnp.diff(ends, prepend=0)
     local = jnp.arange(product.local_groups) + offset
@@ -85,9 +83,7 @@ def _matrix(weights, group: jax.Array, product: Product) -> jax.Array:
     """float32 ``[N, C]``: one group's, dequantised."""
 
     def select(leaf):
-        # XLA's CPU backend widens float8 to slice it: behind the barrier what it slices, without it all of the leaf.
-        leaf, _ = jax.lax.optimization_barrier((leaf, group))
-        return jax.lax.dynamic_index_in_dim(leaf, group, keepdims=False)
+        return slice_of_one(leaf, group)[0]
 
     payload, block_scale, global_scale, *_ = weights
     if product.layout == CANONICAL:

@@ -37,11 +37,7 @@ def _lower_cpu(ctx, *operands, product: Product):
 
 
 def _lower_cuda(ctx, *operands, product: Product):
-    from jax_moe.kernels import lowering  # here, because a CPU never needs it
-
-    call = lowering.cuda_call(product)
-    target = ffi.PRODUCT_TARGET if product.command_buffer else ffi.PRODUCT_NO_CAPTURE_TARGET
-    return custom_call.emit(ctx, target, operands, product, call.attributes, call.workspaces)
+    return custom_call.emit_for_cuda(ctx, ffi.PRODUCT_TARGET, ffi.PRODUCT_NO_CAPTURE_TARGET, operands, product)
 
 
 def batch(primitive: Primitive, operands, axes, *, product: Product, **static):

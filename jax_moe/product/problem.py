@@ -46,11 +46,6 @@ class Product:
     absent: tuple[str, ...]
 
     @property
-    def num_operands(self) -> int:
-        """Those of the call that are given."""
-        return len(self.operand_names) - len(self.absent)
-
-    @property
     def has_bias(self) -> bool:
         return "weights.bias" not in self.absent
 

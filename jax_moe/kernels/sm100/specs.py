@@ -114,11 +114,11 @@ class Gemm2Spec(_Tcgen05, specs.Gemm2Spec):
 
     @property
     def parameters(self) -> dict[str, str]:
-        out = "bf16*" if self.out_dtype == "bfloat16" else "f32*"
         h = "bf16*" if self.precision == "w4a16" else "u8*"
         return {
             "h": h, "row_route": "i32*", "row_weight": "f32*", "tile_expert": "i32*", "expert_tiles": "i32*",
-            "payload": "u8*", "global_scale": "f32*", "input_scale": "f32*", "bias": "f32*", "out": out,
+            "payload": "u8*", "global_scale": "f32*", "input_scale": "f32*", "bias": "f32*",
+            "out": specs.out_pointer(self.out_dtype),
             "hidden_size": "i32", "row_divisor": "i32", "local_experts": "i32", "m_blocks": "i32", "k_steps": "i32",
             "h_blocks": "i32",
         }  # fmt: skip

@@ -111,10 +111,10 @@ class Gemm2Spec(_Wgmma, specs.Gemm2Spec):
 
     @property
     def parameters(self) -> dict[str, str]:
-        out = "bf16*" if self.out_dtype == "bfloat16" else "f32*"
         return {
             "h": "bf16*", "row_route": "i32*", "row_weight": "f32*", "tile_expert": "i32*", "expert_tiles": "i32*",
-            "payload": "u8*", "global_scale": "f32*", "input_scale": "f32*", "bias": "f32*", "out": out,
+            "payload": "u8*", "global_scale": "f32*", "input_scale": "f32*", "bias": "f32*",
+            "out": specs.out_pointer(self.out_dtype),
             "hidden_size": "i32", "row_divisor": "i32", "local_experts": "i32", "m_blocks": "i32", "k_blocks": "i32",
             "h_blocks": "i32",
         }  # fmt: skip
@@ -128,9 +128,9 @@ class ProductSpec(_Wgmma, specs.ProductSpec):
 
     @property
     def parameters(self) -> dict[str, str]:
-        out = "bf16*" if self.out_dtype == "bfloat16" else "f32*"
         return {
             "x": "bf16*", "row_route": "i32*", "tile_expert": "i32*", "expert_tiles": "i32*", "group_ends": "i32*",
-            "payload": "u8*", "global_scale": "f32*", "input_scale": "f32*", "bias": "f32*", "out": out,
+            "payload": "u8*", "global_scale": "f32*", "input_scale": "f32*", "bias": "f32*",
+            "out": specs.out_pointer(self.out_dtype),
             "in_features": "i32", "out_features": "i32", "local_experts": "i32", "m_blocks": "i32", "k_blocks": "i32",
         }  # fmt: skip
