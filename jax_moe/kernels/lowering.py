@@ -46,7 +46,7 @@ def cuda_call(problem: Problem | Product) -> CudaCall:
     buffers = _buffers(program, problem)
     try:
         kernels: dict[str, object] = {
-            launch.name: _kernel_attributes(launch, buffers, target.name) for launch in program.launches
+            launch.name: _kernel_attributes(program, launch, buffers, target.name) for launch in program.launches
         }
     except cache.MissingKernelError as error:
         if isinstance(problem, Product):  # `compile` is for layers of experts
@@ -107,7 +107,9 @@ def command_arguments(problem: Problem) -> list[str]:
     return arguments
 
 
-def _kernel_attributes(launch: Launch, buffers: Mapping[str, tuple[str, str]], target: str) -> dict[str, object]:
+def _kernel_attributes(
+    program: Program, launch: Launch, buffers: Mapping[str, tuple[str, str]], target: str
+) -> dict[str, object]:
     spec = launch.spec
     if set(launch.arguments) != set(spec.parameters):
         differing = sorted(set(launch.arguments) ^ set(spec.parameters))
@@ -124,7 +126,7 @@ def _kernel_attributes(launch: Launch, buffers: Mapping[str, tuple[str, str]], t
         "threads": kernel.threads,
         "cluster": spec.cluster,
         "shared": kernel.shared_bytes,
-        "overlap": spec.overlap,
+        "overlap": program.overlaps(launch),
     }
     return {"image": kernel.image, "name": kernel.symbol, "arguments": " ".join(arguments), **_int64s(numbers)}
 

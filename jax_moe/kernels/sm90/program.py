@@ -1,6 +1,7 @@
 """The programs of calls on sm_90a: which kernels, over which buffers. ``README.md`` says what is in these."""
 
 from collections.abc import Mapping
+import dataclasses
 import functools
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 
 from jax_moe import activations
 from jax_moe.kernels import steps, tiling
+from jax_moe.kernels.device.constants import FEW_ROUTES
 from jax_moe.kernels.sm90.device import weight_block
 from jax_moe.kernels.sm90.specs import Config, Gemm1Spec, Gemm2Spec, ProductSpec, with_most_stages
 from jax_moe.kernels.target import Card, Launch, Program
@@ -49,7 +51,16 @@ def _cost(costs: Costs, rows: int, config: Config) -> float:
 
 def gemms(p: Problem, config: Config) -> tuple[Gemm1Spec, Gemm2Spec]:
     """Both GEMMs of a call (``steps.gemms``)."""
-    return steps.gemms(p, config, Gemm1Spec, Gemm2Spec)
+    gemm1, gemm2 = steps.gemms(p, config, Gemm1Spec, Gemm2Spec)
+    if maps_routes(p):
+        gemm1 = dataclasses.replace(gemm1, maps_routes=True)
+        gemm2 = dataclasses.replace(gemm2, maps_routes=True, weighted=p.weight_on == "output")
+    return gemm1, gemm2
+
+
+def maps_routes(p: Problem) -> bool:
+    """Whether the GEMMs make the tile map for themselves: with so few routes that costs them less than a sort in front."""
+    return p.num_routes <= FEW_ROUTES
 
 
 def build(p: Problem, card: Card) -> Program:
@@ -73,9 +84,11 @@ def build(p: Problem, card: Card) -> Program:
     h_blocks = gate_up_rows * weight_block.BLOCK_ROWS // parts // weight_block.BLOCK_K
 
     sort, workspaces = steps.sort(p, config.token_tile)
-    tiles = workspaces["tile_expert"].size
-    workspaces["h"] = jax.ShapeDtypeStruct((tiles, h_blocks, config.token_tile, weight_block.BLOCK_K), jnp.bfloat16)
     before, after = [sort], []
+    if gemm1.maps_routes:
+        before, workspaces = [], {}
+    tiles = steps.num_tiles(p, config.token_tile)
+    workspaces["h"] = jax.ShapeDtypeStruct((tiles, h_blocks, config.token_tile, weight_block.BLOCK_K), jnp.bfloat16)
     if has_x_rows:
         x_rows, more = steps.x_rows(p)
         before.append(x_rows)
@@ -87,11 +100,12 @@ def build(p: Problem, card: Card) -> Program:
 
     grid = card.multiprocessors * config.ctas_per_sm  # persistent
     launch1 = Launch("gemm1", gemm1, grid, {
-        **steps.gemm1_arguments(p), "x": "x_rows" if has_x_rows else "x",
+        **steps.gemm1_arguments(p, gemm1.maps_routes), "x": "x_rows" if has_x_rows else "x",
         "m_blocks": gate_up_rows, "k_blocks": gate_up_columns,
     })  # fmt: skip
     launch2 = Launch("gemm2", gemm2, grid, {
-        **steps.gemm2_arguments(p), "m_blocks": down_rows, "k_blocks": down_columns, "h_blocks": h_blocks,
+        **steps.gemm2_arguments(p, gemm2.maps_routes),
+        "m_blocks": down_rows, "k_blocks": down_columns, "h_blocks": h_blocks,
     })  # fmt: skip
 
     blocks = p.local_experts * weight_block.BLOCK_BYTES

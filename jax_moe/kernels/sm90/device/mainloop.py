@@ -36,7 +36,8 @@ from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32
 import cutlass.cute as cute
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
-from jax_moe.kernels.device import dequantise, entry, ptx, schedule
+from jax_moe.kernels.device import dequantise, entry, few_routes, ptx, schedule
+from jax_moe.kernels.device.constants import FEW_ROUTES
 from jax_moe.kernels.device.entry import array, named
 from jax_moe.kernels.sm90.device import weight_block
 from jax_moe.kernels.sm90.device.weight_block import BLOCK_K
@@ -45,7 +46,11 @@ WARPGROUP = 128
 TOKEN_ROW_BYTES = BLOCK_K * 2
 # Named barriers; 0 is sync_threads, and each m warpgroup has an epilogue's.
 REDUCTION_FULL, REDUCTION_EMPTY, NEXT_UNIT, EPILOGUE = 1, 2, 3, 4
+MAP_ROUTES = NEXT_UNIT  # nobody has a unit yet
 _NO_UNIT = -1
+
+TILE_MAP = ("row_route", "tile_expert", "expert_tiles", "expert_ids", "expert_offset")
+"""Operands that say what the tiles are, and which are indexed: the sort's map, or what ``few_routes.py`` makes one of."""
 
 
 class Gemm(entry.Kernel):
@@ -232,7 +237,7 @@ class Gemm(entry.Kernel):
         if k_block == 0:
             width = Int32(self.config.widths[0])
             for i in cutlass.range_constexpr(len(self.config.widths) - 1):
-                if op.row_route[unit.token_tile * self.n + self.config.widths[i]] >= 0:  # padding rows come last
+                if self._route(op, unit.token_tile, self.config.widths[i]) >= 0:  # padding rows come last
                     width = Int32(self.config.widths[i + 1])
             self._tell(shared, slot, (unit.expert, unit.m_tile, unit.token_tile, width))
         full = Int32((shared.barriers + slot).toint())
@@ -261,7 +266,21 @@ class Gemm(entry.Kernel):
             cute.arch.mbarrier_arrive(shared.barriers + slot)
 
     def _num_units(self, op):
+        if self.spec.maps_routes:
+            return op.tiles.num_tiles[0] * op.m_tiles
         return op.expert_tiles[op.local_experts] * op.m_tiles
+
+    def _route(self, op, token_tile, row):
+        """Route of a row of a tile, -1 for padding."""
+        if self.spec.maps_routes:
+            return few_routes.route(op.tiles, token_tile, row)
+        return op.row_route[token_tile * self.n + row]
+
+    def _take(self, op, index, gemm, ctas):
+        """The unit of GEMM1 (``gemm`` 0) or GEMM2 (1) that this CTA does after unit ``index``."""
+        if self.spec.maps_routes:
+            return index + ctas  # units are few and alike
+        return schedule.take(op.expert_tiles, op.local_experts, gemm, ctas)
 
     # -- the kernel ---------------------------------------------------------------------------------------------
 
@@ -283,6 +302,7 @@ class Gemm(entry.Kernel):
         tid, _, _ = cute.arch.thread_idx()
         warpgroup_index = cute.arch.make_warp_uniform(tid // WARPGROUP)
         tid = tid % WARPGROUP
+        maps_routes = self.spec.maps_routes
 
         smem = cutlass.memory.SmemAllocator()
         token_layout = self._token_layout()
@@ -295,15 +315,19 @@ class Gemm(entry.Kernel):
             units=self._array(smem, Int32, 4 * self.stages),  # of a stage: expert, m tile, token tile, width
             next_unit=self._array(smem, Int32, 2),
         )
-        if warpgroup_index == 0 and tid == 0:
+        tiles = few_routes.allocate(smem) if maps_routes else None
+        if warpgroup_index == int(maps_routes) and tid == 0:  # the producers are busy with the map
             for i in cutlass.range_constexpr(self.stages):
                 cute.arch.mbarrier_init(shared.barriers + i, self._full_arrivals())
                 cute.arch.mbarrier_init(shared.barriers + self.stages + i, 4 * self.consumers)
             cute.arch.mbarrier_init_fence()
+        if cutlass.const_expr(maps_routes):
+            if warpgroup_index == 0 and tid < FEW_ROUTES:
+                few_routes.make(op, tiles, self.n, MAP_ROUTES, tid)
         cute.arch.sync_threads()
 
         m_tiles = (op.m_blocks + self.config.m_warpgroups - 1) // self.config.m_warpgroups
-        op = named(m_tiles=m_tiles, **op._asdict())
+        op = named(m_tiles=m_tiles, tiles=tiles, **op._asdict())
         producer_registers, consumer_registers = self._registers()
         if warpgroup_index == 0:
             cute.arch.setmaxregister_decrease(producer_registers)
@@ -316,7 +340,10 @@ class Gemm(entry.Kernel):
         return cute.make_tensor(smem.allocate_array(dtype, size), cute.make_layout(size)) if size else None
 
     def _unit(self, op, index):
-        expert, m_tile, token_tile = schedule.locate(index, op.m_tiles, op.tile_expert, op.expert_tiles)
+        if self.spec.maps_routes:
+            expert, m_tile, token_tile = few_routes.locate(index, op.m_tiles, op.tiles)
+        else:
+            expert, m_tile, token_tile = schedule.locate(index, op.m_tiles, op.tile_expert, op.expert_tiles)
         return named(expert=expert, m_tile=m_tile, token_tile=token_tile)
 
     @cute.jit
