@@ -32,6 +32,9 @@ CONFIGS = (
 """What a call chooses from. Experts with about as many rows want a second width below the widest, so that few of them
 need two tiles and few multiply padding; experts with many tiles want to multiply little in their last one."""
 
+PREFETCH_BYTES = 32 * 2**20
+"""Of GEMM2's weights, that GEMM1 asks for when it has read its own: what half of an L2 of 60 MB holds."""
+
 Costs = Mapping[int, Mapping[int, float]]
 
 
@@ -61,6 +64,11 @@ def gemms(p: Problem, config: Config) -> tuple[Gemm1Spec, Gemm2Spec]:
 def maps_routes(p: Problem) -> bool:
     """Whether the GEMMs make the tile map for themselves: with so few routes that costs them less than a sort in front."""
     return p.num_routes <= FEW_ROUTES
+
+
+def _grid(card: Card, config: Config, tiles: int, row_blocks: int) -> int:
+    """CTAs of a persistent GEMM: no more than run at once, or than there may be units."""
+    return min(card.multiprocessors * config.ctas_per_sm, tiles * _blocks(row_blocks, config.m_warpgroups))
 
 
 def build(p: Problem, card: Card) -> Program:
@@ -98,12 +106,19 @@ def build(p: Problem, card: Card) -> Program:
         after.append(combine)
         workspaces |= more
 
-    grid = card.multiprocessors * config.ctas_per_sm  # persistent
-    launch1 = Launch("gemm1", gemm1, grid, {
+    grid1, grid2 = (_grid(card, config, tiles, rows) for rows in (gate_up_rows, down_rows))
+    next_gemm = {}
+    if gemm1.maps_routes:
+        share = PREFETCH_BYTES // grid1 // weight_block.BLOCK_BYTES
+        next_gemm = {
+            "next_payload": "down.payload", "next_m_blocks": down_rows, "next_k_blocks": down_columns,
+            "prefetch_blocks": share if config.m_warpgroups == 1 else 0,  # it counts units of one row of blocks
+        }  # fmt: skip
+    launch1 = Launch("gemm1", gemm1, grid1, {
         **steps.gemm1_arguments(p, gemm1.maps_routes), "x": "x_rows" if has_x_rows else "x",
-        "m_blocks": gate_up_rows, "k_blocks": gate_up_columns,
+        "m_blocks": gate_up_rows, "k_blocks": gate_up_columns, **next_gemm,
     })  # fmt: skip
-    launch2 = Launch("gemm2", gemm2, grid, {
+    launch2 = Launch("gemm2", gemm2, grid2, {
         **steps.gemm2_arguments(p, gemm2.maps_routes),
         "m_blocks": down_rows, "k_blocks": down_columns, "h_blocks": h_blocks,
     })  # fmt: skip
