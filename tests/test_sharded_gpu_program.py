@@ -89,7 +89,7 @@ def test_w4a4_has_one_pass_over_x(name, target, weight_on, quantises):
     run = functools.partial(jax_moe.sharded_moe, mesh=mesh, precision="w4a4", weight_on=weight_on, **names)
     text = jax.jit(run).lower(*placed_case(mesh, precision="w4a4", target=target)).as_text()
     (launches,) = re.findall(r'launches = "([\w ]*)"', text)
-    assert launches.split() == ["sort", *["x_rows"] * quantises, "gemm1", "gemm2"]
+    assert [name for name in launches.split() if name != "sort"] == [*["x_rows"] * quantises, "gemm1", "gemm2"]
     assert ('precision = "w4a4_rounded_x"' in text) is not quantises
     assert ('precision = "w4a4"' in text) is quantises
     assert ("xui8>) -> tensor<16x36xui8>" in text) is not quantises  # H = 64 in 36 bytes

@@ -44,6 +44,9 @@ def some_specs(target: str) -> list[Spec]:
         for weight_on in ("output", "input"):
             call = problem(target, precision, weight_on=weight_on, combine="ordered")
             specs |= {launch.spec for launch in lowering.launches(call) if not launch.spec.tensor_core_ptx}
+        # Few routes may have kernels of their own.
+        call = problem(target, precision, num_tokens=1, combine="ordered" if precision == "w4a4" else "atomic")
+        specs |= {launch.spec for launch in lowering.launches(call)}
         if TARGETS[target].product is not None:  # of which a config changes only what those of GEMM1 have
             call = cuda_call.product(precision=precision, num_rows=1, bias=precision == "w4a4")
             specs |= {launch.spec for launch in lowering.launches(call)}

@@ -55,15 +55,18 @@ def _cost(costs: Costs, rows: int, config: Config) -> float:
 def gemms(p: Problem, config: Config) -> tuple[Gemm1Spec, Gemm2Spec]:
     """Both GEMMs of a call (``steps.gemms``)."""
     gemm1, gemm2 = steps.gemms(p, config, Gemm1Spec, Gemm2Spec)
-    if maps_routes(p):
+    if _maps_routes(p, config):
         gemm1 = dataclasses.replace(gemm1, maps_routes=True)
         gemm2 = dataclasses.replace(gemm2, maps_routes=True, weighted=p.weight_on == "output")
     return gemm1, gemm2
 
 
-def maps_routes(p: Problem) -> bool:
-    """Whether the GEMMs make the tile map for themselves: with so few routes that costs them less than a sort in front."""
-    return p.num_routes <= FEW_ROUTES
+def _maps_routes(p: Problem, config: Config) -> bool:
+    """Whether the GEMMs make the tile map for themselves: with so few routes that costs them less than a sort in front.
+
+    Only in the configs for a few rows of each expert: few routes on few experts are no case to have kernels for.
+    """
+    return 0 < p.num_routes <= FEW_ROUTES and config.m_warpgroups == 1
 
 
 def _grid(card: Card, config: Config, tiles: int, row_blocks: int) -> int:
@@ -109,10 +112,9 @@ def build(p: Problem, card: Card) -> Program:
     grid1, grid2 = (_grid(card, config, tiles, rows) for rows in (gate_up_rows, down_rows))
     next_gemm = {}
     if gemm1.maps_routes:
-        share = PREFETCH_BYTES // grid1 // weight_block.BLOCK_BYTES
         next_gemm = {
             "next_payload": "down.payload", "next_m_blocks": down_rows, "next_k_blocks": down_columns,
-            "prefetch_blocks": share if config.m_warpgroups == 1 else 0,  # it counts units of one row of blocks
+            "prefetch_blocks": PREFETCH_BYTES // grid1 // weight_block.BLOCK_BYTES,
         }  # fmt: skip
     launch1 = Launch("gemm1", gemm1, grid1, {
         **steps.gemm1_arguments(p, gemm1.maps_routes), "x": "x_rows" if has_x_rows else "x",
