@@ -1,11 +1,14 @@
-"""The tile map that a GEMM makes of few routes, on the emulator: the same tiles as the sort's, and units as ordered."""
+"""Calls without a sort, on the emulator: the tile map that a CTA makes of few routes is the sort's, and calls are right."""
 
+import dataclasses
 import importlib.util
 import shutil
 
 import emulated_call
 import emulator
 import few_routes_kernel
+from helpers import assert_bit_equal, make_exact_case, make_ids
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_kernels
@@ -66,3 +69,31 @@ def test_the_map_is_the_sorts(case):
         for tile in range(starts[expert], starts[expert + 1])
     ]
     np.testing.assert_array_equal(units, np.reshape(expected, (-1, 3)))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "routing", "options"),
+    [
+        (dict(tokens=13, top_k=4, num_experts=6), "hostile", dict(precision="w4a16", combine="atomic")),
+        (dict(tokens=13, top_k=4, num_experts=6), "any", dict(precision="w4a16", combine="ordered", weight_on="input")),
+        (dict(tokens=16, top_k=4, num_experts=8), "one", dict(precision="w4a4", combine="atomic")),
+        (dict(tokens=3, top_k=8, num_experts=9), "hostile", dict(precision="w4a4", combine="ordered")),
+        (dict(tokens=2, top_k=2, num_experts=3), "elsewhere", dict(precision="w4a16", combine="atomic")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_exact_calls_have_the_bits_of_the_cpu(sizes, routing, options):
+    """Experts without rows and with several tiles, CTAs with several units and with none, all of it on another shard."""
+    case = make_exact_case(5, hidden=272, intermediate=192, out_dtype=jnp.float32, **sizes, **options)
+    rng, offset, experts = np.random.default_rng(6), 3, sizes["num_experts"]
+    if routing == "elsewhere":
+        ids = jnp.full(case.routing.expert_ids.shape, offset + experts, jnp.int32)
+    elif routing == "one":
+        ids = jnp.full(case.routing.expert_ids.shape, offset + 1, jnp.int32)
+    else:
+        ids = make_ids(rng, routing, *case.routing.expert_ids.shape, offset + experts + 1)
+    case = dataclasses.replace(case, routing=dataclasses.replace(case.routing, expert_ids=ids))
+    case = case.with_options(expert_offset=offset)
+    call = emulated_call.prepare(case, "sm_90a", multiprocessors=2)
+    assert "sort" not in [launch.name for launch in call.program.launches]
+    assert_bit_equal(call.run(order="random", seed=2), case.run())
