@@ -1,4 +1,4 @@
-"""Calls without a sort, on the emulator: the tile map that a CTA makes of few routes is the sort's, and calls are right."""
+"""Calls without a sort, on the emulator: the tile map that a CTA makes is the sort's, and whole calls are right."""
 
 import dataclasses
 import importlib.util
@@ -83,7 +83,7 @@ def test_the_map_is_the_sorts(case):
     ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_exact_calls_have_the_bits_of_the_cpu(sizes, routing, options):
-    """Experts without rows and with several tiles, CTAs with several units and with none, all of it on another shard."""
+    """Experts without rows and with several tiles, CTAs with several units and with none, all on another shard."""
     case = make_exact_case(5, hidden=272, intermediate=192, out_dtype=jnp.float32, **sizes, **options)
     rng, offset, experts = np.random.default_rng(6), 3, sizes["num_experts"]
     if routing == "elsewhere":

@@ -135,7 +135,8 @@ def gemm2_arguments(p: Problem, maps_routes: bool = False) -> dict[str, str | in
     is_ordered = p.combine == "ordered"
     weights = {"routing_weights": "routing_weights" if p.weight_on == "output" else None}
     return {
-        **(_routes(p) | weights if maps_routes else same(*TILE_MAP)), "h": "h", "payload": "down.payload", "global_scale": "down.global_scale",
+        **(_routes(p) | weights if maps_routes else same(*TILE_MAP)), "h": "h",
+        "payload": "down.payload", "global_scale": "down.global_scale",
         "input_scale": "down.input_scale" if p.precision == "w4a4" else None,
         "bias": "down.bias" if p.has_down_bias else None,
         "out": "contributions" if is_ordered else "out",

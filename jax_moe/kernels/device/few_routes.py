@@ -23,7 +23,7 @@ _TABLES = ("rows", "tile_expert", "tile_start", "tile_rows", "tile_first", "tile
 
 
 def allocate(smem):
-    """Room for the map; ``experts`` and ``begun`` (the expert where a route is the first of a tile) only serve to make it."""
+    """Room for the map. ``experts`` and ``begun``, an expert where a route is the first of a tile, serve to make it."""
     sizes = dict.fromkeys(_TABLES, FEW_ROUTES) | {"num_tiles": 1}
     return named(
         **{name: cute.make_tensor(smem.allocate_array(Int32, n), cute.make_layout(n)) for name, n in sizes.items()}

@@ -4,8 +4,8 @@ One main loop serves GEMM1, GEMM2 and the product on its own (a GEMM1 to the tab
 one producer warpgroup and several consumer warpgroups. Weights are the M side of ``wgmma``: a consumer turns its share
 of a prepared 128 x 64 block (``weight_block.py``) into bf16 A fragments and multiplies them with N tokens that lie
 K-major in shared memory. CTAs are persistent and take units (expert, weight tile, token tile) as ``device/schedule.py``
-hands them out. The producer tells the consumers with a unit's first stage what the unit is; a stage of no unit, the
-sentinel, ends their work.
+hands them out; of few routes by their numbers. The producer tells the consumers with a unit's first stage what the unit
+is; a stage of no unit, the sentinel, ends their work.
 
 A stage is ``config.stage_blocks`` weight blocks for each m warpgroup and as many blocks of tokens. Who waits for whom:
 
@@ -17,11 +17,13 @@ A stage is ``config.stage_blocks`` weight blocks for each m warpgroup and as man
     REDUCTION_EMPTY, _FULL  k warpgroups > 1: warpgroup 0 lets the others write their sums, they let it read them
     NEXT_UNIT               GEMM1: the producers, once a unit: thread 0 has taken the next one
     EPILOGUE + m warpgroup  GEMM2: one warpgroup: rows and weights of the unit may be, then are, written
+    MAP_ROUTES              few routes: those who make the tile map, between its steps
 
 Both kernels are launched with programmatic dependent launch. GEMM1's producer waits for the preceding kernel before it
 reads anything which that one wrote. GEMM2 prefetches its first unit's weights before it waits: it can start only after
 every CTA of GEMM1 has seen the sort finish and called launch_dependents, so the tile map is complete. PTX, however,
-promises visibility only of the grid that is waited for.
+promises visibility only of the grid that is waited for. Of few routes each CTA makes the map for itself, from operands
+(``device/few_routes.py``), before its warps take up their roles.
 
 For a block of 4608 bytes a consumer warp issues about 147 instructions, 70 of them on the integer pipe, which takes
 140 clocks where HBM takes 239: dequantisation hides behind memory, but behind the tensor cores only in part
@@ -50,7 +52,7 @@ MAP_ROUTES = NEXT_UNIT  # nobody has a unit yet
 _NO_UNIT = -1
 
 TILE_MAP = ("row_route", "tile_expert", "expert_tiles", "expert_ids", "expert_offset")
-"""Operands that say what the tiles are, and which are indexed: the sort's map, or what ``few_routes.py`` makes one of."""
+"""Operands that say what the tiles are, and are indexed: the sort's map, or what ``few_routes.py`` makes one of."""
 
 
 class Gemm(entry.Kernel):
