@@ -1,4 +1,4 @@
-"""A kernel that writes down the tile map of ``device/few_routes.py``, for test_few_routes.py; its class needs the DSL."""
+"""A kernel that writes down the map of ``device/few_routes.py``, for test_few_routes.py; its class needs the DSL."""
 
 import dataclasses
 from typing import ClassVar

@@ -3,7 +3,7 @@
 The tiles are the sort's (``kernels/README.md``), each with the same routes in the same rows. Thread ``i`` places route
 ``i``, by what it counts among all routes. What is kept in shared memory is:
 
-    rows[i]             route of the i-th local route, by expert and then by number
+    rows[i]             routes, by expert and then by number; the places of those that are not local come first, empty
     tile_expert[t]      local expert of a tile
     tile_start[t], tile_rows[t]   its rows in ``rows``
     tile_first[t], tile_count[t]  the first tile of its expert, and how many that has
@@ -52,7 +52,7 @@ def make(op, tiles, token_tile: cutlass.Constexpr, barrier: cutlass.Constexpr, t
                 total = total + 1
                 if first + i < tid:
                     before = before + 1
-            if other >= 0 and other < mine:
+            if other < mine:  # those that are not local are before all
                 lower = lower + 1
     begins = mine >= 0 and before % token_tile == 0
     begun = Int32(_NO_TILE)
