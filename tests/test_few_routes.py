@@ -28,7 +28,7 @@ CASES = [
     SortCase(8, 8, 3, 8, "one"),
     SortCase(13, 4, 6, 8, "hostile", 3),
     SortCase(1, 1, 1, 16),
-    SortCase(9, 7, 4, 16, "hostile", 2**31 - 2),
+    SortCase(8, 7, 4, 16, "hostile", 2**31 - 2),
     SortCase(16, 4, 3, 16, "skewed", 7),
     SortCase(17, 3, 512, 16),
     SortCase(5, 3, 16, 16, "none"),
