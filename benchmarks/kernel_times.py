@@ -61,7 +61,7 @@ def config_named(text: str, target: Target) -> Any:
 
 
 def with_more(launches: tuple[Launch, ...], steps: tuple[str, ...]) -> tuple[Launch, ...]:
-    """The list with ``steps`` again, so many times, behind the last of them; steps that it does not have count nothing."""
+    """The list with ``steps``, those that it has, again so many times, behind the last of them."""
     names = [launch.name for launch in launches]
     steps = tuple(step for step in steps if step in names)
     if not steps:
