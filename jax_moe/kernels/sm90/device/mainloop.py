@@ -23,7 +23,7 @@ Both kernels are launched with programmatic dependent launch. GEMM1's producer w
 reads anything which that one wrote. GEMM2 prefetches its first unit's weights before it waits: it can start only after
 every CTA of GEMM1 has seen the sort finish and called launch_dependents, so the tile map is complete. PTX, however,
 promises visibility only of the grid that is waited for: GEMM2 reads the tile map past L1 (``Gemm.reads_early``). Of few
-routes each CTA makes the map for itself, from operands (``device/few_routes.py``), before its warps take up their roles.
+routes each CTA makes the map for itself (``device/few_routes.py``), from operands, before its warps part into roles.
 
 For a block of 4608 bytes a consumer warp issues about 147 instructions, 70 of them on the integer pipe, which takes
 140 clocks where HBM takes 239: dequantisation hides behind memory, but behind the tensor cores only in part
