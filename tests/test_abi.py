@@ -41,18 +41,18 @@ _ABI = [
         "gemm2": "h row_route row_weight tile_expert expert_tiles down.payload down.global_scale null down.bias out "
                  "576 4 16 5 3 4",
     }),
-    ({"num_tokens": 16}, {  # 64 routes need no sort; each of 44 CTAs may ask for 165 blocks of 32 MiB
+    ({"num_tokens": 16}, {  # 64 routes need no sort
         "x_rows": "x routing_weights gate_up.input_scale x_rows 16 1 36",
-        "gemm1": "x_rows expert_ids expert_offset down.payload gate_up.payload gate_up.global_scale "
-                 "gate_up.input_scale gate_up.bias down.input_scale h 576 4 16 2 9 64 5 3 165",
+        "gemm1": "x_rows expert_ids expert_offset gate_up.payload gate_up.global_scale "
+                 "gate_up.input_scale gate_up.bias down.input_scale h 576 4 16 2 9 64",
         "gemm2": "h expert_ids expert_offset routing_weights down.payload down.global_scale down.input_scale "
                  "down.bias contributions 576 1 16 5 3 4 64",
         "combine": "contributions expert_ids expert_offset out 16 4 576 16",
     }),
     ({"num_tokens": 16, "weight_on": "input", "combine": "atomic", "precision": "w4a16"}, {
         "x_rows": "x routing_weights null x_rows 64 4 36",
-        "gemm1": "x_rows expert_ids expert_offset down.payload gate_up.payload gate_up.global_scale null gate_up.bias "
-                 "null h 576 1 16 2 9 64 5 3 165",
+        "gemm1": "x_rows expert_ids expert_offset gate_up.payload gate_up.global_scale null gate_up.bias "
+                 "null h 576 1 16 2 9 64",
         "gemm2": "h expert_ids expert_offset null down.payload down.global_scale null down.bias out "
                  "576 4 16 5 3 4 64",
     }),
@@ -77,7 +77,6 @@ def test_each_parameter_is_given_what_is_called_so():
         "payload": "gate_up.payload down.payload", "global_scale": "gate_up.global_scale down.global_scale",
         "input_scale": "gate_up.input_scale down.input_scale", "bias": "gate_up.bias down.bias",
         "down_input_scale": "down.input_scale", "x": "x x_rows", "out": "out contributions",
-        "next_payload": "down.payload",
     }  # fmt: skip
     for problem in (cuda_call.problem(**_ALL), cuda_call.problem(**{**_ALL, "num_tokens": 16})):
         for launch in cuda_call.program(problem).launches:

@@ -41,7 +41,6 @@ _KINDS = (
     ("copy_wait", r"cp\.async\.wait_group"),
     ("copy_wait_all", r"cp\.async\.wait_all"),
     ("bulk", r"cp\.async\.bulk\.shared::(cta|cluster)\.global\.mbarrier::complete_tx::bytes(\.multicast::cluster)?"),
-    ("prefetch", r"cp\.async\.bulk\.prefetch\.L2\.global"),
     ("proxy_fence", r"fence\.proxy\.async(\.shared::cta)?"),
     ("memory_fence", r"fence\.(acq_rel|sc)\.\w+"),
     ("wgmma", r"wgmma\.mma_async\.sync\.aligned\.[\w.]+"),

@@ -164,13 +164,6 @@ def bulk_copy(shared: Int32, source: Int64, num_bytes: Int32, barrier: Int32, *,
 
 
 @dsl_user_op
-def prefetch_l2(source: Int64, num_bytes: Int32, *, loc=None, ip=None) -> None:
-    """Asks for contiguous global memory to come into L2; both 16-byte aligned."""
-    operands = [Int64(source).ir_value(loc=loc, ip=ip), Int32(num_bytes).ir_value(loc=loc, ip=ip)]
-    assemble(None, operands, "cp.async.bulk.prefetch.L2.global [$0], $1;", "l,r,~{memory}", False, loc, ip)
-
-
-@dsl_user_op
 def in_cta(address: Int32, rank: int, *, loc=None, ip=None) -> Int32:
     """The place that ``address`` of this CTA's shared memory has in CTA ``rank`` of the cluster."""
     operands = [Int32(address).ir_value(loc=loc, ip=ip)]

@@ -32,9 +32,6 @@ CONFIGS = (
 """What a call chooses from. Experts with about as many rows want a second width below the widest, so that few of them
 need two tiles and few multiply padding; experts with many tiles want to multiply little in their last one."""
 
-PREFETCH_BYTES = 32 * 2**20
-"""Of GEMM2's weights, that GEMM1 asks for when it has read its own: what half of an L2 of 60 MB holds."""
-
 Costs = Mapping[int, Mapping[int, float]]
 
 
@@ -70,7 +67,10 @@ def _maps_routes(p: Problem, config: Config) -> bool:
 
 
 def _grid(card: Card, config: Config, tiles: int, row_blocks: int) -> int:
-    """CTAs of a persistent GEMM: no more than run at once, or than there may be units."""
+    """CTAs of a persistent GEMM: no more than run at once, or than there may be units.
+
+    One without work holds up the next kernel, which starts when all have run (benchmarks/notes-h200.md, T = 1).
+    """
     return min(card.multiprocessors * config.ctas_per_sm, tiles * _blocks(row_blocks, config.m_warpgroups))
 
 
@@ -110,15 +110,9 @@ def build(p: Problem, card: Card) -> Program:
         workspaces |= more
 
     grid1, grid2 = (_grid(card, config, tiles, rows) for rows in (gate_up_rows, down_rows))
-    next_gemm = {}
-    if gemm1.maps_routes:
-        next_gemm = {
-            "next_payload": "down.payload", "next_m_blocks": down_rows, "next_k_blocks": down_columns,
-            "prefetch_blocks": PREFETCH_BYTES // grid1 // weight_block.BLOCK_BYTES,
-        }  # fmt: skip
     launch1 = Launch("gemm1", gemm1, grid1, {
         **steps.gemm1_arguments(p, gemm1.maps_routes), "x": "x_rows" if has_x_rows else "x",
-        "m_blocks": gate_up_rows, "k_blocks": gate_up_columns, **next_gemm,
+        "m_blocks": gate_up_rows, "k_blocks": gate_up_columns,
     })  # fmt: skip
     launch2 = Launch("gemm2", gemm2, grid2, {
         **steps.gemm2_arguments(p, gemm2.maps_routes),

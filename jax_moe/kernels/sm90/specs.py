@@ -94,10 +94,7 @@ _ROUTES = {"expert_ids": "i32*", "expert_offset": "i32*"}
 
 @dataclasses.dataclass(frozen=True)
 class Gemm1Spec(_Wgmma, specs.Gemm1Spec):
-    """GEMM1 of this target; ``maps_routes``: each CTA makes the tile map for itself (``few_routes.py``).
-
-    Then it prefetches GEMM2's weights too: ``prefetch_blocks`` weight blocks for each CTA, if that is not 0.
-    """
+    """GEMM1 of this target; ``maps_routes``: each CTA makes the tile map for itself (``few_routes.py``)."""
 
     maps_routes: bool = False
 
@@ -110,13 +107,11 @@ class Gemm1Spec(_Wgmma, specs.Gemm1Spec):
     @property
     def parameters(self) -> dict[str, str]:
         tile_map = {"row_route": "i32*", "tile_expert": "i32*", "expert_tiles": "i32*"}
-        routes = {**_ROUTES, "next_payload": "u8*"}
-        next_gemm = {"next_m_blocks": "i32", "next_k_blocks": "i32", "prefetch_blocks": "i32"}
         return {
-            "x": "bf16*", **(routes if self.maps_routes else tile_map), "payload": "u8*",
+            "x": "bf16*", **(_ROUTES if self.maps_routes else tile_map), "payload": "u8*",
             "global_scale": "f32*", "input_scale": "f32*", "bias": "f32*", "down_input_scale": "f32*", "h": "bf16*",
             "hidden_size": "i32", "row_divisor": "i32", "local_experts": "i32", "m_blocks": "i32", "k_blocks": "i32",
-            **({"num_routes": "i32", **next_gemm} if self.maps_routes else {}),
+            **({"num_routes": "i32"} if self.maps_routes else {}),
         }  # fmt: skip
 
 

@@ -233,23 +233,6 @@ Outcome BulkCopy(Step& step) {
   return Outcome::kNext;
 }
 
-// Nothing that a program can see; but what it names has to be there.
-Outcome BulkPrefetch(Step& step) {
-  Row<uint64_t> from;
-  Row<uint32_t> scratch;
-  Addresses(step, OperandAt(step, 0), &from);
-  NeedKnown(step, OperandAt(step, 1), "the size of a prefetch");
-  const uint32_t* sizes = Source<uint32_t>(step, OperandAt(step, 1), &scratch);
-  ForLanes(step.mask, [&](int lane) {
-    const int64_t bytes = sizes[lane];
-    if (bytes == 0 || bytes % 16 != 0) {
-      throw Error("a bulk prefetch is of multiples of 16 bytes, not " + std::to_string(bytes));
-    }
-    step.machine.memory().At(from.lane[lane], bytes, 16);
-  });
-  return Outcome::kNext;
-}
-
 }  // namespace
 
 void RegisterCopies() {
@@ -264,7 +247,6 @@ void RegisterCopies() {
   Register("cp.async.wait_all", WaitAll);
   Register("cp.async.mbarrier.arrive.noinc.shared.b64", ArriveWithCopies);
   Register("cp.async.mbarrier.arrive.noinc.shared::cta.b64", ArriveWithCopies);
-  Register("cp.async.bulk.prefetch.L2.global", BulkPrefetch);
   for (const std::string hint : {"", ".L2::cache_hint"}) {
     Register("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes" + hint, BulkCopy<true>);
     Register("cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes" + hint, BulkCopy<false>);

@@ -4,10 +4,10 @@ import cutlass
 from cutlass import Int32, Int64
 import cutlass.cute as cute
 
-from jax_moe.kernels.device import bf16_weights, epilogue, few_routes, outputs, ptx
+from jax_moe.kernels.device import bf16_weights, epilogue, outputs, ptx
 from jax_moe.kernels.sm90.device import mainloop
 from jax_moe.kernels.sm90.device.mainloop import NEXT_UNIT, TOKEN_ROW_BYTES, WARPGROUP
-from jax_moe.kernels.sm90.device.weight_block import BLOCK_BYTES, BLOCK_K
+from jax_moe.kernels.sm90.device.weight_block import BLOCK_K
 
 _CHUNK_BYTES = 16
 _CHUNKS = TOKEN_ROW_BYTES // _CHUNK_BYTES
@@ -104,32 +104,11 @@ class Gemm1(mainloop.Gemm):
             cute.arch.barrier(barrier_id=NEXT_UNIT, number_of_threads=WARPGROUP)
             index = shared.next_unit[parity]  # the other place is for the unit after it: one barrier will do
             parity = parity ^ 1
-        if cutlass.const_expr(self.spec.maps_routes):
-            if tid == 0:
-                self._prefetch_next(op, ctas)
         cute.arch.cp_async_wait_group(0)
         for _ in cutlass.range(in_flight, unroll=1):
             announced = self._announce(shared, announced, tid)
         self._finish(shared, slot, phase, tid)
         self._announce(shared, slot, tid)
-
-    @cute.jit
-    def _prefetch_next(self, op, ctas):
-        """Asks for this CTA's share of the weights of GEMM2's first units, as soon as GEMM1's own are all asked for.
-
-        Memory is idle otherwise from then until GEMM2's CTAs run. A unit is shared by as many CTAs as there are for it.
-        """
-        cta, _, _ = cute.arch.block_idx()
-        units = min(op.tiles.num_tiles[0] * op.next_m_blocks, ctas)
-        if units > 0:
-            part = cta // units
-            first = part * op.prefetch_blocks
-            end = min(first + op.prefetch_blocks, op.next_k_blocks)
-            expert, row_block, _ = few_routes.locate(cta - part * units, op.next_m_blocks, op.tiles)
-            row = (Int64(expert) * op.next_m_blocks + row_block) * op.next_k_blocks
-            for k_block in cutlass.range(first, end, self.blocks, unroll=1):
-                source = Int64(op.next_payload.toint()) + (row + k_block) * BLOCK_BYTES
-                ptx.prefetch_l2(source, min(end - k_block, self.blocks) * BLOCK_BYTES)
 
     @cute.jit
     def _announce(self, shared, slot, tid):
