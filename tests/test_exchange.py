@@ -102,7 +102,7 @@ def test_the_bits_of_the_bfloat16_gather(monkeypatch, layout):
             case = with_input_scale(dataclasses.replace(case, x=hard_x(case, scale).at[7, 20].set(jnp.nan)), scale)
         got = run_on(layout, case)
         with monkeypatch.context() as changed:
-            changed.setattr(sharded, "_takes_rounded_x", lambda _: False)
+            changed.setattr(sharded, "_takes_parcels", lambda _: False)
             expected = run_on(layout, case)
         same(got, expected)
         assert np.isnan(got).any(1).tolist() == [scale is not None and token == 7 for token in range(16)]
@@ -368,7 +368,7 @@ def test_derivatives_are_those_of_the_bfloat16_gather(monkeypatch, layout):
     case = with_input_scale(random_case(9, precision="w4a4"), 1 / 64)
     dy = test_derivative.cotangent(case)
     got = _derivatives(case, _op(layout), dy)
-    monkeypatch.setattr(sharded, "_takes_rounded_x", lambda _: False)
+    monkeypatch.setattr(sharded, "_takes_parcels", lambda _: False)
     expected = _derivatives(case, _op(layout), dy)
     jax.tree.map(helpers.assert_bit_equal, got, expected)
 

@@ -263,7 +263,7 @@ def test_x_that_is_rounded_before_the_gather_has_the_same_bits(poison, monkeypat
 
     if calls.why_not_run() is None:
         with monkeypatch.context() as changed:
-            changed.setattr(sharded, "_takes_rounded_x", lambda _: False)
+            changed.setattr(sharded, "_takes_parcels", lambda _: False)
             expected = call()
     got = call()  # where nothing can run, it skips here
     is_nan = np.isnan(expected).any(1)
