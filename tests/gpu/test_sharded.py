@@ -14,11 +14,12 @@ import jax.export
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
+import parcel_cases
 import pytest
 import statement
 
 import jax_moe
-from jax_moe import ffi, nvfp4, sharded
+from jax_moe import ffi, nvfp4, parcels, sharded
 
 _CAPTURE = {"xla_gpu_graph_min_graph_size": 1}
 
@@ -242,6 +243,19 @@ def test_rounding_outside_a_kernel_has_the_bits_of_ieee_division(input_scale):
     codes, scales = statement.quantize(np.asarray(x, np.float32), np.float32(input_scale))
     np.testing.assert_array_equal(np.asarray(got[1]).view(np.uint8), scales.view(np.uint8))
     np.testing.assert_array_equal(statement.unpack(got[0]), codes)
+
+
+@pytest.mark.parametrize("sizes", [*parcel_cases.SIZES, (1000, 8, 4096)], ids=str)
+def test_parcels(poison, sizes):
+    """Made by a kernel, in a custom call of its own."""
+    x, ids, weights = parcel_cases.arrays(*sizes)
+    make = functools.partial(parcels.make, layout=calls.target().layouts["w4a4"], command_buffer=True)
+    run = calls.jit(make, _CAPTURE)
+    routing = jax_moe.Routing(jnp.asarray(ids), jnp.asarray(weights))
+    for _ in range(2):
+        poison(0.25)
+        got = run(jnp.asarray(x), routing, jnp.float32(parcel_cases.SCALE))
+    parcel_cases.same(np.asarray(got), x, ids, weights)
 
 
 @pytest.mark.parametrize("input_scale", _INPUT_SCALES)
