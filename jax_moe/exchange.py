@@ -49,7 +49,7 @@ def gather_parcels(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _contents(x: jax.Array, weights: jax.Array, gathered: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
-    """x and weights of ``gathered`` parcels, which ``x`` and ``weights`` of this device went into."""
+    """What is in ``gathered`` parcels, which x and weights of this device went into."""
     del axes
     top_k = weights.shape[1]
     return parcels.x_of(gathered, top_k, x.shape[1]), parcels.routing_of(gathered, top_k).weights

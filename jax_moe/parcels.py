@@ -1,4 +1,4 @@
-"""Parcels: tokens as they travel between the devices of a mesh in w4a4, a row of bytes each, so that one gather moves all.
+"""Parcels: tokens as they travel between devices in w4a4, each a row of bytes, so that one gather moves all of it.
 
     int32[K] expert ids | float32[K] routing weights | uint8[H/2] codes | e4m3[H/16] block scales | zeros
 
@@ -16,7 +16,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 import jax.numpy as jnp
 
-from jax_moe import custom_call, eager, ffi, nvfp4, primitive
+from jax_moe import custom_call, eager, ffi, layouts, nvfp4, primitive
+from jax_moe.problem import Problem
 from jax_moe.routing import Routing
 
 _ALIGNMENT = 8
@@ -62,6 +63,21 @@ def num_bytes(top_k: int, hidden_size: int) -> int:
     """Of the parcel of a token with K routes and H values."""
     used = 8 * top_k + 9 * (hidden_size // nvfp4.BLOCK_SIZE)
     return -(-used // _ALIGNMENT) * _ALIGNMENT
+
+
+def are_taken(problem: Problem) -> bool:
+    """Whether a call can be given its tokens so, rounded. What is weighted on the way in is rounded after that."""
+    takes = problem.precision == "w4a4" and problem.weight_on == "output"
+    return takes and layouts.get(problem.layout).takes_rounded_x
+
+
+def of_call(problem: Problem) -> tuple[Parcels, Problem]:
+    """The call that makes the parcels of all tokens of ``problem``, and ``problem`` with them instead of x."""
+    made = Parcels(
+        num_tokens=problem.num_tokens, top_k=problem.top_k, hidden_size=problem.hidden_size, layout=problem.layout,
+        command_buffer=problem.command_buffer,
+    )  # fmt: skip
+    return made, dataclasses.replace(problem, x_is_rounded=True, has_parcels=True)
 
 
 parcels_p = Primitive("jax_moe_parcels")

@@ -18,8 +18,8 @@ from jax_moe.operands import NUM_OF_TOKENS
 from jax_moe.problem import cpu_workspaces, Problem
 
 fused_moe_p = Primitive("jax_moe_fused_moe")
-"""``out = fused_moe_p.bind(*operands, problem=...)``: those of ``operands.py``, but for those in ``problem.absent``, and
-behind them the parcels of ``problem.has_parcels``."""
+"""``out = fused_moe_p.bind(*operands, problem=...)``: those of ``operands.py``, but for those in ``problem.absent``;
+behind them the parcels, if it ``has_parcels``."""
 
 
 fused_moe_p.def_impl(functools.partial(eager.run_eagerly, fused_moe_p))

@@ -40,8 +40,8 @@ class Problem(Options):
       layout: of the experts.
       absent: the optional operands that are not given (``operands.py``).
       x_is_rounded: x has gone through what w4a4 does to it: it is code * block scale, without the global scale.
-      has_parcels: the parcels that it came in (``parcels.py``) are an operand too, behind all others. The custom call on
-        a GPU takes them in the place of x.
+      has_parcels: the parcels that it came in (``parcels.py``) are an operand too, behind all others. On a GPU the
+        custom call takes them in the place of x.
     """
 
     op: ClassVar[str] = "fused_moe"

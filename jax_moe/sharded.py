@@ -7,10 +7,10 @@ import jax.core
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jax_moe import activations, arguments, check, eager, exchange, layouts, moe, placement
+from jax_moe import activations, arguments, check, eager, exchange, moe, parcels, placement
 from jax_moe.experts import Experts
 from jax_moe.placement import Axis
-from jax_moe.problem import Combine, Options, OUT_DTYPES, Precision, Problem, WeightOn
+from jax_moe.problem import Combine, Options, OUT_DTYPES, Precision, WeightOn
 from jax_moe.routing import Routing
 
 
@@ -98,7 +98,7 @@ def sharded_moe(
             return x.astype(out_dtype)
         x, routing = check.flatten(x, routing)
         received = None
-        if gathered and _takes_parcels(problem):
+        if gathered and parcels.are_taken(problem):
             x, routing, received = exchange.gather_parcels(
                 x, routing, experts.gate_up.input_scale, gathered, layout=problem.layout, command_buffer=command_buffer
             )
@@ -140,12 +140,6 @@ def _spread_tokens(
         if size % placement.axes_size(mesh, data_axes) == 0:
             return tuple(data_axes or None if axis == place else None for axis in range(len(leading)))
     return None
-
-
-def _takes_parcels(problem: Problem) -> bool:
-    """Whether the local op can be given x as w4a4 rounds it. What is weighted on the way in is rounded after that."""
-    takes = problem.precision == "w4a4" and problem.weight_on == "output"
-    return takes and layouts.get(problem.layout).takes_rounded_x
 
 
 def _bias_on_first(experts: Experts, is_first: jax.Array) -> Experts:

@@ -79,7 +79,8 @@ _MUTANTS = {
                        "bool adds() const override { return true; }"),
     "a product taken for fused_moe": ("cuda/handler.cc", "Instantiate<jax_moe::cuda::RaggedDot>",
                                       "Instantiate<jax_moe::cuda::FusedMoe>"),
-    "width of parcels unchecked": ("decode.h", "{tokens, bytes}, &parcels", "{tokens, operands[kX].dimensions()[1]}, &parcels"),
+    "width of parcels unchecked": ("decode.h", "{tokens, bytes}, &parcels",
+                                   "{tokens, operands[kX].dimensions()[1]}, &parcels"),
     "scale of parcels not asked for": ("cuda/kinds.h", "input_scales() const override { return kScales; }",
                                        "input_scales() const override { return {}; }"),
     "kernels not told apart by image": ("cuda/program.cc", "shared_bytes, launch.image)", 'shared_bytes, "")'),
@@ -91,7 +92,8 @@ _MUTANTS = {
 
 
 _SOURCES = (
-    "tests/cuda/handler_test.cc", "tests/cuda/product_test.cc", "tests/cuda/parcels_test.cc", "cuda/driver.cc", "cuda/program.cc", "cuda/handler.cc"
+    "tests/cuda/handler_test.cc", "tests/cuda/product_test.cc", "tests/cuda/parcels_test.cc",
+    "cuda/driver.cc", "cuda/program.cc", "cuda/handler.cc",
 )  # fmt: skip
 _TSAN = ("-fsanitize=thread", "-g1")
 

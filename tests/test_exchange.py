@@ -18,7 +18,7 @@ import test_derivative
 from test_sharded_moe import GATHERED, Layout, make_mesh, SEPARATE
 
 import jax_moe
-from jax_moe import exchange, nvfp4, sharded
+from jax_moe import exchange, nvfp4, parcels
 from jax_moe.experts import CANONICAL
 
 REPLICATED = Layout({"expert": 8})
@@ -84,22 +84,21 @@ def test_gathered_rows_are_the_definitions(layout):
         return jax.tree.map(lambda leaf: leaf[None], found)
 
     rng = np.random.default_rng(8)
-    routing = jax_moe.Routing(
-        jnp.asarray(rng.integers(-(2**31), 2**31, (16, 3)), jnp.int32), jnp.asarray(rng.normal(size=(16, 3)), jnp.float32)
-    )
+    ids, weights = rng.integers(-(2**31), 2**31, (16, 3)), rng.normal(size=(16, 3))
+    routing = jax_moe.Routing(jnp.asarray(ids, jnp.int32), jnp.asarray(weights, jnp.float32))
     for scale in np.float32([2.0**-115, 1 / 448, 1, 3, 2.0**100]):
         x = hard_x(random_case(), scale).at[7, 20].set(jnp.nan)
         values = np.asarray(x, np.float32)
         with np.errstate(all="ignore"):  # NumPy reports the NaN
             flushed = np.where(np.abs(values) < 2.0**-126, np.float32(0), values)  # as XLA's CPU backend does
             expected = statement.dequantize(*statement.quantize(flushed, scale))
-        got, got_routing, parcels = gathered(x, routing, scale)
+        got, got_routing, rows = gathered(x, routing, scale)
         assert (got.shape, got.dtype) == ((layout.size(*axes), *x.shape), jnp.bfloat16)
         for of_a_device in np.asarray(got, np.float32):
             same(of_a_device, expected)
         for of_all, whole in zip(jax.tree.leaves(got_routing), jax.tree.leaves(routing), strict=True):
             same(np.asarray(of_all), np.broadcast_to(whole, of_all.shape))
-        assert (np.asarray(parcels) == np.asarray(parcels)[:1]).all()
+        assert (np.asarray(rows) == np.asarray(rows)[:1]).all()
 
 
 @pytest.mark.parametrize("layout", [*GATHERED, BOTH_TURNED], ids=str)
@@ -111,7 +110,7 @@ def test_the_bits_of_the_bfloat16_gather(monkeypatch, layout):
             case = with_input_scale(dataclasses.replace(case, x=hard_x(case, scale).at[7, 20].set(jnp.nan)), scale)
         got = run_on(layout, case)
         with monkeypatch.context() as changed:
-            changed.setattr(sharded, "_takes_parcels", lambda _: False)
+            changed.setattr(parcels, "are_taken", lambda _: False)
             expected = run_on(layout, case)
         same(got, expected)
         assert np.isnan(got).any(1).tolist() == [scale is not None and token == 7 for token in range(16)]
@@ -377,7 +376,7 @@ def test_derivatives_are_those_of_the_bfloat16_gather(monkeypatch, layout):
     case = with_input_scale(random_case(9, precision="w4a4"), 1 / 64)
     dy = test_derivative.cotangent(case)
     got = _derivatives(case, _op(layout), dy)
-    monkeypatch.setattr(sharded, "_takes_parcels", lambda _: False)
+    monkeypatch.setattr(parcels, "are_taken", lambda _: False)
     expected = _derivatives(case, _op(layout), dy)
     jax.tree.map(helpers.assert_bit_equal, got, expected)
 

@@ -17,8 +17,11 @@ from jax_moe import parcels
 from jax_moe.kernels import specs
 from jax_moe.routing import Routing
 
-no_compiler = pytest.mark.skipif(importlib.util.find_spec("cutlass") is None, reason="nvidia-cutlass-dsl is not installed")
+no_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("cutlass") is None, reason="nvidia-cutlass-dsl is not installed"
+)
 no_emulator = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is compiled with g++")
+
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_parcels_on_a_cpu(sizes):

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jax_moe import activations, problem, progress, shapes
+from jax_moe import activations, parcels, problem, progress, shapes
 from jax_moe.cli import options, show
 from jax_moe.kernels import cache, compiler, lowering, targets
 from jax_moe.kernels.specs import Spec
@@ -57,7 +57,8 @@ def compile(
         specs: dict[Spec, None] = {}
         for one, mode, count in itertools.product(layers, modes, counts):
             call = problem_of(one, count, num_experts, target, absent, function, mode)
-            specs |= dict.fromkeys(launch.spec for launch in lowering.launches(call))
+            calls = [call, *parcels.of_call(call)] if parcels.are_taken(call) else [call]  # or of sharded_moe
+            specs |= dict.fromkeys(launch.spec for one in calls for launch in lowering.launches(one))
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     if not specs:

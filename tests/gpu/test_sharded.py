@@ -19,7 +19,7 @@ import pytest
 import statement
 
 import jax_moe
-from jax_moe import ffi, nvfp4, parcels, sharded
+from jax_moe import ffi, nvfp4, parcels
 
 _CAPTURE = {"xla_gpu_graph_min_graph_size": 1}
 
@@ -92,6 +92,9 @@ def test_exact_sums_have_the_bits_of_one_gpu(poison, name, precision, combine):
     after = ffi.counters()
     _same_bits(got, expected)
     captured = after.captured - before.captured
+    if precision == "w4a4" and name in _SPREAD:  # and as many calls that make parcels, which add nothing
+        captured, rest = divmod(captured, 2)
+        assert rest == 0
     assert captured >= mesh.size
     assert after.forked - before.forked == (captured if combine == "atomic" else 0)
 
@@ -277,7 +280,7 @@ def test_x_that_is_rounded_before_the_gather_has_the_same_bits(poison, monkeypat
 
     if calls.why_not_run() is None:
         with monkeypatch.context() as changed:
-            changed.setattr(sharded, "_takes_parcels", lambda _: False)
+            changed.setattr(parcels, "are_taken", lambda _: False)
             expected = call()
     got = call()  # where nothing can run, it skips here
     is_nan = np.isnan(expected).any(1)

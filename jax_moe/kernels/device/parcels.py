@@ -1,8 +1,6 @@
-"""Tokens as they travel in w4a4 (``jax_moe/parcels.py`` says what is in a parcel): the kernel that makes parcels, and the
-pass over x that reads them.
-"""
+"""Parcels, in which tokens travel (``jax_moe/parcels.py``): the kernel that makes them, and the pass over x of them."""
 
-from cutlass import BFloat16, Float32, Int32, Int64, Uint32
+from cutlass import BFloat16, Float32, Int64, Uint32
 import cutlass.cute as cute
 
 from jax_moe.kernels.device import entry, epilogue, ptx

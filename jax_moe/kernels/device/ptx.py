@@ -80,7 +80,8 @@ def from_e4m3(byte: Uint32, *, loc=None, ip=None) -> Float32:
 @dsl_user_op
 def bits(value: Float32, *, loc=None, ip=None) -> Uint32:
     """Those of a value."""
-    return Uint32(assemble(T.i32(), [Float32(value).ir_value(loc=loc, ip=ip)], "mov.b32 $0, $1;", "=r,f", True, loc, ip))
+    operands = [Float32(value).ir_value(loc=loc, ip=ip)]
+    return Uint32(assemble(T.i32(), operands, "mov.b32 $0, $1;", "=r,f", True, loc, ip))
 
 
 @dsl_user_op
