@@ -9,7 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jax_moe import parcels
+from jax_moe import parcels, parcels_primitive
 from jax_moe.routing import Routing
 
 Axes = tuple[str, ...]
@@ -33,14 +33,14 @@ def gather_parcels(
       routing: of these tokens.
       input_scale: float32 scalar, the global scale of x.
       axes: over which ``n`` devices.
-      layout, command_buffer: as :func:`parcels.make` takes them.
+      layout, command_buffer: as :func:`parcels_primitive.make` takes them.
 
     Returns:
       bfloat16 ``[n*t, H]``, code * block scale, exactly; the routing of these tokens; and both as the parcels in which
       they came. XLA leaves out what a call does not use. The tangents of the first two are defined as those of what was
       gathered (``Problem.x_is_rounded``).
     """
-    made = parcels.make(x, routing, input_scale, layout=layout, command_buffer=command_buffer)
+    made = parcels_primitive.make(x, routing, input_scale, layout=layout, command_buffer=command_buffer)
     gathered = gather(made, axes)
     expert_ids = parcels.routing_of(gathered, routing.expert_ids.shape[1]).expert_ids
     rounded, weights = _contents(x, routing.weights, gathered, axes)

@@ -8,15 +8,12 @@ are XLA's code.
 """
 
 import dataclasses
-import functools
 from typing import Any, ClassVar
 
 import jax
-from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
 import jax.numpy as jnp
 
-from jax_moe import custom_call, eager, ffi, layouts, nvfp4, primitive
+from jax_moe import layouts, nvfp4
 from jax_moe.problem import Problem
 from jax_moe.routing import Routing
 
@@ -80,33 +77,15 @@ def of_call(problem: Problem) -> tuple[Parcels, Problem]:
     return made, dataclasses.replace(problem, x_is_rounded=True, has_parcels=True)
 
 
-parcels_p = Primitive("jax_moe_parcels")
-"""``parcels = parcels_p.bind(x, expert_ids, routing_weights, input_scale, problem=...)``."""
+def assemble(x, expert_ids, routing_weights, input_scale, *, problem: Parcels) -> jax.Array:
+    """The parcels, as XLA's code: what the primitive's operands become."""
+    codes, scales = nvfp4.quantize(x, input_scale)
 
-parcels_p.def_impl(functools.partial(eager.run_eagerly, parcels_p))
+    def as_bytes(array):
+        return jax.lax.bitcast_convert_type(array, jnp.uint8).reshape(problem.num_tokens, -1)
 
-
-@parcels_p.def_abstract_eval
-def _result_type(x, *_, problem: Parcels):
-    return x.update(shape=(problem.num_tokens, problem.num_bytes), dtype=problem.out_dtype, weak_type=False)
-
-
-def make(x: jax.Array, routing: Routing, input_scale: jax.Array, *, layout: str, command_buffer: bool) -> jax.Array:
-    """The parcels of tokens, uint8 ``[T, num_bytes]``.
-
-    Args:
-      x: bfloat16 ``[T, H]``.
-      routing: of these tokens.
-      input_scale: float32 scalar, the global scale of x.
-      layout, command_buffer: as :class:`Parcels` has them.
-    """
-    problem = Parcels(
-        num_tokens=x.shape[0], top_k=routing.expert_ids.shape[1], hidden_size=x.shape[1], layout=layout,
-        command_buffer=command_buffer,
-    )  # fmt: skip
-    # Bytes have no tangents: exchange.py says what those of their contents are.
-    given = jax.lax.stop_gradient((x, routing.expert_ids, routing.weights, input_scale))
-    return parcels_p.bind(*custom_call.vary_alike(*given), problem=problem)
+    rows = jnp.concatenate([as_bytes(part) for part in (expert_ids, routing_weights, codes, scales)], axis=-1)
+    return jnp.pad(rows, ((0, 0), (0, problem.num_bytes - rows.shape[1])))
 
 
 def x_of(parcels: jax.Array, top_k: int, hidden_size: int) -> jax.Array:
@@ -129,29 +108,3 @@ def _split(parcels: jax.Array, *sizes: int) -> list[jax.Array]:
     """Columns of so many bytes, and the rest."""
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
     return jnp.split(parcels, ends, axis=-1)
-
-
-def _assemble(x, expert_ids, routing_weights, input_scale, *, problem: Parcels):
-    codes, scales = nvfp4.quantize(x, input_scale)
-
-    def as_bytes(array):
-        found = jax.lax.bitcast_convert_type(array, jnp.uint8)
-        return found.reshape(problem.num_tokens, -1)
-
-    used = 8 * problem.top_k + 9 * (problem.hidden_size // nvfp4.BLOCK_SIZE)
-    padding = jnp.zeros((problem.num_tokens, problem.num_bytes - used), jnp.uint8)
-    return jnp.concatenate([*map(as_bytes, (expert_ids, routing_weights, codes, scales)), padding], axis=-1)
-
-
-def _lower_cpu(ctx, *operands, problem: Parcels):
-    assemble = functools.partial(_assemble, problem=problem)
-    return mlir.lower_fun(assemble, multiple_results=False)(ctx, *operands)
-
-
-def _lower_cuda(ctx, *operands, problem: Parcels):
-    return custom_call.emit_for_cuda(ctx, ffi.PARCELS_TARGET, ffi.PARCELS_NO_CAPTURE_TARGET, operands, problem)
-
-
-mlir.register_lowering(parcels_p, _lower_cpu, platform="cpu")
-mlir.register_lowering(parcels_p, _lower_cuda, platform="cuda")
-batching.primitive_batchers[parcels_p] = functools.partial(primitive.fold_into_tokens, parcels_p)

@@ -14,7 +14,7 @@ import numpy as np
 from product_cases import ProductCase
 
 import jax_moe
-from jax_moe import check, nvfp4, parcels
+from jax_moe import check, nvfp4, parcels, parcels_primitive
 from jax_moe.kernels import targets
 from jax_moe.kernels.sm100 import program as sm100_program
 from jax_moe.kernels.specs import Spec
@@ -92,7 +92,7 @@ def prepare(
         operands[name] = nvfp4.payload_bytes(operands[name])
     if travels:
         scale = experts.gate_up.input_scale
-        make = functools.partial(parcels.make, layout=problem.layout, command_buffer=True)
+        make = functools.partial(parcels_primitive.make, layout=problem.layout, command_buffer=True)
         operands["x"] = jax.jit(make)(case.x, case.routing, scale)
     return _call(problem, program, target, operands, case.x.shape)
 

@@ -13,7 +13,7 @@ from parcel_cases import arrays, expected, same, SCALE, SIZES
 import pytest
 import statement
 
-from jax_moe import parcels
+from jax_moe import parcels, parcels_primitive
 from jax_moe.kernels import specs
 from jax_moe.routing import Routing
 
@@ -27,7 +27,7 @@ no_emulator = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulat
 def test_parcels_on_a_cpu(sizes):
     x, ids, weights = arrays(*sizes)
     x = np.where(np.abs(np.asarray(x, np.float32)) < 2.0**-126, 0, x).astype(x.dtype)  # as XLA's CPU backend does
-    make = jax.jit(functools.partial(parcels.make, layout="wgmma_v1", command_buffer=True))
+    make = jax.jit(functools.partial(parcels_primitive.make, layout="wgmma_v1", command_buffer=True))
     got = make(jnp.asarray(x), Routing(jnp.asarray(ids), jnp.asarray(weights)), jnp.float32(SCALE))
     same(np.asarray(got), x, ids, weights)
     opened = parcels.routing_of(got, sizes[1])

@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import pytest
 
 import jax_moe
-from jax_moe import ffi, parcels, primitive
+from jax_moe import ffi, parcels_primitive, primitive
 
 compiler = pytest.fixture(autouse=True)(cuda_call.stand_in_compiler)
 
@@ -42,7 +42,7 @@ def stand_in_handler():
 @pytest.fixture(autouse=True)
 def gpu_lowering():
     """The GPU's lowering, on the CPU platform."""
-    owners = {primitive.fused_moe_p: primitive, parcels.parcels_p: parcels}
+    owners = {primitive.fused_moe_p: primitive, parcels_primitive.parcels_p: parcels_primitive}
     for made, owner in owners.items():
         mlir.register_lowering(made, owner._lower_cuda, platform="cpu")
     yield

@@ -19,7 +19,7 @@ import pytest
 import statement
 
 import jax_moe
-from jax_moe import ffi, nvfp4, parcels
+from jax_moe import ffi, nvfp4, parcels, parcels_primitive
 
 _CAPTURE = {"xla_gpu_graph_min_graph_size": 1}
 
@@ -252,7 +252,7 @@ def test_rounding_outside_a_kernel_has_the_bits_of_ieee_division(input_scale):
 def test_parcels(poison, sizes):
     """Made by a kernel, in a custom call of its own."""
     x, ids, weights = parcel_cases.arrays(*sizes)
-    make = functools.partial(parcels.make, layout=calls.target().layouts["w4a4"], command_buffer=True)
+    make = functools.partial(parcels_primitive.make, layout=calls.target().layouts["w4a4"], command_buffer=True)
     run = calls.jit(make, _CAPTURE)
     routing = jax_moe.Routing(jnp.asarray(ids), jnp.asarray(weights))
     for _ in range(2):
