@@ -43,6 +43,20 @@ def launch(spec, grid, given, target):
     return emulator.Launch(kernel, grid, given, spec.threads, spec.cluster, shared_bytes, spec.overlap)
 
 
+def read(made: np.ndarray, top_k: int, hidden: int) -> None:
+    """Runs the pass over x of such parcels, and compares what it makes of them with the definition."""
+    memory, tokens = emulator.Memory(), len(made)
+    spec = specs.ParcelRowsSpec()
+    out = memory.poisoned((tokens, hidden), jnp.bfloat16, strict=True)
+    given = [memory.array(made), out, tokens, top_k, hidden // 16]
+    emulator.run([launch(spec, spec.grid(tokens, hidden), given, "sm_90a")], memory)
+    want = np.asarray(jax.jit(parcels.x_of, static_argnums=(1, 2))(made, top_k, hidden))
+    got = out.read()
+    is_nan = np.isnan(want.astype(np.float32))
+    assert np.isnan(got.astype(np.float32))[is_nan].all()
+    np.testing.assert_array_equal(got.view(np.uint16)[~is_nan], want.view(np.uint16)[~is_nan])
+
+
 @no_compiler
 @no_emulator
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -59,13 +73,15 @@ def test_kernels(name, sizes):
         emulator.run([launch(spec, grid, [*given, tokens, top_k, hidden // 16], "sm_90a")], memory)
         same(out.read(), x, ids, weights)
         return
-    spec = specs.ParcelRowsSpec()
     made, _ = expected(x, ids, weights)
-    out = memory.poisoned((tokens, hidden), jnp.bfloat16, strict=True)
-    given = [memory.array(made), out, tokens, top_k, hidden // 16]
-    emulator.run([launch(spec, spec.grid(tokens, hidden), given, "sm_90a")], memory)
-    want = np.asarray(jax.jit(parcels.x_of, static_argnums=(1, 2))(made, top_k, hidden))
-    got = out.read()
-    is_nan = np.isnan(want.astype(np.float32))
-    assert np.isnan(got.astype(np.float32))[is_nan].all()
-    np.testing.assert_array_equal(got.view(np.uint16)[~is_nan], want.view(np.uint16)[~is_nan])
+    read(made, top_k, hidden)
+
+
+@no_compiler
+@no_emulator
+def test_every_code_under_every_scale():
+    top_k, hidden = 1, 16 * 256
+    routing, codes = np.zeros(8 * top_k, np.uint8), np.resize(np.arange(0x10, 0x100, 0x22, np.uint8), hidden // 2)
+    made = np.concatenate([routing, codes, np.arange(256, dtype=np.uint8)])[None]
+    assert made.shape == (1, parcels.num_bytes(top_k, hidden))
+    read(made, top_k, hidden)
