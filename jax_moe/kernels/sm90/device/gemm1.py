@@ -72,6 +72,8 @@ class Gemm1(mainloop.Gemm):
             for k_block in cutlass.range(0, op.k_blocks, self.blocks, unroll=1):
                 cute.arch.mbarrier_wait(shared.barriers + self.stages + slot, phase)
                 if tid == 0:
+                    if k_block == 0:
+                        self._tell(shared, slot, (unit.expert, unit.m_tile, unit.token_tile, self._width(op, unit)))
                     count = min(op.k_blocks - k_block, self.blocks)
                     self._copy_weights(op, shared, slot, unit, k_block, count, 0)
                 for j in cutlass.range_constexpr((self.blocks + blocks_per_pass - 1) // blocks_per_pass):

@@ -6,13 +6,14 @@ import cutlass.cute as cute
 
 from jax_moe.kernels.device import bf16_weights, outputs, ptx, schedule
 from jax_moe.kernels.sm90.device import mainloop
-from jax_moe.kernels.sm90.device.mainloop import EPILOGUE, WARPGROUP
+from jax_moe.kernels.sm90.device.mainloop import EPILOGUE, TOKEN_ROW_BYTES, WARPGROUP
 
 
 class Gemm2(mainloop.Gemm):
     """Multiplies the intermediate with down and adds (atomic) or stores (ordered) the weighted rows."""
 
     arrays = ("row_route", "row_weight", "tile_expert", "expert_tiles", "global_scale", "input_scale", "bias")
+    reads_early = True  # GEMM1 has waited for the sort, but has not ended: nor do the consumers ever wait
 
     def _full_arrivals(self):
         return 1
@@ -29,8 +30,8 @@ class Gemm2(mainloop.Gemm):
     def _load_row(self, op, unit, row):
         route, weight = Int32(-1), Float32(0.0)
         if row < self.n:
-            route = op.row_route[unit.token_tile * self.n + row]
-            weight = op.row_weight[unit.token_tile * self.n + row]
+            route = self.read(op.row_route, unit.token_tile * self.n + row)
+            weight = self.read(op.row_weight, unit.token_tile * self.n + row)
         return route, weight
 
     @cute.jit
@@ -49,33 +50,50 @@ class Gemm2(mainloop.Gemm):
         index, _, _ = cute.arch.block_idx()
         ctas, _, _ = cute.arch.grid_dim()
         if tid == 0:
-            target = Int32(shared.tokens.iterator.toint())
             slot, phase = Int32(0), Int32(1)
             units = self._num_units(op)
             early = Int32(0)  # blocks of the first unit whose weights are asked for before GEMM1 has ended
             if index < units:
                 early = min(op.k_blocks, self.stages * self.blocks)
                 unit = self._unit(op, index)
+                width = self._width(op, unit)
                 for k_block in cutlass.range(0, early, self.blocks, unroll=1):
-                    count = min(op.k_blocks - k_block, self.blocks)
-                    self._copy_weights(op, shared, k_block // self.blocks, unit, k_block, count, self.token_bytes)
+                    self._begin_stage(op, shared, k_block // self.blocks, unit, width, k_block)
             cute.arch.griddepcontrol_wait()
             while index < units:
                 unit = self._unit(op, index)
+                width = self._width(op, unit)
                 taken = schedule.take(op.expert_tiles, op.local_experts, 1, ctas)
                 for k_block in cutlass.range(0, op.k_blocks, self.blocks, unroll=1):
                     cute.arch.mbarrier_wait(shared.barriers + self.stages + slot, phase)
-                    count = min(op.k_blocks - k_block, self.blocks)
                     if k_block >= early:
-                        self._copy_weights(op, shared, slot, unit, k_block, count, self.token_bytes)
-                    block = Int64(unit.token_tile) * op.h_blocks + k_block
-                    source = Int64(op.h.toint()) + block * self.token_bytes
-                    full = Int32((shared.barriers + slot).toint())
-                    place = target + slot * (self.blocks * self.token_bytes)
-                    ptx.bulk_copy(place, source, count * self.token_bytes, full)
+                        self._begin_stage(op, shared, slot, unit, width, k_block)
+                    self._copy_tokens(op, shared, slot, unit, width, k_block)
                     slot, phase = self._next(slot, phase)
                 index, early = taken, Int32(0)
             self._finish(shared, slot, phase, tid)
+
+    @cute.jit
+    def _begin_stage(self, op, shared, slot, unit, width, k_block):
+        """Announces a stage, and with a unit's first one the unit; copies its weights."""
+        if k_block == 0:
+            self._tell(shared, slot, (unit.expert, unit.m_tile, unit.token_tile, width))
+        count = min(op.k_blocks - k_block, self.blocks)
+        self._copy_weights(op, shared, slot, unit, k_block, count, width * TOKEN_ROW_BYTES)
+
+    @cute.jit
+    def _copy_tokens(self, op, shared, slot, unit, width, k_block):
+        """The first ``width`` rows of each block: nobody has written those behind, and nobody multiplies them."""
+        count = min(op.k_blocks - k_block, self.blocks)
+        source = Int64(op.h.toint()) + (Int64(unit.token_tile) * op.h_blocks + k_block) * self.token_bytes
+        place = Int32(shared.tokens.iterator.toint()) + slot * (self.blocks * self.token_bytes)
+        full = Int32((shared.barriers + slot).toint())
+        if width == self.n:  # the blocks are neighbours
+            ptx.bulk_copy(place, source, count * self.token_bytes, full)
+        else:
+            for i in cutlass.range(count, unroll=1):
+                start = i * self.token_bytes
+                ptx.bulk_copy(place + start, source + start, width * TOKEN_ROW_BYTES, full)
 
     @cute.jit
     def _epilogue(self, op, shared, me, unit, prefetched, accumulators, width: cutlass.Constexpr):
