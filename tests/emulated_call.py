@@ -8,12 +8,13 @@ import compiled_once
 import emulator
 from emulator import Array, Launch, Memory
 from helpers import Case
+import jax
 import jax.numpy as jnp
 import numpy as np
 from product_cases import ProductCase
 
 import jax_moe
-from jax_moe import check, nvfp4
+from jax_moe import check, nvfp4, parcels, parcels_primitive
 from jax_moe.kernels import targets
 from jax_moe.kernels.sm100 import program as sm100_program
 from jax_moe.kernels.specs import Spec
@@ -63,10 +64,12 @@ class Call:
         return self.arrays["out"].read()
 
 
-def prepare(case: Case, target: str, *, multiprocessors: int = 3, config: Any = None, **options: Any) -> Call:
+def prepare(
+    case: Case, target: str, *, multiprocessors: int = 3, config: Any = None, travels: bool = False, **options: Any
+) -> Call:
     """The call that ``case`` is on a GPU with so many multiprocessors, its weights prepared for ``target``.
 
-    ``config``: of sm_100f, instead of the one that the program would choose.
+    ``config``: of sm_100f, instead of the one that the program would choose. ``travels``: it is given parcels.
     """
     options = {"activation": jax_moe.SwiGLU(), "precision": "w4a16"} | case.options | options
     offset, num_experts = options.pop("expert_offset", 0), options.pop("num_experts", None)
@@ -75,6 +78,8 @@ def prepare(case: Case, target: str, *, multiprocessors: int = 3, config: Any = 
     problem = check.check(
         case.x, experts, case.routing, Options(**static), expert_offset=offset, num_experts=num_experts
     )
+    if travels:
+        _, problem = parcels.of_call(problem)
     made_for, card = targets.for_call(problem.layout, problem.precision)
     assert made_for.name == target
     card = dataclasses.replace(card, multiprocessors=multiprocessors)
@@ -85,6 +90,10 @@ def prepare(case: Case, target: str, *, multiprocessors: int = 3, config: Any = 
     }  # fmt: skip
     for name in ("gate_up.payload", "down.payload"):
         operands[name] = nvfp4.payload_bytes(operands[name])
+    if travels:
+        scale = experts.gate_up.input_scale
+        make = functools.partial(parcels_primitive.make, layout=problem.layout, command_buffer=True)
+        operands["x"] = jax.jit(make)(case.x, case.routing, scale)
     return _call(problem, program, target, operands, case.x.shape)
 
 

@@ -9,7 +9,7 @@ import helpers
 import jax.numpy as jnp
 import pytest
 
-from jax_moe import activations
+from jax_moe import activations, parcels
 from jax_moe.kernels import lowering, specs, steps, tiling
 from jax_moe.kernels.targets import TARGETS
 from jax_moe.operands import OPERANDS
@@ -61,6 +61,35 @@ _ABI = [
 
 def test_operands_are_those_that_the_handlers_decode():
     assert list(OPERANDS) == _DECODED
+
+
+def test_parcels_have_the_operands_that_the_handler_decodes():
+    decode = (pathlib.Path(__file__).parents[1] / "ffi/decode_parcels.h").read_text()
+    found = re.search(r"kParcelOperandNames\[kNumParcelOperands\] = \{(.*?)\}", decode, re.DOTALL)
+    assert list(parcels.Parcels.operand_names) == re.findall(r'"(\w+)"', found[1])
+
+
+def test_parcels_are_made_and_taken_in_the_place_of_x():
+    made, taken = parcels.of_call(cuda_call.problem(**_ALL))
+    assert [launch.name for launch in cuda_call.program(made).launches] == ["parcels"]
+    arguments = "x expert_ids routing_weights input_scale out 40 4 36"
+    assert " ".join(cuda_call.arguments(made, "parcels").values()) == arguments
+    attributes, workspaces = cuda_call.kernels_of(made)
+    assert (workspaces, attributes["adds"], attributes["weight_bytes"]) == ([], "", {})
+    assert attributes["sizes"] == {"num_tokens": 40, "top_k": 4, "hidden_size": 576}
+    assert attributes["parcels"]["grid"] == -(-40 * (40 + 4) // 256)  # 36 blocks in eights, and 4 routes
+    assert " ".join(cuda_call.arguments(taken, "x_rows").values()) == "x x_rows 40 4 36"
+    assert cuda_call.kernels_of(taken)[0]["x_rows"]["grid"] == 40 * 576 // 8 // 256 + 1
+    assert " ".join(cuda_call.arguments(taken, "gemm1").values()) == _ABI[0][1]["gemm1"]
+    assert taken.attributes()["precision"] == "w4a4_parcels"
+    assert parcels.num_bytes(4, 576) == 8 * 4 + 288 + 36 + 4
+    assert cuda_call.program(dataclasses.replace(made, num_tokens=0)).launches == ()
+
+
+def test_parcels_count_in_int32():
+    made, _ = parcels.of_call(cuda_call.problem(**_ALL | {"num_tokens": 2**26}))
+    with pytest.raises(ValueError, match="sharded_moe on parts of the tokens"):
+        lowering.cuda_call(made)
 
 
 @pytest.mark.parametrize(("changes", "expected"), _ABI, ids=["w4a4 ordered", "weight on input", "few", "few input"])

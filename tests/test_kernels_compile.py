@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import pytest
 import record_cubins
 
-from jax_moe import activations, shapes
+from jax_moe import activations, parcels, shapes
 from jax_moe.kernels import cache, compiler, cubin, lowering, tiling
 from jax_moe.kernels.device.constants import FEW_ROUTES
 from jax_moe.kernels.sm90 import program, specs as sm90_specs
@@ -63,6 +63,14 @@ def product_specs():
     return sorted(specs, key=lambda spec: spec.name)
 
 
+def parcel_specs():
+    """What makes parcels, and the pass over x that reads them: they depend on no shape."""
+    call = problem("qwen3-30b-a3b", 64, "w4a4")
+    before = {launch.spec for launch in lowering.launches(call)}
+    launches = [launch for one in parcels.of_call(call) for launch in lowering.launches(one)]
+    return [launch.spec for launch in launches if launch.spec not in before]
+
+
 def planned_specs():
     """All that the shapes launch in every precision and combine, each tile in these, other options for some shapes."""
     calls = [
@@ -81,7 +89,7 @@ def planned_specs():
     specs = {launch.spec for call in calls for launch in lowering.launches(call)}
     for config, call in itertools.product(program.CONFIGS, calls[: len(MODES)]):
         specs |= set(program.gemms(call, config))
-    specs |= set(product_specs())
+    specs |= set(product_specs()) | set(parcel_specs())
     return sorted(specs, key=lambda spec: spec.name)
 
 
@@ -156,6 +164,8 @@ def test_machine_code_has_run_on_a_gpu(spec):
     recorded, made = RECORD["kernels"].get(spec.name), record_cubins.entry(spec)
     if recorded is None and spec in product_specs():
         pytest.skip("needs a Hopper GPU: no grouped product has run on one (tests/gpu/test_product.py)")
+    if recorded is None and spec in parcel_specs():
+        pytest.skip("needs a Hopper GPU: no parcel has been made on one (tests/gpu/test_sharded.py)")
     assert recorded is not None, "run it on a GPU, then record_cubins.py"
     # Other sources may make the same code; record_cubins.py without a commit then saves compiling all the next time.
     assert recorded | {"made_of": made["made_of"]} == made, "run it on a GPU, then record_cubins.py"

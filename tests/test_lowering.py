@@ -14,7 +14,7 @@ import product_cases
 import pytest
 import typer.testing
 
-from jax_moe import activations
+from jax_moe import activations, parcels
 from jax_moe.cli import compile as command
 from jax_moe.kernels import cache, lowering, specs, tiling
 
@@ -173,10 +173,18 @@ def test_a_kernel_that_takes_other_parameters_is_refused(monkeypatch):
 def test_the_command_in_the_error_makes_the_kernels(compiler, monkeypatch, changes, biases):
     """Round trip: problem -> the error's command line -> the kernels that the problem needs."""
     problem = cuda_call.problem(**changes, biases=biases)
-    wanted = {launch.spec for launch in lowering.launches(problem)}
+    calls = [problem, *(parcels.of_call(problem) if parcels.are_taken(problem) else [])]
+    wanted = {launch.spec for call in calls for launch in lowering.launches(call)}
     _compile(problem)
     # By repr, which names the file that the other machine looks for: 1 and 1.0 are equal.
     assert set(map(repr, compiler)) == set(map(repr, wanted))
+
+
+def test_the_command_in_the_error_makes_the_kernels_of_parcels(compiler):
+    made, _ = parcels.of_call(cuda_call.problem(precision="w4a4"))
+    wanted = {launch.spec for launch in lowering.launches(made)}
+    _compile(made)
+    assert set(map(repr, compiler)) > set(map(repr, wanted))
 
 
 def _compile(call):

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jax_moe import activations, problem, progress, shapes
+from jax_moe import activations, parcels, problem, progress, shapes
 from jax_moe.cli import options, show
 from jax_moe.kernels import cache, compiler, lowering, targets
 from jax_moe.kernels.specs import Spec
@@ -69,7 +69,8 @@ def compile(
         modes = itertools.product(precisions, combines, weights_on, dtypes)
         for one, mode, count in itertools.product(layers, modes, counts):
             call = problem_of(one, count, num_experts, target, absent, function, mode)
-            specs |= dict.fromkeys(launch.spec for launch in lowering.launches(call))
+            calls = [call, *parcels.of_call(call)] if parcels.are_taken(call) else [call]  # those of sharded_moe too
+            specs |= dict.fromkeys(launch.spec for each in calls for launch in lowering.launches(each))
         for one, mode, count in itertools.product(products, itertools.product(precisions, dtypes), counts):
             call = product_of(one, count, num_experts, target, bias, mode)
             specs |= dict.fromkeys(launch.spec for launch in lowering.launches(call))

@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_moe import activations
-from jax_moe.kernels import cache, compiler, targets
+from jax_moe.kernels import cache, compiler, steps, targets
 from jax_moe.kernels.specs import PARAMETER_BYTES
 from jax_moe.kernels.target import Card, Launch, Program, Target
-from jax_moe.operands import OPERANDS
+from jax_moe.parcels import Parcels
 from jax_moe.problem import Problem
-from jax_moe.product import problem as product
 from jax_moe.product.problem import Product
 
 
@@ -28,7 +27,7 @@ class CudaCall:
     workspaces: list[jax.ShapeDtypeStruct]
 
 
-def cuda_call(problem: Problem | Product) -> CudaCall:
+def cuda_call(problem: Problem | Product | Parcels) -> CudaCall:
     """What a call launches, its kernels compiled or taken from the cache.
 
     Raises:
@@ -66,13 +65,15 @@ def cuda_call(problem: Problem | Product) -> CudaCall:
     return CudaCall({"kernels": kernels}, workspaces)
 
 
-def launches(problem: Problem | Product) -> tuple[Launch, ...]:
+def launches(problem: Problem | Product | Parcels) -> tuple[Launch, ...]:
     """The launches that :func:`cuda_call` would compile kernels for, in order."""
     return _planned(problem)[2].launches
 
 
-def _planned(problem: Problem | Product) -> tuple[Target, Card, Program]:
+def _planned(problem: Problem | Product | Parcels) -> tuple[Target, Card, Program]:
     """What runs a call, and how."""
+    if isinstance(problem, Parcels):
+        return *targets.for_call(problem.layout, "w4a4"), steps.parcels(problem)
     if not isinstance(problem, Product):
         target, card = targets.for_call(problem.layout, problem.precision)
         return target, card, target.program(problem, card)
@@ -82,8 +83,11 @@ def _planned(problem: Problem | Product) -> tuple[Target, Card, Program]:
     return target, card, target.product(problem, card)
 
 
-def command_arguments(problem: Problem | Product) -> list[str]:
+def command_arguments(problem: Problem | Product | Parcels) -> list[str]:
     """Arguments with which ``python -m jax_moe compile`` makes the kernels of ``problem``."""
+    if isinstance(problem, Parcels):  # they are made with those of any layer, and depend on none
+        sizes = f"{problem.top_k},{problem.top_k},{problem.hidden_size},{problem.hidden_size}"
+        return [f"--layer {sizes}", f"--tokens {problem.num_tokens}", "--precision w4a4"]
     if isinstance(problem, Product):
         return [
             f"--product {problem.local_groups},{problem.in_features},{problem.out_features}",
@@ -145,10 +149,10 @@ _OPERAND_TYPES = {
 _POINTERS = {"int32": "i32*", "float32": "f32*", "bfloat16": "bf16*", "uint8": "u8*"}
 
 
-def _buffers(program: Program, problem: Problem | Product) -> dict[str, tuple[str, str]]:
+def _buffers(program: Program, problem: Problem | Product | Parcels) -> dict[str, tuple[str, str]]:
     """Of every buffer of a call: where it is, and what a kernel's pointer to it is."""
-    operands = product.OPERANDS if isinstance(problem, Product) else OPERANDS
-    buffers = {name: (f"operand:{i}", _OPERAND_TYPES.get(name, "f32*")) for i, name in enumerate(operands)}
+    types = _OPERAND_TYPES | ({"x": "u8*"} if isinstance(problem, Problem) and problem.has_parcels else {})
+    buffers = {name: (f"operand:{i}", types.get(name, "f32*")) for i, name in enumerate(problem.operand_names)}
     results = {"out": problem.out_dtype} | {name: w.dtype for name, w in program.workspaces.items()}
     return buffers | {
         name: (f"result:{i}", _POINTERS[jnp.dtype(dtype).name]) for i, (name, dtype) in enumerate(results.items())

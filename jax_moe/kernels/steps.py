@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax_moe import activations
 from jax_moe.kernels import specs, tiling
 from jax_moe.kernels.device.constants import WORK_COUNTERS
-from jax_moe.kernels.target import Card, Launch
+from jax_moe.kernels.target import Card, Launch, Program
+from jax_moe.parcels import Parcels
 from jax_moe.problem import Problem
 from jax_moe.product.problem import Product
 
@@ -66,6 +67,8 @@ def num_x_rows(p: Problem) -> int:
 
 def x_rows(p: Problem) -> tuple[Launch, Workspaces]:
     """The pass over x: makes what GEMM1 multiplies, rounded to NVFP4 (w4a4) or weighted (weight_on="input")."""
+    if p.has_parcels:
+        return _parcel_rows(p)
     quantise, per_route, rows = p.precision == "w4a4", p.weight_on == "input", num_x_rows(p)
     spec = specs.XRowsSpec(quantise=quantise, per_route=per_route)
     arguments = {
@@ -74,6 +77,14 @@ def x_rows(p: Problem) -> tuple[Launch, Workspaces]:
     }  # fmt: skip
     workspaces = {"x_rows": jax.ShapeDtypeStruct((rows, p.hidden_size), jnp.bfloat16)}
     return Launch("x_rows", spec, spec.grid(rows, p.hidden_size), arguments), workspaces
+
+
+def _parcel_rows(p: Problem) -> tuple[Launch, Workspaces]:
+    """The pass over x that is rounded already, and comes in parcels."""
+    spec, row_blocks = specs.ParcelRowsSpec(), p.hidden_size // 16
+    arguments = {**same("x", "x_rows"), "num_rows": p.num_tokens, "top_k": p.top_k, "row_blocks": row_blocks}
+    workspaces = {"x_rows": jax.ShapeDtypeStruct((p.num_tokens, p.hidden_size), jnp.bfloat16)}
+    return Launch("x_rows", spec, spec.grid(p.num_tokens, p.hidden_size), arguments), workspaces
 
 
 def x_codes(p: Problem, block_k: int) -> tuple[Launch, Workspaces]:
@@ -231,3 +242,27 @@ def product_sizes(p: Product) -> dict[str, int]:
         "in_features": p.in_features, "out_features": p.out_features,
         "out_bytes": jnp.dtype(p.out_dtype).itemsize,
     }  # fmt: skip
+
+
+# -- parcels --------------------------------------------------------------------------------------------------------
+
+
+def parcels(p: Parcels) -> Program:
+    """The program of a call that makes parcels, on any target.
+
+    Raises:
+      ValueError: more values than the kernel can count.
+    """
+    spec, row_blocks = specs.ParcelsSpec(), p.hidden_size // 16
+    threads = spec.num_threads(p.num_tokens, p.top_k, row_blocks)
+    _check_count(threads, f"T = {p.num_tokens} tokens of H = {p.hidden_size}", p.op)
+    launch = Launch("parcels", spec, -(-threads // spec.threads), {
+        **same(*p.operand_names, "out"), "num_tokens": p.num_tokens, "top_k": p.top_k, "row_blocks": row_blocks,
+    })  # fmt: skip
+    return Program(
+        launches=(launch,) if p.num_tokens else (),
+        adds=None,
+        workspaces={},
+        weight_bytes={},
+        sizes={"num_tokens": p.num_tokens, "top_k": p.top_k, "hidden_size": p.hidden_size},
+    )
