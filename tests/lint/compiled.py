@@ -45,7 +45,8 @@ def some_specs(target: str) -> list[Spec]:
             call = problem(target, precision, weight_on=weight_on, combine="ordered")
             specs |= {launch.spec for launch in lowering.launches(call) if not launch.spec.tensor_core_ptx}
         if TARGETS[target].product is not None:  # of which a config changes only what those of GEMM1 have
-            call = cuda_call.product(precision=precision, num_rows=1, bias=precision == "w4a4")
+            layout = TARGETS[target].layouts[precision]
+            call = cuda_call.product(precision=precision, num_rows=1, bias=precision == "w4a4", layout=layout)
             specs |= {launch.spec for launch in lowering.launches(call)}
     return sorted(specs, key=lambda spec: spec.name)
 
