@@ -88,9 +88,7 @@ def prepare(case: Case, target: str, *, multiprocessors: int = 3, config: Any = 
     return _call(problem, program, target, operands, case.x.shape)
 
 
-def prepare_product(
-    case: ProductCase, target: str = "sm_90a", *, multiprocessors: int = 3, config: Any = None
-) -> Call:
+def prepare_product(case: ProductCase, target: str = "sm_90a", *, multiprocessors: int = 3, config: Any = None) -> Call:
     """The grouped product that ``case`` is on a GPU with so many multiprocessors; ``config`` as in :func:`prepare`."""
     layout = targets.TARGETS[target].layouts[case.precision]
     problem = case.problem(layout)

@@ -67,9 +67,9 @@ MISTAKES = {
     "rows of the next group": ("product", "op.group_ends[unit.expert]", "op.group_ends[op.local_experts - 1]"),
     "rows of the first tile": ("product", "op.row_route[unit.token_tile * self.n]", "op.row_route[0]"),
     "features behind the last": ("product", "feature >= op.out_features", "feature >= op.out_features + 16"),
-    "no bias": ("product", "op, self.spec, unit.expert", "op, dataclasses.replace(self.spec, has_bias=False), unit.expert"),
+    "no bias": ("product", "op, self.spec,", "op, dataclasses.replace(self.spec, has_bias=False),"),
     "codes with the first group's scale": ("x_rows", "array(given.input_scale)[group]", "array(given.input_scale)[0]"),
-    "groups not waited for": ("x_rows", "griddepcontrol_wait()  # the kernel in front", "sync_warp()  # the kernel in front"),
+    "groups not waited for": ("x_rows", "griddepcontrol_wait()  # the kernel", "sync_warp()  # the kernel"),
 }  # fmt: skip
 
 

@@ -19,8 +19,8 @@ class Product(gemm1.Gemm1):
         """With the names that GEMM1 gives x's rows: a row comes from the row of its own number."""
         return named(hidden_size=given.in_features, row_divisor=Int32(1), **super()._operands(given)._asdict())
 
-    # Who gathers and who stores reads the tile map too, and what another warp has waited for need not be visible to
-    # them. Nor need the codes that the pass over x has written.
+    # The loads wait for the kernels in front. Who gathers and who stores reads what these wrote, too: each waits for
+    # itself (kernels/README.md, Order).
 
     @cute.jit
     def _gather_all(self, op, shared, tid):
