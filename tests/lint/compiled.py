@@ -47,7 +47,8 @@ def some_specs(target: str) -> list[Spec]:
             launches = [launch for each in calls for launch in lowering.launches(each)]
             specs |= {launch.spec for launch in launches if not launch.spec.tensor_core_ptx}
         if TARGETS[target].product is not None:  # of which a config changes only what those of GEMM1 have
-            call = cuda_call.product(precision=precision, num_rows=1, bias=precision == "w4a4")
+            layout = TARGETS[target].layouts[precision]
+            call = cuda_call.product(precision=precision, num_rows=1, bias=precision == "w4a4", layout=layout)
             specs |= {launch.spec for launch in lowering.launches(call)}
     return sorted(specs, key=lambda spec: spec.name)
 

@@ -1,6 +1,6 @@
 """Blackwell: the target sm_100f and its cards."""
 
-from jax_moe.kernels.sm100.program import build, Costs
+from jax_moe.kernels.sm100.program import build, build_product, Costs
 from jax_moe.kernels.target import Card, Target
 
 # From data sheets, with 7.2 of 8 TB/s and 1.855 GHz; nothing here was measured. docs/blackwell.md has the sums.
@@ -13,4 +13,5 @@ SM100 = Target(
     layouts={"w4a16": "tcgen05_bf16_v1", "w4a4": "tcgen05_fp4_v1"},
     cards=(Card("B200", 148, 8.0, _B200), Card("B300", 148, 8.0, _B200)),
     program=build,
+    product=build_product,
 )

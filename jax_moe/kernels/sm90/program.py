@@ -122,13 +122,14 @@ def build_product(p: Product, card: Card) -> Program:
     row_blocks = _blocks(p.out_features, weight_block.BLOCK_ROWS)
     columns = _blocks(p.in_features, weight_block.BLOCK_K)
     groups, workspaces = steps.groups(p, config.token_tile, card)
-    before = [groups]
+    before, rows = [groups], "x"
     if p.precision == "w4a4":
         x_rows, more = steps.rounded_rows(p)
         before.append(x_rows)
+        rows = "x_rows"
         workspaces |= more
     product = Launch("product", product_spec(p, config), card.multiprocessors * config.ctas_per_sm, {
-        **steps.product_arguments(p), "m_blocks": row_blocks, "k_blocks": columns,
+        **steps.product_arguments(p), "x": rows, "m_blocks": row_blocks, "k_blocks": columns,
     })  # fmt: skip
     payload_bytes = p.local_groups * row_blocks * columns * weight_block.BLOCK_BYTES
     return Program(
