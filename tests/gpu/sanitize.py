@@ -63,7 +63,10 @@ def main() -> None:
         sys.exit(not stress(names))
     if given.what == "neighbour":
         keep_busy()
-    sys.exit(not run_cases(names))
+    import calls
+
+    with calls.planned():
+        sys.exit(not run_cases(names))
 
 
 # --- The cases ----------------------------------------------------------------------------------------------------
