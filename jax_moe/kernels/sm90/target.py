@@ -40,8 +40,8 @@ def _card(name: str, multiprocessors: int, terabytes: float, teraflops: float) -
 
 # Multiprocessors, TB/s and TFLOP/s of bf16 as stated; only an H200 was measured. NVIDIA's table of H100 SXM and PCIe is
 # repeated at archive-lib.hpctech.co.jp/gpuproduct/nvidia-h100.html, H100 and H200 are at anandtech.com/show/21136; H100
-# NVL and GH200 are by NVIDIA's data sheets (the GH200 with 480 GB of memory at its CPU has 96 GB of HBM3, the one of 144
-# GB has HBM3e); H20: willitrunai.com/es/gpus/h20-96gb, and 78 multiprocessors by Geekbench.
+# NVL and GH200 are by NVIDIA's data sheets (the GH200 with 480 GB of memory at its CPU has 96 GB of HBM3, the other 144
+# GB of HBM3e); H20: willitrunai.com/es/gpus/h20-96gb, and 78 multiprocessors by Geekbench.
 SM90 = Target(
     name="sm_90a",
     generation="Hopper",
