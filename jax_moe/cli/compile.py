@@ -72,7 +72,9 @@ def compile(
         with targets.planned_for(targets.card_named(targets.TARGETS[target], card)) if card else nullcontext():
             for one, mode, count in itertools.product(layers, modes, counts):
                 call = problem_of(one, count, num_experts, target, absent, function, mode)
-                calls = [call, *parcels.of_call(call)] if parcels.are_taken(call) else [call]  # those of sharded_moe too
+                calls = (
+                    [call, *parcels.of_call(call)] if parcels.are_taken(call) else [call]
+                )  # those of sharded_moe too
                 specs |= dict.fromkeys(launch.spec for each in calls for launch in lowering.launches(each))
             for one, mode, count in itertools.product(products, itertools.product(precisions, dtypes), counts):
                 call = product_of(one, count, num_experts, target, bias, mode)
