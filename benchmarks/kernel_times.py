@@ -5,9 +5,9 @@
 
 A call is a list of launches, and the handler takes any list. So a step is timed in the call that it belongs to: the
 call with a few more launches of it, minus the call as it is, divided by their number. A GEMM counts its units of work
-in words that the sort sets to zero, so the sort goes before each further one, and its own time is taken off. All else
-is as in gpu_op.py. Configs in `program.CONFIGS` are right (tests/gpu/test_op.py); others are only timed. On
-sm_100f there are no others.
+in words that the sort sets to zero, so the sort goes before each further one, and its own time is taken off. A call of
+few routes may have no sort: what is under its name then is noise. All else is as in gpu_op.py. Configs in
+`program.CONFIGS` are right (tests/gpu/test_op.py); others are only timed. On sm_100f there are no others.
 """
 
 from collections.abc import Iterator
@@ -61,8 +61,11 @@ def config_named(text: str, target: Target) -> Any:
 
 
 def with_more(launches: tuple[Launch, ...], steps: tuple[str, ...]) -> tuple[Launch, ...]:
-    """The list with ``steps`` again, so many times, behind the last of them."""
+    """The list with ``steps``, those that it has, again so many times, behind the last of them."""
     names = [launch.name for launch in launches]
+    steps = tuple(step for step in steps if step in names)
+    if not steps:
+        return launches
     place = names.index(steps[-1]) + 1
     again = [launches[names.index(step)] for step in steps]
     more = [dataclasses.replace(launch, name=f"{launch.name}_{i}") for i in range(_MORE) for launch in again]

@@ -55,7 +55,7 @@ class Call:
                 Launch(
                     (kernels or {}).get(launch.name, kernel), launch.grid,
                     [self.arrays[value] if isinstance(value, str) else value for value in given],
-                    launch.spec.threads, launch.spec.cluster, shared_bytes, launch.spec.overlap,
+                    launch.spec.threads, launch.spec.cluster, shared_bytes, self.program.overlaps(launch),
                     getattr(getattr(launch.spec, "config", None), "ctas_per_sm", None),
                 )
             )  # fmt: skip

@@ -41,6 +41,21 @@ _ABI = [
         "gemm2": "h row_route row_weight tile_expert expert_tiles down.payload down.global_scale null down.bias out "
                  "576 4 16 5 3 4",
     }),
+    ({"num_tokens": 16}, {  # 64 routes need no sort
+        "x_rows": "x routing_weights gate_up.input_scale x_rows 16 1 36",
+        "gemm1": "x_rows expert_ids expert_offset gate_up.payload gate_up.global_scale "
+                 "gate_up.input_scale gate_up.bias down.input_scale h 576 4 16 2 9 64",
+        "gemm2": "h expert_ids expert_offset routing_weights down.payload down.global_scale down.input_scale "
+                 "down.bias contributions 576 1 16 5 3 4 64",
+        "combine": "contributions expert_ids expert_offset out 16 4 576 16",
+    }),
+    ({"num_tokens": 16, "weight_on": "input", "combine": "atomic", "precision": "w4a16"}, {
+        "x_rows": "x routing_weights null x_rows 64 4 36",
+        "gemm1": "x_rows expert_ids expert_offset gate_up.payload gate_up.global_scale null gate_up.bias "
+                 "null h 576 1 16 2 9 64",
+        "gemm2": "h expert_ids expert_offset null down.payload down.global_scale null down.bias out "
+                 "576 4 16 5 3 4 64",
+    }),
 ]  # fmt: skip
 
 
@@ -77,9 +92,10 @@ def test_parcels_count_in_int32():
         lowering.cuda_call(made)
 
 
-@pytest.mark.parametrize(("changes", "expected"), _ABI, ids=["w4a4 ordered", "weight on input"])
+@pytest.mark.parametrize(("changes", "expected"), _ABI, ids=["w4a4 ordered", "weight on input", "few", "few input"])
 def test_arguments_are_those_of_the_abi(changes, expected):
     problem = cuda_call.problem(**{**_ALL, **changes})
+    assert [launch.name for launch in cuda_call.program(problem).launches] == list(expected)
     for step, wanted in expected.items():
         assert " ".join(cuda_call.arguments(problem, step).values()) == wanted, step
 
@@ -91,11 +107,11 @@ def test_each_parameter_is_given_what_is_called_so():
         "input_scale": "gate_up.input_scale down.input_scale", "bias": "gate_up.bias down.bias",
         "down_input_scale": "down.input_scale", "x": "x x_rows", "out": "out contributions",
     }  # fmt: skip
-    problem = cuda_call.problem(**_ALL)
-    for launch in cuda_call.program(problem).launches:
-        for name, argument in cuda_call.arguments(problem, launch.name).items():
-            assert argument.isdigit() or argument in others.get(name, name).split(), (launch.name, name)
-            assert argument.isdigit() == (launch.spec.parameters[name] == "i32")
+    for problem in (cuda_call.problem(**_ALL), cuda_call.problem(**{**_ALL, "num_tokens": 16})):
+        for launch in cuda_call.program(problem).launches:
+            for name, argument in cuda_call.arguments(problem, launch.name).items():
+                assert argument.isdigit() or argument in others.get(name, name).split(), (launch.name, name)
+                assert argument.isdigit() == (launch.spec.parameters[name] == "i32")
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -147,9 +163,24 @@ def test_launches_have_their_grids_and_attributes():
         "gemm1": (132 * ctas, 128, 1, 1024, 1), "gemm2": (132 * ctas, 128, 1, 1024, 1),
         "combine": (8192 * 144 // 128, 128, 1, 1024, 0),
     }  # fmt: skip
-    assert lowering.launches(cuda_call.problem(num_tokens=1))[1].grid == 264  # two CTAs a multiprocessor
+    assert lowering.launches(cuda_call.problem(num_tokens=17))[1].grid == 264  # two CTAs a multiprocessor
     assert [specs.XRowsSpec(True, False).grid(rows, 16) for rows in (1, 256, 257)] == [1, 1, 2]
     assert [specs.CombineSpec("float32").grid(rows, 16) for rows in (1, 32, 33)] == [1, 1, 2]
+
+
+def test_the_first_launch_of_a_call_overlaps_nothing():
+    """What is in front of it writes x and the routing, which GEMM1 without a sort reads at once."""
+    for precision, overlaps in (("w4a16", [0, 1]), ("w4a4", [0, 1, 1])):  # w4a4: the pass over x is first
+        attributes, _ = cuda_call.kernels_of(cuda_call.problem(num_tokens=1, precision=precision))
+        assert [int(attributes[step]["overlap"]) for step in attributes["launches"].split()] == overlaps
+
+
+def test_few_routes_have_no_more_ctas_than_units_and_no_tile_map():
+    """4 routes are at most 4 tiles, of 45 row blocks of gate_up (64 values each) and 23 of down."""
+    made = cuda_call.program(cuda_call.problem(num_tokens=1))
+    assert [launch.grid for launch in made.launches] == [4 * 45, 4 * 23]
+    assert list(made.workspaces) == ["h"]
+    assert made.workspaces["h"].shape == (4, 45, 8, 64)
 
 
 @pytest.mark.parametrize(("weight_on", "rows", "divisor"), [("output", 40, 1), ("input", 160, 4)])

@@ -211,7 +211,8 @@ def test_compile_and_bench_call_a_layer_alike(compiler):
 
     def made(*arguments):
         compiler.clear()
-        assert run_here("compile", "--tokens", "1", *arguments).exit_code == 0
+        # Kernels of few routes are the same for any number of experts.
+        assert run_here("compile", "--tokens", "40", *arguments).exit_code == 0
         return list(compiler)
 
     name, sizes = "qwen3-30b-a3b", "128,8,2048,768"

@@ -28,6 +28,9 @@ _STEPS_OF_MODES = [
     ({"combine": "ordered"}, ["sort", "gemm1", "gemm2", "combine"]),
     ({"combine": "ordered", "precision": "w4a4"}, ["sort", "x_rows", "gemm1", "gemm2", "combine"]),
     ({"num_tokens": 0}, []),
+    ({"num_tokens": 17}, ["sort", "gemm1", "gemm2"]),
+    ({"num_tokens": 16}, ["gemm1", "gemm2"]),
+    ({"num_tokens": 16, "combine": "ordered", "precision": "w4a4"}, ["x_rows", "gemm1", "gemm2", "combine"]),
 ]
 
 

@@ -99,7 +99,8 @@ def test_w4a4_gathers_parcels(name, target, weight_on, travels):
     lowered = jax.jit(run).lower(*placed_case(mesh, precision="w4a4", target=target))
     text = lowered.as_text()
     launches = [found.split() for found in re.findall(r'launches = "([\w ]*)"', text)]
-    assert launches == [*[["parcels"]] * travels, ["sort", "x_rows", "gemm1", "gemm2"]]
+    sort = ["sort"] * (target != "sm_90a")  # which few routes do not need
+    assert launches == [*[["parcels"]] * travels, [*sort, "x_rows", "gemm1", "gemm2"]]
     assert text.count(f"@{ffi.PARCELS_TARGET}(") == travels
     assert ('precision = "w4a4_parcels"' in text) is travels
     assert ('precision = "w4a4"' in text) is not travels

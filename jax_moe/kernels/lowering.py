@@ -46,7 +46,7 @@ def cuda_call(problem: Problem | Product | Parcels) -> CudaCall:
     buffers = _buffers(program, problem)
     try:
         kernels: dict[str, object] = {
-            launch.name: _kernel_attributes(launch, buffers, target.name) for launch in program.launches
+            launch.name: _kernel_attributes(program, launch, buffers, target.name) for launch in program.launches
         }
     except cache.MissingKernelError as error:
         chosen_for = [] if card.name == target.cards[0].name else ["--card", shlex.quote(card.name)]
@@ -119,7 +119,9 @@ def command_arguments(problem: Problem | Product | Parcels) -> list[str]:
     return arguments
 
 
-def _kernel_attributes(launch: Launch, buffers: Mapping[str, tuple[str, str]], target: str) -> dict[str, object]:
+def _kernel_attributes(
+    program: Program, launch: Launch, buffers: Mapping[str, tuple[str, str]], target: str
+) -> dict[str, object]:
     spec = launch.spec
     if set(launch.arguments) != set(spec.parameters):
         differing = sorted(set(launch.arguments) ^ set(spec.parameters))
@@ -136,7 +138,7 @@ def _kernel_attributes(launch: Launch, buffers: Mapping[str, tuple[str, str]], t
         "threads": kernel.threads,
         "cluster": spec.cluster,
         "shared": kernel.shared_bytes,
-        "overlap": spec.overlap,
+        "overlap": program.overlaps(launch),
     }
     return {"image": kernel.image, "name": kernel.symbol, "arguments": " ".join(arguments), **_int64s(numbers)}
 

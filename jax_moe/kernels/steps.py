@@ -32,9 +32,7 @@ def sort(p: Problem, token_tile: int, granule: int = 0) -> tuple[Launch, Workspa
       ValueError: more experts or rows than the kernels can count.
     """
     spec = specs.sort_spec(p.num_routes, p.local_experts, token_tile, p.weight_on == "output", granule)
-    tiles = tiling.max_tiles(p.num_routes, p.local_experts, token_tile)
-    vectors = max(num_x_rows(p) * p.hidden_size // 8, p.num_tokens * p.hidden_size // 4)  # of x and of the output
-    _check_count(max(tiles * token_tile, vectors), f"T*K = {p.num_routes} routes of H = {p.hidden_size}", "fused_moe")
+    tiles = num_tiles(p, token_tile)
     buffers = same("expert_ids", "routing_weights", "expert_offset", *TILE_MAP, "cta_counts")
     return Launch("sort", spec, spec.cluster, {**buffers, "num_routes": p.num_routes}), {
         "expert_tiles": jax.ShapeDtypeStruct((p.local_experts + 1 + WORK_COUNTERS,), jnp.int32),
@@ -43,6 +41,18 @@ def sort(p: Problem, token_tile: int, granule: int = 0) -> tuple[Launch, Workspa
         "row_weight": jax.ShapeDtypeStruct((tiles * token_tile,), jnp.float32),
         "cta_counts": jax.ShapeDtypeStruct((spec.cluster, p.local_experts), jnp.int32),
     }
+
+
+def num_tiles(p: Problem, token_tile: int) -> int:
+    """Tiles that a call may have.
+
+    Raises:
+      ValueError: more rows than the kernels can count.
+    """
+    tiles = tiling.max_tiles(p.num_routes, p.local_experts, token_tile)
+    vectors = max(num_x_rows(p) * p.hidden_size // 8, p.num_tokens * p.hidden_size // 4)  # of x and of the output
+    _check_count(max(tiles * token_tile, vectors), f"T*K = {p.num_routes} routes of H = {p.hidden_size}", "fused_moe")
+    return tiles
 
 
 def _check_count(count: int, got: str, function: str) -> None:
@@ -114,11 +124,14 @@ def gemms(p: Problem, config: Any, gemm1: type[_Gemm1], gemm2: type[_Gemm2]) -> 
     )
 
 
-def gemm1_arguments(p: Problem) -> dict[str, str | int | None]:
-    """What every target's GEMM1 takes; x and the numbers of its blocks are the target's."""
+def gemm1_arguments(p: Problem, maps_routes: bool = False) -> dict[str, str | int | None]:
+    """What every target's GEMM1 takes; x and the numbers of its blocks are the target's.
+
+    ``maps_routes``: it makes the tile map for itself, of the routes; else it reads the sort's.
+    """
     quantised = p.precision == "w4a4"
     return {
-        **same("row_route", "tile_expert", "expert_tiles", "h"),
+        **(_routes(p) if maps_routes else same("row_route", "tile_expert", "expert_tiles")), "h": "h",
         "payload": "gate_up.payload", "global_scale": "gate_up.global_scale",
         "input_scale": "gate_up.input_scale" if quantised else None,
         "bias": "gate_up.bias" if p.has_gate_up_bias else None,
@@ -128,17 +141,23 @@ def gemm1_arguments(p: Problem) -> dict[str, str | int | None]:
     }  # fmt: skip
 
 
-def gemm2_arguments(p: Problem) -> dict[str, str | int | None]:
-    """What every target's GEMM2 takes; the numbers of its blocks are the target's."""
+def gemm2_arguments(p: Problem, maps_routes: bool = False) -> dict[str, str | int | None]:
+    """What every target's GEMM2 takes; the numbers of its blocks are the target's. ``maps_routes`` as of GEMM1."""
     is_ordered = p.combine == "ordered"
+    weights = {"routing_weights": "routing_weights" if p.weight_on == "output" else None}
     return {
-        **same("h", *TILE_MAP), "payload": "down.payload", "global_scale": "down.global_scale",
+        **(_routes(p) | weights if maps_routes else same(*TILE_MAP)), "h": "h",
+        "payload": "down.payload", "global_scale": "down.global_scale",
         "input_scale": "down.input_scale" if p.precision == "w4a4" else None,
         "bias": "down.bias" if p.has_down_bias else None,
         "out": "contributions" if is_ordered else "out",
         "row_divisor": 1 if is_ordered else p.top_k,
         "hidden_size": p.hidden_size, "local_experts": p.local_experts,
     }  # fmt: skip
+
+
+def _routes(p: Problem) -> dict[str, str | int | None]:
+    return {**same("expert_ids", "expert_offset"), "num_routes": p.num_routes}
 
 
 def combine(p: Problem) -> tuple[Launch, Workspaces]:

@@ -83,6 +83,14 @@ class Program:
     weight_bytes: Mapping[str, int]
     sizes: Mapping[str, int]
 
+    def overlaps(self, launch: Launch) -> bool:
+        """Whether a launch may start before the one in front of it has ended.
+
+        The first one may not, whatever its kernel could do: what is in front of it writes the operands, which kernels
+        read without a wait.
+        """
+        return launch.spec.overlap and launch is not self.launches[0]
+
 
 @dataclasses.dataclass(frozen=True)
 class Target:

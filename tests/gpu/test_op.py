@@ -108,6 +108,18 @@ def test_routings(poison, routing, combine):
     _check(_run(case), case)
 
 
+@pytest.mark.parametrize("weight_on", ["output", "input"])
+@pytest.mark.parametrize(("precision", "combine"), [("w4a16", "atomic"), ("w4a4", "ordered")])
+@pytest.mark.parametrize("routing", ["any", "one", "hostile"])
+def test_few_routes(poison, routing, precision, combine, weight_on):
+    """So few that no sort goes first; an expert has several tiles, or none."""
+    case = helpers.make_case(4, tokens=13, hidden=192, intermediate=160, num_experts=6, top_k=4, routing=routing,
+                             expert_offset=3, all_experts=12, precision=precision, combine=combine, weight_on=weight_on,
+                             bias=True)  # fmt: skip
+    poison(1)
+    _check(_run(case), case)
+
+
 @pytest.mark.parametrize("combine", ["atomic", "ordered"])
 def test_no_tokens(combine):
     case = helpers.make_case(5, tokens=0, combine=combine)

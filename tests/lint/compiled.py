@@ -46,6 +46,9 @@ def some_specs(target: str) -> list[Spec]:
             calls = [call, *(parcels.of_call(call) if parcels.are_taken(call) else [])]
             launches = [launch for each in calls for launch in lowering.launches(each)]
             specs |= {launch.spec for launch in launches if not launch.spec.tensor_core_ptx}
+        # Few routes may have kernels of their own.
+        call = problem(target, precision, num_tokens=1, combine="ordered" if precision == "w4a4" else "atomic")
+        specs |= {launch.spec for launch in lowering.launches(call)}
         if TARGETS[target].product is not None:  # of which a config changes only what those of GEMM1 have
             layout = TARGETS[target].layouts[precision]
             call = cuda_call.product(precision=precision, num_rows=1, bias=precision == "w4a4", layout=layout)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jax_moe import activations
 from jax_moe.kernels import steps, tiling
+from jax_moe.kernels.device.constants import FEW_ROUTES
 from jax_moe.kernels.sm90.device import weight_block
 from jax_moe.kernels.sm90.specs import Config, Gemm1Spec, Gemm2Spec, ProductSpec, with_most_stages
 from jax_moe.kernels.target import Card, Launch, Program
@@ -65,7 +66,27 @@ def _cost(costs: Costs, rows: int, config: Config) -> float:
 
 def gemms(p: Problem, config: Config) -> tuple[Gemm1Spec, Gemm2Spec]:
     """Both GEMMs of a call (``steps.gemms``)."""
-    return steps.gemms(p, config, Gemm1Spec, Gemm2Spec)
+    gemm1, gemm2 = steps.gemms(p, config, Gemm1Spec, Gemm2Spec)
+    if _maps_routes(p, config):
+        gemm1 = dataclasses.replace(gemm1, maps_routes=True)
+        gemm2 = dataclasses.replace(gemm2, maps_routes=True, weighted=p.weight_on == "output")
+    return gemm1, gemm2
+
+
+def _maps_routes(p: Problem, config: Config) -> bool:
+    """Whether the GEMMs make the tile map for themselves: with so few routes that costs them less than a sort in front.
+
+    Only in the configs for a few rows of each expert: few routes on few experts are no case to have kernels for.
+    """
+    return 0 < p.num_routes <= FEW_ROUTES and config.m_warpgroups == 1
+
+
+def _grid(card: Card, config: Config, tiles: int, row_blocks: int) -> int:
+    """CTAs of a persistent GEMM: no more than run at once, or than there may be units.
+
+    One without work holds up the next kernel, which starts when all have run (benchmarks/notes-h200.md, T = 1).
+    """
+    return min(card.multiprocessors * config.ctas_per_sm, tiles * _blocks(row_blocks, config.m_warpgroups))
 
 
 def build(p: Problem, card: Card) -> Program:
@@ -89,9 +110,11 @@ def build(p: Problem, card: Card) -> Program:
     h_blocks = gate_up_rows * weight_block.BLOCK_ROWS // parts // weight_block.BLOCK_K
 
     sort, workspaces = steps.sort(p, config.token_tile)
-    tiles = workspaces["tile_expert"].size
-    workspaces["h"] = jax.ShapeDtypeStruct((tiles, h_blocks, config.token_tile, weight_block.BLOCK_K), jnp.bfloat16)
     before, after = [sort], []
+    if gemm1.maps_routes:
+        before, workspaces = [], {}
+    tiles = steps.num_tiles(p, config.token_tile)
+    workspaces["h"] = jax.ShapeDtypeStruct((tiles, h_blocks, config.token_tile, weight_block.BLOCK_K), jnp.bfloat16)
     if has_x_rows:
         x_rows, more = steps.x_rows(p)
         before.append(x_rows)
@@ -101,13 +124,14 @@ def build(p: Problem, card: Card) -> Program:
         after.append(combine)
         workspaces |= more
 
-    grid = card.multiprocessors * config.ctas_per_sm  # persistent
-    launch1 = Launch("gemm1", gemm1, grid, {
-        **steps.gemm1_arguments(p), "x": "x_rows" if has_x_rows else "x",
+    grid1, grid2 = (_grid(card, config, tiles, rows) for rows in (gate_up_rows, down_rows))
+    launch1 = Launch("gemm1", gemm1, grid1, {
+        **steps.gemm1_arguments(p, gemm1.maps_routes), "x": "x_rows" if has_x_rows else "x",
         "m_blocks": gate_up_rows, "k_blocks": gate_up_columns,
     })  # fmt: skip
-    launch2 = Launch("gemm2", gemm2, grid, {
-        **steps.gemm2_arguments(p), "m_blocks": down_rows, "k_blocks": down_columns, "h_blocks": h_blocks,
+    launch2 = Launch("gemm2", gemm2, grid2, {
+        **steps.gemm2_arguments(p, gemm2.maps_routes),
+        "m_blocks": down_rows, "k_blocks": down_columns, "h_blocks": h_blocks,
     })  # fmt: skip
 
     blocks = p.local_experts * weight_block.BLOCK_BYTES

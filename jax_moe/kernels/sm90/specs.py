@@ -86,37 +86,60 @@ def with_most_stages(
 class _Wgmma:
     cluster = 1
     tensor_core_ptx = "wgmma.mma_async"
+    maps_routes = False
+
+
+_ROUTES = {"expert_ids": "i32*", "expert_offset": "i32*"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Gemm1Spec(_Wgmma, specs.Gemm1Spec):
-    """GEMM1 of this target."""
+    """GEMM1 of this target; ``maps_routes``: each CTA makes the tile map for itself (``few_routes.py``)."""
+
+    maps_routes: bool = False
 
     implementation = "jax_moe.kernels.sm90.device.gemm1:Gemm1"
 
     @property
+    def name(self) -> str:
+        return super().name + ("_maps" if self.maps_routes else "")
+
+    @property
     def parameters(self) -> dict[str, str]:
+        tile_map = {"row_route": "i32*", "tile_expert": "i32*", "expert_tiles": "i32*"}
         return {
-            "x": "bf16*", "row_route": "i32*", "tile_expert": "i32*", "expert_tiles": "i32*", "payload": "u8*",
+            "x": "bf16*", **(_ROUTES if self.maps_routes else tile_map), "payload": "u8*",
             "global_scale": "f32*", "input_scale": "f32*", "bias": "f32*", "down_input_scale": "f32*", "h": "bf16*",
             "hidden_size": "i32", "row_divisor": "i32", "local_experts": "i32", "m_blocks": "i32", "k_blocks": "i32",
+            **({"num_routes": "i32"} if self.maps_routes else {}),
         }  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Gemm2Spec(_Wgmma, specs.Gemm2Spec):
-    """GEMM2 of this target."""
+    """GEMM2 of this target; ``maps_routes`` as GEMM1's. ``weighted``: if so, the weight of a row is its routing weight.
+
+    Else it is 1. With a sort's map that says the weight, the field has no meaning.
+    """
+
+    maps_routes: bool = False
+    weighted: bool = True
 
     implementation = "jax_moe.kernels.sm90.device.gemm2:Gemm2"
 
     @property
+    def name(self) -> str:
+        return super().name + ("_maps" if self.maps_routes else "") + ("" if self.weighted else "_ones")
+
+    @property
     def parameters(self) -> dict[str, str]:
+        tile_map = {"row_route": "i32*", "row_weight": "f32*", "tile_expert": "i32*", "expert_tiles": "i32*"}
         return {
-            "h": "bf16*", "row_route": "i32*", "row_weight": "f32*", "tile_expert": "i32*", "expert_tiles": "i32*",
+            "h": "bf16*", **({**_ROUTES, "routing_weights": "f32*"} if self.maps_routes else tile_map),
             "payload": "u8*", "global_scale": "f32*", "input_scale": "f32*", "bias": "f32*",
             "out": specs.out_pointer(self.out_dtype),
             "hidden_size": "i32", "row_divisor": "i32", "local_experts": "i32", "m_blocks": "i32", "k_blocks": "i32",
-            "h_blocks": "i32",
+            "h_blocks": "i32", **({"num_routes": "i32"} if self.maps_routes else {}),
         }  # fmt: skip
 
 

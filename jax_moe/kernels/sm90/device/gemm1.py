@@ -4,7 +4,7 @@ import cutlass
 from cutlass import Int32, Int64
 import cutlass.cute as cute
 
-from jax_moe.kernels.device import bf16_weights, epilogue, outputs, ptx, schedule
+from jax_moe.kernels.device import bf16_weights, epilogue, outputs, ptx
 from jax_moe.kernels.sm90.device import mainloop
 from jax_moe.kernels.sm90.device.mainloop import NEXT_UNIT, TOKEN_ROW_BYTES, WARPGROUP
 from jax_moe.kernels.sm90.device.weight_block import BLOCK_K
@@ -17,7 +17,9 @@ _ROWS_PER_PASS = WARPGROUP // _CHUNKS
 class Gemm1(mainloop.Gemm):
     """Gathers x by route, multiplies with gate and up, and stores the activated (w4a4: NVFP4-rounded) intermediate."""
 
-    arrays = ("row_route", "tile_expert", "expert_tiles", "global_scale", "input_scale", "bias", "down_input_scale")
+    arrays = (
+        *mainloop.TILE_MAP, "global_scale", "input_scale", "bias", "down_input_scale",
+    )  # fmt: skip
 
     def __init__(self, spec):
         super().__init__(spec)
@@ -59,12 +61,12 @@ class Gemm1(mainloop.Gemm):
             unit = self._unit(op, index)
             taken = Int32(0)
             if tid == 0:  # long before it is needed
-                taken = schedule.take(op.expert_tiles, op.local_experts, 0, ctas)
+                taken = self._take(op, index, 0, ctas)
             for i in cutlass.range_constexpr(passes):
                 row = first_row + i * _ROWS_PER_PASS
                 route = Int32(-1)
                 if row < self.n:
-                    route = op.row_route[unit.token_tile * self.n + row]
+                    route = self._route(op, unit.token_tile, row)
                 offset = Int32(-1)
                 if route >= 0:
                     offset = (route // op.row_divisor) * (op.hidden_size // 8) + chunk  # in units of 16 bytes

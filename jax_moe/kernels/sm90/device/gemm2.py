@@ -4,7 +4,7 @@ import cutlass
 from cutlass import Float32, Int32, Int64
 import cutlass.cute as cute
 
-from jax_moe.kernels.device import bf16_weights, outputs, ptx, schedule
+from jax_moe.kernels.device import bf16_weights, outputs, ptx
 from jax_moe.kernels.sm90.device import mainloop
 from jax_moe.kernels.sm90.device.mainloop import EPILOGUE, TOKEN_ROW_BYTES, WARPGROUP
 
@@ -12,7 +12,7 @@ from jax_moe.kernels.sm90.device.mainloop import EPILOGUE, TOKEN_ROW_BYTES, WARP
 class Gemm2(mainloop.Gemm):
     """Multiplies the intermediate with down and adds (atomic) or stores (ordered) the weighted rows."""
 
-    arrays = ("row_route", "row_weight", "tile_expert", "expert_tiles", "global_scale", "input_scale", "bias")
+    arrays = (*mainloop.TILE_MAP, "row_weight", "routing_weights", "global_scale", "input_scale", "bias")
     reads_early = True  # GEMM1 has waited for the sort, but has not ended: nor do the consumers ever wait
 
     def _full_arrivals(self):
@@ -30,9 +30,19 @@ class Gemm2(mainloop.Gemm):
     def _load_row(self, op, unit, row):
         route, weight = Int32(-1), Float32(0.0)
         if row < self.n:
-            route = self.read(op.row_route, unit.token_tile * self.n + row)
-            weight = self.read(op.row_weight, unit.token_tile * self.n + row)
+            route = self._route(op, unit.token_tile, row)
+            weight = self._weight(op, unit.token_tile, row, route)
         return route, weight
+
+    @cute.jit
+    def _weight(self, op, token_tile, row, route):
+        weight = Float32(1.0)
+        if cutlass.const_expr(not self.spec.maps_routes):
+            weight = self.read(op.row_weight, token_tile * self.n + row)
+        elif cutlass.const_expr(self.spec.weighted):
+            if route >= 0:
+                weight = op.routing_weights[route]
+        return weight
 
     @cute.jit
     def _share_row(self, op, shared, me, row, route, weight):
@@ -63,7 +73,7 @@ class Gemm2(mainloop.Gemm):
             while index < units:
                 unit = self._unit(op, index)
                 width = self._width(op, unit)
-                taken = schedule.take(op.expert_tiles, op.local_experts, 1, ctas)
+                taken = self._take(op, index, 1, ctas)
                 for k_block in cutlass.range(0, op.k_blocks, self.blocks, unroll=1):
                     cute.arch.mbarrier_wait(shared.barriers + self.stages + slot, phase)
                     if k_block >= early:

@@ -4,8 +4,8 @@ One main loop serves GEMM1, GEMM2 and the product on its own (a GEMM1 to the tab
 one producer warpgroup and several consumer warpgroups. Weights are the M side of ``wgmma``: a consumer turns its share
 of a prepared 128 x 64 block (``weight_block.py``) into bf16 A fragments and multiplies them with N tokens that lie
 K-major in shared memory. CTAs are persistent and take units (expert, weight tile, token tile) as ``device/schedule.py``
-hands them out. The producer tells the consumers with a unit's first stage what the unit is; a stage of no unit, the
-sentinel, ends their work.
+hands them out; of few routes by their numbers. The producer tells the consumers with a unit's first stage what the unit
+is; a stage of no unit, the sentinel, ends their work.
 
 A stage is ``config.stage_blocks`` weight blocks for each m warpgroup and as many blocks of tokens. Who waits for whom:
 
@@ -17,11 +17,13 @@ A stage is ``config.stage_blocks`` weight blocks for each m warpgroup and as man
     REDUCTION_EMPTY, _FULL  k warpgroups > 1: warpgroup 0 lets the others write their sums, they let it read them
     NEXT_UNIT               GEMM1: the producers, once a unit: thread 0 has taken the next one
     EPILOGUE + m warpgroup  GEMM2: one warpgroup: rows and weights of the unit may be, then are, written
+    MAP_ROUTES              few routes: those who make the tile map, between its steps
 
 Both kernels are launched with programmatic dependent launch. GEMM1's producer waits for the preceding kernel before it
 reads anything which that one wrote. GEMM2 prefetches its first unit's weights before it waits: it can start only after
 every CTA of GEMM1 has seen the sort finish and called launch_dependents, so the tile map is complete. PTX, however,
-promises visibility only of the grid that is waited for: GEMM2 reads the tile map past L1 (``Gemm.reads_early``).
+promises visibility only of the grid that is waited for: GEMM2 reads the tile map past L1 (``Gemm.reads_early``). Of few
+routes each CTA makes the map for itself (``device/few_routes.py``), from operands, before its warps part into roles.
 
 For a block of 4608 bytes a consumer warp issues about 147 instructions, 70 of them on the integer pipe, which takes
 140 clocks where HBM takes 239: dequantisation hides behind memory, but behind the tensor cores only in part
@@ -36,7 +38,8 @@ from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32
 import cutlass.cute as cute
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
-from jax_moe.kernels.device import dequantise, entry, ptx, schedule
+from jax_moe.kernels.device import dequantise, entry, few_routes, ptx, schedule
+from jax_moe.kernels.device.constants import FEW_ROUTES
 from jax_moe.kernels.device.entry import array, named
 from jax_moe.kernels.sm90.device import weight_block
 from jax_moe.kernels.sm90.device.weight_block import BLOCK_K
@@ -45,7 +48,11 @@ WARPGROUP = 128
 TOKEN_ROW_BYTES = BLOCK_K * 2
 # Named barriers; 0 is sync_threads, and each m warpgroup has an epilogue's.
 REDUCTION_FULL, REDUCTION_EMPTY, NEXT_UNIT, EPILOGUE = 1, 2, 3, 4
+MAP_ROUTES = NEXT_UNIT  # nobody has a unit yet
 _NO_UNIT = -1
+
+TILE_MAP = ("row_route", "tile_expert", "expert_tiles", "expert_ids", "expert_offset")
+"""Operands that say what the tiles are, and are indexed: the sort's map, or what ``few_routes.py`` makes one of."""
 
 
 class Gemm(entry.Kernel):
@@ -250,8 +257,7 @@ class Gemm(entry.Kernel):
         """The least of the widths that holds the rows of the unit's tile."""
         width = Int32(self.config.widths[0])
         for i in cutlass.range_constexpr(len(self.config.widths) - 1):
-            route = self.read(op.row_route, unit.token_tile * self.n + self.config.widths[i])
-            if route >= 0:  # padding rows come last
+            if self._route(op, unit.token_tile, self.config.widths[i]) >= 0:  # padding rows come last
                 width = Int32(self.config.widths[i + 1])
         return width
 
@@ -269,7 +275,21 @@ class Gemm(entry.Kernel):
             cute.arch.mbarrier_arrive(shared.barriers + slot)
 
     def _num_units(self, op):
+        if self.spec.maps_routes:
+            return op.tiles.num_tiles[0] * op.m_tiles
         return self.read(op.expert_tiles, op.local_experts) * op.m_tiles
+
+    def _route(self, op, token_tile, row):
+        """Route of a row of a tile, -1 for padding."""
+        if self.spec.maps_routes:
+            return few_routes.route(op.tiles, token_tile, row)
+        return self.read(op.row_route, token_tile * self.n + row)
+
+    def _take(self, op, index, gemm, ctas):
+        """The unit of GEMM1 (``gemm`` 0) or GEMM2 (1) that this CTA does after unit ``index``."""
+        if self.spec.maps_routes:
+            return index + ctas  # units are few and alike
+        return schedule.take(op.expert_tiles, op.local_experts, gemm, ctas)
 
     # -- the kernel ---------------------------------------------------------------------------------------------
 
@@ -291,6 +311,7 @@ class Gemm(entry.Kernel):
         tid, _, _ = cute.arch.thread_idx()
         warpgroup_index = cute.arch.make_warp_uniform(tid // WARPGROUP)
         tid = tid % WARPGROUP
+        maps_routes = self.spec.maps_routes
 
         smem = cutlass.memory.SmemAllocator()
         token_layout = self._token_layout()
@@ -303,15 +324,19 @@ class Gemm(entry.Kernel):
             units=self._array(smem, Int32, 4 * self.stages),  # of a stage: expert, m tile, token tile, width
             next_unit=self._array(smem, Int32, 2),
         )
-        if warpgroup_index == 0 and tid == 0:
+        tiles = few_routes.allocate(smem) if maps_routes else None
+        if warpgroup_index == int(maps_routes) and tid == 0:  # the producers are busy with the map
             for i in cutlass.range_constexpr(self.stages):
                 cute.arch.mbarrier_init(shared.barriers + i, self._full_arrivals())
                 cute.arch.mbarrier_init(shared.barriers + self.stages + i, 4 * self.consumers)
             cute.arch.mbarrier_init_fence()
+        if cutlass.const_expr(maps_routes):
+            if warpgroup_index == 0 and tid < FEW_ROUTES:
+                few_routes.make(op, tiles, self.n, MAP_ROUTES, tid)
         cute.arch.sync_threads()
 
         m_tiles = (op.m_blocks + self.config.m_warpgroups - 1) // self.config.m_warpgroups
-        op = named(m_tiles=m_tiles, **op._asdict())
+        op = named(m_tiles=m_tiles, tiles=tiles, **op._asdict())
         producer_registers, consumer_registers = self._registers()
         if warpgroup_index == 0:
             cute.arch.setmaxregister_decrease(producer_registers)
@@ -324,7 +349,10 @@ class Gemm(entry.Kernel):
         return cute.make_tensor(smem.allocate_array(dtype, size), cute.make_layout(size)) if size else None
 
     def _unit(self, op, index):
-        expert, m_tile, token_tile = schedule.locate(index, op.m_tiles, op.tile_expert, op.expert_tiles, self.read)
+        if self.spec.maps_routes:
+            expert, m_tile, token_tile = few_routes.locate(index, op.m_tiles, op.tiles)
+        else:
+            expert, m_tile, token_tile = schedule.locate(index, op.m_tiles, op.tile_expert, op.expert_tiles, self.read)
         return named(expert=expert, m_tile=m_tile, token_tile=token_tile)
 
     @cute.jit
