@@ -42,7 +42,7 @@ def problem(*, biases=(False, False), **changes) -> Problem:
 
 
 def product(*, bias=False, **changes) -> Product:
-    """A grouped product on Hopper."""
+    """A grouped product; on Hopper, if no layout says otherwise."""
     absent = ["weights.block_scale"] + ["weights.input_scale"] * (changes.get("precision", "w4a16") == "w4a16")
     original = Product(
         precision="w4a16", out_dtype=jnp.dtype(jnp.bfloat16), command_buffer=True, num_rows=40, num_groups=16,

@@ -97,14 +97,18 @@ def prepare(
     return _call(problem, program, target, operands, case.x.shape)
 
 
-def prepare_product(case: ProductCase, target: str = "sm_90a", *, multiprocessors: int = 3) -> Call:
-    """The grouped product that ``case`` is on a GPU with so many multiprocessors."""
-    problem = case.problem()
+def prepare_product(case: ProductCase, target: str = "sm_90a", *, multiprocessors: int = 3, config: Any = None) -> Call:
+    """The grouped product that ``case`` is on a GPU with so many multiprocessors; ``config`` as in :func:`prepare`."""
+    layout = targets.TARGETS[target].layouts[case.precision]
+    problem = case.problem(layout)
     made_for, card = targets.for_call(problem.layout, problem.precision)
     assert made_for.name == target
     assert made_for.product is not None
-    program = made_for.product(problem, dataclasses.replace(card, multiprocessors=multiprocessors))
-    return _call(problem, program, target, case.operands(), (problem.num_rows, problem.out_features))
+    card = dataclasses.replace(card, multiprocessors=multiprocessors)
+    program = made_for.product(problem, card)
+    if config is not None:
+        program = sm100_program.product_with_config(problem, card, config)
+    return _call(problem, program, target, case.operands(layout), (problem.num_rows, problem.out_features))
 
 
 def _call(problem: Problem | Product, program: Program, target: str, operands, shape) -> Call:

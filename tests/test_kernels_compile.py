@@ -212,7 +212,7 @@ def test_experts_elsewhere_have_their_share_of_the_routes():
 
 def test_the_cost_of_an_expert_is_that_of_all_its_tiles():
     tile = next(tile for tile in program.CONFIGS if tile.widths == (128, 144))
-    whole, part = (COSTS[tile.m_warpgroups][width] for width in (144, 128))
+    whole, part = (COSTS.nanoseconds[tile.m_warpgroups][width] for width in (144, 128))
     assert [program._cost(COSTS, rows, tile) for rows in (1, 128, 129, 144, 145, 288, 289)] == [
         part, part, whole, whole, whole + part, 2 * whole, 2 * whole + part,
     ]  # fmt: skip

@@ -5,6 +5,7 @@
 
 from collections.abc import Mapping
 import dataclasses
+import shlex
 
 import jax
 import jax.numpy as jnp
@@ -48,11 +49,13 @@ def cuda_call(problem: Problem | Product | Parcels) -> CudaCall:
             launch.name: _kernel_attributes(program, launch, buffers, target.name) for launch in program.launches
         }
     except cache.MissingKernelError as error:
-        command = " ".join(["python -m jax_moe compile --target", target.name, *command_arguments(problem)])
-        raise cache.MissingKernelError(
-            f"{error} Either `pip install {compiler.PACKAGE}`, or run `{command}` on a machine that has it (no GPU "
-            "needed) and copy its folder of kernels here (JAX_MOE_CACHE_DIR names another place)."
-        ) from None
+        chosen_for = [] if card.name == target.cards[0].name else ["--card", shlex.quote(card.name)]
+        command = ["python -m jax_moe compile --target", target.name, *chosen_for, *command_arguments(problem)]
+        advice = (
+            f"Either `pip install {compiler.PACKAGE}`, or run `{' '.join(command)}` on a machine that has it (no GPU "
+        )
+        advice += "needed) and copy its folder of kernels here (JAX_MOE_CACHE_DIR names another place)."
+        raise cache.MissingKernelError(f"{error} {advice}") from None
     workspaces = list(program.workspaces.values())
     kernels |= {
         "launches": " ".join(launch.name for launch in program.launches),

@@ -272,8 +272,8 @@ class XRowsSpec:
     def __post_init__(self):
         if self.codes and not self.quantise:
             raise ValueError("codes: got True, needs quantise")
-        if self.per_group and (not self.quantise or self.codes or self.per_route):
-            raise ValueError("per_group: got True, needs quantise alone")
+        if self.per_group and (not self.quantise or self.per_route):
+            raise ValueError("per_group: got True, needs quantise, and not per_route")
 
     threads = 256
     cluster = 1

@@ -223,11 +223,30 @@ def rounded_rows(p: Product) -> tuple[Launch, Workspaces]:
     return Launch("x_rows", spec, spec.grid(p.num_rows, p.in_features), arguments), workspaces
 
 
+def group_codes(p: Product, block_k: int) -> tuple[Launch, Workspaces]:
+    """The same as codes and block scales; rows are padded as :func:`x_codes` says.
+
+    Raises:
+      ValueError: more values than the kernels can count.
+    """
+    width = -(-p.in_features // block_k) * block_k
+    _check_count(p.num_rows * width // 16, f"T = {p.num_rows} rows of C = {p.in_features}", "ragged_dot")
+    spec = specs.XRowsSpec(quantise=True, per_route=False, codes=True, per_group=True)
+    arguments = {
+        **same("x", "x_codes", "x_scales", "row_group"), "routing_weights": None, "input_scale": "weights.input_scale",
+        "num_rows": p.num_rows, "row_divisor": 1, "row_blocks": p.in_features // 16, "padded_blocks": width // 16,
+    }  # fmt: skip
+    return Launch("x_rows", spec, spec.grid(p.num_rows, width), arguments), {
+        "x_codes": jax.ShapeDtypeStruct((p.num_rows, width // 2), jnp.uint8),
+        "x_scales": jax.ShapeDtypeStruct((p.num_rows, width // 16), jnp.uint8),
+    }
+
+
 def product_arguments(p: Product) -> dict[str, str | int | None]:
-    """What every target's product takes; the numbers of its blocks are the target's."""
+    """What every target's product takes; x and the numbers of its blocks are the target's."""
     quantised = p.precision == "w4a4"
     return {
-        **same("row_route", "tile_expert", "expert_tiles", "group_ends", "out"), "x": "x_rows" if quantised else "x",
+        **same("row_route", "tile_expert", "expert_tiles", "group_ends", "out"),
         "payload": "weights.payload", "global_scale": "weights.global_scale",
         "input_scale": "weights.input_scale" if quantised else None,
         "bias": "weights.bias" if p.has_bias else None,
