@@ -162,6 +162,13 @@ def store_cluster(address: Int32, word: Int32, *, loc=None, ip=None) -> None:
 
 
 @dsl_user_op
+def store_cluster_f32(address: Int32, value: Float32, *, loc=None, ip=None) -> None:
+    """Stores an fp32 value to the shared memory of a CTA of the cluster (:func:`in_cta`)."""
+    operands = [Int32(address).ir_value(loc=loc, ip=ip), Float32(value).ir_value(loc=loc, ip=ip)]
+    assemble(None, operands, "st.shared::cluster.f32 [$0], $1;", "r,f,~{memory}", False, loc, ip)
+
+
+@dsl_user_op
 def arrive_cluster(barrier: Int32, *, loc=None, ip=None) -> None:
     """Arrives at an mbarrier of a CTA of the cluster (:func:`in_cta`)."""
     operands = [Int32(barrier).ir_value(loc=loc, ip=ip)]

@@ -25,6 +25,8 @@ class Config:
         k_warpgroups.
       stages: how many of those are in flight.
       ctas_per_sm: resident CTAs of one multiprocessor, all persistent.
+      cluster_k: CTAs of a cluster, each of which takes a part of the contraction of the same unit; at most the number
+        of 64-wide blocks that there are.
     """
 
     widths: tuple[int, ...]
@@ -33,13 +35,13 @@ class Config:
     stage_blocks: int
     stages: int
     ctas_per_sm: int
+    cluster_k: int = 1
 
     @property
     def name(self) -> str:
-        return (
-            f"n{self.token_tile}m{self.m_warpgroups}k{self.k_warpgroups}b{self.stage_blocks}s{self.stages}"
-            f"c{self.ctas_per_sm}" + "".join(f"w{width}" for width in self.widths[:-1])
-        )
+        name = f"n{self.token_tile}m{self.m_warpgroups}k{self.k_warpgroups}b{self.stage_blocks}s{self.stages}"
+        name += f"c{self.ctas_per_sm}" + (f"x{self.cluster_k}" if self.cluster_k > 1 else "")
+        return name + "".join(f"w{width}" for width in self.widths[:-1])
 
     @property
     def token_tile(self) -> int:
@@ -56,12 +58,13 @@ class Config:
 
     @property
     def reduction_bytes(self) -> int:
-        return (self.k_warpgroups - 1) * weight_block.BLOCK_ROWS * self.token_tile * 4
+        """Sums of the other k warpgroups, and of the other CTAs of the cluster."""
+        return (self.k_warpgroups - 1 + self.cluster_k - 1) * weight_block.BLOCK_ROWS * self.token_tile * 4
 
     @property
     def shared_bytes(self) -> int:
         """Upper bound of what the kernel allocates."""
-        barriers = 16 * self.stages
+        barriers = 16 * self.stages + (16 if self.cluster_k > 1 else 0)
         units = 16 * self.stages + 16  # the unit that begins with a stage; the producers' next one, double-buffered
         rows = 8 * self.m_warpgroups * self.token_tile  # GEMM2: output row and weight, a copy for each warpgroup
         alignment = 1024
@@ -75,17 +78,22 @@ def with_most_stages(
     stage_blocks: int,
     ctas_per_sm: int,
     limit: int = 64,
+    cluster_k: int = 1,
 ) -> Config:
     """A config with as many stages as shared memory holds, at most ``limit``."""
-    config = Config(widths, m_warpgroups, k_warpgroups, stage_blocks, 0, ctas_per_sm)
+    config = Config(widths, m_warpgroups, k_warpgroups, stage_blocks, 0, ctas_per_sm, cluster_k)
     available = SHARED_MEMORY // ctas_per_sm - (_RESERVED_PER_CTA if ctas_per_sm > 1 else 0)
     per_stage = dataclasses.replace(config, stages=1).shared_bytes - config.shared_bytes
     return dataclasses.replace(config, stages=min(limit, (available - config.shared_bytes) // per_stage))
 
 
 class _Wgmma:
-    cluster = 1
+    config: Config
     tensor_core_ptx = "wgmma.mma_async"
+
+    @property
+    def cluster(self) -> int:
+        return self.config.cluster_k
 
 
 @dataclasses.dataclass(frozen=True)

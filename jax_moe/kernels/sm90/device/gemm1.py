@@ -4,7 +4,7 @@ import cutlass
 from cutlass import Int32, Int64
 import cutlass.cute as cute
 
-from jax_moe.kernels.device import bf16_weights, epilogue, outputs, ptx, schedule
+from jax_moe.kernels.device import bf16_weights, epilogue, outputs, ptx
 from jax_moe.kernels.sm90.device import mainloop
 from jax_moe.kernels.sm90.device.mainloop import NEXT_UNIT, TOKEN_ROW_BYTES, WARPGROUP
 from jax_moe.kernels.sm90.device.weight_block import BLOCK_K
@@ -35,8 +35,8 @@ class Gemm1(mainloop.Gemm):
     @cute.jit
     def _produce(self, op, shared, tid):
         """Weights by bulk copies of one thread, token rows by cp.async of all: 8 threads a row, 16 bytes each."""
-        index, _, _ = cute.arch.block_idx()
-        ctas, _, _ = cute.arch.grid_dim()
+        index, takers = self._first_unit()
+        first, end = self._part(op)
         chunk = tid % _CHUNKS
         # All 16 rows of a pass are of one block, or, where a tile has 8 rows, of two.
         blocks_per_pass = max(1, _ROWS_PER_PASS // self.n)
@@ -59,7 +59,7 @@ class Gemm1(mainloop.Gemm):
             unit = self._unit(op, index)
             taken = Int32(0)
             if tid == 0:  # long before it is needed
-                taken = schedule.take(op.expert_tiles, op.local_experts, 0, ctas)
+                taken = self._take(op, 0, index, takers)
             for i in cutlass.range_constexpr(passes):
                 row = first_row + i * _ROWS_PER_PASS
                 route = Int32(-1)
@@ -69,11 +69,11 @@ class Gemm1(mainloop.Gemm):
                 if route >= 0:
                     offset = (route // op.row_divisor) * (op.hidden_size // 8) + chunk  # in units of 16 bytes
                 offsets[i] = offset
-            for k_block in cutlass.range(0, op.k_blocks, self.blocks, unroll=1):
+            for k_block in cutlass.range(first, end, self.blocks, unroll=1):
                 cute.arch.mbarrier_wait(shared.barriers + self.stages + slot, phase)
                 if tid == 0:
-                    count = min(op.k_blocks - k_block, self.blocks)
-                    self._copy_weights(op, shared, slot, unit, k_block, count, 0)
+                    count = min(end - k_block, self.blocks)
+                    self._copy_weights(op, shared, slot, unit, first, k_block, count, 0)
                 for j in cutlass.range_constexpr((self.blocks + blocks_per_pass - 1) // blocks_per_pass):
                     block = first_block + j * blocks_per_pass
                     place = target + (slot * self.blocks + block) * self.token_bytes

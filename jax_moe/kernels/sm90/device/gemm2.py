@@ -4,7 +4,7 @@ import cutlass
 from cutlass import Float32, Int32, Int64
 import cutlass.cute as cute
 
-from jax_moe.kernels.device import bf16_weights, outputs, ptx, schedule
+from jax_moe.kernels.device import bf16_weights, outputs, ptx
 from jax_moe.kernels.sm90.device import mainloop
 from jax_moe.kernels.sm90.device.mainloop import EPILOGUE, WARPGROUP
 
@@ -46,28 +46,29 @@ class Gemm2(mainloop.Gemm):
     @cute.jit
     def _produce(self, op, shared, tid):
         """One thread: everything is a bulk copy, because GEMM1 stored its result as tiles in shared-memory order."""
-        index, _, _ = cute.arch.block_idx()
-        ctas, _, _ = cute.arch.grid_dim()
+        index, takers = self._first_unit()
+        first, end = self._part(op)
         if tid == 0:
             target = Int32(shared.tokens.iterator.toint())
             slot, phase = Int32(0), Int32(1)
             units = self._num_units(op)
-            early = Int32(0)  # blocks of the first unit whose weights are asked for before GEMM1 has ended
+            early = Int32(0)  # end of the first unit's blocks whose weights are asked for before GEMM1 has ended
             if index < units:
-                early = min(op.k_blocks, self.stages * self.blocks)
+                early = min(end, first + self.stages * self.blocks)
                 unit = self._unit(op, index)
-                for k_block in cutlass.range(0, early, self.blocks, unroll=1):
-                    count = min(op.k_blocks - k_block, self.blocks)
-                    self._copy_weights(op, shared, k_block // self.blocks, unit, k_block, count, self.token_bytes)
+                for k_block in cutlass.range(first, early, self.blocks, unroll=1):
+                    count = min(end - k_block, self.blocks)
+                    place = (k_block - first) // self.blocks
+                    self._copy_weights(op, shared, place, unit, first, k_block, count, self.token_bytes)
             cute.arch.griddepcontrol_wait()
             while index < units:
                 unit = self._unit(op, index)
-                taken = schedule.take(op.expert_tiles, op.local_experts, 1, ctas)
-                for k_block in cutlass.range(0, op.k_blocks, self.blocks, unroll=1):
+                taken = self._take(op, 1, index, takers)
+                for k_block in cutlass.range(first, end, self.blocks, unroll=1):
                     cute.arch.mbarrier_wait(shared.barriers + self.stages + slot, phase)
-                    count = min(op.k_blocks - k_block, self.blocks)
+                    count = min(end - k_block, self.blocks)
                     if k_block >= early:
-                        self._copy_weights(op, shared, slot, unit, k_block, count, self.token_bytes)
+                        self._copy_weights(op, shared, slot, unit, first, k_block, count, self.token_bytes)
                     block = Int64(unit.token_tile) * op.h_blocks + k_block
                     source = Int64(op.h.toint()) + block * self.token_bytes
                     full = Int32((shared.barriers + slot).toint())

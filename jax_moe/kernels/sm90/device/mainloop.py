@@ -15,6 +15,9 @@ A stage is ``config.stage_blocks`` weight blocks for each m warpgroup and as man
     empty[stage] mbarrier   GEMM1: all producers   each consumer warp, when the products of the stage are complete
                             GEMM2: one thread      (at first all stages are empty: producers begin with parity 1)
     REDUCTION_EMPTY, _FULL  k warpgroups > 1: warpgroup 0 lets the others write their sums, they let it read them
+    sums_full    mbarrier   cluster_k > 1: in rank 0, its warpgroup 0; each warp 0..3 of the other ranks' consumers
+    sums_empty   mbarrier   cluster_k > 1: in the others, their warpgroup 0; 4 warps of rank 0, which has read their sums
+    the cluster's barrier   cluster_k > 1: all threads, before they use another CTA's shared memory, and before they exit
     NEXT_UNIT               GEMM1: the producers, once a unit: thread 0 has taken the next one
     EPILOGUE + m warpgroup  GEMM2: one warpgroup: rows and weights of the unit may be, then are, written
 
@@ -220,16 +223,80 @@ class Gemm(entry.Kernel):
                         index = (other * registers + half * self.accumulators + i) * WARPGROUP + me.tid
                         accumulators[half][i] = accumulators[half][i] + shared.scratch[index]
 
-    # -- producer -----------------------------------------------------------------------------------------------
+    @cute.jit
+    def _add_up_ranks(self, accumulators, shared, me, phase):
+        """Adds the sums of all CTAs of the cluster, rank by rank, into those of rank 0, whose warpgroup 0 goes on.
+
+        Each thread sends what the thread of its own number in rank 0 adds. ``phase`` is the parity of the unit.
+        """
+        registers = 2 * self.accumulators
+        first = (self.config.k_warpgroups - 1) * registers * WARPGROUP  # of the scratch, behind what _add_up has there
+        full, empty = (Int32((shared.barriers + 2 * self.stages + i).toint()) for i in range(2))
+        if me.rank > 0:
+            self._wait_cluster(empty, phase ^ 1)
+            place = Int32(shared.scratch.iterator.toint())
+            place = ptx.in_cta(place, 0) + (first + (me.rank - 1) * registers * WARPGROUP + me.tid) * 4
+            for half in cutlass.range_constexpr(2):
+                for i in cutlass.range_constexpr(self.accumulators):
+                    offset = (half * self.accumulators + i) * WARPGROUP * 4
+                    ptx.store_cluster_f32(place + offset, accumulators[half][i])
+            cute.arch.sync_warp()
+            if me.tid % 32 == 0:
+                ptx.arrive_cluster(ptx.in_cta(full, 0))
+        else:
+            self._wait_cluster(full, phase)
+            for other in cutlass.range_constexpr(self.config.cluster_k - 1):
+                for half in cutlass.range_constexpr(2):
+                    for i in cutlass.range_constexpr(self.accumulators):
+                        index = first + (other * registers + half * self.accumulators + i) * WARPGROUP + me.tid
+                        accumulators[half][i] = accumulators[half][i] + shared.scratch[index]
+            cute.arch.sync_warp()
+            if me.tid % 32 == 0:
+                for other in cutlass.range_constexpr(self.config.cluster_k - 1):
+                    ptx.arrive_cluster(ptx.in_cta(empty, other + 1))
 
     @cute.jit
-    def _copy_weights(self, op, shared, slot, unit, k_block, count, extra):
+    def _wait_cluster(self, barrier, parity):
+        """For what other CTAs of the cluster arrive at."""
+        done = ptx.try_wait_cluster(barrier, parity)
+        while done == 0:
+            done = ptx.try_wait_cluster(barrier, parity)
+
+    # -- producer -----------------------------------------------------------------------------------------------
+
+    def _rank(self):
+        """Of this CTA in its cluster."""
+        return cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
+
+    def _part(self, op):
+        """``(first, end)`` of the blocks of the contraction that this CTA takes of every unit; never none of them."""
+        if self.config.cluster_k == 1:
+            return 0, op.k_blocks
+        rank = self._rank()
+        return rank * op.k_blocks // self.config.cluster_k, (rank + 1) * op.k_blocks // self.config.cluster_k
+
+    def _first_unit(self):
+        """This CTA's first unit, and how many CTAs (or clusters, whose CTAs take the same units) take one at first."""
+        index, _, _ = cute.arch.block_idx()
+        takers, _, _ = cute.arch.grid_dim()
+        if self.config.cluster_k > 1:
+            index, takers = index // self.config.cluster_k, takers // self.config.cluster_k
+        return index, takers
+
+    def _take(self, op, gemm, index, takers):
+        """The unit after ``index``. Of a cluster every CTA must know it: there the share of each is fixed."""
+        if self.config.cluster_k > 1:
+            return index + takers
+        return schedule.take(op.expert_tiles, op.local_experts, gemm, takers)
+
+    @cute.jit
+    def _copy_weights(self, op, shared, slot, unit, first_block, k_block, count, extra):
         """One thread: announces a stage's bytes, ``extra`` of each block somebody else's, and copies its weights.
 
         The stage is ``count`` blocks, which are neighbours in memory, for each m warpgroup. With the first one go the
         unit and its width.
         """
-        if k_block == 0:
+        if k_block == first_block:
             width = Int32(self.config.widths[0])
             for i in cutlass.range_constexpr(len(self.config.widths) - 1):
                 if op.row_route[unit.token_tile * self.n + self.config.widths[i]] >= 0:  # padding rows come last
@@ -289,7 +356,8 @@ class Gemm(entry.Kernel):
         shared = named(
             tokens=smem.allocate_tensor(BFloat16, token_layout.outer, byte_alignment=1024, swizzle=token_layout.inner),
             weights=smem.allocate_array(Uint8, self.stages * self.config.m_warpgroups * self.weight_bytes),
-            barriers=smem.allocate_array(Int64, 2 * self.stages),  # a stage is full, then a stage is empty
+            # A stage is full, then a stage is empty; of a cluster, the sums of other ranks are full, are empty.
+            barriers=smem.allocate_array(Int64, 2 * self.stages + (2 if self.config.cluster_k > 1 else 0)),
             scratch=self._array(smem, Float32, self.config.reduction_bytes // 4),
             rows=self._allocate_rows(smem),
             units=self._array(smem, Int32, 4 * self.stages),  # of a stage: expert, m tile, token tile, width
@@ -299,7 +367,13 @@ class Gemm(entry.Kernel):
             for i in cutlass.range_constexpr(self.stages):
                 cute.arch.mbarrier_init(shared.barriers + i, self._full_arrivals())
                 cute.arch.mbarrier_init(shared.barriers + self.stages + i, 4 * self.consumers)
+            if cutlass.const_expr(self.config.cluster_k > 1):
+                cute.arch.mbarrier_init(shared.barriers + 2 * self.stages, 4 * (self.config.cluster_k - 1))
+                cute.arch.mbarrier_init(shared.barriers + 2 * self.stages + 1, 4)
             cute.arch.mbarrier_init_fence()
+        if cutlass.const_expr(self.config.cluster_k > 1):
+            cute.arch.sync_warp()
+            cute.arch.cluster_arrive()
         cute.arch.sync_threads()
 
         m_tiles = (op.m_blocks + self.config.m_warpgroups - 1) // self.config.m_warpgroups
@@ -308,9 +382,18 @@ class Gemm(entry.Kernel):
         if warpgroup_index == 0:
             cute.arch.setmaxregister_decrease(producer_registers)
             self._produce(op, shared, tid)
+            if cutlass.const_expr(self.config.cluster_k > 1):
+                cute.arch.sync_warp()
+                cute.arch.cluster_wait()  # what they arrived at in the beginning
         else:
             cute.arch.setmaxregister_increase(consumer_registers)
+            if cutlass.const_expr(self.config.cluster_k > 1):
+                cute.arch.cluster_wait()  # the other CTAs have started, and their barriers are there
             self._consume(op, shared, tid, warpgroup_index - 1)
+        if cutlass.const_expr(self.config.cluster_k > 1):
+            cute.arch.sync_warp()
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
 
     def _array(self, smem, dtype, size):
         return cute.make_tensor(smem.allocate_array(dtype, size), cute.make_layout(size)) if size else None
@@ -327,21 +410,25 @@ class Gemm(entry.Kernel):
 
     @cute.jit
     def _consume(self, op, shared, tid, consumer):
-        me = named(tid=tid, m_warpgroup=consumer, k_warpgroup=Int32(0))
+        rank = Int32(0)
+        if cutlass.const_expr(self.config.cluster_k > 1):
+            rank = self._rank()
+        me = named(tid=tid, m_warpgroup=consumer, k_warpgroup=Int32(0), rank=rank)
         if cutlass.const_expr(self.config.k_warpgroups > 1):
-            me = named(tid=tid, m_warpgroup=Int32(0), k_warpgroup=consumer)
-        slot, phase = Int32(0), Int32(0)
+            me = named(tid=tid, m_warpgroup=Int32(0), k_warpgroup=consumer, rank=rank)
+        slot, phase, unit_phase = Int32(0), Int32(0), Int32(0)
         expert, m_tile, token_tile, width = self._receive(shared, slot, phase)
         while expert != _NO_UNIT:
             unit = named(expert=expert, m_tile=m_tile, token_tile=token_tile)
             prefetched = self._prefetch_epilogue(op, unit, tid)
             for w in self.config.widths:
                 if width == w:
-                    slot, phase = self._compute(op, shared, me, unit, prefetched, slot, phase, w)
+                    slot, phase = self._compute(op, shared, me, unit, prefetched, slot, phase, unit_phase, w)
+            unit_phase = unit_phase ^ 1
             expert, m_tile, token_tile, width = self._receive(shared, slot, phase)
 
     @cute.jit
-    def _compute(self, op, shared, me, unit, prefetched, slot, phase, width: cutlass.Constexpr):
+    def _compute(self, op, shared, me, unit, prefetched, slot, phase, unit_phase, width: cutlass.Constexpr):
         """One 128-row block of weights times the first ``width`` rows of a token tile, for this warpgroup."""
         mma = self._tiled_mma(width)
         thread_mma = mma.get_slice(me.tid)
@@ -351,9 +438,15 @@ class Gemm(entry.Kernel):
         a_shape = thread_mma.partition_shape_A((64, BLOCK_K))
         sets = 1 if self.group_per_half else 2
         fragment_sets = [[mma.make_fragment_A(a_shape) for _ in range(2)] for _ in range(sets)]
-        slot, phase = self._main_loop(mma, accumulators, fragment_sets, tokens, shared, me, slot, phase, op.k_blocks)
+        first, end = self._part(op)
+        slot, phase = self._main_loop(mma, accumulators, fragment_sets, tokens, shared, me, slot, phase, end - first)
         if cutlass.const_expr(self.config.k_warpgroups > 1):
             self._add_up(accumulators, shared, me)
-        if me.k_warpgroup == 0:
+        if cutlass.const_expr(self.config.cluster_k > 1):
+            if me.k_warpgroup == 0:
+                self._add_up_ranks(accumulators, shared, me, unit_phase)
+                if me.rank == 0:
+                    self._epilogue(op, shared, me, unit, prefetched, accumulators, width)
+        elif me.k_warpgroup == 0:
             self._epilogue(op, shared, me, unit, prefetched, accumulators, width)
         return slot, phase
