@@ -144,6 +144,21 @@ def test_every_config(poison, monkeypatch, config, tokens, precision):
     _check(_run(case), case)
 
 
+@pytest.mark.parametrize("options", [dict(), dict(precision="w4a4", combine="ordered", out_dtype=jnp.float32)], ids=str)
+@pytest.mark.parametrize("cluster_k", [2, 4])
+@pytest.mark.parametrize("sizes", [(1, 1088, 704), (3, 2048, 1024), (16, 528, 1024)], ids=str)
+def test_contractions_that_are_split_over_clusters(poison, monkeypatch, sizes, cluster_k, options):
+    """Whatever would be chosen; parts are uneven, and in the last sizes clusters take several units."""
+    if not hasattr(program, "split"):
+        pytest.skip("needs a GPU whose contractions are split: sm_90a")
+    monkeypatch.setattr(program, "split", lambda config, *_: program.with_cluster(config, cluster_k))
+    tokens, hidden, intermediate = sizes
+    case = helpers.make_case(tokens, tokens=tokens, hidden=hidden, intermediate=intermediate, num_experts=24, top_k=4,
+                             bias=True, **options)  # fmt: skip
+    poison(1)
+    _check(_run(case), case)
+
+
 @pytest.mark.parametrize("tokens", [1, 16, 200])
 def test_calls_in_a_row_share_workspaces_and_no_routing(poison, tokens):
     """One program, one graph: what a call's kernels wrote for its routing is not what the next call's read."""

@@ -1,7 +1,9 @@
 """The programs of calls on sm_90a: which kernels, over which buffers. ``README.md`` says what is in these."""
 
 from collections.abc import Mapping
+import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +49,52 @@ def _cost(costs: Costs, rows: int, config: Config) -> float:
     return cost + nanoseconds[next(width for width in config.widths if width >= rest)] if rest else cost
 
 
+_UNIT_BLOCKS, _SPLIT_BLOCKS = 4, 6
+"""What a unit costs beside its weight blocks, in blocks, without and with sums that go from CTA to CTA."""
+
+_ALONE = 1.3
+"""What a block costs a multiprocessor that has work for one of its CTAs alone."""
+
+
+def split(config: Config, card: Card, units: int, k_blocks: int) -> Config:
+    """``config``, with the contraction split over as many CTAs as gives the busiest multiprocessor the least work.
+
+    Args:
+      config: without a split. It is for few units that one pays, hence for small token tiles.
+      card: of its multiprocessors the clusters' CTAs take their share in turns.
+      units: expected number of them.
+      k_blocks: of a unit.
+    """
+    if config.token_tile > 16:
+        return config
+
+    def work(ways: int) -> float:
+        parts = math.ceil(units / max(1, card.multiprocessors // ways))
+        blocks = parts * (math.ceil(k_blocks / ways) + (_UNIT_BLOCKS if ways == 1 else _SPLIT_BLOCKS))
+        return blocks * (_ALONE if parts < config.ctas_per_sm else 1)
+
+    ways = min((ways for ways in (1, 2, 4) if ways <= k_blocks), key=work)
+    return with_cluster(config, ways) if ways > 1 else config
+
+
+def with_cluster(config: Config, cluster_k: int) -> Config:
+    """``config`` with its contraction split over a cluster of CTAs."""
+    sizes = (config.widths, config.m_warpgroups, config.k_warpgroups, config.stage_blocks, config.ctas_per_sm)
+    return with_most_stages(*sizes, cluster_k=cluster_k)
+
+
+def _likely_tiles(config: Config, num_tokens: int, local_experts: int, share: float) -> int:
+    """Expected number of tiles; ``share``: of the tokens that choose one expert. Few tokens fill one tile an expert."""
+    touched = local_experts * (1 - (1 - share) ** num_tokens)
+    return round(max(touched, local_experts * share * num_tokens / config.token_tile))
+
+
+def _grid(card: Card, config: Config, most_units: int) -> int:
+    """Persistent CTAs, in whole clusters; of clusters no more than there may be units."""
+    clusters = max(1, card.multiprocessors * config.ctas_per_sm // config.cluster_k)
+    return config.cluster_k * (min(clusters, most_units) if config.cluster_k > 1 else clusters)
+
+
 def gemms(p: Problem, config: Config) -> tuple[Gemm1Spec, Gemm2Spec]:
     """Both GEMMs of a call (``steps.gemms``)."""
     return steps.gemms(p, config, Gemm1Spec, Gemm2Spec)
@@ -59,7 +107,8 @@ def build(p: Problem, card: Card) -> Program:
       ValueError: a size is beyond what the kernels take.
     """
     # Without tokens nothing is launched, and any config will do.
-    config = best_config(card, max(1, p.num_tokens), p.top_k, p.num_experts or p.local_experts)
+    num_experts = p.num_experts or p.local_experts
+    config = best_config(card, max(1, p.num_tokens), p.top_k, num_experts)
     gemm1, gemm2 = gemms(p, config)
     is_ordered, quantised = p.combine == "ordered", p.precision == "w4a4"
     has_x_rows = (quantised and not p.x_is_rounded) or p.weight_on == "input"
@@ -85,12 +134,17 @@ def build(p: Problem, card: Card) -> Program:
         after.append(combine)
         workspaces |= more
 
-    grid = card.multiprocessors * config.ctas_per_sm  # persistent
-    launch1 = Launch("gemm1", gemm1, grid, {
+    tiles_likely = _likely_tiles(config, p.num_tokens, p.local_experts, min(1.0, p.top_k / num_experts))
+    m_tiles = [_blocks(rows, config.m_warpgroups) for rows in (gate_up_rows, down_rows)]
+    gemm1, gemm2 = (
+        dataclasses.replace(spec, config=split(config, card, tiles_likely * units, k_blocks))
+        for spec, units, k_blocks in zip((gemm1, gemm2), m_tiles, (gate_up_columns, down_columns), strict=True)
+    )
+    launch1 = Launch("gemm1", gemm1, _grid(card, gemm1.config, tiles * m_tiles[0]), {
         **steps.gemm1_arguments(p), "x": "x_rows" if has_x_rows else "x",
         "m_blocks": gate_up_rows, "k_blocks": gate_up_columns,
     })  # fmt: skip
-    launch2 = Launch("gemm2", gemm2, grid, {
+    launch2 = Launch("gemm2", gemm2, _grid(card, gemm2.config, tiles * m_tiles[1]), {
         **steps.gemm2_arguments(p), "m_blocks": down_rows, "k_blocks": down_columns, "h_blocks": h_blocks,
     })  # fmt: skip
 
@@ -127,7 +181,11 @@ def build_product(p: Product, card: Card) -> Program:
         x_rows, more = steps.rounded_rows(p)
         before.append(x_rows)
         workspaces |= more
-    product = Launch("product", product_spec(p, config), card.multiprocessors * config.ctas_per_sm, {
+    tiles = workspaces["tile_expert"].size
+    m_tiles = _blocks(row_blocks, config.m_warpgroups)
+    tiles_likely = _likely_tiles(config, p.num_rows, p.local_groups, 1 / p.num_groups)
+    config = split(config, card, tiles_likely * m_tiles, columns)
+    product = Launch("product", product_spec(p, config), _grid(card, config, tiles * m_tiles), {
         **steps.product_arguments(p), "m_blocks": row_blocks, "k_blocks": columns,
     })  # fmt: skip
     payload_bytes = p.local_groups * row_blocks * columns * weight_block.BLOCK_BYTES

@@ -15,9 +15,9 @@ A stage is ``config.stage_blocks`` weight blocks for each m warpgroup and as man
     empty[stage] mbarrier   GEMM1: all producers   each consumer warp, when the products of the stage are complete
                             GEMM2: one thread      (at first all stages are empty: producers begin with parity 1)
     REDUCTION_EMPTY, _FULL  k warpgroups > 1: warpgroup 0 lets the others write their sums, they let it read them
-    sums_full    mbarrier   cluster_k > 1: in rank 0, its warpgroup 0; each warp 0..3 of the other ranks' consumers
-    sums_empty   mbarrier   cluster_k > 1: in the others, their warpgroup 0; 4 warps of rank 0, which has read their sums
-    the cluster's barrier   cluster_k > 1: all threads, before they use another CTA's shared memory, and before they exit
+    sums full    mbarrier   cluster_k > 1: warpgroup 0 of rank 0; 4 warps of each other rank, which have sent their sums
+    sums empty   mbarrier   cluster_k > 1: warpgroup 0 of each other rank; 4 warps of rank 0, which have read its sums
+    the cluster's barrier   cluster_k > 1: all threads, before they reach into another CTA, and before they exit
     NEXT_UNIT               GEMM1: the producers, once a unit: thread 0 has taken the next one
     EPILOGUE + m warpgroup  GEMM2: one warpgroup: rows and weights of the unit may be, then are, written
 
