@@ -160,7 +160,9 @@ def test_replays_of_sums_that_ctas_of_a_cluster_share(poison, monkeypatch, clust
     if not hasattr(program, "split"):
         pytest.skip("needs a GPU whose contractions are split: sm_90a")
     monkeypatch.setattr(program, "split", lambda config, *_: program.with_cluster(config, cluster_k))
-    case = helpers.make_case(8, tokens=2, hidden=2048, intermediate=1536, num_experts=8, top_k=4, **_ORDERED)
+    case = helpers.make_case(
+        8, tokens=2, hidden=2048, intermediate=1536, num_experts=8, top_k=4, precision="w4a16", **_ORDERED
+    )
     assert {config.cluster_k for config in _configs(case)} == {cluster_k}
     _same_bits_again_and_again(case, poison, times=10_000)
 
