@@ -81,19 +81,21 @@ def test_sums_are_added_in_the_order_of_ranks(split_in):
     assert (results[0] != whole).any()
 
 
+WAIT = r"mbarrier\.try_wait\.parity\.acquire\.cluster\S* p, [^;]*;"
+LAST_BARRIER = r"barrier\.cluster\.arrive;\s*barrier\.cluster\.wait;\s*(?=\S*\s*ret;)"
 MUTANTS = {
-    "nobody waits for another rank": (r"mbarrier\.try_wait\.parity\.acquire\.cluster\S* p, [^;]*;", "setp.eq.b32 p, 0, 0;"),
+    "nobody waits for another rank": (WAIT, "setp.eq.b32 p, 0, 0;"),
     "waits learn nothing of other CTAs": (r"\.acquire\.cluster\.", ".acquire.cta."),
     "arrivals tell other CTAs nothing": (r"arrive\.release\.cluster\.", "arrive.release.cta."),
     "a rank sends nothing": (r"st\.shared::cluster\.f32 [^;]*;", ""),
     "no barrier of the cluster": (r"barrier\.cluster\.(arrive|wait);", ""),
-    "the last barrier of the cluster is left out": (r"barrier\.cluster\.arrive;\s*barrier\.cluster\.wait;\s*(?=\S*\s*ret;)", ""),
-}  # fmt: skip
+    "no barrier of the cluster at the end": (LAST_BARRIER, ""),
+}
 
 
-def changed(text: str, number: int, pattern: str) -> str:
-    """The kernel with one wait for other CTAs, a loop of two instructions, replaced by none."""
-    found = list(re.finditer(pattern, text))
+def without_wait(text: str, number: int) -> str:
+    """The kernel without one of its waits for other CTAs, each of which is a loop and stands there twice."""
+    found = list(re.finditer(WAIT, text))
     assert len(found) == 4, found
     for match in reversed(found[2 * number : 2 * number + 2]):
         text = text[: match.start()] + "setp.eq.b32 p, 0, 0;" + text[match.end() :]
@@ -109,8 +111,7 @@ def test_mutants(split_in):
     launches = emulated_call.prepare(case, "sm_90a").program.launches
     text, _ = emulated_call.ptx(next(each.spec for each in launches if each.name == "gemm2"), "sm_90a")
     kernels = {name: re.sub(pattern, new, text) for name, (pattern, new) in MUTANTS.items()}
-    wait = next(iter(MUTANTS.values()))[0]
-    kernels |= {f"no wait for {what}": changed(text, number, wait) for number, what in enumerate(("EMPTY", "FULL"))}
+    kernels |= {f"no wait for {what}": without_wait(text, number) for number, what in enumerate(("EMPTY", "FULL"))}
     assert text not in kernels.values()
 
     def passes(kernel: str) -> bool:

@@ -372,9 +372,9 @@ class Gemm(entry.Kernel):
                 cute.arch.mbarrier_init(shared.barriers + 2 * self.stages + 1, 4)
             cute.arch.mbarrier_init_fence()
         if cutlass.const_expr(self.config.cluster_k > 1):
-            cute.arch.sync_warp()
-            cute.arch.cluster_arrive()
-        cute.arch.sync_threads()
+            self._sync_cluster()
+        else:
+            cute.arch.sync_threads()
 
         m_tiles = (op.m_blocks + self.config.m_warpgroups - 1) // self.config.m_warpgroups
         op = named(m_tiles=m_tiles, **op._asdict())
@@ -382,18 +382,16 @@ class Gemm(entry.Kernel):
         if warpgroup_index == 0:
             cute.arch.setmaxregister_decrease(producer_registers)
             self._produce(op, shared, tid)
-            if cutlass.const_expr(self.config.cluster_k > 1):
-                cute.arch.sync_warp()
-                cute.arch.cluster_wait()  # what they arrived at in the beginning
         else:
             cute.arch.setmaxregister_increase(consumer_registers)
-            if cutlass.const_expr(self.config.cluster_k > 1):
-                cute.arch.cluster_wait()  # the other CTAs have started, and their barriers are there
             self._consume(op, shared, tid, warpgroup_index - 1)
         if cutlass.const_expr(self.config.cluster_k > 1):
-            cute.arch.sync_warp()
-            cute.arch.cluster_arrive()
-            cute.arch.cluster_wait()
+            self._sync_cluster()  # nobody's shared memory goes while another may reach into it
+
+    def _sync_cluster(self):
+        cute.arch.sync_warp()
+        cute.arch.cluster_arrive()
+        cute.arch.cluster_wait()
 
     def _array(self, smem, dtype, size):
         return cute.make_tensor(smem.allocate_array(dtype, size), cute.make_layout(size)) if size else None
