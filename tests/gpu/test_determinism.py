@@ -154,16 +154,14 @@ def test_replays_of_ordered_sums(poison, tokens, precision, out_dtype):
     _same_bits_again_and_again(_case(tokens, precision=precision, out_dtype=out_dtype), poison)
 
 
-@pytest.mark.parametrize("cluster_k", [2, 4])
-def test_replays_of_sums_that_ctas_of_a_cluster_share(poison, monkeypatch, cluster_k):
-    """Parts of the contraction meet in rank 0, in the order of ranks, however late each is."""
-    if not hasattr(program, "split"):
-        pytest.skip("needs a GPU whose contractions are split: sm_90a")
-    monkeypatch.setattr(program, "split", lambda config, *_: program.with_cluster(config, cluster_k))
+@pytest.mark.parametrize("config", getattr(program, "FEW_UNITS", ()), ids=lambda config: config.name)
+def test_replays_of_sums_that_ctas_or_warpgroups_share(poison, monkeypatch, config):
+    """Parts of the contraction meet in one place, in their order, however late each is."""
+    monkeypatch.setattr(program, "best_config", lambda *_: config)
     case = helpers.make_case(
         8, tokens=2, hidden=2048, intermediate=1536, num_experts=8, top_k=4, precision="w4a16", **_ORDERED
     )
-    assert {config.cluster_k for config in _configs(case)} == {cluster_k}
+    assert _configs(case) == (config, config)
     _same_bits_again_and_again(case, poison, times=10_000)
 
 

@@ -145,15 +145,13 @@ def test_every_config(poison, monkeypatch, config, tokens, precision):
 
 
 @pytest.mark.parametrize("options", [dict(), dict(precision="w4a4", combine="ordered", out_dtype=jnp.float32)], ids=str)
-@pytest.mark.parametrize("cluster_k", [2, 4])
-@pytest.mark.parametrize("sizes", [(1, 1088, 704), (3, 2048, 1024), (16, 528, 1024)], ids=str)
-def test_contractions_that_are_split_over_clusters(poison, monkeypatch, sizes, cluster_k, options):
-    """Whatever would be chosen; parts are uneven, and in the last sizes clusters take several units."""
-    if not hasattr(program, "split"):
-        pytest.skip("needs a GPU whose contractions are split: sm_90a")
-    monkeypatch.setattr(program, "split", lambda config, *_: program.with_cluster(config, cluster_k))
+@pytest.mark.parametrize("config", getattr(program, "FEW_UNITS", ()), ids=lambda config: config.name)
+@pytest.mark.parametrize("sizes", [(1, 1088, 704), (3, 1040, 1024), (8, 528, 4096)], ids=str)
+def test_forms_for_few_units(poison, monkeypatch, sizes, config, options):
+    """Whatever would be chosen; parts of a contraction are uneven, and in the last sizes CTAs take several units."""
+    monkeypatch.setattr(program, "best_config", lambda *_: config)
     tokens, hidden, intermediate = sizes
-    case = helpers.make_case(tokens, tokens=tokens, hidden=hidden, intermediate=intermediate, num_experts=24, top_k=4,
+    case = helpers.make_case(tokens, tokens=tokens, hidden=hidden, intermediate=intermediate, num_experts=8, top_k=4,
                              bias=True, **options)  # fmt: skip
     poison(1)
     _check(_run(case), case)

@@ -32,6 +32,10 @@ CONFIGS = (
 """What a call chooses from. Experts with about as many rows want a second width below the widest, so that few of them
 need two tiles and few multiply padding; experts with many tiles want to multiply little in their last one."""
 
+FEW_UNITS = (with_most_stages((8,), 1, 2, 4, 2, cluster_k=2), with_most_stages((8,), 1, 4, 4, 1))
+"""Other forms of the first of these, for hardly more units than CTAs (:func:`fitted`): the contraction split over two
+CTAs, or over the four warpgroups of a CTA that has a multiprocessor for itself."""
+
 Costs = Mapping[int, Mapping[int, float]]
 
 
@@ -49,38 +53,43 @@ def _cost(costs: Costs, rows: int, config: Config) -> float:
     return cost + nanoseconds[next(width for width in config.widths if width >= rest)] if rest else cost
 
 
-_UNIT_BLOCKS, _SPLIT_BLOCKS = 4, 6
-"""What a unit costs beside its weight blocks, in blocks, without and with sums that go from CTA to CTA."""
+def fitted(config: Config, card: Card, units: int, k_blocks: int) -> Config:
+    """``config``, or the one of :data:`FEW_UNITS` that takes less time where units are few.
 
-_ALONE = 1.3
-"""What a block costs a multiprocessor that has work for one of its CTAs alone."""
-
-
-def split(config: Config, card: Card, units: int, k_blocks: int) -> Config:
-    """``config``, with the contraction split over as many CTAs as gives the busiest multiprocessor the least work.
+    What counts is the busiest multiprocessor's share. The microseconds are of an H200 (benchmarks/notes-h200.md).
 
     Args:
-      config: without a split. It is for few units that one pays, hence for small token tiles.
-      card: of its multiprocessors the clusters' CTAs take their share in turns.
+      config: chosen for its token tile.
+      card: whose multiprocessors share the units.
       units: expected number of them.
       k_blocks: of a unit.
     """
-    if config.token_tile > 16:
+    count = card.multiprocessors
+    if config != CONFIGS[0] or units > 3 * count or k_blocks < 2:
         return config
+    in_cluster, alone = FEW_UNITS
+    microseconds = card.costs[1][8] / 1000  # of a block
 
-    def work(ways: int) -> float:
-        parts = math.ceil(units / max(1, card.multiprocessors // ways))
-        blocks = parts * (math.ceil(k_blocks / ways) + (_UNIT_BLOCKS if ways == 1 else _SPLIT_BLOCKS))
-        return blocks * (_ALONE if parts < config.ctas_per_sm else 1)
+    def in_pairs(most: int) -> int:
+        """Parts that one multiprocessor takes, if ``most`` CTAs or clusters have one each, and two of them share it."""
+        return 1 if units <= count // 2 else 2 * math.ceil(units / most)
 
-    ways = min((ways for ways in (1, 2, 4) if ways <= k_blocks), key=work)
-    return with_cluster(config, ways) if ways > 1 else config
+    times = {
+        config: 2.5 + microseconds * k_blocks * in_pairs(2 * count),
+        in_cluster: 4.9 + microseconds * math.ceil(k_blocks / 2) * in_pairs(count),
+        alone: 3.0 + 1.04 * microseconds * k_blocks * math.ceil(units / count),
+    }
+    return min(times, key=lambda each: times[each])
 
 
-def with_cluster(config: Config, cluster_k: int) -> Config:
-    """``config`` with its contraction split over a cluster of CTAs."""
-    sizes = (config.widths, config.m_warpgroups, config.k_warpgroups, config.stage_blocks, config.ctas_per_sm)
-    return with_most_stages(*sizes, cluster_k=cluster_k)
+def _grid(card: Card, config: Config, most_units: int) -> int:
+    """Persistent CTAs, in whole clusters; of clusters no more than there may be units.
+
+    All must be resident at once, because their units are handed out beforehand. With two CTAs a multiprocessor an H200
+    has room for 132 clusters of two; but of four for 62 only, and of eight for 30.
+    """
+    clusters = max(1, card.multiprocessors * config.ctas_per_sm // config.cluster_k)
+    return config.cluster_k * (min(clusters, most_units) if config.cluster_k > 1 else clusters)
 
 
 def _likely_tiles(config: Config, num_tokens: int, local_experts: int, share: float) -> int:
@@ -137,7 +146,7 @@ def build(p: Problem, card: Card) -> Program:
     tiles_likely = _likely_tiles(config, p.num_tokens, p.local_experts, min(1.0, p.top_k / num_experts))
     m_tiles = [_blocks(rows, config.m_warpgroups) for rows in (gate_up_rows, down_rows)]
     gemm1, gemm2 = (
-        dataclasses.replace(spec, config=split(config, card, tiles_likely * units, k_blocks))
+        dataclasses.replace(spec, config=fitted(config, card, tiles_likely * units, k_blocks))
         for spec, units, k_blocks in zip((gemm1, gemm2), m_tiles, (gate_up_columns, down_columns), strict=True)
     )
     launch1 = Launch("gemm1", gemm1, _grid(card, gemm1.config, tiles * m_tiles[0]), {
@@ -184,7 +193,7 @@ def build_product(p: Product, card: Card) -> Program:
     tiles = workspaces["tile_expert"].size
     m_tiles = _blocks(row_blocks, config.m_warpgroups)
     tiles_likely = _likely_tiles(config, p.num_rows, p.local_groups, 1 / p.num_groups)
-    config = split(config, card, tiles_likely * m_tiles, columns)
+    config = fitted(config, card, tiles_likely * m_tiles, columns)
     product = Launch("product", product_spec(p, config), _grid(card, config, tiles * m_tiles), {
         **steps.product_arguments(p), "m_blocks": row_blocks, "k_blocks": columns,
     })  # fmt: skip
