@@ -8,7 +8,7 @@ decoding call makes 16 tokens for each of B sequences, greedily, behind a prompt
 gives tokens a second. Prefill is one call on --prefill tokens of one sequence. The counters of the FFI library are read
 around the decoding calls: captured calls were recorded into a command buffer, and forked ones have the zeroing on an
 auxiliary branch there. ``loop`` has the layers one after another in the program, each with arrays of its own; ``scan``
-scans over stacked ones, where XLA may copy a layer's weights before each call.
+scans over stacked ones, where XLA copies a layer's weights (CPU) or records each call anew (GPU).
 
 transformers generates with ``model.generate``, random bfloat16 weights of the same shapes and its own cache (or, as
 ``transformers-static``, a static one, with which it compiles the decoding step on a GPU); the time of one new token is

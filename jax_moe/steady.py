@@ -33,6 +33,15 @@ def _fixed(values: jax.Array) -> jax.Array:
     return jax.lax.convert_element_type(jnp.clip(values, -_LARGEST, _LARGEST) * float(_ONE), jnp.int64)
 
 
+def _rounded(value: jax.Array) -> jax.Array:
+    """float64 as float32, 0 where that is subnormal.
+
+    The conversion is not enough. XLA's GPU backend drops one that another converts back (that is its
+    ``xla_allow_excess_precision``), and LLVM narrows what stands between two. Neither touches ``reduce_precision``.
+    """
+    return jax.lax.convert_element_type(jax.lax.reduce_precision(value, exponent_bits=8, mantissa_bits=23), jnp.float32)
+
+
 def _polynomial(coefficients: tuple[int, ...], x: jax.Array) -> jax.Array:
     total = jnp.full_like(x, coefficients[-1])
     for coefficient in reversed(coefficients[:-1]):
@@ -77,8 +86,7 @@ def sum_of_parts(values: jax.Array) -> jax.Array:
     """
     with jax.enable_x64(True):
         multiples = jnp.floor(jax.lax.convert_element_type(values, jnp.float64) * 2.0**40)
-        total = jnp.sum(multiples, axis=-1, keepdims=True) * 2.0**-40
-        return jax.lax.convert_element_type(total, jnp.float32)
+        return _rounded(jnp.sum(multiples, axis=-1, keepdims=True) * 2.0**-40)
 
 
 @sum_of_parts.defjvp
@@ -92,13 +100,11 @@ def divide(a: jax.Array, b: jax.Array) -> jax.Array:
     Its GPU backend has a division that may be a unit or two in the last place off (``div.full.f32``); x in bfloat16
     is on a tie of e2m1 so often that codes would change. Both divide by a broadcast scalar by multiplying with its
     reciprocal. In float64 neither matters: 53 bits are more than twice 24, so a quotient is never so near to where
-    float32 rounds the other way. LLVM would narrow a division between two casts to float32 again, hence the rounding by
-    ``reduce_precision``, which makes a subnormal result 0.
+    float32 rounds the other way. A quotient that would be subnormal is 0.
     """
     with jax.enable_x64(True):
         wide = [jax.lax.convert_element_type(value, jnp.float64) for value in (a, jnp.broadcast_to(b, a.shape))]
-        quotient = jax.lax.reduce_precision(jax.lax.div(*wide), exponent_bits=8, mantissa_bits=23)
-        return jax.lax.convert_element_type(quotient, jnp.float32)
+        return _rounded(jax.lax.div(*wide))
 
 
 @jax.custom_jvp
@@ -158,8 +164,7 @@ def _softplus_jvp(primals, tangents):
 def square_root(x: jax.Array) -> jax.Array:
     """Of x >= 0, as IEEE rounds it; its derivative is 0 at 0."""
     with jax.enable_x64(True):
-        root = jnp.sqrt(jax.lax.convert_element_type(x, jnp.float64))
-        return jax.lax.convert_element_type(root, jnp.float32)
+        return _rounded(jnp.sqrt(jax.lax.convert_element_type(x, jnp.float64)))
 
 
 @square_root.defjvp

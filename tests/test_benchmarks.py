@@ -117,6 +117,27 @@ def test_the_peer_computes_the_op(script):
     assert np.linalg.norm(got - expected) < 4 * 2**-8 * np.linalg.norm(expected)
 
 
+@pytest.mark.parametrize("groups", [1, 4])
+def test_the_products_benchmark_multiplies_what_its_peer_does(script, groups):
+    module = script("gpu_product")
+    case = module.Case(groups, min(groups, 2), 64, 32, 24)
+    sizes = case.sizes(3)
+    assert (sizes.sum(1) == case.rows).all()
+    assert (sizes <= case.tokens).all()  # a token's groups are distinct
+    x = jax.random.normal(jax.random.key(0), (case.rows, 64), jnp.bfloat16)
+    product, weights, _ = module.ours(case, module.random_weights(case), "w4a16")
+    peer, _, _ = module.bf16(case)
+    dense = nvfp4.dequantize(weights.payload, weights.block_scale) * weights.global_scale[:, None, None]
+    for call in map(jnp.asarray, sizes):
+        expected = np.float64(peer(x, dense.swapaxes(1, 2).astype(jnp.bfloat16), call, jnp.int32(0)))
+        got = np.float64(product(x, weights, call, jnp.int32(0)))
+        # The peer's weights are rounded to bf16, and both outputs.
+        assert np.linalg.norm(got - expected) < 2 * 2**-8 * np.linalg.norm(expected)
+    row = module.measure(case, "w4a16", (product, weights, 2), 1)
+    assert row["touched"] == (case.sizes(2) > 0).sum(1).mean()
+    assert row["ratio"] == row["seconds"] / row["floor_seconds"] > 0
+
+
 def test_the_routes_that_humming_is_given(script):
     """Each expert's routes in order, padded to whole blocks with the number of routes."""
     script("gpu_methods")

@@ -141,7 +141,7 @@ def test_bench_writes_what_it_shows(tmp_path):
     assert done.stdout.count("w4a4") == 2
 
 
-FOUR = "four positive integers"
+FOUR = "4 positive integers"
 COUNTS = "needs numbers from 1 to 1000000, as 1,32, or ranges, as 1-8192"
 ACTIVATION = "SwiGLU, GeGLU, ReLU2, SiTU, by itself or with alpha,beta,limit"
 
@@ -159,7 +159,11 @@ ACTIVATION = "SwiGLU, GeGLU, ReLU2, SiTU, by itself or with alpha,beta,limit"
     ("bench --precision fp8", "--precision: got 'fp8', needs one of 'w4a16', 'w4a4'"),
     ("bench --combine sum", "--combine: got 'sum', needs one of 'atomic', 'ordered'"),
     ("bench --json /nope/x.json", "--json: got '/nope/x.json', needs a file that can be written"),
-    ("compile", "nothing to compile: give --model"),
+    ("compile", "nothing to compile: give --model or --product"),
+    ("compile --product 8,64", "--product: got '8,64', needs G,C,N: 3 positive integers"),
+    ("compile --product 8,64,40", "--product: got N = 40, needs a multiple of 16"),
+    ("compile --product 8,64,64 --num-experts 4", "--num-experts: got 4, needs at least G = 8"),
+    ("compile --product 8,64,64 --target sm_100f", "there are no kernels for Blackwell"),
     ("compile --model qwen", f"--model: got 'qwen', needs one of qwen3-30b-a3b, qwen3-235b-a22b, deepseek-r1-ep8, "
      f"mixtral-8x7b, gpt-oss-120b, or L,K,H,I: {FOUR}"),
     ("compile --model 8,2,64,64 --target hopper", "--target: got 'hopper', needs one of sm_90a"),

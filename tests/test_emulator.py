@@ -282,3 +282,50 @@ def test_reductions_of_several_ctas():
         (out,) = small_ptx.run(body, np.zeros(2, np.float32), threads=64, grid=3, order=order)
         np.testing.assert_array_equal(out.read(), [192, 192])
     fails("not ordered", body + "ld.global.b32 %r2, [%rd0];", np.zeros(2, np.float32), threads=64)
+
+
+def test_what_a_grid_wrote_that_nobody_waited_for_is_read_past_l1():
+    """Two grids after the one that writes: the last starts when the middle one has waited."""
+    middle = "griddepcontrol.wait; griddepcontrol.launch_dependents;"
+    last = SECOND.replace("ld.global", "{load}").format(wait="{wait}", load="{load}", end="griddepcontrol.wait;")
+
+    def run(wait, load):
+        memory = Memory()
+        written, out = (memory.poisoned((32,), np.uint32, name) for name in ("written", "out"))
+        launches = [
+            Launch(Kernel(small_ptx.text(FIRST)), 1, [written]),
+            Launch(Kernel(small_ptx.text(middle)), 1, [written], overlap=True),
+            Launch(Kernel(small_ptx.text(last.format(wait=wait, load=load), 2)), 1, [written, out], overlap=True),
+        ]
+        emulator.run(launches, memory, order="starved")
+        np.testing.assert_array_equal(out.read(), np.arange(32) + 7)
+
+    run("", "ld.relaxed.gpu.global")
+    run("griddepcontrol.wait;", "ld.global")
+    with pytest.raises(EmulatorError, match="its end was not waited for"):
+        run("", "ld.global")
+
+
+TWO_WARPS = (
+    "mov.b32 %r20, dynamic; setp.ne.b32 %p0, %r0, 0; @!%p0 mbarrier.init.shared.b64 [%r20], {count}; bar.sync 0; "
+)
+TWO_WARPS += "and.b32 %r1, %r0, 31; setp.ne.b32 %p1, %r1, 0; "
+ROUND = "@!%p1 mbarrier.arrive.shared.b64 _, [%r20]; " + wait("%r20", 0) + "bar.sync 0; "
+ROUNDS = ROUND + ROUND.replace(wait("%r20", 0), wait("%r20", 1))
+
+
+def test_a_count_is_what_arrives_in_a_phase():
+    small_ptx.run(TWO_WARPS.format(count=2) + ROUNDS, ZEROS, threads=64)
+    fails("ends in a phase of mbarrier|deadlock", TWO_WARPS.format(count=3) + ROUNDS, ZEROS, threads=64)
+    waits = ROUNDS.replace(wait("%r20", 0), "").replace(wait("%r20", 1), "")
+    fails("ends in a phase of mbarrier", TWO_WARPS.format(count=3) + waits, ZEROS, threads=64)
+    fails("other arrivals than its first", TWO_WARPS.format(count=1) + waits, ZEROS, threads=64)
+
+
+def test_reads_of_what_nobody_wrote_on_request():
+    memory = Memory()
+    array = memory.poisoned((32,), np.uint32, "never")
+    launch = Launch(Kernel(small_ptx.text(ADDRESS + "ld.global.b32 %r1, [%rd10];")), 1, [array])
+    emulator.run([launch], memory)
+    with pytest.raises(EmulatorError, match="reads what nobody has written: never at byte 0"):
+        emulator.run([launch], memory, written=True)

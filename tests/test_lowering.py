@@ -171,13 +171,17 @@ def test_the_command_in_the_error_makes_the_kernels(compiler, monkeypatch, chang
     """Round trip: problem -> the error's command line -> the kernels that the problem needs."""
     problem = cuda_call.problem(**changes, biases=biases)
     wanted = {launch.spec for launch in lowering.launches(problem)}
-    app = typer.Typer()
-    app.command()(command.compile)
-    arguments = ["--target", "sm_90a", *shlex.split(" ".join(lowering.command_arguments(problem)))]
-    ran = typer.testing.CliRunner().invoke(app, arguments)
-    assert ran.exit_code == 0, ran.output
+    _compile(problem)
     # By repr, which names the file that the other machine looks for: 1 and 1.0 are equal.
     assert set(map(repr, compiler)) == set(map(repr, wanted))
+
+
+def _compile(call):
+    app = typer.Typer()
+    app.command()(command.compile)
+    arguments = ["--target", "sm_90a", *shlex.split(" ".join(lowering.command_arguments(call)))]
+    ran = typer.testing.CliRunner().invoke(app, arguments)
+    assert ran.exit_code == 0, ran.output
 
 
 def test_a_missing_kernel_says_which_command_makes_it(monkeypatch, tmp_path):
@@ -290,15 +294,26 @@ def test_a_target_without_products_says_so():
             lowering.cuda_call(cuda_call.product(layout=layout, precision=precision))
 
 
-def test_a_products_missing_kernel_says_how_to_make_it(monkeypatch):
+@pytest.mark.parametrize("changes", [
+    {}, {"num_rows": 1, "local_groups": 1, "num_groups": 1, "bias": True}, {"num_rows": 8192, "num_groups": 64},
+    {"precision": "w4a4", "out_dtype": jnp.dtype(jnp.float32)}, {"in_features": 64, "out_features": 48},
+], ids=str)  # fmt: skip
+def test_the_command_in_a_products_error_makes_the_kernels(compiler, changes):
+    product = cuda_call.product(**changes)
+    wanted = {launch.spec for launch in lowering.launches(product)}
+    _compile(product)
+    assert set(map(repr, compiler)) == set(map(repr, wanted))
+
+
+def test_a_products_missing_kernel_says_which_command_makes_it(monkeypatch):
     def compiled(spec, target):
         raise cache.MissingKernelError("kernel so-and-so is not there.")
 
     monkeypatch.setattr(cache, "compiled", compiled)
     with pytest.raises(cache.MissingKernelError) as error:
-        lowering.cuda_call(cuda_call.product())
-    assert "jax_moe compile" not in str(error.value)
-    assert "lower the same call" in str(error.value)
+        lowering.cuda_call(cuda_call.product(bias=True))
+    options = "--product 16,2880,2880 --num-experts 16 --tokens 40 --precision w4a16 --out-dtype bfloat16 --bias"
+    assert f"`python -m jax_moe compile --target sm_90a {options}`" in str(error.value)
 
 
 def test_groups_use_the_multiprocessors_for_what_there_is_to_write():

@@ -1,6 +1,7 @@
 """``jax_moe.steady`` against float64: its values, its derivatives, what it does at the ends."""
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -50,6 +51,30 @@ def test_sums_are_rounded_once():
     assert np.abs(got - exact).max() <= np.spacing(np.float32(exact)).max() * 0.501
     shuffled = values[:, np.random.default_rng(2).permutation(512)]
     np.testing.assert_array_equal(steady.sum_of_parts(jnp.asarray(shuffled)), got)
+
+
+def _equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from _equations(inner)
+
+
+@pytest.mark.parametrize("name", ["softmax", "sum_of_parts", "quotient", "square_root"])
+def test_what_leaves_float64_is_rounded_before_the_conversion(name):
+    """XLA's GPU backend drops a conversion to float32 that another converts back; no CPU does (steady._rounded)."""
+    x = jax.ShapeDtypeStruct((3, 8), jnp.float32)
+    jaxpr = jax.make_jaxpr(getattr(steady, name))(*[x] * (2 if name == "quotient" else 1)).jaxpr
+    made_by = {variable: equation.primitive.name for equation in _equations(jaxpr) for variable in equation.outvars}
+    narrowed = [
+        equation.invars[0]
+        for equation in _equations(jaxpr)
+        if equation.primitive.name == "convert_element_type"
+        and equation.invars[0].aval.shape  # constants are scalars
+        and (equation.invars[0].aval.dtype, equation.outvars[0].aval.dtype) == (jnp.float64, jnp.float32)
+    ]
+    assert narrowed
+    assert {made_by.get(variable) for variable in narrowed} == {"reduce_precision"}
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "softplus", "softmax"])

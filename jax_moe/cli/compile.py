@@ -11,8 +11,10 @@ from jax_moe import activations, problem, progress, shapes
 from jax_moe.cli import options, show
 from jax_moe.kernels import cache, compiler, lowering, targets
 from jax_moe.kernels.specs import Spec
+from jax_moe.product.problem import Product
 
 _LETTERS = "L,K,H,I"  # as of bench, but with the experts that a device holds
+_PRODUCT_LETTERS = "G,C,N"  # of x [T, C] and weights [G, N, C], G of them on a device
 _HEADINGS = ("kernel", "threads", "registers", "stack bytes", "shared bytes", "tensor core", "cubin bytes")
 
 
@@ -24,8 +26,14 @@ def compile(
         # It had the other two names once, and messages of programs that were built then have them.
         typer.Option("--model", "--shape", "--layer", help=f"The layer: {options.models(_LETTERS)}; may be repeated."),
     ] = None,
-    num_experts: Annotated[int | None, typer.Option(help="E: experts that routes may name; default L.")] = None,
-    tokens: Annotated[str, typer.Option(help="Numbers of tokens, as 1,32 or 1-8192.")] = "1-8192",
+    product: Annotated[
+        list[str] | None,
+        typer.Option(help=f"A grouped product (ragged_dot): {_PRODUCT_LETTERS}; G is 1 for linear; may be repeated."),
+    ] = None,
+    num_experts: Annotated[
+        int | None, typer.Option(help="E: experts that routes may name, groups that have a size; default L, G.")
+    ] = None,
+    tokens: Annotated[str, typer.Option(help="Numbers of tokens, rows of x, as 1,32 or 1-8192.")] = "1-8192",
     precision: Annotated[str, typer.Option(help="w4a16, w4a4, or both separated by a comma.")] = "w4a16",
     combine: Annotated[str, typer.Option(help="atomic, ordered, or both separated by a comma.")] = "atomic",
     weight_on: Annotated[str, typer.Option(help="output, input, or both separated by a comma.")] = "output",
@@ -36,32 +44,39 @@ def compile(
     ] = "SwiGLU",
     gate_up_bias: Annotated[bool, typer.Option("--gate-up-bias", help="The gate_up projection has a bias.")] = False,
     down_bias: Annotated[bool, typer.Option("--down-bias", help="The down projection has a bias.")] = False,
+    bias: Annotated[bool, typer.Option("--bias", help="The grouped product has a bias.")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Processes that compile.")] = 1,
     check: Annotated[bool, typer.Option("--check", help="Fail if a kernel spills, or a GEMM has no MMA.")] = False,
 ) -> None:
-    """Compile every kernel that calls of these shapes launch, into the cache; no GPU needed."""
+    """Compile every kernel that calls of these shapes launch, into the cache; no GPU needed.
+
+    --combine, --weight-on, --activation and the biases of gate_up and down are of layers, --bias is of products.
+    """
     try:
         options.one_of("--target", target, targets.TARGETS)
         layers = [options.model("--model", text, _LETTERS) for text in model or []]
+        products = [options.sizes("--product", text, _PRODUCT_LETTERS, blocks="CN") for text in product or []]
         function = options.activation("--activation", activation)
-        modes = itertools.product(
-            options.choices("--precision", precision, problem.Precision),
-            options.choices("--combine", combine, problem.Combine),
-            options.choices("--weight-on", weight_on, problem.WeightOn),
-            options.dtypes("--out-dtype", out_dtype, problem.OUT_DTYPES),
-        )
+        precisions = options.choices("--precision", precision, problem.Precision)
+        combines = options.choices("--combine", combine, problem.Combine)
+        weights_on = options.choices("--weight-on", weight_on, problem.WeightOn)
+        dtypes = options.dtypes("--out-dtype", out_dtype, problem.OUT_DTYPES)
         counts = options.numbers("--tokens", tokens)
         biases = {"gate_up.bias": gate_up_bias, "down.bias": down_bias}
         absent = tuple(name for name, is_given in biases.items() if not is_given)
         # The batch may be any of these; each has its own kernels.
         specs: dict[Spec, None] = {}
+        modes = itertools.product(precisions, combines, weights_on, dtypes)
         for one, mode, count in itertools.product(layers, modes, counts):
             call = problem_of(one, count, num_experts, target, absent, function, mode)
             specs |= dict.fromkeys(launch.spec for launch in lowering.launches(call))
-    except (TypeError, ValueError) as error:
+        for one, mode, count in itertools.product(products, itertools.product(precisions, dtypes), counts):
+            call = product_of(one, count, num_experts, target, bias, mode)
+            specs |= dict.fromkeys(launch.spec for launch in lowering.launches(call))
+    except (NotImplementedError, TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     if not specs:
-        raise typer.BadParameter("nothing to compile: give --model")
+        raise typer.BadParameter("nothing to compile: give --model or --product")
 
     rows, failures = [], []
     try:
@@ -85,8 +100,7 @@ def compile(
 
 def problem_of(layer: shapes.LayerShape, tokens, num_experts, target, absent, activation, mode) -> problem.Problem:
     """The call of a layer with so many tokens; ``mode``: precision, combine, weight_on and out_dtype."""
-    if num_experts is not None and num_experts < layer.num_experts:
-        raise ValueError(f"--num-experts: got {num_experts}, needs at least L = {layer.num_experts}")
+    _check_number(num_experts, "L", layer.num_experts)
     precision, combine, weight_on, out_dtype = mode
     layout = targets.layout_for(target, precision)
     return problem.Problem(
@@ -105,6 +119,31 @@ def problem_of(layer: shapes.LayerShape, tokens, num_experts, target, absent, ac
         command_buffer=True,
         absent=absent,
     )
+
+
+def product_of(sizes: list[int], rows, num_groups, target, bias, mode) -> Product:
+    """The call of a grouped product with so many rows; ``mode``: precision and out_dtype."""
+    local_groups, in_features, out_features = sizes
+    _check_number(num_groups, "G", local_groups)
+    precision, out_dtype = mode
+    given = {"weights.block_scale": False, "weights.input_scale": precision == "w4a4", "weights.bias": bias}
+    return Product(
+        precision=precision,
+        out_dtype=out_dtype,
+        command_buffer=True,
+        num_rows=rows,
+        num_groups=num_groups or local_groups,
+        local_groups=local_groups,
+        in_features=in_features,
+        out_features=out_features,
+        layout=targets.layout_for(target, precision).name,
+        absent=tuple(name for name, is_given in given.items() if not is_given),
+    )
+
+
+def _check_number(num_experts: int | None, letter: str, least: int) -> None:
+    if num_experts is not None and num_experts < least:
+        raise ValueError(f"--num-experts: got {num_experts}, needs at least {letter} = {least}")
 
 
 def _compile_all(specs, target, jobs):

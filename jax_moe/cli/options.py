@@ -64,14 +64,19 @@ def model(option: str, text: str, letters: str) -> shapes.LayerShape:
     """A model's name, or experts, top-k, hidden and intermediate size, as ``128,8,2048,768``, which are ``letters``."""
     if text in shapes.MODELS:
         return shapes.MODELS[text]
-    needs, sizes = models(letters), text.split(",")
-    if len(sizes) != 4 or not all(re.fullmatch(r"0*[1-9][0-9]*", size) for size in sizes):
-        raise ValueError(f"{option}: got {text!r}, needs {needs}: four positive integers")
-    shape = shapes.LayerShape(*map(int, sizes))
-    for letter, size in (("H", shape.hidden_size), ("I", shape.intermediate_size)):
-        if size % nvfp4.BLOCK_SIZE:
-            raise ValueError(f"{option}: got {letter} = {size}, needs a multiple of {nvfp4.BLOCK_SIZE}")
-    return shape
+    return shapes.LayerShape(*sizes(option, text, letters, blocks="HI", needs=models(letters)))
+
+
+def sizes(option: str, text: str, letters: str, *, blocks: str, needs: str | None = None) -> list[int]:
+    """Positive integers separated by commas, one for each of ``letters``; those in ``blocks`` fill whole blocks."""
+    numbers, names = text.split(","), letters.split(",")
+    if len(numbers) != len(names) or not all(re.fullmatch(r"0*[1-9][0-9]*", number) for number in numbers):
+        raise ValueError(f"{option}: got {text!r}, needs {needs or letters}: {len(names)} positive integers")
+    found = list(map(int, numbers))
+    for name, size in zip(names, found, strict=True):
+        if name in blocks and size % nvfp4.BLOCK_SIZE:
+            raise ValueError(f"{option}: got {name} = {size}, needs a multiple of {nvfp4.BLOCK_SIZE}")
+    return found
 
 
 def activation(option: str, text: str) -> activations.Activation:

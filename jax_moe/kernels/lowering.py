@@ -49,13 +49,9 @@ def cuda_call(problem: Problem | Product) -> CudaCall:
             launch.name: _kernel_attributes(launch, buffers, target.name) for launch in program.launches
         }
     except cache.MissingKernelError as error:
-        if isinstance(problem, Product):  # `compile` is for layers of experts
-            elsewhere = "lower the same call, `jax.jit(f).trace(...).lower(lowering_platforms=('cuda',))`,"
-        else:
-            arguments = [target.name, *command_arguments(problem)]
-            elsewhere = f"run `{' '.join(['python -m jax_moe compile --target', *arguments])}`"
+        command = " ".join(["python -m jax_moe compile --target", target.name, *command_arguments(problem)])
         raise cache.MissingKernelError(
-            f"{error} Either `pip install {compiler.PACKAGE}`, or {elsewhere} on a machine that has it (no GPU "
+            f"{error} Either `pip install {compiler.PACKAGE}`, or run `{command}` on a machine that has it (no GPU "
             "needed) and copy its folder of kernels here (JAX_MOE_CACHE_DIR names another place)."
         ) from None
     workspaces = list(program.workspaces.values())
@@ -86,8 +82,17 @@ def _planned(problem: Problem | Product) -> tuple[Target, Card, Program]:
     return target, card, target.product(problem, card)
 
 
-def command_arguments(problem: Problem) -> list[str]:
+def command_arguments(problem: Problem | Product) -> list[str]:
     """Arguments with which ``python -m jax_moe compile`` makes the kernels of ``problem``."""
+    if isinstance(problem, Product):
+        return [
+            f"--product {problem.local_groups},{problem.in_features},{problem.out_features}",
+            f"--num-experts {problem.num_groups}",
+            f"--tokens {problem.num_rows}",
+            f"--precision {problem.precision}",
+            f"--out-dtype {jnp.dtype(problem.out_dtype).name}",
+            *["--bias"] * problem.has_bias,
+        ]
     alpha, beta, limit = activations.parameters(problem.activation)
     arguments = [
         f"--layer {problem.local_experts},{problem.top_k},{problem.hidden_size},{problem.intermediate_size}",

@@ -152,7 +152,7 @@ class Counts:
 
 def run(
     launches: Sequence[Launch], memory: Memory, *, seed: int = 0, order: Order = "random", multiprocessors: int = 2,
-    most_instructions: int = 500_000_000, check: bool = True, lanes: bool = True,
+    most_instructions: int = 500_000_000, check: bool = True, lanes: bool = True, written: bool = False,
 ) -> list[Counts]:  # fmt: skip
     """Runs launches in order, as one stream does.
 
@@ -164,6 +164,7 @@ def run(
       multiprocessors: of the machine.
       most_instructions: executed by all warps together.
       check: look for accesses that are not ordered (races), too.
+      written: reading a byte of an array that nobody has written is an error, also where nothing comes of it.
       lanes: among them those of a warp's lanes for which another lane arrives at an mbarrier without a bar.warp.sync.
 
     Returns:
@@ -196,7 +197,9 @@ def run(
             )  # fmt: skip
             counts.append(np.zeros((len(kernel.parsed.instructions), -(-threads // 32)), np.int64))
         checks = check * (1 + lanes)
-        failed = library.EmulatorRun(call, seed, ORDERS.index(order), multiprocessors, most_instructions, checks)
+        failed = library.EmulatorRun(
+            call, seed, ORDERS.index(order), multiprocessors, most_instructions, checks, written
+        )
         if failed:
             raise EmulatorError(_last_error())
         for i, count in enumerate(counts):
@@ -242,7 +245,7 @@ def _library() -> ctypes.CDLL:
     library.EmulatorBuffer.restype = ctypes.c_uint64
     library.EmulatorGrid.argtypes = [pointer, pointer, i32, i32, i32, i64, i32, i32, ctypes.c_char_p, i64]
     library.EmulatorGrid.restype = None
-    library.EmulatorRun.argtypes = [pointer, ctypes.c_uint64, i32, i32, i64, i32]
+    library.EmulatorRun.argtypes = [pointer, ctypes.c_uint64, i32, i32, i64, i32, i32]
     library.EmulatorCounts.argtypes = [pointer, i32, pointer]
     library.EmulatorCounts.restype = None
     return library

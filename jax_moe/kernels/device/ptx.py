@@ -3,6 +3,7 @@
 from cutlass import Float32, Int32, Int64, Uint32
 from cutlass._mlir import ir
 from cutlass._mlir.dialects import llvm
+import cutlass.cute as cute
 from cutlass.cutlass_dsl import dsl_user_op, T
 
 
@@ -85,6 +86,21 @@ def load_shared_v4(address: Int32, *, loc=None, ip=None) -> tuple[Uint32, Uint32
         False, loc, ip,
     )  # fmt: skip
     return tuple(Uint32(llvm.extractvalue(T.i32(), value, [i], loc=loc, ip=ip)) for i in range(4))
+
+
+@dsl_user_op
+def load_early(array: cute.Tensor, index, *, loc=None, ip=None):
+    """``array[index]``, a word of global memory, for who has not waited for the end of the grid that wrote it.
+
+    Past L1, which may hold what was there before that grid. Only where an edge that is no ``griddepcontrol.wait``
+    says that the grid is done (``kernels/README.md``, Order).
+    """
+    dtype = array.element_type
+    address = Int64(array.iterator.toint()) + Int64(index) * 4
+    kind, register, result = ("s32", "r", T.i32()) if dtype is Int32 else ("f32", "f", T.f32())
+    text = f"ld.relaxed.gpu.global.{kind} $0, [$1];"
+    operands = [address.ir_value(loc=loc, ip=ip)]
+    return dtype(assemble(result, operands, text, f"={register},l,~{{memory}}", False, loc, ip))
 
 
 @dsl_user_op

@@ -96,9 +96,9 @@ class Sort(entry.Kernel):
         thread = cta * self.spec.threads + tid
         self._write_tiles(first_tiles, array(given.tile_expert), thread)
         if cutlass.const_expr(self.spec.granule):
-            self._write_balanced_padding(first_tiles, totals, widths, row_route, thread)
+            self._write_balanced_padding(first_tiles, totals, widths, (row_route, row_weight), thread)
         else:
-            self._write_padding(first_tiles, totals, row_route, thread)
+            self._write_padding(first_tiles, totals, (row_route, row_weight), thread)
 
         for chunk in cutlass.range(0, steps, _UNROLL):
             experts = [self._expert(routes, first, chunk + i, steps, num_routes) for i in range(_UNROLL)]
@@ -229,17 +229,17 @@ class Sort(entry.Kernel):
             tile_expert[tile] = low
 
     @cute.jit
-    def _write_padding(self, first_tiles, totals, row_route, thread):
+    def _write_padding(self, first_tiles, totals, rows, thread):
         """Marks the rows behind each expert's last one."""
         groups = self.spec.threads * self.spec.cluster // _PADDING_LANES
         for expert in cutlass.range(thread // _PADDING_LANES, self.spec.local_experts, groups):
             first = first_tiles[expert] * self.spec.token_tile + totals[expert]
             end = first_tiles[expert + 1] * self.spec.token_tile
             for row in cutlass.range(first + thread % _PADDING_LANES, end, _PADDING_LANES):
-                row_route[row] = Int32(-1)
+                self._pad(rows, row)
 
     @cute.jit
-    def _write_balanced_padding(self, first_tiles, totals, widths, row_route, thread):
+    def _write_balanced_padding(self, first_tiles, totals, widths, rows, thread):
         """Marks the rows behind the last one of each tile."""
         groups = self.spec.threads * self.spec.cluster // _PADDING_LANES
         for expert in cutlass.range(thread // _PADDING_LANES, self.spec.local_experts, groups):
@@ -252,4 +252,9 @@ class Sort(entry.Kernel):
                 if i < last * each:
                     tile, row = self._balanced(i, each)
                     row = width + row
-                row_route[(first_tile + tile) * self.spec.token_tile + row] = Int32(-1)
+                self._pad(rows, (first_tile + tile) * self.spec.token_tile + row)
+
+    def _pad(self, rows, row):
+        """No route, and a weight all the same: GEMM2 loads both before it can know."""
+        rows[0][row] = Int32(-1)
+        rows[1][row] = Float32(0.0)

@@ -30,6 +30,17 @@ inline void Touch(Machine& machine, const Place& place, int64_t bytes, bool writ
   if (Checker* checker = machine.checker()) checker->Touch(place, bytes, writes, actor, view);
 }
 
+// Where the run checks that: that all bytes of a place in global memory were written.
+inline void NeedWritten(Machine& machine, const Place& place, int64_t bytes) {
+  if (!machine.options().check_written || place.space != Space::kGlobal) return;
+  for (int64_t i = 0; i < bytes; ++i) {
+    if (place.marks[i] & kPoison) {
+      throw Error("reads what nobody has written: " + machine.memory().buffer(place.owner).name + " at byte " +
+                  std::to_string(place.offset + i));
+    }
+  }
+}
+
 // Copies bytes out; whether any of them is poison.
 inline bool ReadBytes(const Place& place, int64_t bytes, void* out) {
   std::memcpy(out, place.data, static_cast<size_t>(bytes));

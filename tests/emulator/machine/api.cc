@@ -93,8 +93,10 @@ void EmulatorGrid(void* call, const void* program, int ctas, int threads, int cl
   grids.push_back(std::move(grid));
 }
 
-// `check`: 0, nothing; 1, accesses of warps that are not ordered; 2, those of lanes too.
-int EmulatorRun(void* call, uint64_t seed, int order, int multiprocessors, int64_t most_instructions, int check) {
+// `check`: 0, nothing; 1, accesses of warps that are not ordered; 2, those of lanes too. `written`: reads of global
+// memory that nobody has written.
+int EmulatorRun(void* call, uint64_t seed, int order, int multiprocessors, int64_t most_instructions, int check,
+                int written) {
   return emulator::Guarded(
       [&] {
         auto* given = static_cast<Call*>(call);
@@ -105,6 +107,7 @@ int EmulatorRun(void* call, uint64_t seed, int order, int multiprocessors, int64
         options.most_instructions = most_instructions;
         options.check = check > 0;
         options.check_lanes = check > 1;
+        options.check_written = written != 0;
         emulator::Machine(&given->memory, options).Run(&given->grids);
         return 0;
       },

@@ -185,7 +185,7 @@ Outcome Arrive(Step& step) {
     states.lane[lane] = barrier.phase;
     if (expects_bytes) barrier.bytes += numbers[lane];
     if (Checker* checker = step.machine.checker()) checker->Release(Released(step), &barrier.arriving);
-    ArriveOn(&barrier, expects_bytes || numbers == nullptr ? 1 : numbers[lane]);
+    ArriveOn(&barrier, step.warp, expects_bytes || numbers == nullptr ? 1 : numbers[lane]);
   });
   if (step.machine.checker()) NextEpoch(&step.warp);
   if (at == 1 && operands[0].kind == OperandKind::kRegister) {
@@ -245,6 +245,18 @@ Outcome WaitParity(Step& step) {
 
 }  // namespace
 
+namespace {
+
+std::string Describe(const std::map<std::pair<int, int>, int64_t>& arrivals) {
+  std::string text;
+  for (const auto& [who, count] : arrivals) {
+    text += (text.empty() ? "" : ", ") + std::to_string(count) + " of warp " + std::to_string(who.second);
+  }
+  return text;
+}
+
+}  // namespace
+
 View Released(const Step& step) {
   const Warp& warp = step.warp;
   View view = warp.view;
@@ -285,11 +297,12 @@ void TouchMbarrier(Step& step, Cta& cta, uint64_t address) {
   Touch(step.machine, cta.shared.At(address, 8, 8), 8, true, ActorOf(step, Access::kAtomic), step.warp.view);
 }
 
-void ArriveOn(Mbarrier* barrier, int64_t count) {
+void ArriveOn(Mbarrier* barrier, const Warp& warp, int64_t count) {
   if (count > barrier->pending) {
     throw Error("more arrivals than the phase of the mbarrier has: " + std::to_string(barrier->pending) + " to come");
   }
   barrier->pending -= count;
+  barrier->arrived[{warp.cta->number, warp.index}] += count;
   Advance(barrier);
 }
 
@@ -300,6 +313,14 @@ void CompleteBytes(Mbarrier* barrier, int64_t bytes) {
 
 void Advance(Mbarrier* barrier) {
   if (barrier->pending != 0 || barrier->bytes != 0) return;
+  // A count that is too small ends a phase before all have arrived: then others arrive in the next one.
+  if (barrier->phase == 0) barrier->first = barrier->arrived;
+  if (barrier->arrived != barrier->first) {
+    throw Error("phase " + std::to_string(barrier->phase) + " of an mbarrier of " + std::to_string(barrier->expected) +
+                " has other arrivals than its first: " + Describe(barrier->arrived) + ", not " +
+                Describe(barrier->first));
+  }
+  barrier->arrived.clear();
   barrier->pending = barrier->expected;
   barrier->phase++;
   barrier->complete = std::exchange(barrier->arriving, {});

@@ -11,7 +11,8 @@ namespace emulator {
 Mbarrier& MbarrierAt(Cta& cta, uint64_t address);
 // The use of an mbarrier as an access: it must not race with its initialisation.
 void TouchMbarrier(Step& step, Cta& cta, uint64_t address);
-void ArriveOn(Mbarrier* barrier, int64_t count);
+// `warp`: who arrives. Every phase of an mbarrier must have the arrivals of its first, warp by warp.
+void ArriveOn(Mbarrier* barrier, const Warp& warp, int64_t count);
 void CompleteBytes(Mbarrier* barrier, int64_t bytes);
 void Advance(Mbarrier* barrier);
 // What the lanes of a step hand on: where they are not the whole warp, of what it did together only what came before

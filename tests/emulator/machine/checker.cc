@@ -21,7 +21,8 @@ void Join(Counts* into, const Counts& from) {
   for (size_t i = 0; i < from.size(); ++i) (*into)[i] = std::max((*into)[i], from[i]);
 }
 
-bool IsGeneric(Access access) { return access == Access::kGeneric || access == Access::kAtomic; }
+bool IsCoherent(Access access) { return access == Access::kAtomic || access == Access::kRelaxed; }
+bool IsGeneric(Access access) { return access == Access::kGeneric || IsCoherent(access); }
 
 }  // namespace
 
@@ -39,6 +40,7 @@ void Checker::Release(const View& from, Knowledge* into) const {
     if (!components_[i].tensor) Raise(&into->released, static_cast<int>(i), knowledge.seen[i]);
   }
   into->launches = std::max(into->launches, knowledge.launches);
+  into->visible = std::max(into->visible, knowledge.visible);
 }
 
 void Checker::Acquire(const Knowledge& from, View* into) const {
@@ -46,6 +48,7 @@ void Checker::Acquire(const Knowledge& from, View* into) const {
   Join(&into->knowledge.fenced, from.fenced);
   Join(&into->acquired, from.released);
   into->knowledge.launches = std::max(into->knowledge.launches, from.launches);
+  into->knowledge.visible = std::max(into->knowledge.visible, from.visible);
 }
 
 void Checker::Complete(int component, uint32_t count, Knowledge* into) {
@@ -70,7 +73,13 @@ void Checker::TensorFenceAfter(View* view) { Join(&view->tensor, view->acquired)
 bool Checker::Ordered(const Record& record, bool tensor_memory, const Actor& actor, const View& view,
                       std::string* why) const {
   const Component& component = components_[static_cast<size_t>(record.component)];
-  if (component.launch <= view.knowledge.launches) return true;
+  if (component.launch <= view.knowledge.launches) {
+    if (!record.writes || component.launch <= view.knowledge.visible || IsCoherent(actor.access)) return true;
+    *why =
+        "; that grid is complete, but its end was not waited for: what it wrote needs a load past L1 "
+        "(ld.relaxed.gpu) or griddepcontrol.wait";
+    return false;
+  }
   if (record.access == Access::kAtomic && actor.access == Access::kAtomic) return true;
   const bool is_own = record.component == actor.own || record.component == actor.own_lanes;
   const bool seen = is_own || record.count <= At(view.knowledge.seen, record.component);

@@ -32,6 +32,7 @@ using Counts = std::vector<uint32_t>;  // by component; what is not there is 0
 struct Knowledge {
   Counts seen, fenced, released;
   int launches = -1;  // this grid and all before it are complete
+  int visible = -1;   // what they wrote is visible: a griddepcontrol.wait, or an ordinary start, came after their end
 };
 
 // What a warp knows.
@@ -44,6 +45,7 @@ struct View {
 enum class Access : uint8_t {
   kGeneric,        // by the instruction itself, or by a cp.async
   kAtomic,         // one of a kind that is never in conflict with its like
+  kRelaxed,        // a relaxed load at GPU scope: also of what a grid wrote that is complete but was not waited for
   kAsync,          // by a bulk copy or a wgmma
   kTensorProduct,  // by a tcgen05.mma
   kTensorCopy,     // by a tcgen05.cp

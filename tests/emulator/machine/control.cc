@@ -93,6 +93,7 @@ Outcome WaitForPreceding(Step& step) {
   }
   Knowledge& knowledge = step.warp.view.knowledge;
   knowledge.launches = std::max(knowledge.launches, grid.number - 1);
+  knowledge.visible = std::max(knowledge.visible, grid.number - 1);
   return Outcome::kNext;
 }
 

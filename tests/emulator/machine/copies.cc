@@ -60,6 +60,7 @@ class Copy : public AsyncOperation {
       Touch(machine, to, bytes_, true, actor, view);
       if (read > 0) {
         Touch(machine, from, read, false, actor, view);
+        NeedWritten(machine, from, read);
         CopyBytes(machine, from, to, read);
       }
       if (read < bytes_) {
@@ -147,7 +148,7 @@ class CopiesArrive : public AsyncOperation {
     ForLanes(lanes, [&](int lane) {
       Mbarrier& barrier = MbarrierAt(*warp->cta, addresses_.lane[lane]);
       if (machine.checker() && count_ > 0) Checker::Complete(warp->copy_component, count_, &barrier.arriving);
-      ArriveOn(&barrier, 1);
+      ArriveOn(&barrier, *warp, 1);
     });
   }
 
@@ -180,6 +181,7 @@ class BulkPiece : public AsyncOperation {
   void Perform(Machine& machine) override {
     const Place from = machine.memory().At(from_, bytes_, 16), to = cta_->shared.At(to_, bytes_, 16);
     Touch(machine, from, bytes_, false, actor, view);
+    NeedWritten(machine, from, bytes_);
     Touch(machine, to, bytes_, true, actor, view);
     CopyBytes(machine, from, to, bytes_);
     Mbarrier& barrier = MbarrierAt(*cta_, barrier_);

@@ -42,17 +42,18 @@ void Assign(Step& step, const Operand& item, int lane, uint64_t value) {
   }
 }
 
-template <Space space, int bytes, bool is_signed>
+template <Space space, int bytes, bool is_signed, Access access = Access::kGeneric>
 Outcome Load(Step& step) {
   const Items items(OperandAt(step, 0));
   Row<uint64_t> addresses;
   Addresses(step, OperandAt(step, 1), &addresses);
   const int64_t total = int64_t{bytes} * items.count;
   uint32_t poison[kMostItems] = {};
-  const Actor actor = ActorOf(step);
+  const Actor actor = ActorOf(step, access);
   ForLanes(step.mask, [&](int lane) {
     const Place place = At<space>(step, addresses.lane[lane], total);
     Touch(step.machine, place, total, false, actor, step.warp.view);
+    NeedWritten(step.machine, place, total);
     for (int i = 0; i < items.count; ++i) {
       const Place part{place.data + i * bytes, place.marks + i * bytes, space, place.owner, place.offset + i * bytes};
       uint64_t value = 0;
@@ -208,6 +209,7 @@ void RegisterType(const std::string& type) {
          {"", ".nc", ".cs", ".L1::no_allocate", ".L1::no_allocate.L2::128B", ".nc.L1::no_allocate"}) {
       Register("ld.global" + cache + vector + "." + type, Load<Space::kGlobal, bytes, is_signed>);
     }
+    Register("ld.relaxed.gpu.global" + vector + "." + type, Load<Space::kGlobal, bytes, is_signed, Access::kRelaxed>);
     Register("ld.shared" + vector + "." + type, Load<Space::kShared, bytes, is_signed>);
     Register("ld.param" + vector + "." + type, LoadParameter<bytes, is_signed>);
     for (const std::string cache : {"", ".cs", ".L1::no_allocate"}) {

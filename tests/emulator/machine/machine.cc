@@ -184,6 +184,7 @@ void Machine::StartCluster(Grid* grid, const std::vector<Multiprocessor*>& homes
     const Grid& front = (*grids_)[static_cast<size_t>(grid->number) - 1];
     // Where it may start early, what it knows is what it would know then.
     grid->launched.launches = grid->overlap ? front.dependents_know : grid->number - 1;
+    grid->launched.visible = grid->overlap ? front.launched.visible : grid->number - 1;
   }
   auto cluster = std::make_shared<Cluster>();
   for (int rank = 0; rank < grid->cluster; ++rank) {
@@ -246,6 +247,13 @@ void Machine::LeaveCta(Cta* cta) {
     if ((operation->warp->cta == cta && !operation->global_only) || operation->peer == cta) {
       throw Error("the CTA ends, and its shared memory with it, before this is complete: line " +
                   std::to_string(operation->instruction->line) + ": " + operation->instruction->text);
+    }
+  }
+  for (const auto& [address, barrier] : cta->mbarriers) {
+    if (barrier.pending != barrier.expected || barrier.bytes != 0) {
+      throw Error("the CTA ends in a phase of mbarrier " + Hex(static_cast<uint64_t>(address)) + " with " +
+                  std::to_string(barrier.pending) + " of " + std::to_string(barrier.expected) + " arrivals and " +
+                  std::to_string(barrier.bytes) + " bytes to come");
     }
   }
   int known = -1;

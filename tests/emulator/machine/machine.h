@@ -100,6 +100,7 @@ struct Warp {
 
 struct Mbarrier {
   int64_t expected = 0, pending = 0, bytes = 0;
+  std::map<std::pair<int, int>, int64_t> arrived, first;  // in this phase, in the first: by CTA, warp
   uint64_t phase = 0;
   int component = -1;  // of the bulk copies that it counts
   uint32_t copies = 0;
@@ -176,6 +177,7 @@ struct Options {
   int multiprocessors = 2;
   int64_t most_instructions = 0;
   bool check = false, check_lanes = false;
+  bool check_written = false;  // to read a global byte that nobody has written is an error, whatever comes of it
 };
 
 struct Step {

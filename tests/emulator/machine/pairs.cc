@@ -28,7 +28,7 @@ class RemoteArrival : public AsyncOperation {
   void Perform(Machine& machine) override {
     Mbarrier& barrier = MbarrierAt(*peer, barrier_);
     if (Checker* checker = machine.checker(); checker && releases_) checker->Release(view, &barrier.arriving_others);
-    ArriveOn(&barrier, 1);
+    ArriveOn(&barrier, *warp, 1);
   }
 
  private:
@@ -58,7 +58,7 @@ Outcome ArriveInCluster(Step& step) {
     Mbarrier& barrier = MbarrierAt(cta, address);
     TouchMbarrier(step, cta, address);
     if (Checker* checker = step.machine.checker()) checker->Release(Released(step), &barrier.arriving);
-    ArriveOn(&barrier, 1);
+    ArriveOn(&barrier, step.warp, 1);
   });
   if (step.machine.checker()) NextEpoch(&step.warp);
   return Outcome::kNext;

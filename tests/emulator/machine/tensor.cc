@@ -310,7 +310,7 @@ class CommitArrives : public AsyncOperation {
       Checker::CompletePipeline(view, arriving);
       if (count_ > 0) Checker::Complete(warp->tensor_component, count_, arriving);
     }
-    ArriveOn(&barrier, 1);
+    ArriveOn(&barrier, *warp, 1);
   }
 
  private:

@@ -16,7 +16,7 @@ class Gemm2(mainloop.Gemm):
 
     arrays = ("row_route", "row_weight", "tile_expert", "expert_tiles", "global_scale", "input_scale", "bias")
     counter = 1
-    early_weights = True  # the tile map is complete when GEMM2 starts, but GEMM1 has not ended
+    early_weights = True  # the tile map is complete when GEMM2 starts, but GEMM1 has not ended: it is read early, too
 
     def _gather_warps(self):
         return 0
@@ -62,10 +62,10 @@ class Gemm2(mainloop.Gemm):
     def _load_row(self, op, unit, row):
         out_row, weight = Int32(-1), Float32(0.0)
         if row < unit.width:
-            route = op.row_route[unit.token_tile * self.n + row]
+            route = self.read(op.row_route, unit.token_tile * self.n + row)
             if route >= 0:
                 out_row = route // op.row_divisor
-                weight = op.row_weight[unit.token_tile * self.n + row]
+                weight = self.read(op.row_weight, unit.token_tile * self.n + row)
         return out_row, weight
 
     @cute.jit

@@ -70,6 +70,7 @@ class Gemm(entry.Kernel):
 
     def __init__(self, spec):
         super().__init__(spec)
+        self.read = schedule.reader(self.early_weights)
         self.config = config = spec.config
         self.n = config.token_tile
         self.stages = config.stages
@@ -255,7 +256,7 @@ class Gemm(entry.Kernel):
     # -- units ------------------------------------------------------------------------------------------------------
 
     def _num_units(self, op):
-        return op.expert_tiles[op.local_experts] * op.m_tiles
+        return self.read(op.expert_tiles, op.local_experts) * op.m_tiles
 
     @cute.jit
     def _receive(self, shared, place, parity, lane):
@@ -274,10 +275,10 @@ class Gemm(entry.Kernel):
     @cute.jit
     def _unit(self, op, index, lane):
         """A unit, its width the rows of its tile up to the last with a route, in eights; for a whole warp."""
-        expert, m_tile, token_tile = schedule.locate(index, op.m_tiles, op.tile_expert, op.expert_tiles)
+        expert, m_tile, token_tile = schedule.locate(index, op.m_tiles, op.tile_expert, op.expert_tiles, self.read)
         route = Int32(-1)
         if lane * 8 < self.n:
-            route = op.row_route[token_tile * self.n + lane * 8]
+            route = self.read(op.row_route, token_tile * self.n + lane * 8)
         width = 8 * Int32(cute.arch.popc(cute.arch.vote_ballot_sync(route >= 0)))  # padding rows come last
         if cutlass.const_expr(self.config.granule == 16):
             width = (width + 15) // 16 * 16

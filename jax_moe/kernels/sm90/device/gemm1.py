@@ -72,8 +72,10 @@ class Gemm1(mainloop.Gemm):
             for k_block in cutlass.range(first, end, self.blocks, unroll=1):
                 cute.arch.mbarrier_wait(shared.barriers + self.stages + slot, phase)
                 if tid == 0:
+                    if k_block == first:
+                        self._tell(shared, slot, (unit.expert, unit.m_tile, unit.token_tile, self._width(op, unit)))
                     count = min(end - k_block, self.blocks)
-                    self._copy_weights(op, shared, slot, unit, first, k_block, count, 0)
+                    self._copy_weights(op, shared, slot, unit, k_block, count, 0)
                 for j in cutlass.range_constexpr((self.blocks + blocks_per_pass - 1) // blocks_per_pass):
                     block = first_block + j * blocks_per_pass
                     place = target + (slot * self.blocks + block) * self.token_bytes

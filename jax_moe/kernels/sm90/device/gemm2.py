@@ -6,13 +6,14 @@ import cutlass.cute as cute
 
 from jax_moe.kernels.device import bf16_weights, outputs, ptx
 from jax_moe.kernels.sm90.device import mainloop
-from jax_moe.kernels.sm90.device.mainloop import EPILOGUE, WARPGROUP
+from jax_moe.kernels.sm90.device.mainloop import EPILOGUE, TOKEN_ROW_BYTES, WARPGROUP
 
 
 class Gemm2(mainloop.Gemm):
     """Multiplies the intermediate with down and adds (atomic) or stores (ordered) the weighted rows."""
 
     arrays = ("row_route", "row_weight", "tile_expert", "expert_tiles", "global_scale", "input_scale", "bias")
+    reads_early = True  # GEMM1 has waited for the sort, but has not ended: nor do the consumers ever wait
 
     def _full_arrivals(self):
         return 1
@@ -29,8 +30,8 @@ class Gemm2(mainloop.Gemm):
     def _load_row(self, op, unit, row):
         route, weight = Int32(-1), Float32(0.0)
         if row < self.n:
-            route = op.row_route[unit.token_tile * self.n + row]
-            weight = op.row_weight[unit.token_tile * self.n + row]
+            route = self.read(op.row_route, unit.token_tile * self.n + row)
+            weight = self.read(op.row_weight, unit.token_tile * self.n + row)
         return route, weight
 
     @cute.jit
@@ -49,34 +50,51 @@ class Gemm2(mainloop.Gemm):
         index, takers = self._first_unit()
         first, end = self._part(op)
         if tid == 0:
-            target = Int32(shared.tokens.iterator.toint())
             slot, phase = Int32(0), Int32(1)
             units = self._num_units(op)
             early = Int32(0)  # end of the first unit's blocks whose weights are asked for before GEMM1 has ended
             if index < units:
                 early = min(end, first + self.stages * self.blocks)
                 unit = self._unit(op, index)
+                width = self._width(op, unit)
                 for k_block in cutlass.range(first, early, self.blocks, unroll=1):
-                    count = min(end - k_block, self.blocks)
                     place = (k_block - first) // self.blocks
-                    self._copy_weights(op, shared, place, unit, first, k_block, count, self.token_bytes)
+                    self._begin_stage(op, shared, place, unit, width, k_block, first, end)
             cute.arch.griddepcontrol_wait()
             while index < units:
                 unit = self._unit(op, index)
+                width = self._width(op, unit)
                 taken = self._take(op, 1, index, takers)
                 for k_block in cutlass.range(first, end, self.blocks, unroll=1):
                     cute.arch.mbarrier_wait(shared.barriers + self.stages + slot, phase)
-                    count = min(end - k_block, self.blocks)
                     if k_block >= early:
-                        self._copy_weights(op, shared, slot, unit, first, k_block, count, self.token_bytes)
-                    block = Int64(unit.token_tile) * op.h_blocks + k_block
-                    source = Int64(op.h.toint()) + block * self.token_bytes
-                    full = Int32((shared.barriers + slot).toint())
-                    place = target + slot * (self.blocks * self.token_bytes)
-                    ptx.bulk_copy(place, source, count * self.token_bytes, full)
+                        self._begin_stage(op, shared, slot, unit, width, k_block, first, end)
+                    self._copy_tokens(op, shared, slot, unit, width, k_block, end)
                     slot, phase = self._next(slot, phase)
                 index, early = taken, Int32(0)
             self._finish(shared, slot, phase, tid)
+
+    @cute.jit
+    def _begin_stage(self, op, shared, slot, unit, width, k_block, first, end):
+        """Announces a stage, and with a unit's first one the unit; copies its weights."""
+        if k_block == first:
+            self._tell(shared, slot, (unit.expert, unit.m_tile, unit.token_tile, width))
+        count = min(end - k_block, self.blocks)
+        self._copy_weights(op, shared, slot, unit, k_block, count, width * TOKEN_ROW_BYTES)
+
+    @cute.jit
+    def _copy_tokens(self, op, shared, slot, unit, width, k_block, end):
+        """The first ``width`` rows of each block: nobody has written those behind, and nobody multiplies them."""
+        count = min(end - k_block, self.blocks)
+        source = Int64(op.h.toint()) + (Int64(unit.token_tile) * op.h_blocks + k_block) * self.token_bytes
+        place = Int32(shared.tokens.iterator.toint()) + slot * (self.blocks * self.token_bytes)
+        full = Int32((shared.barriers + slot).toint())
+        if width == self.n:  # the blocks are neighbours
+            ptx.bulk_copy(place, source, count * self.token_bytes, full)
+        else:
+            for i in cutlass.range(count, unroll=1):
+                start = i * self.token_bytes
+                ptx.bulk_copy(place + start, source + start, width * TOKEN_ROW_BYTES, full)
 
     @cute.jit
     def _epilogue(self, op, shared, me, unit, prefetched, accumulators, width: cutlass.Constexpr):

@@ -24,7 +24,7 @@ A stage is ``config.stage_blocks`` weight blocks for each m warpgroup and as man
 Both kernels are launched with programmatic dependent launch. GEMM1's producer waits for the preceding kernel before it
 reads anything which that one wrote. GEMM2 prefetches its first unit's weights before it waits: it can start only after
 every CTA of GEMM1 has seen the sort finish and called launch_dependents, so the tile map is complete. PTX, however,
-promises visibility only of the grid that is waited for.
+promises visibility only of the grid that is waited for: GEMM2 reads the tile map past L1 (``Gemm.reads_early``).
 
 For a block of 4608 bytes a consumer warp issues about 147 instructions, 70 of them on the integer pipe, which takes
 140 clocks where HBM takes 239: dequantisation hides behind memory, but behind the tensor cores only in part
@@ -54,8 +54,11 @@ _NO_UNIT = -1
 class Gemm(entry.Kernel):
     """What GEMM1 and GEMM2 share: the pipeline and the main loop."""
 
+    reads_early = False  # the tile map, before the kernel in front has ended
+
     def __init__(self, spec):
         super().__init__(spec)
+        self.read = schedule.reader(self.reads_early)
         self.config = config = spec.config
         self.n = config.token_tile
         self.stages = config.stages
@@ -131,6 +134,8 @@ class Gemm(entry.Kernel):
 
     @cute.jit
     def _release(self, shared, me, slot):
+        """Lane 0 hands a stage back for all lanes, which have read codes and scales of it themselves."""
+        cute.arch.sync_warp()
         if slot >= 0 and me.tid % 32 == 0:
             cute.arch.mbarrier_arrive(shared.barriers + self.stages + slot)
 
@@ -290,18 +295,11 @@ class Gemm(entry.Kernel):
         return schedule.take(op.expert_tiles, op.local_experts, gemm, takers)
 
     @cute.jit
-    def _copy_weights(self, op, shared, slot, unit, first_block, k_block, count, extra):
+    def _copy_weights(self, op, shared, slot, unit, k_block, count, extra):
         """One thread: announces a stage's bytes, ``extra`` of each block somebody else's, and copies its weights.
 
-        The stage is ``count`` blocks, which are neighbours in memory, for each m warpgroup. With the first one go the
-        unit and its width.
+        The stage is ``count`` blocks, which are neighbours in memory, for each m warpgroup.
         """
-        if k_block == first_block:
-            width = Int32(self.config.widths[0])
-            for i in cutlass.range_constexpr(len(self.config.widths) - 1):
-                if op.row_route[unit.token_tile * self.n + self.config.widths[i]] >= 0:  # padding rows come last
-                    width = Int32(self.config.widths[i + 1])
-            self._tell(shared, slot, (unit.expert, unit.m_tile, unit.token_tile, width))
         full = Int32((shared.barriers + slot).toint())
         block_bytes = self.config.m_warpgroups * weight_block.BLOCK_BYTES + extra
         cute.arch.mbarrier_arrive_and_expect_tx(shared.barriers + slot, count * block_bytes)
@@ -313,6 +311,16 @@ class Gemm(entry.Kernel):
             target = Int32(shared.weights.toint()) + (slot * self.config.m_warpgroups + i) * self.weight_bytes
             source = op.payload.toint() + block * weight_block.BLOCK_BYTES
             ptx.bulk_copy(target, source, count * weight_block.BLOCK_BYTES, full)
+
+    @cute.jit
+    def _width(self, op, unit):
+        """The least of the widths that holds the rows of the unit's tile."""
+        width = Int32(self.config.widths[0])
+        for i in cutlass.range_constexpr(len(self.config.widths) - 1):
+            route = self.read(op.row_route, unit.token_tile * self.n + self.config.widths[i])
+            if route >= 0:  # padding rows come last
+                width = Int32(self.config.widths[i + 1])
+        return width
 
     def _tell(self, shared, slot, values):
         """What the unit is that begins with a stage; before the arrival at the stage's barrier."""
@@ -328,7 +336,7 @@ class Gemm(entry.Kernel):
             cute.arch.mbarrier_arrive(shared.barriers + slot)
 
     def _num_units(self, op):
-        return op.expert_tiles[op.local_experts] * op.m_tiles
+        return self.read(op.expert_tiles, op.local_experts) * op.m_tiles
 
     # -- the kernel ---------------------------------------------------------------------------------------------
 
@@ -397,7 +405,7 @@ class Gemm(entry.Kernel):
         return cute.make_tensor(smem.allocate_array(dtype, size), cute.make_layout(size)) if size else None
 
     def _unit(self, op, index):
-        expert, m_tile, token_tile = schedule.locate(index, op.m_tiles, op.tile_expert, op.expert_tiles)
+        expert, m_tile, token_tile = schedule.locate(index, op.m_tiles, op.tile_expert, op.expert_tiles, self.read)
         return named(expert=expert, m_tile=m_tile, token_tile=token_tile)
 
     @cute.jit
