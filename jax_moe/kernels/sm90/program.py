@@ -98,12 +98,6 @@ def _likely_tiles(config: Config, num_tokens: int, local_experts: int, share: fl
     return round(max(touched, local_experts * share * num_tokens / config.token_tile))
 
 
-def _grid(card: Card, config: Config, most_units: int) -> int:
-    """Persistent CTAs, in whole clusters; of clusters no more than there may be units."""
-    clusters = max(1, card.multiprocessors * config.ctas_per_sm // config.cluster_k)
-    return config.cluster_k * (min(clusters, most_units) if config.cluster_k > 1 else clusters)
-
-
 def gemms(p: Problem, config: Config) -> tuple[Gemm1Spec, Gemm2Spec]:
     """Both GEMMs of a call (``steps.gemms``)."""
     return steps.gemms(p, config, Gemm1Spec, Gemm2Spec)
