@@ -43,7 +43,9 @@ def program_of(target: Target) -> Any:
 
 
 def config_named(text: str, target: Target) -> Any:
-    """A config by name, of sm_90a any: n8m1k2b4c1, with a limit of stages n8m1k2b4c1s5, or widths n48m3k1b2c1w32w40."""
+    """A config by name, of sm_90a any: n8m1k2b4c1; n8m1k2b4c1x2, in clusters of 2; n8m1k2b4c1s5, with at most 5 stages;
+    n48m3k1b2c1w32w40, with other widths.
+    """
     configs = program_of(target).CONFIGS
     configs = list(itertools.chain(*configs.values())) if isinstance(configs, dict) else list(configs)
     if target.name != "sm_90a":
@@ -51,13 +53,13 @@ def config_named(text: str, target: Target) -> Any:
         if text not in known:
             raise typer.BadParameter(f"--config: got {text}, needs one of {', '.join(known)}")
         return known[text]
-    found = re.fullmatch(r"n(\d+)m(\d+)k(\d+)b(\d+)c(\d+)(?:s(\d+))?((?:w\d+)*)", text)
+    found = re.fullmatch(r"n(\d+)m(\d+)k(\d+)b(\d+)c(\d+)(?:x(\d+))?(?:s(\d+))?((?:w\d+)*)", text)
     if found is None:
         raise typer.BadParameter(f"--config: got {text}, needs one such as n8m1k2b4c1, n8m1k2b4c1s5, n48m3k1b2c1w32w40")
-    *numbers, limit, widths = found.groups()
+    *numbers, cluster_k, limit, widths = found.groups()
     token_tile, *others = map(int, numbers)
     widths = (*map(int, widths.split("w")[1:]), token_tile)
-    return with_most_stages(widths, *others, *([int(limit)] if limit else []))
+    return with_most_stages(widths, *others, int(limit or 64), int(cluster_k or 1))
 
 
 def with_more(launches: tuple[Launch, ...], steps: tuple[str, ...]) -> tuple[Launch, ...]:
@@ -78,15 +80,16 @@ def calls_made_of(target: Target, config: Any, steps: tuple[str, ...]) -> Iterat
         made = program.build(p, card)
         return dataclasses.replace(made, launches=with_more(made.launches, steps)) if steps else made
 
-    chosen = program.best_config
+    chosen, fitted = program.best_config, getattr(program, "fitted", None)
     targets.TARGETS[target.name] = dataclasses.replace(target, program=build)
     if config is not None:
         program.best_config = lambda *_: config
+        program.fitted = lambda config, *_: config  # of sm_90a
     try:
         yield
     finally:
         targets.TARGETS[target.name] = target
-        program.best_config = chosen
+        program.best_config, program.fitted = chosen, fitted
 
 
 def main(

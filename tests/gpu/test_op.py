@@ -138,6 +138,7 @@ def _configs(precision):
 def test_every_config(poison, monkeypatch, config, tokens, precision):
     """Whatever would be chosen; experts have several tiles or few rows, stages a rest, CTAs several units."""
     monkeypatch.setattr(program, "best_config", lambda *_: config)
+    monkeypatch.setattr(program, "fitted", lambda config, *_: config, raising=False)  # sm_90a's
     case = helpers.make_case(tokens, tokens=tokens, hidden=528, intermediate=304, num_experts=24, top_k=4,
                              precision=precision)  # fmt: skip
     poison(1)
