@@ -7,10 +7,11 @@ Method. A chain of calls in one jitted program, recorded into a command buffer (
 the time of one call is the median time of the program over its length. torch and humming run the same chain as a CUDA
 graph. Weights, tokens and routings are random.
 
-The floor is max(bytes of the touched experts' NVFP4 weights / bytes a second, FLOP / FLOP a second). On Hopper these
-are 4.46 TB/s and 791 TFLOP/s, what an H200 of this project was measured to read and to multiply. On Blackwell they are
-a B200's on paper, measured by others or not at all: 7.2 TB/s; 5.7 PFLOP/s for w4a4, 2.25 for all else. A bf16 peer
-reads 3.56 times the bytes; its ratio is to the same floor.
+The floor is max(bytes of the touched experts' NVFP4 weights / bytes a second, FLOP / FLOP a second), both of this card
+(jax_moe/cli/floor.py): of an H200 4.46 TB/s and 791 TFLOP/s, as measured on one of this project; of a B200 on paper,
+measured by others or not at all, 7.2 TB/s, and 5.7 PFLOP/s for w4a4, 2.25 for all else; of any other card
+what it reads and multiplies in this run. A bf16 peer reads 3.56 times the bytes; its ratio is to
+the same floor.
 
 Peers: `torch` (bf16 `torch._grouped_mm` with sort, activation and combine), `ragged_dot` (the same in JAX) and
 `humming` (humming-kernels' two NVFP4 GEMMs alone, without sort, activation and combine). Peers multiply without biases
@@ -29,12 +30,6 @@ import sys
 from typing import Annotated
 
 import typer
-
-FLOORS = {
-    "sm_90a": (4.46e12, {"w4a16": 791e12, "w4a4": 791e12}),
-    "sm_100f": (7.2e12, {"w4a16": 2.25e15, "w4a4": 5.7e15}),
-}
-"""By target: bytes and, by precision, FLOP a second."""
 
 PEERS = ("ragged_dot", "torch", "humming")
 CHAIN = {"ragged_dot": 2}  # its dense lowering takes half a second a call for many tokens
@@ -152,6 +147,7 @@ def _row(make, model: str, method: str, count: int, repeats: int) -> dict:
     row = {
         "tokens": count, "seconds": seconds, "touched_experts": chain.touched, "floor_seconds": floor,
         "ratio": seconds / floor, "weight_bytes_per_second": weights / seconds, "flop_per_second": flop / seconds,
+        "floor_source": ceilings().source,
     }  # fmt: skip
     if chain.start_eagerly is not None and count <= 8:  # with more tokens the GPU's queue fills up, and the host waits
         longer = make(count, 4 * length)
@@ -171,20 +167,19 @@ def _eager_host_seconds(chain, longer, repeats: int) -> float:
 
 def floor_seconds(shape, count: int, touched: float, precision: str) -> float:
     """What the hardware takes at least for so many tokens that touch so many experts; see the module's text."""
-    bytes_per_second, flop_per_second = FLOORS.get(target_name(), FLOORS["sm_90a"])
-    return max(
-        touched * shape.weight_bytes_per_expert / bytes_per_second, shape.flops(count) / flop_per_second[precision]
-    )
+    from jax_moe.cli import floor
+
+    return floor.layer_seconds(shape, count, touched, ceilings(), precision)
 
 
-def target_name() -> str:
-    """The target of the default device's GPU; "" without one."""
-    import jax
-
+def ceilings():
+    """Of the default device; without a GPU those of an H200."""
+    from jax_moe.cli import floor
     from jax_moe.kernels import targets
 
-    device = jax.devices()[0]
-    return targets.for_device(device).name if device.platform == "gpu" else ""
+    found = floor.at_hand() or targets.TARGETS["sm_90a"].cards[0].ceilings
+    assert found is not None
+    return found
 
 
 def environment() -> dict:

@@ -17,14 +17,14 @@ import json
 import pathlib
 from typing import Annotated, Any
 
-from gpu_op import environment, FLOORS, target_name
+from gpu_op import ceilings, environment
 import jax
 import jax.numpy as jnp
 import numpy as np
 import typer
 
 import jax_moe
-from jax_moe.cli import options, timing
+from jax_moe.cli import floor, options, timing
 from jax_moe.cli.compile import product_of
 from jax_moe.kernels import cache, lowering
 from jax_moe.problem import Precision
@@ -59,10 +59,9 @@ class Case:
         chosen = order[..., : self.top_k].reshape(length, -1)
         return np.stack([np.bincount(call, minlength=self.groups) for call in chosen]).astype(np.int32)
 
-    def floor_seconds(self, touched: float, precision: str) -> float:
-        bytes_per_second, flop_per_second = FLOORS.get(target_name(), FLOORS["sm_90a"])
+    def floor_seconds(self, touched: float, precision: Precision) -> float:
         matrix = self.in_features * self.out_features
-        return max(touched * matrix * 4.5 / 8 / bytes_per_second, 2 * self.rows * matrix / flop_per_second[precision])
+        return floor.seconds(touched * matrix * 4.5 / 8, 2 * self.rows * matrix, ceilings(), precision)
 
 
 def random_weights(case: Case) -> jax_moe.Projection:

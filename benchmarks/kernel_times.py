@@ -5,9 +5,9 @@
 
 A call is a list of launches, and the handler takes any list. So a step is timed in the call that it belongs to: the
 call with a few more launches of it, minus the call as it is, divided by their number. A GEMM counts its units of work
-in words that the sort sets to zero, so the sort goes before each further one, and its own time is taken off. All else
-is as in gpu_op.py. Configs in `program.CONFIGS` are right (tests/gpu/test_op.py); others are only timed. On
-sm_100f there are no others.
+in words that the sort sets to zero, so the sort goes before each further one, and its own time is taken off. A call of
+few routes may have no sort: what is under its name then is noise. All else is as in gpu_op.py. Configs in
+`program.CONFIGS` are right (tests/gpu/test_op.py); others are only timed. On sm_100f there are no others.
 """
 
 from collections.abc import Iterator
@@ -43,9 +43,7 @@ def program_of(target: Target) -> Any:
 
 
 def config_named(text: str, target: Target) -> Any:
-    """A config by name, of sm_90a any: n8m1k2b4c1; n8m1k2b4c1x2, in clusters of 2; n8m1k2b4c1s5, with at most 5 stages;
-    n48m3k1b2c1w32w40, with other widths.
-    """
+    """A config by name, of sm_90a any: n8m1k2b4c1, with a limit of stages n8m1k2b4c1s5, or widths n48m3k1b2c1w32w40."""
     configs = program_of(target).CONFIGS
     configs = list(itertools.chain(*configs.values())) if isinstance(configs, dict) else list(configs)
     if target.name != "sm_90a":
@@ -53,18 +51,21 @@ def config_named(text: str, target: Target) -> Any:
         if text not in known:
             raise typer.BadParameter(f"--config: got {text}, needs one of {', '.join(known)}")
         return known[text]
-    found = re.fullmatch(r"n(\d+)m(\d+)k(\d+)b(\d+)c(\d+)(?:x(\d+))?(?:s(\d+))?((?:w\d+)*)", text)
+    found = re.fullmatch(r"n(\d+)m(\d+)k(\d+)b(\d+)c(\d+)(?:s(\d+))?((?:w\d+)*)", text)
     if found is None:
         raise typer.BadParameter(f"--config: got {text}, needs one such as n8m1k2b4c1, n8m1k2b4c1s5, n48m3k1b2c1w32w40")
-    *numbers, cluster_k, limit, widths = found.groups()
+    *numbers, limit, widths = found.groups()
     token_tile, *others = map(int, numbers)
     widths = (*map(int, widths.split("w")[1:]), token_tile)
-    return with_most_stages(widths, *others, int(limit or 64), int(cluster_k or 1))
+    return with_most_stages(widths, *others, *([int(limit)] if limit else []))
 
 
 def with_more(launches: tuple[Launch, ...], steps: tuple[str, ...]) -> tuple[Launch, ...]:
-    """The list with ``steps`` again, so many times, behind the last of them."""
+    """The list with ``steps``, those that it has, again so many times, behind the last of them."""
     names = [launch.name for launch in launches]
+    steps = tuple(step for step in steps if step in names)
+    if not steps:
+        return launches
     place = names.index(steps[-1]) + 1
     again = [launches[names.index(step)] for step in steps]
     more = [dataclasses.replace(launch, name=f"{launch.name}_{i}") for i in range(_MORE) for launch in again]
@@ -80,16 +81,15 @@ def calls_made_of(target: Target, config: Any, steps: tuple[str, ...]) -> Iterat
         made = program.build(p, card)
         return dataclasses.replace(made, launches=with_more(made.launches, steps)) if steps else made
 
-    chosen, fitted = program.best_config, getattr(program, "fitted", None)
+    chosen = program.best_config
     targets.TARGETS[target.name] = dataclasses.replace(target, program=build)
     if config is not None:
         program.best_config = lambda *_: config
-        program.fitted = lambda config, *_: config  # of sm_90a
     try:
         yield
     finally:
         targets.TARGETS[target.name] = target
-        program.best_config, program.fitted = chosen, fitted
+        program.best_config = chosen
 
 
 def main(

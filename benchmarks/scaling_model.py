@@ -28,12 +28,13 @@ from typing import Annotated
 
 import exchange_model
 from exchange_model import Layer, Link, table
-import gpu_op
 import numpy as np
 import scipy.optimize
 import typer
 
 from jax_moe import shapes
+from jax_moe.cli import floor
+from jax_moe.kernels import targets
 
 MODELS = shapes.MODELS | {"deepseek-r1": shapes.LayerShape(256, 8, 7168, 2048)}
 ONE = "one GPU"
@@ -200,7 +201,7 @@ class Place:
       name: for the table.
       sizes: numbers of GPUs.
       per_host: how many share NVLink.
-      card: of gpu_op.FLOORS; None: that of the file.
+      card: the target whose first card it is; None: that of the file.
       link: NVLink's; None: the constants of the file.
       between: a GPU's network card.
     """
@@ -245,9 +246,9 @@ def expected(place: Place, n: int, tokens: int, form: str, precision: str, sum_d
 
 
 def _floor(shape: shapes.LayerShape, tokens: int, precision: str, card: str) -> float:
-    bytes_per_second, flop_per_second = gpu_op.FLOORS[card]
-    weights = shape.touched_experts(tokens) * shape.weight_bytes_per_expert
-    return max(weights / bytes_per_second, shape.flops(tokens) / flop_per_second[precision])
+    ceilings = targets.TARGETS[card].cards[0].ceilings
+    assert ceilings is not None
+    return floor.layer_seconds(shape, tokens, shape.touched_experts(tokens), ceilings, precision)
 
 
 def expectations(document: dict, tokens_per_gpu: tuple[int, ...] = (1, 16, 128, 1024)) -> Iterator[str]:

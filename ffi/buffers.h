@@ -73,6 +73,15 @@ class Operands {
 
 using Results = std::array<std::optional<ffi::AnyBuffer>, kMostResults>;  // those that the call has, then none
 
+// Size 1 of a matrix whose exact shape is checked later.
+inline ffi::Error GetColumns(std::string_view name, const ffi::AnyBuffer& buffer, int64_t* columns) {
+  if (buffer.dimensions().size() != 2) {
+    return Refuse(std::string(name) + ": got " + Describe(buffer) + ", needs 2 dimensions");
+  }
+  *columns = buffer.dimensions()[1];
+  return ffi::Error::Success();
+}
+
 // `needed` results, of which a refusal says that they are `what`.
 inline ffi::Error GetResults(const ffi::RemainingRets& rets, size_t needed, std::string_view what, Results* results) {
   if (rets.size() != needed || needed > kMostResults) {

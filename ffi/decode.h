@@ -12,6 +12,7 @@
 
 #include "buffers.h"
 #include "checks.h"
+#include "decode_parcels.h"
 #include "problem.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -54,22 +55,24 @@ inline constexpr std::string_view kOperandNames[kNumOperands] = {
 };
 
 inline ffi::Error DecodeOptions(const Attributes& attributes, Options* options) {
-  struct Rounding {
+  struct Form {
     Precision precision;
-    bool x_is_rounded;
-  } rounding;
-  JAX_MOE_TRY(attributes.GetChoice<Rounding>("precision",
-                                             {{"w4a16", {Precision::kW4A16, false}},
-                                              {"w4a4", {Precision::kW4A4, false}},
-                                              {"w4a4_rounded_x", {Precision::kW4A4, true}}},
-                                             &rounding));
-  options->precision = rounding.precision;
-  options->x_is_rounded = rounding.x_is_rounded;
+    bool is_rounded, is_parcels;
+  } x;
+  JAX_MOE_TRY(attributes.GetChoice<Form>("precision",
+                                         {{"w4a16", {Precision::kW4A16, false, false}},
+                                          {"w4a4", {Precision::kW4A4, false, false}},
+                                          {"w4a4_rounded_x", {Precision::kW4A4, true, false}},
+                                          {"w4a4_parcels", {Precision::kW4A4, false, true}}},
+                                         &x));
+  options->precision = x.precision;
+  options->x_is_rounded = x.is_rounded;
+  options->x_is_parcels = x.is_parcels;
   JAX_MOE_TRY(attributes.GetChoice<Combine>("combine", {{"atomic", Combine::kAtomic}, {"ordered", Combine::kOrdered}},
                                             &options->combine));
   JAX_MOE_TRY(attributes.GetChoice<WeightOn>("weight_on", {{"output", WeightOn::kOutput}, {"input", WeightOn::kInput}},
                                              &options->weight_on));
-  if (options->x_is_rounded && options->weight_on == WeightOn::kInput) {
+  if ((x.is_rounded || x.is_parcels) && options->weight_on == WeightOn::kInput) {
     return attributes.Refuse("weight_on", "got 'input': a weighted x is rounded by the call (precision = 'w4a4')");
   }
   JAX_MOE_TRY(attributes.GetChoice<Activation>("activation",
@@ -92,11 +95,16 @@ inline ffi::Error DecodeProblem(const Operands& operands, const Results& results
   p.num_parts = p.activation == Activation::kReLU2 ? 1 : 2;
   p.intermediate_size = intermediate_size;
   JAX_MOE_TRY(operands.GetSize(kX, 2, 0, &p.num_tokens));
-  JAX_MOE_TRY(operands.GetSize(kX, 2, 1, &p.hidden_size));
+  if (p.x_is_parcels) {  // whose width is checked against these sizes
+    JAX_MOE_TRY(GetColumns("out", *results[0], &p.hidden_size));
+  } else {
+    JAX_MOE_TRY(operands.GetSize(kX, 2, 1, &p.hidden_size));
+  }
   JAX_MOE_TRY(operands.GetSize(kExpertIds, 2, 1, &p.top_k));
   JAX_MOE_TRY(operands.GetSize(kDownGlobalScale, 1, 0, &p.local_experts));
   JAX_MOE_TRY(CheckSize("tokens (axis 0 of x)", p.num_tokens, 0, 1));
-  JAX_MOE_TRY(CheckSize("hidden size (axis 1 of x)", p.hidden_size, 16, 16));
+  JAX_MOE_TRY(
+      CheckSize(p.x_is_parcels ? "hidden size (axis 1 of out)" : "hidden size (axis 1 of x)", p.hidden_size, 16, 16));
   JAX_MOE_TRY(CheckSize("experts per token (axis 1 of expert_ids)", p.top_k, 1, 1));
   JAX_MOE_TRY(CheckSize("local experts (axis 0 of down.global_scale)", p.local_experts, 1, 1));
   JAX_MOE_TRY(CheckSize("intermediate size", p.intermediate_size, 16, 16));
@@ -108,7 +116,14 @@ inline ffi::Error DecodeProblem(const Operands& operands, const Results& results
 
   const int64_t tokens = p.num_tokens, k = p.top_k, experts = p.local_experts, parts = p.num_parts;
   const int64_t hidden = p.hidden_size, intermediate = p.intermediate_size;
-  JAX_MOE_TRY(operands.GetData(kX, ffi::BF16, {tokens, hidden}, &p.x));
+  if (p.x_is_parcels) {
+    int64_t bytes = 0;
+    JAX_MOE_TRY(GetParcelBytes(k, hidden, &bytes));
+    const uint8_t* parcels = nullptr;  // on a CPU there is no such call
+    JAX_MOE_TRY(operands.GetData(kX, ffi::U8, {tokens, bytes}, &parcels));
+  } else {
+    JAX_MOE_TRY(operands.GetData(kX, ffi::BF16, {tokens, hidden}, &p.x));
+  }
   JAX_MOE_TRY(operands.GetData(kExpertIds, ffi::S32, {tokens, k}, &p.expert_ids));
   JAX_MOE_TRY(operands.GetData(kRoutingWeights, ffi::F32, {tokens, k}, &p.routing_weights));
   JAX_MOE_TRY(operands.GetData(kExpertOffset, ffi::S32, {}, &p.expert_offset));

@@ -65,8 +65,7 @@ inline ffi::Error DecodeProduct(const Operands& operands, const Results& results
   }
   // Any output that has two axes and one of the types; its exact shape is checked against them.
   const ffi::AnyBuffer& out = *results[0];
-  if (out.dimensions().size() != 2) return Refuse("out: got " + Describe(out) + ", needs 2 dimensions");
-  p.out_features = out.dimensions()[1];
+  JAX_MOE_TRY(GetColumns("out", out, &p.out_features));
   JAX_MOE_TRY(CheckSize("out_features (axis 1 of out)", p.out_features, 16, 16));
   p.out_bytes = out.element_type() == ffi::BF16 ? 2 : 4;
 

@@ -1,7 +1,8 @@
 // One call as both handlers see it: options, sizes and where the operands are.
 //
 // Nothing here depends on XLA or on a platform (the pointers are host or device pointers, as the platform has it);
-// decode.h fills a Problem from a call frame, and decode_product.h a Product; they check every size on the way.
+// decode.h fills a Problem from a call frame, decode_product.h a Product and decode_parcels.h Parcels; they check every
+// size on the way.
 
 #ifndef JAX_MOE_PROBLEM_H_
 #define JAX_MOE_PROBLEM_H_
@@ -23,6 +24,7 @@ struct Options {
   Activation activation;
   float alpha, beta, limit;  // of the activation; see jax_moe/activations.py
   bool x_is_rounded;         // w4a4: x is code * block scale already, without the global scale
+  bool x_is_parcels;         // w4a4: x is u8 parcels of the tokens (decode_parcels.h)
 };
 
 // What the shapes of its operands and results say.
@@ -49,7 +51,7 @@ struct Projection {
 };
 
 struct Problem : Options, Sizes {
-  const uint16_t* x;             // bf16 [T, H]
+  const uint16_t* x;             // bf16 [T, H]; null where it is parcels
   const int32_t* expert_ids;     // [T, K]
   const float* routing_weights;  // [T, K]
   const int32_t* expert_offset;  // []
@@ -81,6 +83,13 @@ struct Product : ProductSizes {
   const int32_t* group_offset;  // []
   Projection weights;           // of lead [G]; input_scale [G]
   void* out;                    // bf16 or f32 [T, N]
+};
+
+// What the shapes of the operands and the result of a call that makes parcels say.
+struct ParcelSizes {
+  int64_t num_tokens;   // T
+  int64_t top_k;        // K
+  int64_t hidden_size;  // H
 };
 
 }  // namespace jax_moe

@@ -7,6 +7,7 @@ dequantised at a time, and only for routes that are there: about 2 (forward) or 
 the op, in float32.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -37,7 +38,9 @@ def jvp(primals, tangents, *, problem: Problem):
     _refuse_others(tangents, (_X, _WEIGHTS))
     y = primitive.fused_moe_p.bind(*primals, problem=problem)
     linear = [ad.instantiate_zeros(tangents[i]) for i in (_X, _WEIGHTS)]
-    return y, derivative_p.bind(*primals, *linear, problem=problem, transposed=False)[0]
+    problem = dataclasses.replace(problem, has_parcels=False)
+    given = primals[: problem.num_operands]
+    return y, derivative_p.bind(*given, *linear, problem=problem, transposed=False)[0]
 
 
 def _refuse_others(tangents, active) -> None:

@@ -9,7 +9,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jax_moe import nvfp4
+from jax_moe import parcels, parcels_primitive
+from jax_moe.routing import Routing
 
 Axes = tuple[str, ...]
 
@@ -19,32 +20,44 @@ def gather(tree, axes: Axes):
     return jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, axes, tiled=True), tree)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def gather_rounded(x: jax.Array, input_scale: jax.Array, axes: Axes) -> jax.Array:
-    """The rows of all devices as w4a4 multiplies them: bfloat16 code * block scale, exactly.
+def gather_parcels(
+    x: jax.Array, routing: Routing, input_scale: jax.Array, axes: Axes, *, layout: str, command_buffer: bool
+) -> tuple[jax.Array, Routing, jax.Array]:
+    """The tokens of all devices as w4a4 multiplies them, and their routing, by one collective.
 
-    Each device rounds its own rows, and 9 bytes for 16 values travel instead of 32. The global scale is the same
+    Each device rounds its own tokens, and 9 bytes for 16 values travel instead of 32. The global scale is the same
     everywhere, so the bits are those of rounding behind the gather.
 
     Args:
       x: bfloat16 ``[t, H]``.
+      routing: of these tokens.
       input_scale: float32 scalar, the global scale of x.
       axes: over which ``n`` devices.
+      layout, command_buffer: as :func:`parcels_primitive.make` takes them.
 
     Returns:
-      bfloat16 ``[n*t, H]``. Its tangent is defined as that of the gathered x (``Problem.x_is_rounded``).
+      bfloat16 ``[n*t, H]``, code * block scale, exactly; the routing of these tokens; and both as the parcels in which
+      they came. XLA leaves out what a call does not use. The tangents of the first two are defined as those of what was
+      gathered (``Problem.x_is_rounded``).
     """
-    payload, block_scale = nvfp4.quantize(x, input_scale)
-    scale_bytes = jax.lax.bitcast_convert_type(block_scale, jnp.uint8)
-    rows = gather(jnp.concatenate([payload, scale_bytes], axis=-1), axes)  # one collective, not two
-    payload, scale_bytes = jnp.split(rows, [payload.shape[-1]], axis=-1)
-    block_scale = jax.lax.bitcast_convert_type(scale_bytes, jnp.float8_e4m3fn)
-    return nvfp4.dequantize(payload, block_scale, dtype=jnp.bfloat16)
+    made = parcels_primitive.make(x, routing, input_scale, layout=layout, command_buffer=command_buffer)
+    gathered = gather(made, axes)
+    expert_ids = parcels.routing_of(gathered, routing.expert_ids.shape[1]).expert_ids
+    rounded, weights = _contents(x, routing.weights, gathered, axes)
+    return rounded, Routing(expert_ids=expert_ids, weights=weights), gathered
 
 
-@gather_rounded.defjvp
-def _gather_rounded_jvp(axes: Axes, primals, tangents):
-    return gather_rounded(*primals, axes), gather(tangents[0], axes)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _contents(x: jax.Array, weights: jax.Array, gathered: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
+    """What is in ``gathered`` parcels, which x and weights of this device went into."""
+    del axes
+    top_k = weights.shape[1]
+    return parcels.x_of(gathered, top_k, x.shape[1]), parcels.routing_of(gathered, top_k).weights
+
+
+@_contents.defjvp
+def _contents_jvp(axes: Axes, primals, tangents):
+    return _contents(*primals, axes), gather(tangents[:2], axes)
 
 
 def add_up(partial: jax.Array, *, scattered: Axes, summed: Axes) -> jax.Array:

@@ -13,6 +13,8 @@ from jax_moe import settings
 
 __all__ = [
     "NO_CAPTURE_TARGET",
+    "PARCELS_NO_CAPTURE_TARGET",
+    "PARCELS_TARGET",
     "PRODUCT_NO_CAPTURE_TARGET",
     "PRODUCT_TARGET",
     "TARGET",
@@ -27,6 +29,9 @@ TARGET = "jax_moe_fused_moe_v2"
 PRODUCT_TARGET = "jax_moe_ragged_dot_v1"
 """Target of ``ragged_dot``'s custom call."""
 
+PARCELS_TARGET = "jax_moe_parcels_v1"
+"""Target of the custom call that makes parcels (``parcels.py``; GPU only)."""
+
 _V1_TARGET = "jax_moe_fused_moe_v1"
 """On a CPU the same call; on a GPU refused: the kernels' attributes were others."""
 
@@ -35,6 +40,9 @@ NO_CAPTURE_TARGET = TARGET + "_no_capture"
 
 PRODUCT_NO_CAPTURE_TARGET = PRODUCT_TARGET + "_no_capture"
 """The same of ``ragged_dot``."""
+
+PARCELS_NO_CAPTURE_TARGET = PARCELS_TARGET + "_no_capture"
+"""The same of parcels."""
 
 
 def library_path() -> pathlib.Path:
@@ -95,6 +103,7 @@ def register() -> None:
         TARGET: "JaxMoeFusedMoeCudaInstantiate",
         _V1_TARGET: "JaxMoeFusedMoeCudaV1Instantiate",
         PRODUCT_TARGET: "JaxMoeRaggedDotCudaInstantiate",
+        PARCELS_TARGET: "JaxMoeParcelsCudaInstantiate",
     }
     for suffix, execute in (("", "JaxMoeCuda"), ("_no_capture", "JaxMoeCudaNoCapture")):
         for target, symbol in instantiate.items():
@@ -131,8 +140,9 @@ def export_checks() -> list[jax.export.DisabledSafetyCheck]:
     ``jax.export`` refuses custom calls whose stability nobody vouches for; we do, by versioning the target. A program
     is exported for one platform, whose layout its experts have (:func:`jax_moe.prepare`).
     """
-    targets = (TARGET, NO_CAPTURE_TARGET, PRODUCT_TARGET, PRODUCT_NO_CAPTURE_TARGET)
-    return [jax.export.DisabledSafetyCheck.custom_call(target) for target in targets]
+    targets = (TARGET, PRODUCT_TARGET, PARCELS_TARGET)
+    no_capture = (NO_CAPTURE_TARGET, PRODUCT_NO_CAPTURE_TARGET, PARCELS_NO_CAPTURE_TARGET)
+    return [jax.export.DisabledSafetyCheck.custom_call(target) for target in (*targets, *no_capture)]
 
 
 class Counters(NamedTuple):

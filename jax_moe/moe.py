@@ -1,5 +1,6 @@
 """``fused_moe``: the op and its operands."""
 
+import dataclasses
 import functools
 
 import jax
@@ -82,13 +83,20 @@ def fused_moe(
     return bind(problem, x, experts, routing, expert_offset)
 
 
-def bind(problem: Problem, x: jax.Array, experts: Experts, routing: Routing, expert_offset) -> jax.Array:
-    """The op on arguments that were checked: what :func:`fused_moe` returns for them."""
+def bind(
+    problem: Problem, x: jax.Array, experts: Experts, routing: Routing, expert_offset, parcels: jax.Array | None = None
+) -> jax.Array:
+    """The op on arguments that were checked: what :func:`fused_moe` returns for them.
+
+    ``parcels``: those that x and the routing came in (``exchange.gather_parcels``).
+    """
     flat_x, flat = check.flatten(x, routing)
     weights = expert_operands(experts)
     for name in ("gate_up.payload", "down.payload"):
         weights[name] = nvfp4.payload_bytes(weights[name])
-    given = (flat_x, flat.expert_ids, flat.weights, jnp.asarray(expert_offset, jnp.int32), *weights.values())
+    if parcels is not None:
+        problem = dataclasses.replace(problem, x_is_rounded=True, has_parcels=True)
+    given = (flat_x, flat.expert_ids, flat.weights, jnp.asarray(expert_offset, jnp.int32), *weights.values(), parcels)
     operands = custom_call.vary_alike(*(jnp.asarray(operand) for operand in given if operand is not None))
     return primitive.fused_moe_p.bind(*operands, problem=problem).reshape(x.shape)
 

@@ -40,6 +40,8 @@ class Problem(Options):
       layout: of the experts.
       absent: the optional operands that are not given (``operands.py``).
       x_is_rounded: x has gone through what w4a4 does to it: it is code * block scale, without the global scale.
+      has_parcels: the parcels that it came in (``parcels.py``) are an operand too, behind all others. On a GPU the
+        custom call takes them in the place of x.
     """
 
     op: ClassVar[str] = "fused_moe"
@@ -57,6 +59,7 @@ class Problem(Options):
     layout: str
     absent: tuple[str, ...]
     x_is_rounded: bool = False
+    has_parcels: bool = False
 
     @property
     def num_routes(self) -> int:
@@ -65,7 +68,7 @@ class Problem(Options):
 
     @property
     def num_operands(self) -> int:
-        """Those of the call that are given."""
+        """Those of ``operand_names`` that are given."""
         return len(self.operand_names) - len(self.absent)
 
     @property
@@ -80,8 +83,9 @@ class Problem(Options):
         """The custom call's attributes, as the handlers' ``ffi/decode.h`` decodes them."""
         alpha, beta, limit = activations.parameters(self.activation)
         return {
-            # A value of its own, because a library from before it would ignore an attribute, and round x again.
-            "precision": self.precision + ("_rounded_x" if self.x_is_rounded else ""),
+            # Values of their own, because a library from before them would ignore an attribute, and round x again.
+            "precision": self.precision
+            + ("_parcels" if self.has_parcels else "_rounded_x" if self.x_is_rounded else ""),
             "combine": self.combine,
             "weight_on": self.weight_on,
             "activation": self.activation.kind,

@@ -7,10 +7,10 @@ import jax.core
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jax_moe import activations, arguments, check, eager, exchange, layouts, moe, placement
+from jax_moe import activations, arguments, check, eager, exchange, moe, parcels, placement
 from jax_moe.experts import Experts
 from jax_moe.placement import Axis
-from jax_moe.problem import Combine, Options, OUT_DTYPES, Precision, Problem, WeightOn
+from jax_moe.problem import Combine, Options, OUT_DTYPES, Precision, WeightOn
 from jax_moe.routing import Routing
 
 
@@ -97,18 +97,20 @@ def sharded_moe(
         if problem.num_tokens == 0:  # XLA gathers nothing of no elements
             return x.astype(out_dtype)
         x, routing = check.flatten(x, routing)
-        is_rounded = bool(gathered) and _takes_rounded_x(problem)
-        if gathered:
-            routing = exchange.gather(routing, gathered)
-            scale = experts.gate_up.input_scale
-            x = exchange.gather_rounded(x, scale, gathered) if is_rounded else exchange.gather(x, gathered)
+        received = None
+        if gathered and parcels.are_taken(problem):
+            x, routing, received = exchange.gather_parcels(
+                x, routing, experts.gate_up.input_scale, gathered, layout=problem.layout, command_buffer=command_buffer
+            )
+        elif gathered:
+            x, routing = exchange.gather((x, routing), gathered)
         offset = jax.lax.axis_index(expert_axes) * experts.down.global_scale.shape[0] if expert_axes else 0
         if tensor_axes:
             experts = _bias_on_first(experts, jax.lax.axis_index(tensor_axes) == 0)
         is_part = placement.axes_size(mesh, reduced) > 1
         partial = dataclasses.replace(options, out_dtype=sum_dtype) if is_part else options
         local = check.check(x, experts, routing, partial, expert_offset=offset, num_experts=problem.local_experts)
-        y = moe.bind(dataclasses.replace(local, x_is_rounded=is_rounded), x, experts, routing, offset)
+        y = moe.bind(local, x, experts, routing, offset, received)
         y = exchange.add_up(y, scattered=gathered, summed=summed)
         return y.reshape(local_shape).astype(out_dtype)
 
@@ -138,12 +140,6 @@ def _spread_tokens(
         if size % placement.axes_size(mesh, data_axes) == 0:
             return tuple(data_axes or None if axis == place else None for axis in range(len(leading)))
     return None
-
-
-def _takes_rounded_x(problem: Problem) -> bool:
-    """Whether the local op can be given x as w4a4 rounds it. What is weighted on the way in is rounded after that."""
-    takes = problem.precision == "w4a4" and problem.weight_on == "output"
-    return takes and layouts.get(problem.layout).takes_rounded_x
 
 
 def _bias_on_first(experts: Experts, is_first: jax.Array) -> Experts:

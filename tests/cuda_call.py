@@ -11,9 +11,8 @@ from jax_moe import activations
 from jax_moe.kernels import cache, lowering, specs
 from jax_moe.kernels.compiler import CompiledKernel
 from jax_moe.kernels.target import Program
-from jax_moe.operands import OPERANDS
+from jax_moe.parcels import Parcels
 from jax_moe.problem import Problem
-from jax_moe.product import problem as grouped
 from jax_moe.product.problem import Product
 
 
@@ -43,7 +42,7 @@ def problem(*, biases=(False, False), **changes) -> Problem:
 
 
 def product(*, bias=False, **changes) -> Product:
-    """A grouped product on Hopper."""
+    """A grouped product; on Hopper, if no layout says otherwise."""
     absent = ["weights.block_scale"] + ["weights.input_scale"] * (changes.get("precision", "w4a16") == "w4a16")
     original = Product(
         precision="w4a16", out_dtype=jnp.dtype(jnp.bfloat16), command_buffer=True, num_rows=40, num_groups=16,
@@ -53,18 +52,18 @@ def product(*, bias=False, **changes) -> Product:
     return dataclasses.replace(original, **changes)
 
 
-def program(call: Problem | Product) -> Program:
+def program(call: Problem | Product | Parcels) -> Program:
     """What a call launches."""
     return lowering._planned(call)[2]
 
 
-def kernels_of(call: Problem | Product):
+def kernels_of(call: Problem | Product | Parcels):
     """The attribute ``kernels`` of a call, and its workspaces."""
     lowered = lowering.cuda_call(call)
     return lowered.attributes["kernels"], lowered.workspaces
 
 
-def arguments(call: Problem | Product, step: str) -> dict[str, str]:
+def arguments(call: Problem | Product | Parcels, step: str) -> dict[str, str]:
     """What a kernel is launched with, by the name of the parameter: a buffer's name, a number or "null"."""
     made = program(call)
     (launch,) = (launch for launch in made.launches if launch.name == step)
@@ -72,7 +71,7 @@ def arguments(call: Problem | Product, step: str) -> dict[str, str]:
 
     def named(argument: str) -> str:
         kind, _, value = argument.partition(":")
-        buffers = {"operand": grouped.OPERANDS if isinstance(call, Product) else OPERANDS, "result": results}
+        buffers = {"operand": call.operand_names, "result": results}
         return buffers[kind][int(value)] if kind in buffers else value or kind
 
     given = kernels_of(call)[0][step]["arguments"].split()

@@ -8,12 +8,13 @@ import compiled_once
 import emulator
 from emulator import Array, Launch, Memory
 from helpers import Case
+import jax
 import jax.numpy as jnp
 import numpy as np
 from product_cases import ProductCase
 
 import jax_moe
-from jax_moe import check, nvfp4
+from jax_moe import check, nvfp4, parcels, parcels_primitive
 from jax_moe.kernels import targets
 from jax_moe.kernels.sm100 import program as sm100_program
 from jax_moe.kernels.specs import Spec
@@ -54,7 +55,7 @@ class Call:
                 Launch(
                     (kernels or {}).get(launch.name, kernel), launch.grid,
                     [self.arrays[value] if isinstance(value, str) else value for value in given],
-                    launch.spec.threads, launch.spec.cluster, shared_bytes, launch.spec.overlap,
+                    launch.spec.threads, launch.spec.cluster, shared_bytes, self.program.overlaps(launch),
                     getattr(getattr(launch.spec, "config", None), "ctas_per_sm", None),
                 )
             )  # fmt: skip
@@ -63,10 +64,12 @@ class Call:
         return self.arrays["out"].read()
 
 
-def prepare(case: Case, target: str, *, multiprocessors: int = 3, config: Any = None, **options: Any) -> Call:
+def prepare(
+    case: Case, target: str, *, multiprocessors: int = 3, config: Any = None, travels: bool = False, **options: Any
+) -> Call:
     """The call that ``case`` is on a GPU with so many multiprocessors, its weights prepared for ``target``.
 
-    ``config``: of sm_100f, instead of the one that the program would choose.
+    ``config``: of sm_100f, instead of the one that the program would choose. ``travels``: it is given parcels.
     """
     options = {"activation": jax_moe.SwiGLU(), "precision": "w4a16"} | case.options | options
     offset, num_experts = options.pop("expert_offset", 0), options.pop("num_experts", None)
@@ -75,6 +78,8 @@ def prepare(case: Case, target: str, *, multiprocessors: int = 3, config: Any = 
     problem = check.check(
         case.x, experts, case.routing, Options(**static), expert_offset=offset, num_experts=num_experts
     )
+    if travels:
+        _, problem = parcels.of_call(problem)
     made_for, card = targets.for_call(problem.layout, problem.precision)
     assert made_for.name == target
     card = dataclasses.replace(card, multiprocessors=multiprocessors)
@@ -85,17 +90,25 @@ def prepare(case: Case, target: str, *, multiprocessors: int = 3, config: Any = 
     }  # fmt: skip
     for name in ("gate_up.payload", "down.payload"):
         operands[name] = nvfp4.payload_bytes(operands[name])
+    if travels:
+        scale = experts.gate_up.input_scale
+        make = functools.partial(parcels_primitive.make, layout=problem.layout, command_buffer=True)
+        operands["x"] = jax.jit(make)(case.x, case.routing, scale)
     return _call(problem, program, target, operands, case.x.shape)
 
 
-def prepare_product(case: ProductCase, target: str = "sm_90a", *, multiprocessors: int = 3) -> Call:
-    """The grouped product that ``case`` is on a GPU with so many multiprocessors."""
-    problem = case.problem()
+def prepare_product(case: ProductCase, target: str = "sm_90a", *, multiprocessors: int = 3, config: Any = None) -> Call:
+    """The grouped product that ``case`` is on a GPU with so many multiprocessors; ``config`` as in :func:`prepare`."""
+    layout = targets.TARGETS[target].layouts[case.precision]
+    problem = case.problem(layout)
     made_for, card = targets.for_call(problem.layout, problem.precision)
     assert made_for.name == target
     assert made_for.product is not None
-    program = made_for.product(problem, dataclasses.replace(card, multiprocessors=multiprocessors))
-    return _call(problem, program, target, case.operands(), (problem.num_rows, problem.out_features))
+    card = dataclasses.replace(card, multiprocessors=multiprocessors)
+    program = made_for.product(problem, card)
+    if config is not None:
+        program = sm100_program.product_with_config(problem, card, config)
+    return _call(problem, program, target, case.operands(layout), (problem.num_rows, problem.out_features))
 
 
 def _call(problem: Problem | Product, program: Program, target: str, operands, shape) -> Call:

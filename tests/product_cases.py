@@ -1,4 +1,4 @@
-"""Grouped products: cases, their definition in plain NumPy, and their weights as Hopper's kernels read them."""
+"""Grouped products: cases, their definition in plain NumPy, and their weights as kernels read them."""
 
 import dataclasses
 
@@ -9,10 +9,11 @@ import numpy as np
 import statement
 
 import jax_moe
-from jax_moe.experts import Projection
+from jax_moe.experts import CANONICAL, Projection
 from jax_moe.product.problem import Product
 
 LAYOUT = "wgmma_v1"
+"""Hopper's, where no other is named."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class ProductCase:
     def problem(self, layout: str = LAYOUT) -> Product:
         """All that is static about the call, of weights in that layout."""
         absent = [f"weights.{name}" for name in ("input_scale", "bias") if getattr(self.weights, name) is None]
-        if layout == LAYOUT:
+        if layout != CANONICAL:
             absent.append("weights.block_scale")
         return Product(
             precision=self.precision, out_dtype=jnp.dtype(self.out_dtype), command_buffer=True,
@@ -41,18 +42,18 @@ class ProductCase:
             in_features=self.x.shape[1], out_features=self.out_features, layout=layout, absent=tuple(absent),
         )  # fmt: skip
 
-    def operands(self) -> dict[str, jax.Array]:
-        """Those that are there, by name, with the weights packed."""
-        packed = pack(self.weights)
+    def operands(self, layout: str = LAYOUT) -> dict[str, jax.Array]:
+        """Those that are there, by name, with the weights in that layout."""
+        packed = pack(self.weights, layout)
         leaves = {f"weights.{field.name}": getattr(packed, field.name) for field in dataclasses.fields(Projection)}
         sizes, offset = jnp.asarray(self.group_sizes, jnp.int32), jnp.int32(self.group_offset)
         operands = {"x": self.x, "group_sizes": sizes, "group_offset": offset, **leaves}
         return {name: value for name, value in operands.items() if value is not None}
 
 
-def pack(weights: Projection) -> Projection:
-    """Canonical weights of lead ``[G]`` in :data:`LAYOUT`."""
-    return jax_moe.prepare(weights, LAYOUT, progress=False)
+def pack(weights: Projection, layout: str = LAYOUT) -> Projection:
+    """Canonical weights of lead ``[G]`` in that layout."""
+    return jax_moe.prepare(weights, layout, progress=False)
 
 
 def local_rows(case: ProductCase) -> list[range]:

@@ -9,7 +9,7 @@ import helpers
 import jax.numpy as jnp
 import pytest
 
-from jax_moe import activations
+from jax_moe import activations, parcels
 from jax_moe.kernels import lowering, specs, steps, tiling
 from jax_moe.kernels.targets import TARGETS
 from jax_moe.operands import OPERANDS
@@ -41,6 +41,21 @@ _ABI = [
         "gemm2": "h row_route row_weight tile_expert expert_tiles down.payload down.global_scale null down.bias out "
                  "576 4 16 5 3 4",
     }),
+    ({"num_tokens": 16}, {  # 64 routes need no sort
+        "x_rows": "x routing_weights gate_up.input_scale x_rows 16 1 36",
+        "gemm1": "x_rows expert_ids expert_offset gate_up.payload gate_up.global_scale "
+                 "gate_up.input_scale gate_up.bias down.input_scale h 576 4 16 2 9 64",
+        "gemm2": "h expert_ids expert_offset routing_weights down.payload down.global_scale down.input_scale "
+                 "down.bias contributions 576 1 16 5 3 4 64",
+        "combine": "contributions expert_ids expert_offset out 16 4 576 16",
+    }),
+    ({"num_tokens": 16, "weight_on": "input", "combine": "atomic", "precision": "w4a16"}, {
+        "x_rows": "x routing_weights null x_rows 64 4 36",
+        "gemm1": "x_rows expert_ids expert_offset gate_up.payload gate_up.global_scale null gate_up.bias "
+                 "null h 576 1 16 2 9 64",
+        "gemm2": "h expert_ids expert_offset null down.payload down.global_scale null down.bias out "
+                 "576 4 16 5 3 4 64",
+    }),
 ]  # fmt: skip
 
 
@@ -48,9 +63,39 @@ def test_operands_are_those_that_the_handlers_decode():
     assert list(OPERANDS) == _DECODED
 
 
-@pytest.mark.parametrize(("changes", "expected"), _ABI, ids=["w4a4 ordered", "weight on input"])
+def test_parcels_have_the_operands_that_the_handler_decodes():
+    decode = (pathlib.Path(__file__).parents[1] / "ffi/decode_parcels.h").read_text()
+    found = re.search(r"kParcelOperandNames\[kNumParcelOperands\] = \{(.*?)\}", decode, re.DOTALL)
+    assert list(parcels.Parcels.operand_names) == re.findall(r'"(\w+)"', found[1])
+
+
+def test_parcels_are_made_and_taken_in_the_place_of_x():
+    made, taken = parcels.of_call(cuda_call.problem(**_ALL))
+    assert [launch.name for launch in cuda_call.program(made).launches] == ["parcels"]
+    arguments = "x expert_ids routing_weights input_scale out 40 4 36"
+    assert " ".join(cuda_call.arguments(made, "parcels").values()) == arguments
+    attributes, workspaces = cuda_call.kernels_of(made)
+    assert (workspaces, attributes["adds"], attributes["weight_bytes"]) == ([], "", {})
+    assert attributes["sizes"] == {"num_tokens": 40, "top_k": 4, "hidden_size": 576}
+    assert attributes["parcels"]["grid"] == -(-40 * (40 + 4) // 256)  # 36 blocks in eights, and 4 routes
+    assert " ".join(cuda_call.arguments(taken, "x_rows").values()) == "x x_rows 40 4 36"
+    assert cuda_call.kernels_of(taken)[0]["x_rows"]["grid"] == 40 * 576 // 8 // 256 + 1
+    assert " ".join(cuda_call.arguments(taken, "gemm1").values()) == _ABI[0][1]["gemm1"]
+    assert taken.attributes()["precision"] == "w4a4_parcels"
+    assert parcels.num_bytes(4, 576) == 8 * 4 + 288 + 36 + 4
+    assert cuda_call.program(dataclasses.replace(made, num_tokens=0)).launches == ()
+
+
+def test_parcels_count_in_int32():
+    made, _ = parcels.of_call(cuda_call.problem(**_ALL | {"num_tokens": 2**26}))
+    with pytest.raises(ValueError, match="sharded_moe on parts of the tokens"):
+        lowering.cuda_call(made)
+
+
+@pytest.mark.parametrize(("changes", "expected"), _ABI, ids=["w4a4 ordered", "weight on input", "few", "few input"])
 def test_arguments_are_those_of_the_abi(changes, expected):
     problem = cuda_call.problem(**{**_ALL, **changes})
+    assert [launch.name for launch in cuda_call.program(problem).launches] == list(expected)
     for step, wanted in expected.items():
         assert " ".join(cuda_call.arguments(problem, step).values()) == wanted, step
 
@@ -62,11 +107,11 @@ def test_each_parameter_is_given_what_is_called_so():
         "input_scale": "gate_up.input_scale down.input_scale", "bias": "gate_up.bias down.bias",
         "down_input_scale": "down.input_scale", "x": "x x_rows", "out": "out contributions",
     }  # fmt: skip
-    problem = cuda_call.problem(**_ALL)
-    for launch in cuda_call.program(problem).launches:
-        for name, argument in cuda_call.arguments(problem, launch.name).items():
-            assert argument.isdigit() or argument in others.get(name, name).split(), (launch.name, name)
-            assert argument.isdigit() == (launch.spec.parameters[name] == "i32")
+    for problem in (cuda_call.problem(**_ALL), cuda_call.problem(**{**_ALL, "num_tokens": 16})):
+        for launch in cuda_call.program(problem).launches:
+            for name, argument in cuda_call.arguments(problem, launch.name).items():
+                assert argument.isdigit() or argument in others.get(name, name).split(), (launch.name, name)
+                assert argument.isdigit() == (launch.spec.parameters[name] == "i32")
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -118,9 +163,24 @@ def test_launches_have_their_grids_and_attributes():
         "gemm1": (132 * ctas, 128, 1, 1024, 1), "gemm2": (132 * ctas, 128, 1, 1024, 1),
         "combine": (8192 * 144 // 128, 128, 1, 1024, 0),
     }  # fmt: skip
-    assert lowering.launches(cuda_call.problem(num_tokens=1))[1].grid == 264  # two CTAs a multiprocessor
+    assert lowering.launches(cuda_call.problem(num_tokens=17))[1].grid == 264  # two CTAs a multiprocessor
     assert [specs.XRowsSpec(True, False).grid(rows, 16) for rows in (1, 256, 257)] == [1, 1, 2]
     assert [specs.CombineSpec("float32").grid(rows, 16) for rows in (1, 32, 33)] == [1, 1, 2]
+
+
+def test_the_first_launch_of_a_call_overlaps_nothing():
+    """What is in front of it writes x and the routing, which GEMM1 without a sort reads at once."""
+    for precision, overlaps in (("w4a16", [0, 1]), ("w4a4", [0, 1, 1])):  # w4a4: the pass over x is first
+        attributes, _ = cuda_call.kernels_of(cuda_call.problem(num_tokens=1, precision=precision))
+        assert [int(attributes[step]["overlap"]) for step in attributes["launches"].split()] == overlaps
+
+
+def test_few_routes_have_no_more_ctas_than_units_and_no_tile_map():
+    """4 routes are at most 4 tiles, of 45 row blocks of gate_up (64 values each) and 23 of down."""
+    made = cuda_call.program(cuda_call.problem(num_tokens=1))
+    assert [launch.grid for launch in made.launches] == [4 * 45, 4 * 23]
+    assert list(made.workspaces) == ["h"]
+    assert made.workspaces["h"].shape == (4, 45, 8, 64)
 
 
 @pytest.mark.parametrize(("weight_on", "rows", "divisor"), [("output", 40, 1), ("input", 160, 4)])

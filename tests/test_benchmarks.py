@@ -177,6 +177,10 @@ def test_a_step_that_is_timed_is_launched_more_often_in_its_call(script, monkeyp
     assert sum(name.startswith("gemm1") for name in names) == 1 + kernel_times._MORE
     assert {key: value for key, value in attributes["gemm1_3"].items()} == attributes["gemm1"]
     assert [launch.name for launch in cuda_call.program(call).launches] == plain
+    few = cuda_call.program(cuda_call.problem(num_tokens=1)).launches  # without a sort
+    assert kernel_times.with_more(few, ("sort",)) == few
+    more = kernel_times.with_more(few, ("sort", "gemm1"))
+    assert [launch.name for launch in more] == ["gemm1", *(f"gemm1_{i}" for i in range(4)), "gemm2"]
 
 
 def _first_hour(script, monkeypatch, tmp_path, done, arguments=()):

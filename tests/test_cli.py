@@ -163,7 +163,6 @@ ACTIVATION = "SwiGLU, GeGLU, ReLU2, SiTU, by itself or with alpha,beta,limit"
     ("compile --product 8,64", "--product: got '8,64', needs G,C,N: 3 positive integers"),
     ("compile --product 8,64,40", "--product: got N = 40, needs a multiple of 16"),
     ("compile --product 8,64,64 --num-experts 4", "--num-experts: got 4, needs at least G = 8"),
-    ("compile --product 8,64,64 --target sm_100f", "there are no kernels for Blackwell"),
     ("compile --model qwen", f"--model: got 'qwen', needs one of qwen3-30b-a3b, qwen3-235b-a22b, deepseek-r1-ep8, "
      f"mixtral-8x7b, gpt-oss-120b, or L,K,H,I: {FOUR}"),
     ("compile --model 8,2,64,64 --target hopper", "--target: got 'hopper', needs one of sm_90a"),
@@ -212,7 +211,8 @@ def test_compile_and_bench_call_a_layer_alike(compiler):
 
     def made(*arguments):
         compiler.clear()
-        assert run_here("compile", "--tokens", "1", *arguments).exit_code == 0
+        # Kernels of few routes are the same for any number of experts.
+        assert run_here("compile", "--tokens", "40", *arguments).exit_code == 0
         return list(compiler)
 
     name, sizes = "qwen3-30b-a3b", "128,8,2048,768"

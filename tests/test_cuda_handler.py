@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 
+import cuda_call
 import helpers
 import jax
 import jax.export
@@ -18,7 +19,8 @@ import numpy as np
 import pytest
 from raw_call import raw_call
 
-from jax_moe import ffi
+from jax_moe import ffi, parcels
+from jax_moe.kernels import lowering
 
 _FFI = pathlib.Path(__file__).parents[1] / "ffi"
 _COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
@@ -77,6 +79,10 @@ _MUTANTS = {
                        "bool adds() const override { return true; }"),
     "a product taken for fused_moe": ("cuda/handler.cc", "Instantiate<jax_moe::cuda::RaggedDot>",
                                       "Instantiate<jax_moe::cuda::FusedMoe>"),
+    "width of parcels unchecked": ("decode.h", "{tokens, bytes}, &parcels",
+                                   "{tokens, operands[kX].dimensions()[1]}, &parcels"),
+    "scale of parcels not asked for": ("cuda/kinds.h", "input_scales() const override { return kScales; }",
+                                       "input_scales() const override { return {}; }"),
     "kernels not told apart by image": ("cuda/program.cc", "shared_bytes, launch.image)", 'shared_bytes, "")'),
     "kernels not told apart by name": ("cuda/program.cc", "key(context_id, launch.kernel,", 'key(context_id, "",'),
     "last failure told": ("cuda/stream_api.h", "result != kSuccess && *failed_call_ == '\\0'", "result != kSuccess"),
@@ -86,7 +92,8 @@ _MUTANTS = {
 
 
 _SOURCES = (
-    "tests/cuda/handler_test.cc", "tests/cuda/product_test.cc", "cuda/driver.cc", "cuda/program.cc", "cuda/handler.cc"
+    "tests/cuda/handler_test.cc", "tests/cuda/product_test.cc", "tests/cuda/parcels_test.cc",
+    "cuda/driver.cc", "cuda/program.cc", "cuda/handler.cc",
 )  # fmt: skip
 _TSAN = ("-fsanitize=thread", "-g1")
 
@@ -250,8 +257,12 @@ def echo_target(objects, precompiled, tmp_path_factory):
     library = folder / "echo.so"
     echo = _compile(folder, "tests/cuda/echo_image.cc", more=precompiled)
     _build("-shared", echo, objects["cuda/program.cc"], "-o", library)
-    handler = ctypes.CDLL(str(library)).JaxMoeTestEchoImage
-    jax.ffi.register_ffi_target("jax_moe_test_echo_image", jax.ffi.pycapsule(handler), platform="cpu")
+    handlers = ctypes.CDLL(str(library))
+    for target, handler in (
+        ("jax_moe_test_echo_image", handlers.JaxMoeTestEchoImage),
+        ("jax_moe_test_decode_parcels", handlers.JaxMoeTestDecodeParcels),
+    ):
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
     return "jax_moe_test_echo_image"
 
 
@@ -263,6 +274,18 @@ def test_attributes_arrive_as_they_were_written(echo_target):
     got, numbers = call()
     assert got.tobytes() == image
     np.testing.assert_array_equal(numbers, [264, 384, 2, 232448, 1, 6, -5, 2])
+
+
+def test_attributes_of_parcels_arrive(echo_target, monkeypatch):
+    """They have no weights and no workspace: an empty dictionary, and an array of no numbers."""
+    del echo_target
+    cuda_call.stand_in_compiler(monkeypatch)
+    made = parcels.Parcels(num_tokens=5, top_k=3, hidden_size=48, layout="wgmma_v1", command_buffer=True)
+    attributes = lowering.cuda_call(made).attributes
+    (sizes,) = jax.jit(
+        lambda: raw_call("jax_moe_test_decode_parcels", (jax.ShapeDtypeStruct((3,), jnp.int32),), attributes)
+    )()
+    np.testing.assert_array_equal(sizes, [5, 3, 48])
 
 
 def test_attributes_survive_export(echo_target):

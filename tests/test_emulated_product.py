@@ -1,4 +1,4 @@
-"""Grouped products on the emulator with sm_90a's kernels: where all sums are exact, the bits of their definition."""
+"""Grouped products on the emulator, of each target: where all sums are exact, the bits of their definition."""
 
 import dataclasses
 import importlib.util
@@ -13,10 +13,14 @@ import numpy as np
 from product_cases import expected, local_rows, make_case
 import pytest
 
+from jax_moe.kernels.targets import TARGETS
+
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("cutlass") is None, reason="nvidia-cutlass-dsl is not installed"),
     pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is compiled with g++, which is not here"),
 ]
+
+each_target = pytest.mark.parametrize("target", [name for name, target in TARGETS.items() if target.product])
 
 W4A4, BF16 = dict(precision="w4a4"), dict(out_dtype=jnp.bfloat16)
 _CASES = {
@@ -33,18 +37,20 @@ _CASES = {
 }
 
 
+@each_target
 @pytest.mark.parametrize("number", range(len(_CASES)), ids=list(_CASES))
-def test_exact_products_have_the_bits_of_their_definition(number):
+def test_exact_products_have_the_bits_of_their_definition(number, target):
     case = make_case(number, **list(_CASES.values())[number])
-    call = emulated_call.prepare_product(case)
+    call = emulated_call.prepare_product(case, target)
     assert call.program.adds is None
     wanted = expected(case)
     for seed, order in zip(range(2), itertools.islice(itertools.cycle(emulator.ORDERS), number, None), strict=False):
-        call = emulated_call.prepare_product(case)
+        call = emulated_call.prepare_product(case, target)
         assert_bit_equal(call.run(order=order, seed=seed), wanted)
 
 
-def test_rows_of_no_local_group_are_never_read():
+@each_target
+def test_rows_of_no_local_group_are_never_read(target):
     """NaN in them reaches nothing, and they come out as zeros."""
     for precision in ("w4a16", "w4a4"):
         case = make_case(1, [3, 4, 5], 15, group_offset=1, local_groups=1, precision=precision)
@@ -53,11 +59,12 @@ def test_rows_of_no_local_group_are_never_read():
         x = np.asarray(case.x, np.float32)
         x[: rows.start] = x[rows.stop :] = np.nan
         case = dataclasses.replace(case, x=jnp.asarray(x, jnp.bfloat16))
-        out = emulated_call.prepare_product(case).run(seed=2)
+        out = emulated_call.prepare_product(case, target).run(seed=2)
         assert (out[: rows.start] == 0).all()
         assert (out[rows.stop :] == 0).all()
         assert_bit_equal(out, wanted)
 
 
-def test_without_rows_nothing_is_launched():
-    assert emulated_call.prepare_product(make_case(0, [0, 0], 0)).program.launches == ()
+@each_target
+def test_without_rows_nothing_is_launched(target):
+    assert emulated_call.prepare_product(make_case(0, [0, 0], 0), target).program.launches == ()

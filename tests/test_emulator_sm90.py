@@ -56,6 +56,14 @@ def test_x_that_is_rounded_already_has_the_bits_of_the_pass_over_x(monkeypatch):
     assert_bit_equal(call.run(), expected)
 
 
+def test_x_in_parcels_has_the_bits_of_the_pass_over_x():
+    """On random values too: the products are the same, and so is the order of their sums."""
+    case = make_case(5, tokens=13, num_experts=5, top_k=3, hidden=144, intermediate=96, bias=True, precision="w4a4",
+                     combine="ordered", out_dtype=jnp.float32)  # fmt: skip
+    expected = emulated_call.prepare(case, "sm_90a").run()
+    assert_bit_equal(emulated_call.prepare(case, "sm_90a", travels=True).run(), expected)
+
+
 @pytest.mark.parametrize("name", recorded_calls.CALLS)
 def test_a_hopper_gpu_gave_the_same(name):
     """The outputs that ``record_sm90.py`` recorded on a GPU: the same bits where all sums are exact."""

@@ -18,7 +18,8 @@ import test_derivative
 from test_sharded_moe import GATHERED, Layout, make_mesh, SEPARATE
 
 import jax_moe
-from jax_moe import exchange, nvfp4, sharded
+from jax_moe import exchange, nvfp4, parcels
+from jax_moe.experts import CANONICAL
 
 REPLICATED = Layout({"expert": 8})
 SPREAD = Layout({"expert": 8}, {"data_axis": "expert"})
@@ -77,20 +78,27 @@ def test_gathered_rows_are_the_definitions(layout):
     axes, tokens = layout.data_axes, P(layout.data_axes, None)
 
     @jax.jit
-    @functools.partial(jax.shard_map, mesh=make_mesh(**layout.axes), in_specs=(tokens, P()), out_specs=P(axes))
-    def gathered(x, scale):
-        return exchange.gather_rounded(x, scale, axes)[None]
+    @functools.partial(jax.shard_map, mesh=make_mesh(**layout.axes), in_specs=(tokens, tokens, P()), out_specs=P(axes))
+    def gathered(x, routing, scale):
+        found = exchange.gather_parcels(x, routing, scale, axes, layout=CANONICAL, command_buffer=True)
+        return jax.tree.map(lambda leaf: leaf[None], found)
 
+    rng = np.random.default_rng(8)
+    ids, weights = rng.integers(-(2**31), 2**31, (16, 3)), rng.normal(size=(16, 3))
+    routing = jax_moe.Routing(jnp.asarray(ids, jnp.int32), jnp.asarray(weights, jnp.float32))
     for scale in np.float32([2.0**-115, 1 / 448, 1, 3, 2.0**100]):
         x = hard_x(random_case(), scale).at[7, 20].set(jnp.nan)
         values = np.asarray(x, np.float32)
         with np.errstate(all="ignore"):  # NumPy reports the NaN
             flushed = np.where(np.abs(values) < 2.0**-126, np.float32(0), values)  # as XLA's CPU backend does
             expected = statement.dequantize(*statement.quantize(flushed, scale))
-        got = np.asarray(gathered(x, scale))
+        got, got_routing, rows = gathered(x, routing, scale)
         assert (got.shape, got.dtype) == ((layout.size(*axes), *x.shape), jnp.bfloat16)
-        for of_a_device in got.astype(np.float32):
+        for of_a_device in np.asarray(got, np.float32):
             same(of_a_device, expected)
+        for of_all, whole in zip(jax.tree.leaves(got_routing), jax.tree.leaves(routing), strict=True):
+            same(np.asarray(of_all), np.broadcast_to(whole, of_all.shape))
+        assert (np.asarray(rows) == np.asarray(rows)[:1]).all()
 
 
 @pytest.mark.parametrize("layout", [*GATHERED, BOTH_TURNED], ids=str)
@@ -102,7 +110,7 @@ def test_the_bits_of_the_bfloat16_gather(monkeypatch, layout):
             case = with_input_scale(dataclasses.replace(case, x=hard_x(case, scale).at[7, 20].set(jnp.nan)), scale)
         got = run_on(layout, case)
         with monkeypatch.context() as changed:
-            changed.setattr(sharded, "_takes_rounded_x", lambda _: False)
+            changed.setattr(parcels, "are_taken", lambda _: False)
             expected = run_on(layout, case)
         same(got, expected)
         assert np.isnan(got).any(1).tolist() == [scale is not None and token == 7 for token in range(16)]
@@ -136,9 +144,9 @@ def test_prepared_experts_of_a_layout_that_quantises_itself():
         experts = jax.eval_shape(functools.partial(jax_moe.prepare, target=target, precision="w4a4"), case.experts)
         run = functools.partial(jax_moe.sharded_moe, mesh=mesh, data_axis="expert", precision="w4a4")
         traced = str(jax.make_jaxpr(run)(case.x, experts, case.routing))
-        assert ("x_is_rounded=True" in traced) is takes
+        assert ("has_parcels=True" in traced) is takes
         gathers = re.findall(r":(\w+)\[[\d,]*\](?:\{.*?\})? = all_gather\[", traced)
-        assert sorted(gathers) == sorted(["i32", "f32", "u8" if takes else "bf16"])
+        assert gathers == (["u8"] if takes else ["bf16", "i32", "f32"])
 
 
 def test_no_quotient_of_the_rounding_is_float32():
@@ -179,9 +187,9 @@ def moved(layout, case, **options) -> list[tuple[str, int]]:
 
 
 T, H, K = 16, 64, 4  # of make_exact_case
-CODES, BF16, F32 = T * H * 9 // 16, T * H * 2, T * H * 4
+BF16, F32 = T * H * 2, T * H * 4
 ROUTING = [("all_gather", T * K * 4), ("all_gather", T * K * 4)]  # ids and weights
-GATHERED_CODES = [("all_gather", CODES), *ROUTING]
+PARCELS = ("all_gather", T * (H * 9 // 16 + K * 8 + 4))  # a row is a multiple of 8 bytes
 
 
 @pytest.mark.parametrize(
@@ -190,15 +198,15 @@ GATHERED_CODES = [("all_gather", CODES), *ROUTING]
         (REPLICATED, "w4a4", jnp.float32, [("all_reduce", F32)]),
         (TENSOR, "w4a4", jnp.float32, [("all_reduce", F32)]),
         (SPREAD, "w4a16", jnp.float32, [("all_gather", BF16), *ROUTING, ("reduce_scatter", F32 // 8)]),
-        (SPREAD, "w4a4", jnp.float32, [*GATHERED_CODES, ("reduce_scatter", F32 // 8)]),
+        (SPREAD, "w4a4", jnp.float32, [PARCELS, ("reduce_scatter", F32 // 8)]),
         (SPREAD, "w4a16", jnp.bfloat16, [("all_gather", BF16), *ROUTING, ("all_to_all", BF16)]),
-        (SPREAD, "w4a4", jnp.bfloat16, [*GATHERED_CODES, ("all_to_all", BF16)]),
-        (TENSOR_SPREAD, "w4a4", jnp.float32, [*GATHERED_CODES, ("reduce_scatter", F32 // 4)]),
-        (TENSOR_SPREAD, "w4a4", jnp.bfloat16, [*GATHERED_CODES, ("all_to_all", BF16)]),
-        (BOTH, "w4a4", jnp.float32, [*GATHERED_CODES, ("reduce_scatter", F32 // 8)]),
-        (BOTH, "w4a4", jnp.bfloat16, [*GATHERED_CODES, ("all_to_all", BF16)]),
-        (HALF, "w4a4", jnp.float32, [*GATHERED_CODES, ("reduce_scatter", F32 // 4), ("all_reduce", F32 // 4)]),
-        (HALF, "w4a4", jnp.bfloat16, [*GATHERED_CODES, ("all_to_all", BF16), ("all_reduce", BF16 // 4)]),
+        (SPREAD, "w4a4", jnp.bfloat16, [PARCELS, ("all_to_all", BF16)]),
+        (TENSOR_SPREAD, "w4a4", jnp.float32, [PARCELS, ("reduce_scatter", F32 // 4)]),
+        (TENSOR_SPREAD, "w4a4", jnp.bfloat16, [PARCELS, ("all_to_all", BF16)]),
+        (BOTH, "w4a4", jnp.float32, [PARCELS, ("reduce_scatter", F32 // 8)]),
+        (BOTH, "w4a4", jnp.bfloat16, [PARCELS, ("all_to_all", BF16)]),
+        (HALF, "w4a4", jnp.float32, [PARCELS, ("reduce_scatter", F32 // 4), ("all_reduce", F32 // 4)]),
+        (HALF, "w4a4", jnp.bfloat16, [PARCELS, ("all_to_all", BF16), ("all_reduce", BF16 // 4)]),
         (REPLICATED, "w4a4", jnp.bfloat16, [("all_reduce", BF16)]),
         (TENSOR, "w4a16", jnp.bfloat16, [("all_reduce", BF16)]),
         (Layout({"data": 8}), "w4a4", jnp.bfloat16, []),
@@ -368,7 +376,7 @@ def test_derivatives_are_those_of_the_bfloat16_gather(monkeypatch, layout):
     case = with_input_scale(random_case(9, precision="w4a4"), 1 / 64)
     dy = test_derivative.cotangent(case)
     got = _derivatives(case, _op(layout), dy)
-    monkeypatch.setattr(sharded, "_takes_rounded_x", lambda _: False)
+    monkeypatch.setattr(parcels, "are_taken", lambda _: False)
     expected = _derivatives(case, _op(layout), dy)
     jax.tree.map(helpers.assert_bit_equal, got, expected)
 

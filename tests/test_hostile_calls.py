@@ -188,10 +188,17 @@ def test_x_that_is_weighted_cannot_be_rounded_already():
 @pytest.mark.parametrize("precision", ["w4a16_rounded_x", "w4a4_rounded_x ", "w4a4_rounded", "_rounded_x"])
 def test_no_other_precision_is_rounded(precision):
     operands, results, attributes = _arguments()
-    needs = "needs w4a16 | w4a4 | w4a4_rounded_x"
+    needs = "needs w4a16 | w4a4 | w4a4_rounded_x | w4a4_parcels"
     _assert_refused(
         f"attribute precision: got '{precision}', {needs}", operands, results, attributes | {"precision": precision}
     )
+
+
+def test_parcels_are_for_a_gpu():
+    operands, results, attributes = _arguments()
+    operands[0] = jnp.zeros((operands[0].shape[0], 64), jnp.uint8)
+    refusal = "attribute precision: got 'w4a4_parcels', which only a GPU takes"
+    _assert_refused(refusal, operands, results, attributes | {"precision": "w4a4_parcels"})
 
 
 def test_w4a4_without_scales_says_who_fills_them():

@@ -104,9 +104,9 @@ def test_random_schedules_of_up_to_four_threads(checker, seed):
 
 def test_every_trace_of_a_list_has_the_same_nodes_and_edges(checker):
     assert run(checker, "traces") == {
-        "schedules": 10,
-        "calls": 200,
-        "captured": 200,
+        "schedules": 11,
+        "calls": 220,
+        "captured": 220,
         "errors": 0,
         # In order of creation, each node with the nodes that it depends on.
         "topologies": {
@@ -120,6 +120,7 @@ def test_every_trace_of_a_list_has_the_same_nodes_and_edges(checker):
             "adds twice": "zero() sort() gemm1(1) gemm2(0,2) gemm2(3) finish(4)",
             "one launch": "gemm2()",
             "product": "sort() x_rows(0) gemm2(1)",
+            "few routes": "zero() gemm1() gemm2(0,1)",
         },
         "violations": {},
     }

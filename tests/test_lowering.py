@@ -14,9 +14,9 @@ import product_cases
 import pytest
 import typer.testing
 
-from jax_moe import activations
+from jax_moe import activations, parcels
 from jax_moe.cli import compile as command
-from jax_moe.kernels import cache, lowering, specs, tiling
+from jax_moe.kernels import cache, lowering, specs, targets, tiling
 
 compiler = pytest.fixture(autouse=True)(cuda_call.stand_in_compiler)
 
@@ -28,6 +28,9 @@ _STEPS_OF_MODES = [
     ({"combine": "ordered"}, ["sort", "gemm1", "gemm2", "combine"]),
     ({"combine": "ordered", "precision": "w4a4"}, ["sort", "x_rows", "gemm1", "gemm2", "combine"]),
     ({"num_tokens": 0}, []),
+    ({"num_tokens": 17}, ["sort", "gemm1", "gemm2"]),
+    ({"num_tokens": 16}, ["gemm1", "gemm2"]),
+    ({"num_tokens": 16, "combine": "ordered", "precision": "w4a4"}, ["x_rows", "gemm1", "gemm2", "combine"]),
 ]
 
 
@@ -170,16 +173,24 @@ def test_a_kernel_that_takes_other_parameters_is_refused(monkeypatch):
 def test_the_command_in_the_error_makes_the_kernels(compiler, monkeypatch, changes, biases):
     """Round trip: problem -> the error's command line -> the kernels that the problem needs."""
     problem = cuda_call.problem(**changes, biases=biases)
-    wanted = {launch.spec for launch in lowering.launches(problem)}
+    calls = [problem, *(parcels.of_call(problem) if parcels.are_taken(problem) else [])]
+    wanted = {launch.spec for call in calls for launch in lowering.launches(call)}
     _compile(problem)
     # By repr, which names the file that the other machine looks for: 1 and 1.0 are equal.
     assert set(map(repr, compiler)) == set(map(repr, wanted))
 
 
-def _compile(call):
+def test_the_command_in_the_error_makes_the_kernels_of_parcels(compiler):
+    made, _ = parcels.of_call(cuda_call.problem(precision="w4a4"))
+    wanted = {launch.spec for launch in lowering.launches(made)}
+    _compile(made)
+    assert set(map(repr, compiler)) > set(map(repr, wanted))
+
+
+def _compile(call, target="sm_90a"):
     app = typer.Typer()
     app.command()(command.compile)
-    arguments = ["--target", "sm_90a", *shlex.split(" ".join(lowering.command_arguments(call)))]
+    arguments = ["--target", target, *shlex.split(" ".join(lowering.command_arguments(call)))]
     ran = typer.testing.CliRunner().invoke(app, arguments)
     assert ran.exit_code == 0, ran.output
 
@@ -257,10 +268,26 @@ def test_a_product_reads_x_or_what_the_pass_over_x_made():
     assert cuda_call.arguments(quantised, "groups")["row_group"] == "row_group"
 
 
-def test_sizes_of_a_products_weights_are_those_that_are_packed():
-    case = product_cases.make_case(0, [3, 2], 6, in_features=144, out_features=272)
-    attributes, _ = cuda_call.kernels_of(case.problem())
-    packed = product_cases.pack(case.weights)
+def test_a_product_on_blackwell_reads_x_or_its_codes():
+    plain = cuda_call.product(layout="tcgen05_bf16_v1")
+    quantised = cuda_call.product(layout="tcgen05_fp4_v1", precision="w4a4")
+    given = cuda_call.arguments(plain, "product")
+    assert (given["x"], given["x_scales"], given["input_scale"]) == ("x", "null", "null")
+    given = cuda_call.arguments(quantised, "product")
+    assert (given["x"], given["x_scales"], given["input_scale"]) == ("x_codes", "x_scales", "weights.input_scale")
+    rows = cuda_call.arguments(quantised, "x_rows")
+    names = ("x", "x_codes", "x_scales", "row_group", "input_scale")
+    assert [rows[name] for name in names] == [*names[:-1], "weights.input_scale"]
+    assert cuda_call.arguments(quantised, "groups")["row_group"] == "row_group"
+
+
+@pytest.mark.parametrize(
+    ("layout", "precision"), [("wgmma_v1", "w4a16"), ("tcgen05_bf16_v1", "w4a16"), ("tcgen05_fp4_v1", "w4a4")]
+)
+def test_sizes_of_a_products_weights_are_those_that_are_packed(layout, precision):
+    case = product_cases.make_case(0, [3, 2], 6, in_features=144, out_features=272, precision=precision)
+    attributes, _ = cuda_call.kernels_of(case.problem(layout))
+    packed = product_cases.pack(case.weights, layout)
     assert attributes["weight_bytes"] == {"weights.payload": packed.payload.nbytes, "weights.block_scale": 0}
     assert attributes["sizes"] == {
         "num_rows": 6, "num_groups": 2, "local_groups": 2, "in_features": 144, "out_features": 272, "out_bytes": 4,
@@ -286,22 +313,15 @@ def test_products_that_the_kernels_cannot_run_are_refused():
         lowering.cuda_call(cuda_call.product(num_rows=tokens))
 
 
-def test_a_target_without_products_says_so():
-    for layout, precision in (("tcgen05_bf16_v1", "w4a16"), ("tcgen05_fp4_v1", "w4a4")):
-        with pytest.raises(
-            NotImplementedError, match=r"ragged_dot: there are no kernels for Blackwell \(sm_100f\) yet"
-        ):
-            lowering.cuda_call(cuda_call.product(layout=layout, precision=precision))
-
-
 @pytest.mark.parametrize("changes", [
     {}, {"num_rows": 1, "local_groups": 1, "num_groups": 1, "bias": True}, {"num_rows": 8192, "num_groups": 64},
     {"precision": "w4a4", "out_dtype": jnp.dtype(jnp.float32)}, {"in_features": 64, "out_features": 48},
+    {"layout": "tcgen05_bf16_v1"}, {"layout": "tcgen05_fp4_v1", "precision": "w4a4", "num_rows": 8192, "bias": True},
 ], ids=str)  # fmt: skip
 def test_the_command_in_a_products_error_makes_the_kernels(compiler, changes):
     product = cuda_call.product(**changes)
     wanted = {launch.spec for launch in lowering.launches(product)}
-    _compile(product)
+    _compile(product, targets.for_call(product.layout, product.precision)[0].name)
     assert set(map(repr, compiler)) == set(map(repr, wanted))
 
 

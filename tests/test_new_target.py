@@ -93,6 +93,11 @@ def test_a_call_lowers_to_the_program_of_the_target(compiler):
     assert 'arguments = "operand:0 operand:4 result:1 result:0 i32:' in text
 
 
+def test_a_target_without_products_says_so(compiler):
+    with pytest.raises(NotImplementedError, match=r"ragged_dot: there are no kernels for Noether \(sm_77x\) yet"):
+        lowering.cuda_call(cuda_call.product(layout="made_up_v1"))
+
+
 def test_a_layout_is_only_taken_by_the_precision_that_it_is_for(compiler):
     case = _case()
     prepared = jax_moe.prepare(case.experts, NAME, "w4a4")

@@ -40,6 +40,7 @@ def launch(spec, grid, target, arrays):
         SortCase(90, 8, 20, 32, "hostile", 3, granule=8),
         SortCase(250, 8, 5, 64, "skewed", weighted=False, granule=16),
         SortCase(50, 3, 16, 64, "none", granule=8),
+        SortCase(8, 7, 4, 16, "hostile", 2**31 - 2),  # a difference that would be local in 32 bits
         SortCase(300, 8, 9, 48, "skewed", 2, granule=16),  # a cluster
     ],
     ids=str,

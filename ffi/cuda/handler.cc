@@ -1,5 +1,5 @@
-// The CUDA handler: fused_moe and ragged_dot as XLA calls them. The kinds of call differ where they are instantiated
-// (kinds.h), and nowhere else.
+// The CUDA handler: fused_moe, ragged_dot and parcels as XLA calls them. The kinds of call differ where they are
+// instantiated (kinds.h), and nowhere else.
 //
 //   instantiate  once for each call site: decode the attributes and check all that does not depend on buffers
 //   initialize   before every run, never while capturing (XLA initialises what a command buffer holds before it records
@@ -157,6 +157,8 @@ auto BindExecute() {
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeFusedMoeCudaInstantiate, jax_moe::cuda::Instantiate<jax_moe::cuda::FusedMoe>,
                               xla::ffi::Ffi::BindInstantiate().Attrs());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeRaggedDotCudaInstantiate, jax_moe::cuda::Instantiate<jax_moe::cuda::RaggedDot>,
+                              xla::ffi::Ffi::BindInstantiate().Attrs());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeParcelsCudaInstantiate, jax_moe::cuda::Instantiate<jax_moe::cuda::Parcels>,
                               xla::ffi::Ffi::BindInstantiate().Attrs());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeFusedMoeCudaV1Instantiate, jax_moe::cuda::InstantiateV1,
                               xla::ffi::Ffi::BindInstantiate().Attrs());

@@ -13,6 +13,7 @@
 #include "buffers.h"
 #include "checks.h"
 #include "decode.h"
+#include "decode_parcels.h"
 #include "decode_product.h"
 #include "problem.h"
 #include "xla/ffi/api/ffi.h"
@@ -108,6 +109,32 @@ class RaggedDot final : public Kind {
   static_assert(std::size(kSizeNames) <= kMostSizes && std::size(kWeights) <= kMostWeights);
 
   Precision precision_ = Precision::kW4A16;
+};
+
+// Tokens as they travel in w4a4 (decode_parcels.h).
+class Parcels final : public Kind {
+ public:
+  std::string_view name() const override { return "parcels"; }
+  std::span<const std::string_view> operand_names() const override { return kParcelOperandNames; }
+  std::span<const std::string_view> size_names() const override { return kSizeNames; }
+  std::span<const size_t> packed_weights() const override { return {}; }
+
+  ffi::Error DecodeOptions(const Attributes&) override { return ffi::Error::Success(); }
+  bool adds() const override { return false; }
+  std::span<const size_t> input_scales() const override { return kScales; }
+
+  ffi::Error GetSizes(const Operands& operands, const Results& results, const CallSizes&,
+                      CallSizes* sizes) const override {
+    ParcelSizes p = {};
+    JAX_MOE_TRY(DecodeParcels(operands, results, &p));
+    *sizes = {p.num_tokens, p.top_k, p.hidden_size};
+    return ffi::Error::Success();
+  }
+
+ private:
+  static constexpr std::string_view kSizeNames[] = {"num_tokens", "top_k", "hidden_size"};
+  static constexpr size_t kScales[] = {kParcelInputScale};
+  static_assert(std::size(kSizeNames) <= kMostSizes);
 };
 
 }  // namespace jax_moe::cuda

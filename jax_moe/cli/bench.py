@@ -1,5 +1,6 @@
 """``python -m jax_moe bench``: time the op on this machine's default device."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -11,7 +12,7 @@ import typer
 
 import jax_moe
 from jax_moe import arguments, problem, progress, shapes
-from jax_moe.cli import options, show, timing
+from jax_moe.cli import floor, options, show, timing
 from jax_moe.kernels import targets
 from jax_moe.kernels.cache import MissingKernelError
 
@@ -58,12 +59,13 @@ def bench(
         for kind, count in progress.track([(kind, count) for kind in kinds for count in counts], "bench"):
             if experts is None or experts.layout != layouts[kind]:  # only one layout's at a time: they may be large
                 experts = jax_moe.prepare(canonical, layouts[kind])
-            seconds = time_op(experts, shape, count, kind, combine, repeats, seed)
+            seconds, touched = time_op(experts, shape, count, kind, combine, repeats, seed)
             gflops = shape.flops(count) / seconds / 1e9
-            gigabytes = shape.touched_experts(count) * shape.weight_bytes_per_expert / seconds / 1e9
-            results.append(
-                {"precision": kind, "tokens": count, "seconds": seconds, "gflops": gflops, "weight_gbs": gigabytes}
-            )
+            gigabytes = touched * shape.weight_bytes_per_expert / seconds / 1e9
+            result = {"precision": kind, "tokens": count, "seconds": seconds, "gflops": gflops, "weight_gbs": gigabytes}
+            if ceilings := floor.at_hand():
+                result["floor_seconds"] = floor.layer_seconds(shape, count, touched, ceilings, kind)
+            results.append(result)
     except MissingKernelError as error:
         show.error(str(error))
         raise typer.Exit(1) from None
@@ -72,10 +74,18 @@ def bench(
         (r["precision"], str(r["tokens"]), f"{r['seconds'] * 1e3:.3f}", f"{r['gflops']:.1f}", f"{r['weight_gbs']:.2f}")
         for r in results
     ]
-    show.table(title, ("precision", "T", "median ms", "GFLOP/s", "GB/s of weights"), rows)
+    headings = ("precision", "T", "median ms", "GFLOP/s", "GB/s of weights")
+    if ceilings := floor.at_hand():
+        rows = [(*row, f"{r['seconds'] / r['floor_seconds']:.2f}") for row, r in zip(rows, results, strict=True)]
+        headings += ("x floor",)
+        rate = ", ".join(f"{flop / 1e12:.0f} TFLOP/s for {kind}" for kind, flop in ceilings.flop_per_second.items())
+        title += f"; floor: {ceilings.bytes_per_second / 1e12:.2f} TB/s, {rate}, {ceilings.source}"
+    show.table(title, headings, rows)
     if output is not None:
         facts = {"jax": jax.__version__, "jax_moe": jax_moe.__version__, "python": platform.python_version()}
         document = {**facts, "device": device.device_kind, "model": model, "combine": combine, "results": results}
+        if ceilings := floor.at_hand():
+            document["ceilings"] = dataclasses.asdict(ceilings)
         with open(output, "w") as file:
             json.dump(document, file, indent=2)
 
@@ -88,12 +98,12 @@ def time_op(
     combine: Any,
     repeats: int,
     seed: int,
-) -> float:
-    """Median seconds of one call, on random tokens and routing."""
+) -> tuple[float, float]:
+    """Median seconds of one call, on random tokens and routing, and how many experts it touches in the mean."""
     on_gpu = jax.default_backend() == "gpu"
     length = _CHAIN if on_gpu else 1
     op = functools.partial(jax_moe.fused_moe, precision=precision, combine=combine)
     chain = timing.op_chain(op, chained=on_gpu and tokens <= timing.CHAINED_TOKENS)
-    arguments, _ = timing.chain_arguments(shape, experts, tokens, length, seed + tokens)
+    arguments, touched = timing.chain_arguments(shape, experts, tokens, length, seed + tokens)
     run = functools.partial(timing.run, timing.captured(chain), arguments)
-    return timing.seconds_per_call(run, length, repeats)
+    return timing.seconds_per_call(run, length, repeats), touched

@@ -1,13 +1,14 @@
 """``python -m jax_moe compile``: fill the kernel cache ahead of time, on any machine that has the DSL."""
 
 import concurrent.futures
+from contextlib import nullcontext
 import itertools
 import multiprocessing
 from typing import Annotated
 
 import typer
 
-from jax_moe import activations, problem, progress, shapes
+from jax_moe import activations, parcels, problem, progress, shapes
 from jax_moe.cli import options, show
 from jax_moe.kernels import cache, compiler, lowering, targets
 from jax_moe.kernels.specs import Spec
@@ -26,6 +27,7 @@ def compile(
         # It had the other two names once, and messages of programs that were built then have them.
         typer.Option("--model", "--shape", "--layer", help=f"The layer: {options.models(_LETTERS)}; may be repeated."),
     ] = None,
+    card: Annotated[str | None, typer.Option(help="Of the target: what the kernels are chosen for.")] = None,
     product: Annotated[
         list[str] | None,
         typer.Option(help=f"A grouped product (ragged_dot): {_PRODUCT_LETTERS}; G is 1 for linear; may be repeated."),
@@ -67,12 +69,16 @@ def compile(
         # The batch may be any of these; each has its own kernels.
         specs: dict[Spec, None] = {}
         modes = itertools.product(precisions, combines, weights_on, dtypes)
-        for one, mode, count in itertools.product(layers, modes, counts):
-            call = problem_of(one, count, num_experts, target, absent, function, mode)
-            specs |= dict.fromkeys(launch.spec for launch in lowering.launches(call))
-        for one, mode, count in itertools.product(products, itertools.product(precisions, dtypes), counts):
-            call = product_of(one, count, num_experts, target, bias, mode)
-            specs |= dict.fromkeys(launch.spec for launch in lowering.launches(call))
+        with targets.planned_for(targets.card_named(targets.TARGETS[target], card)) if card else nullcontext():
+            for one, mode, count in itertools.product(layers, modes, counts):
+                call = problem_of(one, count, num_experts, target, absent, function, mode)
+                calls = (
+                    [call, *parcels.of_call(call)] if parcels.are_taken(call) else [call]
+                )  # those of sharded_moe too
+                specs |= dict.fromkeys(launch.spec for each in calls for launch in lowering.launches(each))
+            for one, mode, count in itertools.product(products, itertools.product(precisions, dtypes), counts):
+                call = product_of(one, count, num_experts, target, bias, mode)
+                specs |= dict.fromkeys(launch.spec for launch in lowering.launches(call))
     except (NotImplementedError, TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     if not specs:

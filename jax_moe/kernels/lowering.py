@@ -5,18 +5,18 @@
 
 from collections.abc import Mapping
 import dataclasses
+import shlex
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jax_moe import activations
-from jax_moe.kernels import cache, compiler, targets
+from jax_moe.kernels import cache, compiler, steps, targets
 from jax_moe.kernels.specs import PARAMETER_BYTES
 from jax_moe.kernels.target import Card, Launch, Program, Target
-from jax_moe.operands import OPERANDS
+from jax_moe.parcels import Parcels
 from jax_moe.problem import Problem
-from jax_moe.product import problem as product
 from jax_moe.product.problem import Product
 
 
@@ -28,7 +28,7 @@ class CudaCall:
     workspaces: list[jax.ShapeDtypeStruct]
 
 
-def cuda_call(problem: Problem | Product) -> CudaCall:
+def cuda_call(problem: Problem | Product | Parcels) -> CudaCall:
     """What a call launches, its kernels compiled or taken from the cache.
 
     Raises:
@@ -46,14 +46,16 @@ def cuda_call(problem: Problem | Product) -> CudaCall:
     buffers = _buffers(program, problem)
     try:
         kernels: dict[str, object] = {
-            launch.name: _kernel_attributes(launch, buffers, target.name) for launch in program.launches
+            launch.name: _kernel_attributes(program, launch, buffers, target.name) for launch in program.launches
         }
     except cache.MissingKernelError as error:
-        command = " ".join(["python -m jax_moe compile --target", target.name, *command_arguments(problem)])
-        raise cache.MissingKernelError(
-            f"{error} Either `pip install {compiler.PACKAGE}`, or run `{command}` on a machine that has it (no GPU "
-            "needed) and copy its folder of kernels here (JAX_MOE_CACHE_DIR names another place)."
-        ) from None
+        chosen_for = [] if card.name == target.cards[0].name else ["--card", shlex.quote(card.name)]
+        command = ["python -m jax_moe compile --target", target.name, *chosen_for, *command_arguments(problem)]
+        advice = (
+            f"Either `pip install {compiler.PACKAGE}`, or run `{' '.join(command)}` on a machine that has it (no GPU "
+        )
+        advice += "needed) and copy its folder of kernels here (JAX_MOE_CACHE_DIR names another place)."
+        raise cache.MissingKernelError(f"{error} {advice}") from None
     workspaces = list(program.workspaces.values())
     kernels |= {
         "launches": " ".join(launch.name for launch in program.launches),
@@ -66,13 +68,15 @@ def cuda_call(problem: Problem | Product) -> CudaCall:
     return CudaCall({"kernels": kernels}, workspaces)
 
 
-def launches(problem: Problem | Product) -> tuple[Launch, ...]:
+def launches(problem: Problem | Product | Parcels) -> tuple[Launch, ...]:
     """The launches that :func:`cuda_call` would compile kernels for, in order."""
     return _planned(problem)[2].launches
 
 
-def _planned(problem: Problem | Product) -> tuple[Target, Card, Program]:
+def _planned(problem: Problem | Product | Parcels) -> tuple[Target, Card, Program]:
     """What runs a call, and how."""
+    if isinstance(problem, Parcels):
+        return *targets.for_call(problem.layout, "w4a4"), steps.parcels(problem)
     if not isinstance(problem, Product):
         target, card = targets.for_call(problem.layout, problem.precision)
         return target, card, target.program(problem, card)
@@ -82,8 +86,11 @@ def _planned(problem: Problem | Product) -> tuple[Target, Card, Program]:
     return target, card, target.product(problem, card)
 
 
-def command_arguments(problem: Problem | Product) -> list[str]:
+def command_arguments(problem: Problem | Product | Parcels) -> list[str]:
     """Arguments with which ``python -m jax_moe compile`` makes the kernels of ``problem``."""
+    if isinstance(problem, Parcels):  # they are made with those of any layer, and depend on none
+        sizes = f"{problem.top_k},{problem.top_k},{problem.hidden_size},{problem.hidden_size}"
+        return [f"--layer {sizes}", f"--tokens {problem.num_tokens}", "--precision w4a4"]
     if isinstance(problem, Product):
         return [
             f"--product {problem.local_groups},{problem.in_features},{problem.out_features}",
@@ -112,7 +119,9 @@ def command_arguments(problem: Problem | Product) -> list[str]:
     return arguments
 
 
-def _kernel_attributes(launch: Launch, buffers: Mapping[str, tuple[str, str]], target: str) -> dict[str, object]:
+def _kernel_attributes(
+    program: Program, launch: Launch, buffers: Mapping[str, tuple[str, str]], target: str
+) -> dict[str, object]:
     spec = launch.spec
     if set(launch.arguments) != set(spec.parameters):
         differing = sorted(set(launch.arguments) ^ set(spec.parameters))
@@ -129,7 +138,7 @@ def _kernel_attributes(launch: Launch, buffers: Mapping[str, tuple[str, str]], t
         "threads": kernel.threads,
         "cluster": spec.cluster,
         "shared": kernel.shared_bytes,
-        "overlap": spec.overlap,
+        "overlap": program.overlaps(launch),
     }
     return {"image": kernel.image, "name": kernel.symbol, "arguments": " ".join(arguments), **_int64s(numbers)}
 
@@ -143,10 +152,10 @@ _OPERAND_TYPES = {
 _POINTERS = {"int32": "i32*", "float32": "f32*", "bfloat16": "bf16*", "uint8": "u8*"}
 
 
-def _buffers(program: Program, problem: Problem | Product) -> dict[str, tuple[str, str]]:
+def _buffers(program: Program, problem: Problem | Product | Parcels) -> dict[str, tuple[str, str]]:
     """Of every buffer of a call: where it is, and what a kernel's pointer to it is."""
-    operands = product.OPERANDS if isinstance(problem, Product) else OPERANDS
-    buffers = {name: (f"operand:{i}", _OPERAND_TYPES.get(name, "f32*")) for i, name in enumerate(operands)}
+    types = _OPERAND_TYPES | ({"x": "u8*"} if isinstance(problem, Problem) and problem.has_parcels else {})
+    buffers = {name: (f"operand:{i}", types.get(name, "f32*")) for i, name in enumerate(problem.operand_names)}
     results = {"out": problem.out_dtype} | {name: w.dtype for name, w in program.workspaces.items()}
     return buffers | {
         name: (f"result:{i}", _POINTERS[jnp.dtype(dtype).name]) for i, (name, dtype) in enumerate(results.items())

@@ -272,8 +272,8 @@ class XRowsSpec:
     def __post_init__(self):
         if self.codes and not self.quantise:
             raise ValueError("codes: got True, needs quantise")
-        if self.per_group and (not self.quantise or self.codes or self.per_route):
-            raise ValueError("per_group: got True, needs quantise alone")
+        if self.per_group and (not self.quantise or self.per_route):
+            raise ValueError("per_group: got True, needs quantise, and not per_route")
 
     threads = 256
     cluster = 1
@@ -305,6 +305,49 @@ class XRowsSpec:
     def grid(self, num_rows: int, width: int) -> int:
         """CTAs: a thread takes 16 values of rows of ``width``."""
         return -(-num_rows * (width // 16) // self.threads)
+
+
+@dataclasses.dataclass(frozen=True)
+class ParcelsSpec:
+    """x and its routing -> parcels, in which tokens travel (``jax_moe/parcels.py``)."""
+
+    implementation = "jax_moe.kernels.device.parcels:Parcels"
+    name = "jax_moe_parcels"
+    threads = 256
+    cluster = 1
+    overlap = False
+    tensor_core_ptx = None
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        return {
+            "x": "bf16*", "expert_ids": "i32*", "routing_weights": "f32*", "input_scale": "f32*", "out": "u8*",
+            "num_tokens": "i32", "top_k": "i32", "row_blocks": "i32",
+        }  # fmt: skip
+
+    def num_threads(self, num_tokens: int, top_k: int, row_blocks: int) -> int:
+        """One for each block of 16 values, in eights, and for each route."""
+        return num_tokens * (-(-row_blocks // 8) * 8 + top_k)
+
+
+@dataclasses.dataclass(frozen=True)
+class ParcelRowsSpec:
+    """The pass over x where x is parcels: bf16 again, code * block scale."""
+
+    implementation = "jax_moe.kernels.device.parcels:ParcelRows"
+    name = "jax_moe_parcel_rows"
+    threads = 256
+    cluster = 1
+    overlap = False
+    tensor_core_ptx = None
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        return {"x": "u8*", "x_rows": "bf16*", "num_rows": "i32", "top_k": "i32", "row_blocks": "i32"}
+
+    def grid(self, num_rows: int, hidden_size: int) -> int:
+        """CTAs: a thread takes 8 values."""
+        return -(-num_rows * (hidden_size // 8) // self.threads)
 
 
 @dataclasses.dataclass(frozen=True)

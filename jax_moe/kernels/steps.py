@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax_moe import activations
 from jax_moe.kernels import specs, tiling
 from jax_moe.kernels.device.constants import WORK_COUNTERS
-from jax_moe.kernels.target import Card, Launch
+from jax_moe.kernels.target import Card, Launch, Program
+from jax_moe.parcels import Parcels
 from jax_moe.problem import Problem
 from jax_moe.product.problem import Product
 
@@ -31,9 +32,7 @@ def sort(p: Problem, token_tile: int, granule: int = 0) -> tuple[Launch, Workspa
       ValueError: more experts or rows than the kernels can count.
     """
     spec = specs.sort_spec(p.num_routes, p.local_experts, token_tile, p.weight_on == "output", granule)
-    tiles = tiling.max_tiles(p.num_routes, p.local_experts, token_tile)
-    vectors = max(num_x_rows(p) * p.hidden_size // 8, p.num_tokens * p.hidden_size // 4)  # of x and of the output
-    _check_count(max(tiles * token_tile, vectors), f"T*K = {p.num_routes} routes of H = {p.hidden_size}", "fused_moe")
+    tiles = num_tiles(p, token_tile)
     buffers = same("expert_ids", "routing_weights", "expert_offset", *TILE_MAP, "cta_counts")
     return Launch("sort", spec, spec.cluster, {**buffers, "num_routes": p.num_routes}), {
         "expert_tiles": jax.ShapeDtypeStruct((p.local_experts + 1 + WORK_COUNTERS,), jnp.int32),
@@ -42,6 +41,18 @@ def sort(p: Problem, token_tile: int, granule: int = 0) -> tuple[Launch, Workspa
         "row_weight": jax.ShapeDtypeStruct((tiles * token_tile,), jnp.float32),
         "cta_counts": jax.ShapeDtypeStruct((spec.cluster, p.local_experts), jnp.int32),
     }
+
+
+def num_tiles(p: Problem, token_tile: int) -> int:
+    """Tiles that a call may have.
+
+    Raises:
+      ValueError: more rows than the kernels can count.
+    """
+    tiles = tiling.max_tiles(p.num_routes, p.local_experts, token_tile)
+    vectors = max(num_x_rows(p) * p.hidden_size // 8, p.num_tokens * p.hidden_size // 4)  # of x and of the output
+    _check_count(max(tiles * token_tile, vectors), f"T*K = {p.num_routes} routes of H = {p.hidden_size}", "fused_moe")
+    return tiles
 
 
 def _check_count(count: int, got: str, function: str) -> None:
@@ -56,6 +67,8 @@ def num_x_rows(p: Problem) -> int:
 
 def x_rows(p: Problem) -> tuple[Launch, Workspaces]:
     """The pass over x: makes what GEMM1 multiplies, rounded to NVFP4 (w4a4) or weighted (weight_on="input")."""
+    if p.has_parcels:
+        return _parcel_rows(p)
     quantise, per_route, rows = p.precision == "w4a4", p.weight_on == "input", num_x_rows(p)
     spec = specs.XRowsSpec(quantise=quantise, per_route=per_route)
     arguments = {
@@ -64,6 +77,14 @@ def x_rows(p: Problem) -> tuple[Launch, Workspaces]:
     }  # fmt: skip
     workspaces = {"x_rows": jax.ShapeDtypeStruct((rows, p.hidden_size), jnp.bfloat16)}
     return Launch("x_rows", spec, spec.grid(rows, p.hidden_size), arguments), workspaces
+
+
+def _parcel_rows(p: Problem) -> tuple[Launch, Workspaces]:
+    """The pass over x that is rounded already, and comes in parcels."""
+    spec, row_blocks = specs.ParcelRowsSpec(), p.hidden_size // 16
+    arguments = {**same("x", "x_rows"), "num_rows": p.num_tokens, "top_k": p.top_k, "row_blocks": row_blocks}
+    workspaces = {"x_rows": jax.ShapeDtypeStruct((p.num_tokens, p.hidden_size), jnp.bfloat16)}
+    return Launch("x_rows", spec, spec.grid(p.num_tokens, p.hidden_size), arguments), workspaces
 
 
 def x_codes(p: Problem, block_k: int) -> tuple[Launch, Workspaces]:
@@ -103,11 +124,14 @@ def gemms(p: Problem, config: Any, gemm1: type[_Gemm1], gemm2: type[_Gemm2]) -> 
     )
 
 
-def gemm1_arguments(p: Problem) -> dict[str, str | int | None]:
-    """What every target's GEMM1 takes; x and the numbers of its blocks are the target's."""
+def gemm1_arguments(p: Problem, maps_routes: bool = False) -> dict[str, str | int | None]:
+    """What every target's GEMM1 takes; x and the numbers of its blocks are the target's.
+
+    ``maps_routes``: it makes the tile map for itself, of the routes; else it reads the sort's.
+    """
     quantised = p.precision == "w4a4"
     return {
-        **same("row_route", "tile_expert", "expert_tiles", "h"),
+        **(_routes(p) if maps_routes else same("row_route", "tile_expert", "expert_tiles")), "h": "h",
         "payload": "gate_up.payload", "global_scale": "gate_up.global_scale",
         "input_scale": "gate_up.input_scale" if quantised else None,
         "bias": "gate_up.bias" if p.has_gate_up_bias else None,
@@ -117,17 +141,23 @@ def gemm1_arguments(p: Problem) -> dict[str, str | int | None]:
     }  # fmt: skip
 
 
-def gemm2_arguments(p: Problem) -> dict[str, str | int | None]:
-    """What every target's GEMM2 takes; the numbers of its blocks are the target's."""
+def gemm2_arguments(p: Problem, maps_routes: bool = False) -> dict[str, str | int | None]:
+    """What every target's GEMM2 takes; the numbers of its blocks are the target's. ``maps_routes`` as of GEMM1."""
     is_ordered = p.combine == "ordered"
+    weights = {"routing_weights": "routing_weights" if p.weight_on == "output" else None}
     return {
-        **same("h", *TILE_MAP), "payload": "down.payload", "global_scale": "down.global_scale",
+        **(_routes(p) | weights if maps_routes else same(*TILE_MAP)), "h": "h",
+        "payload": "down.payload", "global_scale": "down.global_scale",
         "input_scale": "down.input_scale" if p.precision == "w4a4" else None,
         "bias": "down.bias" if p.has_down_bias else None,
         "out": "contributions" if is_ordered else "out",
         "row_divisor": 1 if is_ordered else p.top_k,
         "hidden_size": p.hidden_size, "local_experts": p.local_experts,
     }  # fmt: skip
+
+
+def _routes(p: Problem) -> dict[str, str | int | None]:
+    return {**same("expert_ids", "expert_offset"), "num_routes": p.num_routes}
 
 
 def combine(p: Problem) -> tuple[Launch, Workspaces]:
@@ -193,11 +223,30 @@ def rounded_rows(p: Product) -> tuple[Launch, Workspaces]:
     return Launch("x_rows", spec, spec.grid(p.num_rows, p.in_features), arguments), workspaces
 
 
+def group_codes(p: Product, block_k: int) -> tuple[Launch, Workspaces]:
+    """The same as codes and block scales; rows are padded as :func:`x_codes` says.
+
+    Raises:
+      ValueError: more values than the kernels can count.
+    """
+    width = -(-p.in_features // block_k) * block_k
+    _check_count(p.num_rows * width // 16, f"T = {p.num_rows} rows of C = {p.in_features}", "ragged_dot")
+    spec = specs.XRowsSpec(quantise=True, per_route=False, codes=True, per_group=True)
+    arguments = {
+        **same("x", "x_codes", "x_scales", "row_group"), "routing_weights": None, "input_scale": "weights.input_scale",
+        "num_rows": p.num_rows, "row_divisor": 1, "row_blocks": p.in_features // 16, "padded_blocks": width // 16,
+    }  # fmt: skip
+    return Launch("x_rows", spec, spec.grid(p.num_rows, width), arguments), {
+        "x_codes": jax.ShapeDtypeStruct((p.num_rows, width // 2), jnp.uint8),
+        "x_scales": jax.ShapeDtypeStruct((p.num_rows, width // 16), jnp.uint8),
+    }
+
+
 def product_arguments(p: Product) -> dict[str, str | int | None]:
-    """What every target's product takes; the numbers of its blocks are the target's."""
+    """What every target's product takes; x and the numbers of its blocks are the target's."""
     quantised = p.precision == "w4a4"
     return {
-        **same("row_route", "tile_expert", "expert_tiles", "group_ends", "out"), "x": "x_rows" if quantised else "x",
+        **same("row_route", "tile_expert", "expert_tiles", "group_ends", "out"),
         "payload": "weights.payload", "global_scale": "weights.global_scale",
         "input_scale": "weights.input_scale" if quantised else None,
         "bias": "weights.bias" if p.has_bias else None,
@@ -212,3 +261,27 @@ def product_sizes(p: Product) -> dict[str, int]:
         "in_features": p.in_features, "out_features": p.out_features,
         "out_bytes": jnp.dtype(p.out_dtype).itemsize,
     }  # fmt: skip
+
+
+# -- parcels --------------------------------------------------------------------------------------------------------
+
+
+def parcels(p: Parcels) -> Program:
+    """The program of a call that makes parcels, on any target.
+
+    Raises:
+      ValueError: more values than the kernel can count.
+    """
+    spec, row_blocks = specs.ParcelsSpec(), p.hidden_size // 16
+    threads = spec.num_threads(p.num_tokens, p.top_k, row_blocks)
+    _check_count(threads, f"T = {p.num_tokens} tokens of H = {p.hidden_size}", p.op)
+    launch = Launch("parcels", spec, -(-threads // spec.threads), {
+        **same(*p.operand_names, "out"), "num_tokens": p.num_tokens, "top_k": p.top_k, "row_blocks": row_blocks,
+    })  # fmt: skip
+    return Program(
+        launches=(launch,) if p.num_tokens else (),
+        adds=None,
+        workspaces={},
+        weight_bytes={},
+        sizes={"num_tokens": p.num_tokens, "top_k": p.top_k, "hidden_size": p.hidden_size},
+    )

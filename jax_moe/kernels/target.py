@@ -12,20 +12,39 @@ from jax_moe.product.problem import Product
 
 
 @dataclasses.dataclass(frozen=True)
+class Ceilings:
+    """What no call on a card can beat: the floor that times are compared with (``cli/floor.py``).
+
+    Attributes:
+      bytes_per_second: read from memory.
+      flop_per_second: of products, by precision.
+      source: where the two are from, in words.
+    """
+
+    bytes_per_second: float
+    flop_per_second: Mapping[Precision, float]
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Card:
     """One model of GPU.
 
     Attributes:
-      name: part of what JAX calls it (``device_kind``).
-      multiprocessors: a persistent grid has a CTA, or several, for each. On a smaller GPU the surplus CTAs run last.
+      name: words of what JAX calls it (``device_kind``).
+      multiprocessors: a persistent grid has a CTA, or several, for each. Where a call is lowered on a machine with the
+        GPU, those that are there count: a slice of a GPU has fewer. On a GPU with fewer than a program was made for,
+        the surplus CTAs run last; the results are the same.
       terabytes_per_second: of its memory, by the data sheet.
-      costs: what its target chooses kernels by; measured on it, or on the card that the target says.
+      costs: what its target chooses kernels by; measured on it, or derived as the target says.
+      ceilings: None: measured where they are needed.
     """
 
     name: str
     multiprocessors: int
     terabytes_per_second: float
     costs: Any = dataclasses.field(repr=False, hash=False)  # may be a dictionary
+    ceilings: Ceilings | None = dataclasses.field(default=None, repr=False, hash=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +82,14 @@ class Program:
     workspaces: Mapping[str, jax.ShapeDtypeStruct]
     weight_bytes: Mapping[str, int]
     sizes: Mapping[str, int]
+
+    def overlaps(self, launch: Launch) -> bool:
+        """Whether a launch may start before the one in front of it has ended.
+
+        The first one may not, whatever its kernel could do: what is in front of it writes the operands, which kernels
+        read without a wait.
+        """
+        return launch.spec.overlap and launch is not self.launches[0]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,10 @@
 """The table of targets, and which of them a device, a layout or a user's word stands for."""
 
+from collections.abc import Iterator
+import contextlib
+import contextvars
+import dataclasses
+import re
 from typing import Any, get_args
 
 import jax
@@ -81,15 +86,56 @@ def for_call(
             f"{argument}.layout: got {layout!r}, on a GPU {function} with precision={precision!r} needs prepared "
             f"weights: {advice}"
         )
+    card = _planned.get()
+    for target in fitting:
+        if card in target.cards:
+            return target, card
     for device in _gpus():
         for target in fitting:
             if device.compute_capability in target.compute_capabilities:
-                return target, _card_of(target, device.device_kind)
+                return target, card_of(target, device)
     return fitting[0], fitting[0].cards[0]
 
 
-def _card_of(target: Target, device_kind: str) -> Card:
-    return next((card for card in target.cards if card.name in device_kind), target.cards[0])
+def card_of(target: Target, device: Any) -> Card:
+    """The row of a GPU, or the first one, with as many multiprocessors as the GPU has (or its slice, with MIG)."""
+    card = row_of(target, device) or target.cards[0]
+    there = getattr(device, "core_count", None)
+    return dataclasses.replace(card, multiprocessors=there) if there else card
+
+
+def row_of(target: Target, device: Any) -> Card | None:
+    """The row of a GPU, as it is in the table; None if there is none."""
+    for card in target.cards:
+        if re.search(rf"\b{re.escape(card.name)}\b", device.device_kind):  # a GH200 is no H200, and that is no H20
+            return card
+    return None
+
+
+def card_named(target: Target, name: str) -> Card:
+    """A row by its name.
+
+    Raises:
+      ValueError: there is none of that name.
+    """
+    for card in target.cards:
+        if card.name == name:
+            return card
+    known = ", ".join(repr(card.name) for card in target.cards)
+    raise ValueError(f"card: got {name!r}, {target.name} has {known}")
+
+
+@contextlib.contextmanager
+def planned_for(card: Card) -> Iterator[None]:
+    """Within this, calls that ``card``'s target runs are planned for it, and not for what is at hand."""
+    token = _planned.set(card)
+    try:
+        yield
+    finally:
+        _planned.reset(token)
+
+
+_planned: contextvars.ContextVar[Card | None] = contextvars.ContextVar("planned", default=None)
 
 
 def _default_device() -> Any:

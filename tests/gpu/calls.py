@@ -1,5 +1,6 @@
 """The CUDA handler called with kernels of a test's own choosing, and handlers that are wrong on purpose."""
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -28,8 +29,8 @@ _COMPILER = os.environ.get("CXX", "g++")
 
 Weights = TypeVar("Weights", jax_moe.Experts, jax_moe.Projection)
 
-COMPILE_ONLY = bool(os.environ.get("JAX_MOE_COMPILE_ONLY"))
-"""Fill the kernel cache, for a machine that has a GPU and no compiler."""
+COMPILE_ONLY = os.environ.get("JAX_MOE_COMPILE_ONLY", "")
+"""Fill the kernel cache, for a machine that has a GPU and no compiler: 1, or the name of its card."""
 
 
 @functools.cache
@@ -54,6 +55,13 @@ def why_not_run() -> str | None:
         return "JAX_MOE_COMPILE_ONLY: compiled, not run"
     found = _target()
     return found if isinstance(found, str) else None
+
+
+def planned():
+    """A context in which calls are planned for the card that :data:`COMPILE_ONLY` names."""
+    if COMPILE_ONLY in ("", "1"):
+        return contextlib.nullcontext()
+    return targets.planned_for(targets.card_named(target(), COMPILE_ONLY))
 
 
 def target() -> Target:

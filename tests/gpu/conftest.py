@@ -32,6 +32,12 @@ def stand_in_kernels(monkeypatch):
         cuda_call.stand_in_compiler(monkeypatch)
 
 
+@pytest.fixture(autouse=True)
+def planned_card():
+    with calls.planned():
+        yield
+
+
 @pytest.fixture(scope="session")
 def build_folder(tmp_path_factory):
     return tmp_path_factory.mktemp("build")

@@ -66,9 +66,9 @@ def _configs(case: helpers.Case):
     return tuple(launch.spec.config for launch in lowering.launches(problem) if launch.name in ("gemm1", "gemm2"))
 
 
-def _order(configs) -> tuple[tuple[int, int], ...]:
-    """Of each GEMM's sums: how many parts a contraction has, and how many sums the blocks of one go to by turns."""
-    return tuple((getattr(config, "cluster_k", 1), getattr(config, "k_warpgroups", 1)) for config in configs)
+def _order(configs) -> tuple[int, ...]:
+    """Of each GEMM's sums: into how many it puts the blocks of the contraction by turns."""
+    return tuple(getattr(config, "k_warpgroups", 1) for config in configs)
 
 
 # --- Batches and plans --------------------------------------------------------------------------------------------
@@ -154,9 +154,11 @@ def test_replays_of_ordered_sums(poison, tokens, precision, out_dtype):
     _same_bits_again_and_again(_case(tokens, precision=precision, out_dtype=out_dtype), poison)
 
 
-@pytest.mark.parametrize("config", getattr(program, "FEW_UNITS", ()), ids=lambda config: config.name)
-def test_replays_of_sums_that_ctas_or_warpgroups_share(poison, monkeypatch, config):
-    """Parts of the contraction meet in one place, in their order, however late each is."""
+def test_replays_of_sums_that_four_warpgroups_share(poison, monkeypatch):
+    """They are added in one order, however late each is."""
+    if not hasattr(program, "FEW_UNITS"):
+        pytest.skip("needs a Hopper GPU: others have no such form")
+    config = program.FEW_UNITS
     monkeypatch.setattr(program, "best_config", lambda *_: config)
     case = helpers.make_case(
         8, tokens=2, hidden=2048, intermediate=1536, num_experts=8, top_k=4, precision="w4a16", **_ORDERED

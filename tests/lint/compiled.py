@@ -8,7 +8,7 @@ import cuda_call
 import jax.numpy as jnp
 from ptx import parser
 
-from jax_moe import activations, shapes
+from jax_moe import activations, parcels, shapes
 from jax_moe.kernels import lowering
 from jax_moe.kernels.compiler import CompiledKernel
 from jax_moe.kernels.sm90 import program as sm90_program
@@ -43,9 +43,15 @@ def some_specs(target: str) -> list[Spec]:
             specs |= set(_gemms(target, problem(target, precision, **options), config))
         for weight_on in ("output", "input"):
             call = problem(target, precision, weight_on=weight_on, combine="ordered")
-            specs |= {launch.spec for launch in lowering.launches(call) if not launch.spec.tensor_core_ptx}
+            calls = [call, *(parcels.of_call(call) if parcels.are_taken(call) else [])]
+            launches = [launch for each in calls for launch in lowering.launches(each)]
+            specs |= {launch.spec for launch in launches if not launch.spec.tensor_core_ptx}
+        # Few routes may have kernels of their own.
+        call = problem(target, precision, num_tokens=1, combine="ordered" if precision == "w4a4" else "atomic")
+        specs |= {launch.spec for launch in lowering.launches(call)}
         if TARGETS[target].product is not None:  # of which a config changes only what those of GEMM1 have
-            call = cuda_call.product(precision=precision, num_rows=1, bias=precision == "w4a4")
+            layout = TARGETS[target].layouts[precision]
+            call = cuda_call.product(precision=precision, num_rows=1, bias=precision == "w4a4", layout=layout)
             specs |= {launch.spec for launch in lowering.launches(call)}
     return sorted(specs, key=lambda spec: spec.name)
 
@@ -71,7 +77,7 @@ def all_specs(target: str) -> list[Spec]:
 
 def _configs(target: str, precision: str):
     if target == "sm_90a":
-        return (*sm90_program.CONFIGS, *sm90_program.FEW_UNITS)
+        return (*sm90_program.CONFIGS, sm90_program.FEW_UNITS)
     return sm100_program.CONFIGS[precision]
 
 

@@ -11,6 +11,7 @@ extern "C" {
 XLA_FFI_Error* JaxMoeFusedMoeCudaInstantiate(XLA_FFI_CallFrame*);
 XLA_FFI_Error* JaxMoeFusedMoeCudaV1Instantiate(XLA_FFI_CallFrame*);
 XLA_FFI_Error* JaxMoeRaggedDotCudaInstantiate(XLA_FFI_CallFrame*);
+XLA_FFI_Error* JaxMoeParcelsCudaInstantiate(XLA_FFI_CallFrame*);
 XLA_FFI_Error* JaxMoeCudaInitialize(XLA_FFI_CallFrame*);
 XLA_FFI_Error* JaxMoeCuda(XLA_FFI_CallFrame*);
 XLA_FFI_Error* JaxMoeCudaNoCapture(XLA_FFI_CallFrame*);
@@ -28,7 +29,11 @@ struct SiteOptions {
   bool ordered = false;
   bool x_rows = false;
   bool bf16 = true;
+  bool parcels = false;  // of w4a4, in the place of x
 };
+
+// Of a token with K routes and H values: 8 * K + H / 2 + H / 16, and zeros to a multiple of 8.
+constexpr int64_t kParcelBytes = 40;
 
 // A call as XLA would make it: attributes, operands at addresses 0x1000, 0x2000, ..., results at 0x100000, ...
 struct Site {
@@ -138,6 +143,13 @@ struct CallSite : Site {
         .Set("alpha", 1.0f)
         .Set("beta", 0.0f)
         .Set("limit", 1e30f);
+    if (options.parcels) {
+      operands[0] = {XLA_FFI_DataType_U8, {t, kParcelBytes}, 0x1000};
+      operands[7] = {XLA_FFI_DataType_F32, {}, 0x8000};
+      operands[12] = {XLA_FFI_DataType_F32, {L}, 0xd000};
+      attributes.Set("precision", "w4a4_parcels");
+      if (t != 0) AddKernel("gemm1", "operand:7 operand:12 result:1 i32:-7");
+    }
   }
 };
 
@@ -176,6 +188,20 @@ struct ProductSite : Site {
       AddKernel(name, name == "x_rows" ? "operand:0 operand:6 result:1 null" : "operand:0 result:0 result:1 i32:-7");
     }
     attributes.Set("precision", options.quantised ? "w4a4" : "w4a16");
+  }
+};
+
+// A call that makes parcels.
+struct ParcelsSite : Site {
+  explicit ParcelsSite(int64_t tokens = T) : Site(JaxMoeParcelsCudaInstantiate) {
+    operands = {{XLA_FFI_DataType_BF16, {tokens, H}, 0x1000},
+                {XLA_FFI_DataType_S32, {tokens, K}, 0x2000},
+                {XLA_FFI_DataType_F32, {tokens, K}, 0x3000},
+                {XLA_FFI_DataType_F32, {}, 0x4000}};
+    results = {{XLA_FFI_DataType_U8, {tokens, kParcelBytes}, 0x100000}};
+    sizes->Set("num_tokens", tokens).Set("top_k", K).Set("hidden_size", H);
+    kernels->SetSizes("workspace_bytes", {}).Set("launches", tokens == 0 ? "" : "parcels").Set("adds", "");
+    if (tokens != 0) AddKernel("parcels", "operand:0 operand:3 result:0 i32:-7");
   }
 };
 

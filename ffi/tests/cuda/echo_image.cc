@@ -29,7 +29,19 @@ ffi::Error EchoImage(ffi::Dictionary attributes, ffi::Result<ffi::Buffer<ffi::U8
   return ffi::Error::Success();
 }
 
+// Decodes the attributes of a call that makes parcels: they have an empty dictionary and an empty array of numbers.
+ffi::Error DecodeParcelsCall(ffi::Dictionary attributes, ffi::Result<ffi::Buffer<ffi::S32>> sizes) {
+  ffi::ErrorOr<std::unique_ptr<Program>> program = Program::Decode(std::make_unique<Parcels>(), attributes);
+  if (program.has_error()) return program.error();
+  if (sizes->element_count() != 3) return Refuse("sizes");
+  for (int i = 0; i < 3; ++i) sizes->typed_data()[i] = static_cast<int32_t>((*program)->sizes()[i]);
+  return ffi::Error::Success();
+}
+
 }  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeTestDecodeParcels, DecodeParcelsCall,
+                              ffi::Ffi::Bind().Attrs().Ret<ffi::Buffer<ffi::S32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeTestEchoImage, EchoImage,
                               ffi::Ffi::Bind().Attrs().Ret<ffi::Buffer<ffi::U8>>().Ret<ffi::Buffer<ffi::S32>>());

@@ -38,7 +38,7 @@ inline std::string Join(const std::vector<std::string>& lines) {
 inline void WithRecorder(const std::function<void()>& test) {
   static uintptr_t fresh_context = 0;
   Recorder fresh;
-  for (const char* name : {"sort", "x_rows", "gemm1", "gemm2", "combine", "groups", "product"}) {
+  for (const char* name : {"sort", "x_rows", "gemm1", "gemm2", "combine", "groups", "product", "parcels"}) {
     fresh.parameters_of[std::string(name) + "_kernel"] = 4;
   }
   recorder = &fresh;
@@ -54,6 +54,9 @@ inline void CaptureAfterNode(uintptr_t node) {
 
 // Those of ragged_dot (product_test.cc).
 void TestProducts();
+
+// Those of parcels (parcels_test.cc).
+void TestParcels();
 
 }  // namespace jax_moe::cuda::fake
 

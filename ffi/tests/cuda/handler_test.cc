@@ -449,6 +449,7 @@ int main() {
   const jax_moe::cuda::Driver driver = MakeDriver();
   jax_moe::cuda::SetDriverForTesting(&driver);
   TestProducts();
+  TestParcels();
   for (void (*test)() : {TestEager, TestWhere, TestWhatTellsKernelsApart, TestOptions, TestCaptured, TestCounters,
                          TestNoTokens, TestDriverFailures, TestLoading, TestRefusals, TestStaticRefusals,
                          TestAllocations, TestThreads, TestTraits, TestNoDriver}) {

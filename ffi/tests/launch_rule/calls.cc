@@ -15,7 +15,8 @@ constexpr int kInjected = 700;  // an injected error's code, plus the number of 
 constexpr std::size_t kOutputBytes = 4096;
 
 // fused_moe's lists; then lists that other kinds of call may have: the first launch adds, two add, a single one does
-// not; and ragged_dot's, whose first and last launch write different rows of the output.
+// not; and ragged_dot's, whose first and last launch write different rows of the output; at the end fused_moe's of few
+// routes, whose GEMMs read the routing themselves.
 static const LaunchSpec kSort = {Kind::kSort, {{kRouting, Access::kRead}, {kSorted, Access::kWrite}}};
 static const LaunchSpec kPassOverX = {Kind::kXRows, {{kX, Access::kRead}, {kXRows, Access::kWrite}}};
 static const LaunchSpec kCombine = {Kind::kCombine, {{kRows, Access::kRead}, {kOut, Access::kWrite}}};
@@ -51,6 +52,10 @@ const std::array<LaunchList, kNumLists> kLists = {{
       {Kind::kXRows, {{kX, Access::kRead}, {kSorted, Access::kRead}, {kXRows, Access::kWrite}}},
       {Kind::kGemm2, {{kXRows, Access::kRead}, {kSorted, Access::kRead}, {kOut, Access::kWrite}}}},
      {}},
+    {"few routes",
+     {{Kind::kGemm1, {{kX, Access::kRead}, {kRouting, Access::kRead}, {kHidden, Access::kWrite}}},
+      {Kind::kGemm2, {{kHidden, Access::kRead}, {kRouting, Access::kRead}, {kOut, Access::kAccumulate}}}},
+     1},
 }};
 
 struct CallContext {

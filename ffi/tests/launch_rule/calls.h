@@ -47,6 +47,7 @@ enum ListName {
   kAddsTwice,
   kOne,
   kProduct,
+  kFewRoutes,
   kNumLists,
 };
 

@@ -73,13 +73,18 @@ def _block_scale(amax: Float32, global_scale: Float32):
 
 def _round(value: Float32, scale: Float32, inverse: Float32) -> Float32:
     """``e2m1(value * inverse) * scale``: what a w4a4 product multiplies, exact in bf16; NaN if ``scale`` is."""
+    return _e2m1(value, inverse) * scale
+
+
+def _e2m1(value: Float32, inverse: Float32) -> Float32:
+    """``e2m1(value * inverse)``."""
     scaled = value * inverse
     magnitude = ptx.minimum(ptx.absolute(scaled), Float32(6.0))
     # Adding and subtracting 1.5 * 2**23 * step rounds to a multiple of step, ties to even. The steps of e2m1 are 0.5
     # below 2, 1 below 4 and 2 above (an even multiple is an even code): half the power of two below the magnitude, at
     # least 0.5.
     magic = ptx.power_of_two_below(ptx.maximum(magnitude, Float32(1.0))) * Float32(0.75 * 2**23)
-    return ptx.copy_sign((magnitude + magic) - magic, scaled) * scale
+    return ptx.copy_sign((magnitude + magic) - magic, scaled)
 
 
 def _amax(values) -> Float32:
@@ -96,6 +101,29 @@ def _pack(values, inverse: Float32) -> Uint32:
     for i in range(2, len(scaled), 2):
         word = word | (ptx.pack_e2m1x2(scaled[i], scaled[i + 1]) << Uint32(4 * i))
     return word
+
+
+def _pack_anywhere(values, inverse: Float32) -> Uint32:
+    """As :func:`_pack`, by instructions that every target has."""
+    word = Uint32(0)
+    for i, value in enumerate(values):
+        # Divided by 2**126, a value of e2m1 has its code's exponent and mantissa in the same places, subnormal or not.
+        bits = ptx.bits(_e2m1(value, inverse) * Float32(2.0**-126))
+        code = (bits >> Uint32(28)) & Uint32(8) | (bits >> Uint32(22)) & Uint32(7)
+        word = word | (code << Uint32(4 * i))
+    return word
+
+
+def values_of_codes(word: Uint32, scale: Float32):
+    """The eight products of a word's codes with their block scale."""
+    # As in _pack_anywhere, in two steps because no scale of one step would be finite.
+    scale = scale * Float32(2.0**6)
+    values = []
+    for i in range(8):
+        code = word >> Uint32(4 * i)
+        bits = (code & Uint32(8)) << Uint32(28) | (code & Uint32(7)) << Uint32(22)
+        values.append(ptx.from_bits(bits) * Float32(2.0**120) * scale)
+    return values
 
 
 def _shared_scales(values, global_scale: Float32, lane, lanes: int, stride: int):
@@ -155,10 +183,14 @@ def quantise_blocks(values, global_scale: Float32, lane, lanes: int, stride: int
 
 
 @cute.jit
-def quantise_block(values, global_scale: Float32):
-    """The 16 codes of one thread's block as two words, and its e4m3 scale as the low byte of a word."""
+def quantise_block(values, global_scale: Float32, anywhere: cutlass.Constexpr = False):
+    """The 16 codes of one thread's block as two words, and its e4m3 scale as the low byte of a word.
+
+    ``anywhere``: by instructions that every target has, not only those with NVFP4 tensor cores.
+    """
+    pack = _pack_anywhere if anywhere else _pack
     scale, inverse = _block_scale(_amax(values), global_scale)
-    low, high = _pack(values[:8], inverse), _pack(values[8:], inverse)
+    low, high = pack(values[:8], inverse), pack(values[8:], inverse)
     if scale == Float32(0.0):  # the products with zeros of either sign are right too, but a zero code is 0
         low, high = Uint32(0), Uint32(0)
     return low, high, ptx.e4m3(scale)

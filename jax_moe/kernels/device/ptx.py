@@ -71,6 +71,34 @@ def e4m3(value: Float32, *, loc=None, ip=None) -> Uint32:
 
 
 @dsl_user_op
+def from_e4m3(byte: Uint32, *, loc=None, ip=None) -> Float32:
+    """The value of the e4m3 in the low byte of a word."""
+    text = "{ .reg .b16 p, l, u; .reg .b32 h; cvt.u16.u32 p, $1; cvt.rn.f16x2.e4m3x2 h, p; mov.b32 {l, u}, h; "
+    text += "cvt.f32.f16 $0, l; }"
+    return Float32(assemble(T.f32(), _words([byte], loc, ip), text, "=f,r", True, loc, ip))
+
+
+@dsl_user_op
+def bits(value: Float32, *, loc=None, ip=None) -> Uint32:
+    """Those of a value."""
+    operands = [Float32(value).ir_value(loc=loc, ip=ip)]
+    return Uint32(assemble(T.i32(), operands, "mov.b32 $0, $1;", "=r,f", True, loc, ip))
+
+
+@dsl_user_op
+def from_bits(word: Uint32, *, loc=None, ip=None) -> Float32:
+    """The value with these bits."""
+    return Float32(assemble(T.f32(), _words([word], loc, ip), "mov.b32 $0, $1;", "=f,r", True, loc, ip))
+
+
+@dsl_user_op
+def load_global(address: Int64, size: int, *, loc=None, ip=None) -> Uint32:
+    """1 or 4 bytes of global memory that nobody writes meanwhile, aligned to their size."""
+    operands = [Int64(address).ir_value(loc=loc, ip=ip)]
+    return Uint32(assemble(T.i32(), operands, f"ld.global.nc.u{8 * size} $0, [$1];", "=r,l", False, loc, ip))
+
+
+@dsl_user_op
 def load_shared(address: Int32, *, loc=None, ip=None) -> Uint32:
     """A word of shared memory; ``address`` in the shared window."""
     operands = [Int32(address).ir_value(loc=loc, ip=ip)]
@@ -175,13 +203,6 @@ def store_cluster(address: Int32, word: Int32, *, loc=None, ip=None) -> None:
     """Stores a word to the shared memory of a CTA of the cluster (:func:`in_cta`)."""
     operands = [Int32(value).ir_value(loc=loc, ip=ip) for value in (address, word)]
     assemble(None, operands, "st.shared::cluster.b32 [$0], $1;", "r,r,~{memory}", False, loc, ip)
-
-
-@dsl_user_op
-def store_cluster_f32(address: Int32, value: Float32, *, loc=None, ip=None) -> None:
-    """Stores an fp32 value to the shared memory of a CTA of the cluster (:func:`in_cta`)."""
-    operands = [Int32(address).ir_value(loc=loc, ip=ip), Float32(value).ir_value(loc=loc, ip=ip)]
-    assemble(None, operands, "st.shared::cluster.f32 [$0], $1;", "r,f,~{memory}", False, loc, ip)
 
 
 @dsl_user_op

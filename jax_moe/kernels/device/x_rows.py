@@ -73,17 +73,28 @@ class XCodes(_Pass):
     @cute.kernel
     def kernel(self, given):
         cute.arch.griddepcontrol_launch_dependents()
+        if cutlass.const_expr(self.spec.per_group):
+            cute.arch.griddepcontrol_wait()  # the kernel in front says which group a row is of
         index = self._place()
         if index < given.num_rows * given.padded_blocks:
             row = index // given.padded_blocks
             column = index - row * given.padded_blocks
+            self._store(given, index, row, column)
+        if cutlass.const_expr(not self.spec.per_group):
+            cute.arch.griddepcontrol_wait()  # nothing here needs the sort, but who waits for this kernel does
+
+    @cute.jit
+    def _store(self, given, index, row, column):
+        group = Int32(0)
+        if cutlass.const_expr(self.spec.per_group):
+            group = array(given.row_group)[row]
+        if group >= 0:  # nobody multiplies other rows
             low, high, scale = Uint32(0), Uint32(0), Uint32(0)
             if column < given.row_blocks:
-                low, high, scale = self._quantised(given, row, column)
+                low, high, scale = self._quantised(given, row, column, group)
             ptx.store_global(Int64(given.x_codes.toint()) + Int64(index) * (_BLOCK // 2), (low, high))
             ptx.store_global_bytes(Int64(given.x_scales.toint()) + Int64(index), scale, 1)
-        cute.arch.griddepcontrol_wait()  # nothing here needs the sort, but who waits for this kernel does
 
-    def _quantised(self, given, row, column):
+    def _quantised(self, given, row, column, group):
         _, values = self._load(given, row, column)
-        return epilogue.quantise_block(values, array(given.input_scale)[0])
+        return epilogue.quantise_block(values, array(given.input_scale)[group])

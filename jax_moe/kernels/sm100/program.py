@@ -10,9 +10,10 @@ from jax_moe import activations
 from jax_moe.kernels import steps, tiling
 from jax_moe.kernels.sm100.device import weight_block
 from jax_moe.kernels.sm100.device.weight_block import BLOCK_K, BLOCK_ROWS, STEP_K
-from jax_moe.kernels.sm100.specs import Config, Gemm1Spec, Gemm2Spec, with_most_stages
+from jax_moe.kernels.sm100.specs import Config, Gemm1Spec, Gemm2Spec, ProductSpec, with_most_stages
 from jax_moe.kernels.target import Card, Launch, Program
 from jax_moe.problem import Precision, Problem
+from jax_moe.product.problem import Product
 
 CONFIGS: dict[Precision, tuple[Config, ...]] = {
     "w4a4": (
@@ -107,9 +108,7 @@ def with_config(p: Problem, card: Card, config: Config) -> Program:
     is_ordered, quantised = p.combine == "ordered", p.precision == "w4a4"
 
     # Weight blocks of the prepared weights: rows and contraction of gate_up and of down.
-    block_k, block_bytes = BLOCK_K, weight_block.BLOCK_BYTES
-    if not quantised:
-        block_k, block_bytes = weight_block.BF16_BLOCK_K, weight_block.BF16_BLOCK_BYTES
+    block_k, block_bytes = _weight_block(p.precision)
     parts = activations.num_parts(p.activation)
     gate_up_rows, down_rows = _blocks(parts * p.intermediate_size, BLOCK_ROWS), _blocks(p.hidden_size, BLOCK_ROWS)
     padded_intermediate = gate_up_rows * BLOCK_ROWS // parts
@@ -139,7 +138,7 @@ def with_config(p: Problem, card: Card, config: Config) -> Program:
         after.append(combine)
         workspaces |= more
 
-    grid = _blocks(card.multiprocessors * config.ctas_per_sm, gemm1.cluster) * gemm1.cluster  # persistent
+    grid = _grid(card, config)
     launch1 = Launch("gemm1", gemm1, grid, {
         **steps.gemm1_arguments(p), **rows,
         "m_blocks": gate_up_rows, "k_steps": _blocks(p.hidden_size, STEP_K), "h_blocks": h_blocks,
@@ -160,6 +159,60 @@ def with_config(p: Problem, card: Card, config: Config) -> Program:
         },
         sizes=steps.sizes(p, padded_intermediate),
     )  # fmt: skip
+
+
+def product_spec(p: Product, config: Config) -> ProductSpec:
+    """The kernel of a grouped product that multiplies."""
+    return ProductSpec(config, p.precision, str(p.out_dtype), p.has_bias)
+
+
+def build_product(p: Product, card: Card) -> Program:
+    """The program of a grouped product, its kernels chosen from its shapes and for ``card``.
+
+    Raises:
+      ValueError: a size is beyond what the kernels take.
+    """
+    return product_with_config(p, card, best_config(card, p.precision, max(1, p.num_rows), 1, p.num_groups))
+
+
+def product_with_config(p: Product, card: Card, config: Config) -> Program:
+    """The program of a grouped product with this config, whatever :func:`build_product` would choose.
+
+    Raises:
+      ValueError: a size is beyond what the kernels take.
+    """
+    block_k, block_bytes = _weight_block(p.precision)
+    row_blocks = _blocks(p.out_features, BLOCK_ROWS)
+    groups, workspaces = steps.groups(p, config.token_tile, card)
+    before, rows = [groups], {"x": "x", "x_scales": None}
+    if p.precision == "w4a4":
+        x_codes, more = steps.group_codes(p, BLOCK_K)
+        before.append(x_codes)
+        rows = steps.same("x_scales") | {"x": "x_codes"}
+        workspaces |= more
+    product = Launch("product", product_spec(p, config), _grid(card, config), {
+        **steps.product_arguments(p), **rows, "m_blocks": row_blocks, "k_steps": _blocks(p.in_features, STEP_K),
+    })  # fmt: skip
+    payload_bytes = p.local_groups * row_blocks * _blocks(p.in_features, block_k) * block_bytes
+    return Program(
+        launches=(*before, product) if p.num_rows else (),
+        adds=None,
+        workspaces=workspaces,
+        weight_bytes={"weights.payload": payload_bytes, "weights.block_scale": 0},
+        sizes=steps.product_sizes(p),
+    )
+
+
+def _weight_block(precision: Precision) -> tuple[int, int]:
+    """Values along the contraction, and bytes, of a block of prepared weights."""
+    if precision == "w4a4":
+        return BLOCK_K, weight_block.BLOCK_BYTES
+    return weight_block.BF16_BLOCK_K, weight_block.BF16_BLOCK_BYTES
+
+
+def _grid(card: Card, config: Config) -> int:
+    """CTAs: persistent, in whole pairs."""
+    return _blocks(card.multiprocessors * config.ctas_per_sm, 1 + config.pair) * (1 + config.pair)
 
 
 def _blocks(size: int, block: int) -> int:

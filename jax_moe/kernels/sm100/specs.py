@@ -122,3 +122,20 @@ class Gemm2Spec(_Tcgen05, specs.Gemm2Spec):
             "hidden_size": "i32", "row_divisor": "i32", "local_experts": "i32", "m_blocks": "i32", "k_steps": "i32",
             "h_blocks": "i32",
         }  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class ProductSpec(_Tcgen05, specs.ProductSpec):
+    """The grouped product of this target."""
+
+    implementation = "jax_moe.kernels.sm100.device.product:Product"
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        return {
+            "x": "bf16*" if self.precision == "w4a16" else "u8*", "x_scales": "u8*",
+            "row_route": "i32*", "tile_expert": "i32*", "expert_tiles": "i32*", "group_ends": "i32*",
+            "payload": "u8*", "global_scale": "f32*", "input_scale": "f32*", "bias": "f32*",
+            "out": specs.out_pointer(self.out_dtype),
+            "in_features": "i32", "out_features": "i32", "local_experts": "i32", "m_blocks": "i32", "k_steps": "i32",
+        }  # fmt: skip

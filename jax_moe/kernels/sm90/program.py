@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jax_moe import activations
 from jax_moe.kernels import steps, tiling
+from jax_moe.kernels.device.constants import FEW_ROUTES
 from jax_moe.kernels.sm90.device import weight_block
 from jax_moe.kernels.sm90.specs import Config, Gemm1Spec, Gemm2Spec, ProductSpec, with_most_stages
 from jax_moe.kernels.target import Card, Launch, Program
@@ -32,11 +33,25 @@ CONFIGS = (
 """What a call chooses from. Experts with about as many rows want a second width below the widest, so that few of them
 need two tiles and few multiply padding; experts with many tiles want to multiply little in their last one."""
 
-FEW_UNITS = (with_most_stages((8,), 1, 2, 4, 2, cluster_k=2), with_most_stages((8,), 1, 4, 4, 1))
-"""Other forms of the first of these, for hardly more units than CTAs (:func:`fitted`): the contraction split over two
-CTAs, or over the four warpgroups of a CTA that has a multiprocessor for itself."""
 
-Costs = Mapping[int, Mapping[int, float]]
+FEW_UNITS = with_most_stages((8,), 1, 4, 4, 1)
+"""Instead of the first of these, where units are few (:func:`fitted`): a CTA has a multiprocessor for itself, and four
+warpgroups for one unit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Nanoseconds that a multiprocessor takes for a weight block of GEMM1.
+
+    Attributes:
+      nanoseconds: for its instructions, by m warpgroups and then by the rows that it is multiplied with; where they
+        were measured, with all that memory adds.
+      memory: to bring it, where that is not in there: once, however many tiles an expert has. The one hides the other
+        but for a tenth.
+    """
+
+    nanoseconds: Mapping[int, Mapping[int, float]]
+    memory: float = 0.0
 
 
 @functools.lru_cache(maxsize=1024)  # every layer of a model asks, each time that it is lowered
@@ -47,16 +62,20 @@ def best_config(card: Card, num_tokens: int, top_k: int, num_experts: int) -> Co
 
 def _cost(costs: Costs, rows: int, config: Config) -> float:
     """Of a weight block of an expert with so many rows."""
-    nanoseconds = costs[config.m_warpgroups]
+    nanoseconds = costs.nanoseconds[config.m_warpgroups]
     full, rest = divmod(rows, config.token_tile)
-    cost = full * nanoseconds[config.token_tile]
-    return cost + nanoseconds[next(width for width in config.widths if width >= rest)] if rest else cost
+    busy = full * nanoseconds[config.token_tile]
+    if rest:
+        busy += nanoseconds[next(width for width in config.widths if width >= rest)]
+    return max(costs.memory, busy) + min(costs.memory, busy) / 10
 
 
 def fitted(config: Config, card: Card, units: int, k_blocks: int) -> Config:
-    """``config``, or the one of :data:`FEW_UNITS` that takes less time where units are few.
+    """``config``, or :data:`FEW_UNITS` where that takes less time.
 
-    What counts is the busiest multiprocessor's share. The microseconds are of an H200 (benchmarks/notes-h200.md).
+    What counts is how many units the busiest multiprocessor has. With two CTAs on each, up to twice as many units as
+    multiprocessors are a unit for each CTA, and some multiprocessor has two of them, however few they are: where a CTA
+    goes is nobody's choice. The microseconds are of an H200 (benchmarks/notes-h200.md, T = 1).
 
     Args:
       config: chosen for its token tile.
@@ -65,31 +84,12 @@ def fitted(config: Config, card: Card, units: int, k_blocks: int) -> Config:
       k_blocks: of a unit.
     """
     count = card.multiprocessors
-    if config != CONFIGS[0] or units > 3 * count or k_blocks < 2:
+    if config != CONFIGS[0] or units > 3 * count:  # with more, units that take turns even out
         return config
-    in_cluster, alone = FEW_UNITS
-    microseconds = card.costs[1][8] / 1000  # of a block
-
-    def in_pairs(most: int) -> int:
-        """Parts that one multiprocessor takes, if ``most`` CTAs or clusters have one each, and two of them share it."""
-        return 1 if units <= count // 2 else 2 * math.ceil(units / most)
-
-    times = {
-        config: 2.5 + microseconds * k_blocks * in_pairs(2 * count),
-        in_cluster: 4.9 + microseconds * math.ceil(k_blocks / 2) * in_pairs(count),
-        alone: 3.0 + 1.04 * microseconds * k_blocks * math.ceil(units / count),
-    }
-    return min(times, key=lambda each: times[each])
-
-
-def _grid(card: Card, config: Config, most_units: int) -> int:
-    """Persistent CTAs, in whole clusters; of clusters no more than there may be units.
-
-    All must be resident at once, because their units are handed out beforehand. With two CTAs a multiprocessor an H200
-    has room for 132 clusters of two; but of four for 62 only, and of eight for 30.
-    """
-    clusters = max(1, card.multiprocessors * config.ctas_per_sm // config.cluster_k)
-    return config.cluster_k * (min(clusters, most_units) if config.cluster_k > 1 else clusters)
+    unit = _cost(card.costs, 8, config) / 1000 * k_blocks
+    usual = 2.5 + unit * 2 * math.ceil(units / (2 * count))
+    alone = 3.0 + unit * 1.04 * math.ceil(units / count)
+    return FEW_UNITS if alone < usual else config
 
 
 def _likely_tiles(config: Config, num_tokens: int, local_experts: int, share: float) -> int:
@@ -100,7 +100,27 @@ def _likely_tiles(config: Config, num_tokens: int, local_experts: int, share: fl
 
 def gemms(p: Problem, config: Config) -> tuple[Gemm1Spec, Gemm2Spec]:
     """Both GEMMs of a call (``steps.gemms``)."""
-    return steps.gemms(p, config, Gemm1Spec, Gemm2Spec)
+    gemm1, gemm2 = steps.gemms(p, config, Gemm1Spec, Gemm2Spec)
+    if _maps_routes(p, config):
+        gemm1 = dataclasses.replace(gemm1, maps_routes=True)
+        gemm2 = dataclasses.replace(gemm2, maps_routes=True, weighted=p.weight_on == "output")
+    return gemm1, gemm2
+
+
+def _maps_routes(p: Problem, config: Config) -> bool:
+    """Whether the GEMMs make the tile map for themselves: with so few routes that costs them less than a sort in front.
+
+    Only in the configs for a few rows of each expert: few routes on few experts are no case to have kernels for.
+    """
+    return 0 < p.num_routes <= FEW_ROUTES and config.m_warpgroups == 1
+
+
+def _grid(card: Card, config: Config, tiles: int, row_blocks: int) -> int:
+    """CTAs of a persistent GEMM: no more than run at once, or than there may be units.
+
+    One without work holds up the next kernel, which starts when all have run (benchmarks/notes-h200.md, T = 1).
+    """
+    return min(card.multiprocessors * config.ctas_per_sm, tiles * _blocks(row_blocks, config.m_warpgroups))
 
 
 def build(p: Problem, card: Card) -> Program:
@@ -114,7 +134,7 @@ def build(p: Problem, card: Card) -> Program:
     config = best_config(card, max(1, p.num_tokens), p.top_k, num_experts)
     gemm1, gemm2 = gemms(p, config)
     is_ordered, quantised = p.combine == "ordered", p.precision == "w4a4"
-    has_x_rows = (quantised and not p.x_is_rounded) or p.weight_on == "input"
+    has_x_rows = (quantised and not p.x_is_rounded) or p.has_parcels or p.weight_on == "input"
 
     # Weight blocks of the prepared weights: rows and contraction of gate_up and of down.
     parts = activations.num_parts(p.activation)
@@ -125,9 +145,11 @@ def build(p: Problem, card: Card) -> Program:
     h_blocks = gate_up_rows * weight_block.BLOCK_ROWS // parts // weight_block.BLOCK_K
 
     sort, workspaces = steps.sort(p, config.token_tile)
-    tiles = workspaces["tile_expert"].size
-    workspaces["h"] = jax.ShapeDtypeStruct((tiles, h_blocks, config.token_tile, weight_block.BLOCK_K), jnp.bfloat16)
     before, after = [sort], []
+    if gemm1.maps_routes:
+        before, workspaces = [], {}
+    tiles = steps.num_tiles(p, config.token_tile)
+    workspaces["h"] = jax.ShapeDtypeStruct((tiles, h_blocks, config.token_tile, weight_block.BLOCK_K), jnp.bfloat16)
     if has_x_rows:
         x_rows, more = steps.x_rows(p)
         before.append(x_rows)
@@ -137,18 +159,18 @@ def build(p: Problem, card: Card) -> Program:
         after.append(combine)
         workspaces |= more
 
-    tiles_likely = _likely_tiles(config, p.num_tokens, p.local_experts, min(1.0, p.top_k / num_experts))
-    m_tiles = [_blocks(rows, config.m_warpgroups) for rows in (gate_up_rows, down_rows)]
-    gemm1, gemm2 = (
-        dataclasses.replace(spec, config=fitted(config, card, tiles_likely * units, k_blocks))
-        for spec, units, k_blocks in zip((gemm1, gemm2), m_tiles, (gate_up_columns, down_columns), strict=True)
-    )
-    launch1 = Launch("gemm1", gemm1, _grid(card, gemm1.config, tiles * m_tiles[0]), {
-        **steps.gemm1_arguments(p), "x": "x_rows" if has_x_rows else "x",
+    likely = _likely_tiles(config, p.num_tokens, p.local_experts, min(1.0, p.top_k / num_experts))
+    config1 = fitted(config, card, likely * gate_up_rows, gate_up_columns)
+    config2 = fitted(config, card, likely * down_rows, down_columns)
+    gemm1, gemm2 = dataclasses.replace(gemm1, config=config1), dataclasses.replace(gemm2, config=config2)
+    grid1, grid2 = _grid(card, config1, tiles, gate_up_rows), _grid(card, config2, tiles, down_rows)
+    launch1 = Launch("gemm1", gemm1, grid1, {
+        **steps.gemm1_arguments(p, gemm1.maps_routes), "x": "x_rows" if has_x_rows else "x",
         "m_blocks": gate_up_rows, "k_blocks": gate_up_columns,
     })  # fmt: skip
-    launch2 = Launch("gemm2", gemm2, _grid(card, gemm2.config, tiles * m_tiles[1]), {
-        **steps.gemm2_arguments(p), "m_blocks": down_rows, "k_blocks": down_columns, "h_blocks": h_blocks,
+    launch2 = Launch("gemm2", gemm2, grid2, {
+        **steps.gemm2_arguments(p, gemm2.maps_routes),
+        "m_blocks": down_rows, "k_blocks": down_columns, "h_blocks": h_blocks,
     })  # fmt: skip
 
     blocks = p.local_experts * weight_block.BLOCK_BYTES
@@ -179,17 +201,16 @@ def build_product(p: Product, card: Card) -> Program:
     row_blocks = _blocks(p.out_features, weight_block.BLOCK_ROWS)
     columns = _blocks(p.in_features, weight_block.BLOCK_K)
     groups, workspaces = steps.groups(p, config.token_tile, card)
-    before = [groups]
+    before, rows = [groups], "x"
     if p.precision == "w4a4":
         x_rows, more = steps.rounded_rows(p)
         before.append(x_rows)
+        rows = "x_rows"
         workspaces |= more
-    tiles = workspaces["tile_expert"].size
-    m_tiles = _blocks(row_blocks, config.m_warpgroups)
-    tiles_likely = _likely_tiles(config, p.num_rows, p.local_groups, 1 / p.num_groups)
-    config = fitted(config, card, tiles_likely * m_tiles, columns)
-    product = Launch("product", product_spec(p, config), _grid(card, config, tiles * m_tiles), {
-        **steps.product_arguments(p), "m_blocks": row_blocks, "k_blocks": columns,
+    likely = _likely_tiles(config, p.num_rows, p.local_groups, 1 / p.num_groups)
+    config = fitted(config, card, likely * row_blocks, columns)
+    product = Launch("product", product_spec(p, config), card.multiprocessors * config.ctas_per_sm, {
+        **steps.product_arguments(p), "x": rows, "m_blocks": row_blocks, "k_blocks": columns,
     })  # fmt: skip
     payload_bytes = p.local_groups * row_blocks * columns * weight_block.BLOCK_BYTES
     return Program(

@@ -25,8 +25,6 @@ class Config:
         k_warpgroups.
       stages: how many of those are in flight.
       ctas_per_sm: resident CTAs of one multiprocessor, all persistent.
-      cluster_k: CTAs of a cluster, each of which takes a part of the contraction of the same unit; at most the number
-        of 64-wide blocks that there are.
     """
 
     widths: tuple[int, ...]
@@ -35,13 +33,13 @@ class Config:
     stage_blocks: int
     stages: int
     ctas_per_sm: int
-    cluster_k: int = 1
 
     @property
     def name(self) -> str:
-        name = f"n{self.token_tile}m{self.m_warpgroups}k{self.k_warpgroups}b{self.stage_blocks}s{self.stages}"
-        name += f"c{self.ctas_per_sm}" + (f"x{self.cluster_k}" if self.cluster_k > 1 else "")
-        return name + "".join(f"w{width}" for width in self.widths[:-1])
+        return (
+            f"n{self.token_tile}m{self.m_warpgroups}k{self.k_warpgroups}b{self.stage_blocks}s{self.stages}"
+            f"c{self.ctas_per_sm}" + "".join(f"w{width}" for width in self.widths[:-1])
+        )
 
     @property
     def token_tile(self) -> int:
@@ -58,13 +56,12 @@ class Config:
 
     @property
     def reduction_bytes(self) -> int:
-        """Sums of the other k warpgroups, and of the other CTAs of the cluster."""
-        return (self.k_warpgroups - 1 + self.cluster_k - 1) * weight_block.BLOCK_ROWS * self.token_tile * 4
+        return (self.k_warpgroups - 1) * weight_block.BLOCK_ROWS * self.token_tile * 4
 
     @property
     def shared_bytes(self) -> int:
         """Upper bound of what the kernel allocates."""
-        barriers = 16 * self.stages + (16 if self.cluster_k > 1 else 0)
+        barriers = 16 * self.stages
         units = 16 * self.stages + 16  # the unit that begins with a stage; the producers' next one, double-buffered
         rows = 8 * self.m_warpgroups * self.token_tile  # GEMM2: output row and weight, a copy for each warpgroup
         alignment = 1024
@@ -78,53 +75,71 @@ def with_most_stages(
     stage_blocks: int,
     ctas_per_sm: int,
     limit: int = 64,
-    cluster_k: int = 1,
 ) -> Config:
     """A config with as many stages as shared memory holds, at most ``limit``."""
-    config = Config(widths, m_warpgroups, k_warpgroups, stage_blocks, 0, ctas_per_sm, cluster_k)
+    config = Config(widths, m_warpgroups, k_warpgroups, stage_blocks, 0, ctas_per_sm)
     available = SHARED_MEMORY // ctas_per_sm - (_RESERVED_PER_CTA if ctas_per_sm > 1 else 0)
     per_stage = dataclasses.replace(config, stages=1).shared_bytes - config.shared_bytes
     return dataclasses.replace(config, stages=min(limit, (available - config.shared_bytes) // per_stage))
 
 
 class _Wgmma:
-    config: Config
+    cluster = 1
     tensor_core_ptx = "wgmma.mma_async"
+    maps_routes = False
 
-    @property
-    def cluster(self) -> int:
-        return self.config.cluster_k
+
+_ROUTES = {"expert_ids": "i32*", "expert_offset": "i32*"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Gemm1Spec(_Wgmma, specs.Gemm1Spec):
-    """GEMM1 of this target."""
+    """GEMM1 of this target; ``maps_routes``: each CTA makes the tile map for itself (``few_routes.py``)."""
+
+    maps_routes: bool = False
 
     implementation = "jax_moe.kernels.sm90.device.gemm1:Gemm1"
 
     @property
+    def name(self) -> str:
+        return super().name + ("_maps" if self.maps_routes else "")
+
+    @property
     def parameters(self) -> dict[str, str]:
+        tile_map = {"row_route": "i32*", "tile_expert": "i32*", "expert_tiles": "i32*"}
         return {
-            "x": "bf16*", "row_route": "i32*", "tile_expert": "i32*", "expert_tiles": "i32*", "payload": "u8*",
+            "x": "bf16*", **(_ROUTES if self.maps_routes else tile_map), "payload": "u8*",
             "global_scale": "f32*", "input_scale": "f32*", "bias": "f32*", "down_input_scale": "f32*", "h": "bf16*",
             "hidden_size": "i32", "row_divisor": "i32", "local_experts": "i32", "m_blocks": "i32", "k_blocks": "i32",
+            **({"num_routes": "i32"} if self.maps_routes else {}),
         }  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Gemm2Spec(_Wgmma, specs.Gemm2Spec):
-    """GEMM2 of this target."""
+    """GEMM2 of this target; ``maps_routes`` as GEMM1's. ``weighted``: if so, the weight of a row is its routing weight.
+
+    Else it is 1. With a sort's map that says the weight, the field has no meaning.
+    """
+
+    maps_routes: bool = False
+    weighted: bool = True
 
     implementation = "jax_moe.kernels.sm90.device.gemm2:Gemm2"
 
     @property
+    def name(self) -> str:
+        return super().name + ("_maps" if self.maps_routes else "") + ("" if self.weighted else "_ones")
+
+    @property
     def parameters(self) -> dict[str, str]:
+        tile_map = {"row_route": "i32*", "row_weight": "f32*", "tile_expert": "i32*", "expert_tiles": "i32*"}
         return {
-            "h": "bf16*", "row_route": "i32*", "row_weight": "f32*", "tile_expert": "i32*", "expert_tiles": "i32*",
+            "h": "bf16*", **({**_ROUTES, "routing_weights": "f32*"} if self.maps_routes else tile_map),
             "payload": "u8*", "global_scale": "f32*", "input_scale": "f32*", "bias": "f32*",
             "out": specs.out_pointer(self.out_dtype),
             "hidden_size": "i32", "row_divisor": "i32", "local_experts": "i32", "m_blocks": "i32", "k_blocks": "i32",
-            "h_blocks": "i32",
+            "h_blocks": "i32", **({"num_routes": "i32"} if self.maps_routes else {}),
         }  # fmt: skip
 
 

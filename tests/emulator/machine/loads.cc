@@ -224,7 +224,8 @@ void RegisterType(const std::string& type) {
 void RegisterMemory() {
   for (const std::string type : {"b8", "u8"}) RegisterType<1, false>(type);
   for (const std::string type : {"b16", "u16"}) RegisterType<2, false>(type);
-  for (const std::string type : {"b32", "u32", "s32", "f32"}) RegisterType<4, false>(type);
+  for (const std::string type : {"b32", "u32", "f32"}) RegisterType<4, false>(type);
+  RegisterType<4, true>("s32");  // into a wider register with its sign
   for (const std::string type : {"b64", "u64", "s64"}) RegisterType<8, false>(type);
   RegisterType<1, true>("s8");
   RegisterType<2, true>("s16");

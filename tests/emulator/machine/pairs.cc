@@ -150,7 +150,6 @@ void RegisterPairs() {
   Register("mbarrier.arrive.release.cluster.shared::cluster.b64", ArriveInCluster<true>);
   Register("st.shared::cluster.b32", StoreInCluster);
   Register("st.shared::cluster.u32", StoreInCluster);
-  Register("st.shared::cluster.f32", StoreInCluster);
   Register("tcgen05.alloc.cta_group::2.sync.aligned.shared::cta.b32", AllocateTogether, true);
   Register("tcgen05.dealloc.cta_group::2.sync.aligned.b32", PerformTogether<kFree, Free>, true);
   Register("tcgen05.relinquish_alloc_permit.cta_group::2.sync.aligned", PerformTogether<kGiveUpPermit, GiveUpPermit>,

@@ -17,7 +17,9 @@ _ROWS_PER_PASS = WARPGROUP // _CHUNKS
 class Gemm1(mainloop.Gemm):
     """Gathers x by route, multiplies with gate and up, and stores the activated (w4a4: NVFP4-rounded) intermediate."""
 
-    arrays = ("row_route", "tile_expert", "expert_tiles", "global_scale", "input_scale", "bias", "down_input_scale")
+    arrays = (
+        *mainloop.TILE_MAP, "global_scale", "input_scale", "bias", "down_input_scale",
+    )  # fmt: skip
 
     def __init__(self, spec):
         super().__init__(spec)
@@ -35,8 +37,8 @@ class Gemm1(mainloop.Gemm):
     @cute.jit
     def _produce(self, op, shared, tid):
         """Weights by bulk copies of one thread, token rows by cp.async of all: 8 threads a row, 16 bytes each."""
-        index, takers = self._first_unit()
-        first, end = self._part(op)
+        index, _, _ = cute.arch.block_idx()
+        ctas, _, _ = cute.arch.grid_dim()
         chunk = tid % _CHUNKS
         # All 16 rows of a pass are of one block, or, where a tile has 8 rows, of two.
         blocks_per_pass = max(1, _ROWS_PER_PASS // self.n)
@@ -59,22 +61,22 @@ class Gemm1(mainloop.Gemm):
             unit = self._unit(op, index)
             taken = Int32(0)
             if tid == 0:  # long before it is needed
-                taken = self._take(op, 0, index, takers)
+                taken = self._take(op, index, 0, ctas)
             for i in cutlass.range_constexpr(passes):
                 row = first_row + i * _ROWS_PER_PASS
                 route = Int32(-1)
                 if row < self.n:
-                    route = op.row_route[unit.token_tile * self.n + row]
+                    route = self._route(op, unit.token_tile, row)
                 offset = Int32(-1)
                 if route >= 0:
                     offset = (route // op.row_divisor) * (op.hidden_size // 8) + chunk  # in units of 16 bytes
                 offsets[i] = offset
-            for k_block in cutlass.range(first, end, self.blocks, unroll=1):
+            for k_block in cutlass.range(0, op.k_blocks, self.blocks, unroll=1):
                 cute.arch.mbarrier_wait(shared.barriers + self.stages + slot, phase)
                 if tid == 0:
-                    if k_block == first:
+                    if k_block == 0:
                         self._tell(shared, slot, (unit.expert, unit.m_tile, unit.token_tile, self._width(op, unit)))
-                    count = min(end - k_block, self.blocks)
+                    count = min(op.k_blocks - k_block, self.blocks)
                     self._copy_weights(op, shared, slot, unit, k_block, count, 0)
                 for j in cutlass.range_constexpr((self.blocks + blocks_per_pass - 1) // blocks_per_pass):
                     block = first_block + j * blocks_per_pass

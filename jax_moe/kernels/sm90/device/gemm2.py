@@ -12,7 +12,7 @@ from jax_moe.kernels.sm90.device.mainloop import EPILOGUE, TOKEN_ROW_BYTES, WARP
 class Gemm2(mainloop.Gemm):
     """Multiplies the intermediate with down and adds (atomic) or stores (ordered) the weighted rows."""
 
-    arrays = ("row_route", "row_weight", "tile_expert", "expert_tiles", "global_scale", "input_scale", "bias")
+    arrays = (*mainloop.TILE_MAP, "row_weight", "routing_weights", "global_scale", "input_scale", "bias")
     reads_early = True  # GEMM1 has waited for the sort, but has not ended: nor do the consumers ever wait
 
     def _full_arrivals(self):
@@ -30,9 +30,19 @@ class Gemm2(mainloop.Gemm):
     def _load_row(self, op, unit, row):
         route, weight = Int32(-1), Float32(0.0)
         if row < self.n:
-            route = self.read(op.row_route, unit.token_tile * self.n + row)
-            weight = self.read(op.row_weight, unit.token_tile * self.n + row)
+            route = self._route(op, unit.token_tile, row)
+            weight = self._weight(op, unit.token_tile, row, route)
         return route, weight
+
+    @cute.jit
+    def _weight(self, op, token_tile, row, route):
+        weight = Float32(1.0)
+        if cutlass.const_expr(not self.spec.maps_routes):
+            weight = self.read(op.row_weight, token_tile * self.n + row)
+        elif cutlass.const_expr(self.spec.weighted):
+            if route >= 0:
+                weight = op.routing_weights[route]
+        return weight
 
     @cute.jit
     def _share_row(self, op, shared, me, row, route, weight):
@@ -47,45 +57,44 @@ class Gemm2(mainloop.Gemm):
     @cute.jit
     def _produce(self, op, shared, tid):
         """One thread: everything is a bulk copy, because GEMM1 stored its result as tiles in shared-memory order."""
-        index, takers = self._first_unit()
-        first, end = self._part(op)
+        index, _, _ = cute.arch.block_idx()
+        ctas, _, _ = cute.arch.grid_dim()
         if tid == 0:
             slot, phase = Int32(0), Int32(1)
             units = self._num_units(op)
-            early = Int32(0)  # end of the first unit's blocks whose weights are asked for before GEMM1 has ended
+            early = Int32(0)  # blocks of the first unit whose weights are asked for before GEMM1 has ended
             if index < units:
-                early = min(end, first + self.stages * self.blocks)
+                early = min(op.k_blocks, self.stages * self.blocks)
                 unit = self._unit(op, index)
                 width = self._width(op, unit)
-                for k_block in cutlass.range(first, early, self.blocks, unroll=1):
-                    place = (k_block - first) // self.blocks
-                    self._begin_stage(op, shared, place, unit, width, k_block, first, end)
+                for k_block in cutlass.range(0, early, self.blocks, unroll=1):
+                    self._begin_stage(op, shared, k_block // self.blocks, unit, width, k_block)
             cute.arch.griddepcontrol_wait()
             while index < units:
                 unit = self._unit(op, index)
                 width = self._width(op, unit)
-                taken = self._take(op, 1, index, takers)
-                for k_block in cutlass.range(first, end, self.blocks, unroll=1):
+                taken = self._take(op, index, 1, ctas)
+                for k_block in cutlass.range(0, op.k_blocks, self.blocks, unroll=1):
                     cute.arch.mbarrier_wait(shared.barriers + self.stages + slot, phase)
                     if k_block >= early:
-                        self._begin_stage(op, shared, slot, unit, width, k_block, first, end)
-                    self._copy_tokens(op, shared, slot, unit, width, k_block, end)
+                        self._begin_stage(op, shared, slot, unit, width, k_block)
+                    self._copy_tokens(op, shared, slot, unit, width, k_block)
                     slot, phase = self._next(slot, phase)
                 index, early = taken, Int32(0)
             self._finish(shared, slot, phase, tid)
 
     @cute.jit
-    def _begin_stage(self, op, shared, slot, unit, width, k_block, first, end):
+    def _begin_stage(self, op, shared, slot, unit, width, k_block):
         """Announces a stage, and with a unit's first one the unit; copies its weights."""
-        if k_block == first:
+        if k_block == 0:
             self._tell(shared, slot, (unit.expert, unit.m_tile, unit.token_tile, width))
-        count = min(end - k_block, self.blocks)
+        count = min(op.k_blocks - k_block, self.blocks)
         self._copy_weights(op, shared, slot, unit, k_block, count, width * TOKEN_ROW_BYTES)
 
     @cute.jit
-    def _copy_tokens(self, op, shared, slot, unit, width, k_block, end):
+    def _copy_tokens(self, op, shared, slot, unit, width, k_block):
         """The first ``width`` rows of each block: nobody has written those behind, and nobody multiplies them."""
-        count = min(end - k_block, self.blocks)
+        count = min(op.k_blocks - k_block, self.blocks)
         source = Int64(op.h.toint()) + (Int64(unit.token_tile) * op.h_blocks + k_block) * self.token_bytes
         place = Int32(shared.tokens.iterator.toint()) + slot * (self.blocks * self.token_bytes)
         full = Int32((shared.barriers + slot).toint())

@@ -4,8 +4,8 @@ One main loop serves GEMM1, GEMM2 and the product on its own (a GEMM1 to the tab
 one producer warpgroup and several consumer warpgroups. Weights are the M side of ``wgmma``: a consumer turns its share
 of a prepared 128 x 64 block (``weight_block.py``) into bf16 A fragments and multiplies them with N tokens that lie
 K-major in shared memory. CTAs are persistent and take units (expert, weight tile, token tile) as ``device/schedule.py``
-hands them out. The producer tells the consumers with a unit's first stage what the unit is; a stage of no unit, the
-sentinel, ends their work.
+hands them out; of few routes by their numbers. The producer tells the consumers with a unit's first stage what the unit
+is; a stage of no unit, the sentinel, ends their work.
 
 A stage is ``config.stage_blocks`` weight blocks for each m warpgroup and as many blocks of tokens. Who waits for whom:
 
@@ -15,16 +15,15 @@ A stage is ``config.stage_blocks`` weight blocks for each m warpgroup and as man
     empty[stage] mbarrier   GEMM1: all producers   each consumer warp, when the products of the stage are complete
                             GEMM2: one thread      (at first all stages are empty: producers begin with parity 1)
     REDUCTION_EMPTY, _FULL  k warpgroups > 1: warpgroup 0 lets the others write their sums, they let it read them
-    sums full    mbarrier   cluster_k > 1: warpgroup 0 of rank 0; 4 warps of each other rank, which have sent their sums
-    sums empty   mbarrier   cluster_k > 1: warpgroup 0 of each other rank; 4 warps of rank 0, which have read its sums
-    the cluster's barrier   cluster_k > 1: all threads, before they reach into another CTA, and before they exit
     NEXT_UNIT               GEMM1: the producers, once a unit: thread 0 has taken the next one
     EPILOGUE + m warpgroup  GEMM2: one warpgroup: rows and weights of the unit may be, then are, written
+    MAP_ROUTES              few routes: those who make the tile map, between its steps
 
 Both kernels are launched with programmatic dependent launch. GEMM1's producer waits for the preceding kernel before it
 reads anything which that one wrote. GEMM2 prefetches its first unit's weights before it waits: it can start only after
 every CTA of GEMM1 has seen the sort finish and called launch_dependents, so the tile map is complete. PTX, however,
-promises visibility only of the grid that is waited for: GEMM2 reads the tile map past L1 (``Gemm.reads_early``).
+promises visibility only of the grid that is waited for: GEMM2 reads the tile map past L1 (``Gemm.reads_early``). Of few
+routes each CTA makes the map for itself (``device/few_routes.py``), from operands, before its warps part into roles.
 
 For a block of 4608 bytes a consumer warp issues about 147 instructions, 70 of them on the integer pipe, which takes
 140 clocks where HBM takes 239: dequantisation hides behind memory, but behind the tensor cores only in part
@@ -39,7 +38,8 @@ from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32
 import cutlass.cute as cute
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
-from jax_moe.kernels.device import dequantise, entry, ptx, schedule
+from jax_moe.kernels.device import dequantise, entry, few_routes, ptx, schedule
+from jax_moe.kernels.device.constants import FEW_ROUTES
 from jax_moe.kernels.device.entry import array, named
 from jax_moe.kernels.sm90.device import weight_block
 from jax_moe.kernels.sm90.device.weight_block import BLOCK_K
@@ -48,7 +48,11 @@ WARPGROUP = 128
 TOKEN_ROW_BYTES = BLOCK_K * 2
 # Named barriers; 0 is sync_threads, and each m warpgroup has an epilogue's.
 REDUCTION_FULL, REDUCTION_EMPTY, NEXT_UNIT, EPILOGUE = 1, 2, 3, 4
+MAP_ROUTES = NEXT_UNIT  # nobody has a unit yet
 _NO_UNIT = -1
+
+TILE_MAP = ("row_route", "tile_expert", "expert_tiles", "expert_ids", "expert_offset")
+"""Operands that say what the tiles are, and are indexed: the sort's map, or what ``few_routes.py`` makes one of."""
 
 
 class Gemm(entry.Kernel):
@@ -228,71 +232,7 @@ class Gemm(entry.Kernel):
                         index = (other * registers + half * self.accumulators + i) * WARPGROUP + me.tid
                         accumulators[half][i] = accumulators[half][i] + shared.scratch[index]
 
-    @cute.jit
-    def _add_up_ranks(self, accumulators, shared, me, phase):
-        """Adds the sums of all CTAs of the cluster, rank by rank, into those of rank 0, whose warpgroup 0 goes on.
-
-        Each thread sends what the thread of its own number in rank 0 adds. ``phase`` is the parity of the unit.
-        """
-        registers = 2 * self.accumulators
-        first = (self.config.k_warpgroups - 1) * registers * WARPGROUP  # of the scratch, behind what _add_up has there
-        full, empty = (Int32((shared.barriers + 2 * self.stages + i).toint()) for i in range(2))
-        if me.rank > 0:
-            self._wait_cluster(empty, phase ^ 1)
-            place = Int32(shared.scratch.iterator.toint())
-            place = ptx.in_cta(place, 0) + (first + (me.rank - 1) * registers * WARPGROUP + me.tid) * 4
-            for half in cutlass.range_constexpr(2):
-                for i in cutlass.range_constexpr(self.accumulators):
-                    offset = (half * self.accumulators + i) * WARPGROUP * 4
-                    ptx.store_cluster_f32(place + offset, accumulators[half][i])
-            cute.arch.sync_warp()
-            if me.tid % 32 == 0:
-                ptx.arrive_cluster(ptx.in_cta(full, 0))
-        else:
-            self._wait_cluster(full, phase)
-            for other in cutlass.range_constexpr(self.config.cluster_k - 1):
-                for half in cutlass.range_constexpr(2):
-                    for i in cutlass.range_constexpr(self.accumulators):
-                        index = first + (other * registers + half * self.accumulators + i) * WARPGROUP + me.tid
-                        accumulators[half][i] = accumulators[half][i] + shared.scratch[index]
-            cute.arch.sync_warp()
-            if me.tid % 32 == 0:
-                for other in cutlass.range_constexpr(self.config.cluster_k - 1):
-                    ptx.arrive_cluster(ptx.in_cta(empty, other + 1))
-
-    @cute.jit
-    def _wait_cluster(self, barrier, parity):
-        """For what other CTAs of the cluster arrive at."""
-        done = ptx.try_wait_cluster(barrier, parity)
-        while done == 0:
-            done = ptx.try_wait_cluster(barrier, parity)
-
     # -- producer -----------------------------------------------------------------------------------------------
-
-    def _rank(self):
-        """Of this CTA in its cluster."""
-        return cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
-
-    def _part(self, op):
-        """``(first, end)`` of the blocks of the contraction that this CTA takes of every unit; never none of them."""
-        if self.config.cluster_k == 1:
-            return 0, op.k_blocks
-        rank = self._rank()
-        return rank * op.k_blocks // self.config.cluster_k, (rank + 1) * op.k_blocks // self.config.cluster_k
-
-    def _first_unit(self):
-        """This CTA's first unit, and how many CTAs (or clusters, whose CTAs take the same units) take one at first."""
-        index, _, _ = cute.arch.block_idx()
-        takers, _, _ = cute.arch.grid_dim()
-        if self.config.cluster_k > 1:
-            index, takers = index // self.config.cluster_k, takers // self.config.cluster_k
-        return index, takers
-
-    def _take(self, op, gemm, index, takers):
-        """The unit after ``index``. Of a cluster every CTA must know it: there the share of each is fixed."""
-        if self.config.cluster_k > 1:
-            return index + takers
-        return schedule.take(op.expert_tiles, op.local_experts, gemm, takers)
 
     @cute.jit
     def _copy_weights(self, op, shared, slot, unit, k_block, count, extra):
@@ -317,8 +257,7 @@ class Gemm(entry.Kernel):
         """The least of the widths that holds the rows of the unit's tile."""
         width = Int32(self.config.widths[0])
         for i in cutlass.range_constexpr(len(self.config.widths) - 1):
-            route = self.read(op.row_route, unit.token_tile * self.n + self.config.widths[i])
-            if route >= 0:  # padding rows come last
+            if self._route(op, unit.token_tile, self.config.widths[i]) >= 0:  # padding rows come last
                 width = Int32(self.config.widths[i + 1])
         return width
 
@@ -336,7 +275,21 @@ class Gemm(entry.Kernel):
             cute.arch.mbarrier_arrive(shared.barriers + slot)
 
     def _num_units(self, op):
+        if self.spec.maps_routes:
+            return op.tiles.num_tiles[0] * op.m_tiles
         return self.read(op.expert_tiles, op.local_experts) * op.m_tiles
+
+    def _route(self, op, token_tile, row):
+        """Route of a row of a tile, -1 for padding."""
+        if self.spec.maps_routes:
+            return few_routes.route(op.tiles, token_tile, row)
+        return self.read(op.row_route, token_tile * self.n + row)
+
+    def _take(self, op, index, gemm, ctas):
+        """The unit of GEMM1 (``gemm`` 0) or GEMM2 (1) that this CTA does after unit ``index``."""
+        if self.spec.maps_routes:
+            return index + ctas  # units are few and alike
+        return schedule.take(op.expert_tiles, op.local_experts, gemm, ctas)
 
     # -- the kernel ---------------------------------------------------------------------------------------------
 
@@ -358,34 +311,32 @@ class Gemm(entry.Kernel):
         tid, _, _ = cute.arch.thread_idx()
         warpgroup_index = cute.arch.make_warp_uniform(tid // WARPGROUP)
         tid = tid % WARPGROUP
+        maps_routes = self.spec.maps_routes
 
         smem = cutlass.memory.SmemAllocator()
         token_layout = self._token_layout()
         shared = named(
             tokens=smem.allocate_tensor(BFloat16, token_layout.outer, byte_alignment=1024, swizzle=token_layout.inner),
             weights=smem.allocate_array(Uint8, self.stages * self.config.m_warpgroups * self.weight_bytes),
-            # A stage is full, then a stage is empty; of a cluster, the sums of other ranks are full, are empty.
-            barriers=smem.allocate_array(Int64, 2 * self.stages + (2 if self.config.cluster_k > 1 else 0)),
+            barriers=smem.allocate_array(Int64, 2 * self.stages),  # a stage is full, then a stage is empty
             scratch=self._array(smem, Float32, self.config.reduction_bytes // 4),
             rows=self._allocate_rows(smem),
             units=self._array(smem, Int32, 4 * self.stages),  # of a stage: expert, m tile, token tile, width
             next_unit=self._array(smem, Int32, 2),
         )
-        if warpgroup_index == 0 and tid == 0:
+        tiles = few_routes.allocate(smem) if maps_routes else None
+        if warpgroup_index == int(maps_routes) and tid == 0:  # the producers are busy with the map
             for i in cutlass.range_constexpr(self.stages):
                 cute.arch.mbarrier_init(shared.barriers + i, self._full_arrivals())
                 cute.arch.mbarrier_init(shared.barriers + self.stages + i, 4 * self.consumers)
-            if cutlass.const_expr(self.config.cluster_k > 1):
-                cute.arch.mbarrier_init(shared.barriers + 2 * self.stages, 4 * (self.config.cluster_k - 1))
-                cute.arch.mbarrier_init(shared.barriers + 2 * self.stages + 1, 4)
             cute.arch.mbarrier_init_fence()
-        if cutlass.const_expr(self.config.cluster_k > 1):
-            self._sync_cluster()
-        else:
-            cute.arch.sync_threads()
+        if cutlass.const_expr(maps_routes):
+            if warpgroup_index == 0 and tid < FEW_ROUTES:
+                few_routes.make(op, tiles, self.n, MAP_ROUTES, tid)
+        cute.arch.sync_threads()
 
         m_tiles = (op.m_blocks + self.config.m_warpgroups - 1) // self.config.m_warpgroups
-        op = named(m_tiles=m_tiles, **op._asdict())
+        op = named(m_tiles=m_tiles, tiles=tiles, **op._asdict())
         producer_registers, consumer_registers = self._registers()
         if warpgroup_index == 0:
             cute.arch.setmaxregister_decrease(producer_registers)
@@ -393,19 +344,15 @@ class Gemm(entry.Kernel):
         else:
             cute.arch.setmaxregister_increase(consumer_registers)
             self._consume(op, shared, tid, warpgroup_index - 1)
-        if cutlass.const_expr(self.config.cluster_k > 1):
-            self._sync_cluster()  # nobody's shared memory goes while another may reach into it
-
-    def _sync_cluster(self):
-        cute.arch.sync_warp()
-        cute.arch.cluster_arrive()
-        cute.arch.cluster_wait()
 
     def _array(self, smem, dtype, size):
         return cute.make_tensor(smem.allocate_array(dtype, size), cute.make_layout(size)) if size else None
 
     def _unit(self, op, index):
-        expert, m_tile, token_tile = schedule.locate(index, op.m_tiles, op.tile_expert, op.expert_tiles, self.read)
+        if self.spec.maps_routes:
+            expert, m_tile, token_tile = few_routes.locate(index, op.m_tiles, op.tiles)
+        else:
+            expert, m_tile, token_tile = schedule.locate(index, op.m_tiles, op.tile_expert, op.expert_tiles, self.read)
         return named(expert=expert, m_tile=m_tile, token_tile=token_tile)
 
     @cute.jit
@@ -416,25 +363,21 @@ class Gemm(entry.Kernel):
 
     @cute.jit
     def _consume(self, op, shared, tid, consumer):
-        rank = Int32(0)
-        if cutlass.const_expr(self.config.cluster_k > 1):
-            rank = self._rank()
-        me = named(tid=tid, m_warpgroup=consumer, k_warpgroup=Int32(0), rank=rank)
+        me = named(tid=tid, m_warpgroup=consumer, k_warpgroup=Int32(0))
         if cutlass.const_expr(self.config.k_warpgroups > 1):
-            me = named(tid=tid, m_warpgroup=Int32(0), k_warpgroup=consumer, rank=rank)
-        slot, phase, unit_phase = Int32(0), Int32(0), Int32(0)
+            me = named(tid=tid, m_warpgroup=Int32(0), k_warpgroup=consumer)
+        slot, phase = Int32(0), Int32(0)
         expert, m_tile, token_tile, width = self._receive(shared, slot, phase)
         while expert != _NO_UNIT:
             unit = named(expert=expert, m_tile=m_tile, token_tile=token_tile)
             prefetched = self._prefetch_epilogue(op, unit, tid)
             for w in self.config.widths:
                 if width == w:
-                    slot, phase = self._compute(op, shared, me, unit, prefetched, slot, phase, unit_phase, w)
-            unit_phase = unit_phase ^ 1
+                    slot, phase = self._compute(op, shared, me, unit, prefetched, slot, phase, w)
             expert, m_tile, token_tile, width = self._receive(shared, slot, phase)
 
     @cute.jit
-    def _compute(self, op, shared, me, unit, prefetched, slot, phase, unit_phase, width: cutlass.Constexpr):
+    def _compute(self, op, shared, me, unit, prefetched, slot, phase, width: cutlass.Constexpr):
         """One 128-row block of weights times the first ``width`` rows of a token tile, for this warpgroup."""
         mma = self._tiled_mma(width)
         thread_mma = mma.get_slice(me.tid)
@@ -444,15 +387,9 @@ class Gemm(entry.Kernel):
         a_shape = thread_mma.partition_shape_A((64, BLOCK_K))
         sets = 1 if self.group_per_half else 2
         fragment_sets = [[mma.make_fragment_A(a_shape) for _ in range(2)] for _ in range(sets)]
-        first, end = self._part(op)
-        slot, phase = self._main_loop(mma, accumulators, fragment_sets, tokens, shared, me, slot, phase, end - first)
+        slot, phase = self._main_loop(mma, accumulators, fragment_sets, tokens, shared, me, slot, phase, op.k_blocks)
         if cutlass.const_expr(self.config.k_warpgroups > 1):
             self._add_up(accumulators, shared, me)
-        if cutlass.const_expr(self.config.cluster_k > 1):
-            if me.k_warpgroup == 0:
-                self._add_up_ranks(accumulators, shared, me, unit_phase)
-                if me.rank == 0:
-                    self._epilogue(op, shared, me, unit, prefetched, accumulators, width)
-        elif me.k_warpgroup == 0:
+        if me.k_warpgroup == 0:
             self._epilogue(op, shared, me, unit, prefetched, accumulators, width)
         return slot, phase

@@ -1,0 +1,89 @@
+"""What ``tests/gpu/sanitize.py`` makes of what compute-sanitizer prints, and which calls it runs."""
+
+import importlib.util
+import pathlib
+import sys
+
+import pytest
+
+_FILE = pathlib.Path(__file__).parent / "gpu" / "sanitize.py"
+_spec = importlib.util.spec_from_file_location("sanitize", _FILE)
+assert _spec is not None
+assert _spec.loader is not None
+sanitize = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(sanitize)
+
+_PRINTED = """\
+========= COMPUTE-SANITIZER
+CASE small w4a16 atomic
+captured: right
+========= Uninitialized __global__ memory read of size 4 bytes
+=========     at jax_moe_gemm2_n8+0x1f0
+=========     by thread (3,0,0) in block (0,0,0)
+=========     Address 0x7f3e
+=========
+========= Uninitialized __global__ memory read of size 4 bytes
+=========     at jax_moe_gemm2_n8+0x1f0
+=========     by thread (4,0,0) in block (0,0,0)
+=========
+eager: right
+CASE ragged w4a16 atomic
+captured: WRONG: relative Frobenius error 1
+eager: right
+CASE end
+========= ERROR SUMMARY: 2 errors
+"""
+
+
+def _program(folder, text, code=0):
+    """A compute-sanitizer that prints ``text``."""
+    path = folder / "compute-sanitizer"
+    path.write_text(f"#!{sys.executable}\nimport sys\nsys.stdout.write({text!r})\nsys.exit({code})\n")
+    path.chmod(0o755)
+
+
+def test_reports_belong_to_the_case_that_runs():
+    found = sanitize.by_case(_PRINTED)
+    lines, reports = found["small w4a16 atomic"]
+    assert lines == ["captured: right", "eager: right"]
+    assert len(reports) == 2
+    assert {sanitize._kind(report) for report in reports} == {
+        "Uninitialized __global__ memory read of size 4 bytes at jax_moe_gemm2_n8+#"
+    }
+    assert found["ragged w4a16 atomic"][1] == []
+    assert found["end"] == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("change", "is_clean", "said"),
+    [
+        (lambda text: text, True, "0 reports, results right"),
+        (lambda text: text.replace("eager: right", "eager: WRONG: much"), False, "eager: WRONG: much"),
+        (lambda text: text.replace("captured: right\n", ""), False, "0 reports, eager: right"),
+        (lambda text: text.replace("CASE small w4a16 atomic", ""), False, "did not run"),
+        (lambda text: text.replace("=\neager", "=\n========= Invalid read\n=========\neager"), False, "1 reports"),
+        (lambda text: text.replace("ERROR SUMMARY", "Error: no device"), False, "printed no summary"),
+    ],
+)
+def test_only_a_whole_run_without_reports_is_clean(tmp_path, monkeypatch, capsys, change, is_clean, said):
+    text = "=========\ncaptured: right\n=========\neager: right\n"
+    _program(tmp_path, change(f"CASE small w4a16 atomic\n{text}CASE end\n========= ERROR SUMMARY: 0 errors\n"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert sanitize.under_tools(["memcheck"], ["small w4a16 atomic"], 60, False) is is_clean
+    assert said in capsys.readouterr().out
+
+
+def test_a_failed_run_is_not_clean(tmp_path, monkeypatch, capsys):
+    _program(tmp_path, "CASE small w4a16 atomic\ncaptured: right\neager: right\n========= ERROR SUMMARY: 0 errors\n", 1)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not sanitize.under_tools(["memcheck"], ["small w4a16 atomic"], 60, False)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(sanitize.os.path, "exists", lambda _: False)
+    assert not sanitize.under_tools(["memcheck"], ["small w4a16 atomic"], 60, False)
+    assert "no compute-sanitizer" in capsys.readouterr().out
+
+
+def test_every_precision_and_combine_is_there():
+    kinds = {(o["precision"], o["combine"], o.get("weight_on")) for _, o in sanitize.CASES.values() if "combine" in o}
+    assert {(p, c, None) for p in ("w4a16", "w4a4") for c in ("atomic", "ordered")} <= kinds
+    assert {o["precision"] for s, o in sanitize.CASES.values() if "rows" in s} == {"w4a16", "w4a4"}
