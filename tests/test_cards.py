@@ -73,7 +73,7 @@ def test_a_gpu_has_its_row_and_its_own_multiprocessors(gpu, device_kind, multipr
 
 @pytest.mark.parametrize("product", [False, True], ids=["layer", "product"])
 def test_the_grid_is_what_is_there(gpu, product):
-    problem = cuda_call.product() if product else cuda_call.problem(num_tokens=300)
+    problem = cuda_call.product(num_rows=300) if product else cuda_call.problem(num_tokens=300)
     gemms = ("gemm1", "gemm2", "product")
 
     def grids():

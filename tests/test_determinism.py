@@ -12,6 +12,7 @@ import pathlib
 import re
 import shutil
 
+import cuda_call
 import emulated_call
 import frozen
 import helpers
@@ -197,6 +198,23 @@ def test_the_page_says_where_the_order_of_sums_changes():
         model = shapes.MODELS[name]
         assert (model.num_experts, model.top_k) == (int(num_experts), int(top_k))
         assert first_tokens_of_the_other_order(model.top_k, model.num_experts) == int(tokens)
+
+
+def test_the_page_says_which_few_tokens_have_orders_of_their_own():
+    table = dict(re.findall(r"^\| ([\w.-]+) \| ([\d, ]+|none) \|$", PAGE, re.MULTILINE))
+    assert set(table) == set(shapes.MODELS)
+    for name, model in shapes.MODELS.items():
+        problem = functools.partial(
+            cuda_call.problem, local_experts=model.num_experts, top_k=model.top_k, hidden_size=model.hidden_size,
+            intermediate_size=model.intermediate_size, activation=jax_moe.SwiGLU(),
+        )  # fmt: skip
+        launches = {tokens: cuda_call.program(problem(num_tokens=tokens)).launches for tokens in range(1, 65)}
+        few = [
+            str(tokens)
+            for tokens, each in launches.items()
+            if any(getattr(launch.spec, "config", None) == program.FEW_UNITS for launch in each)
+        ]
+        assert table[name] == (", ".join(few) or "none")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("cutlass") is None, reason="nvidia-cutlass-dsl is not installed")

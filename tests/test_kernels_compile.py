@@ -58,7 +58,7 @@ def product_specs():
         for groups in (16, 600):
             launches = lowering.launches(cuda_call.product(local_groups=groups, **changes))
             specs |= {launch.spec for launch in launches if not launch.spec.tensor_core_ptx}
-    for index, config in enumerate(program.CONFIGS):
+    for index, config in enumerate((*program.CONFIGS, program.FEW_UNITS)):
         specs.add(program.product_spec(cuda_call.product(**options[index % 2]), config))
     return sorted(specs, key=lambda spec: spec.name)
 
@@ -87,7 +87,7 @@ def planned_specs():
     for model, tokens, precision in itertools.product(shapes.MODELS, shapes.TOKENS, ("w4a16", "w4a4")):
         calls.append(problem(model, tokens, precision, weight_on="input"))
     specs = {launch.spec for call in calls for launch in lowering.launches(call)}
-    for config, call in itertools.product(program.CONFIGS, calls[: len(MODES)]):
+    for config, call in itertools.product((*program.CONFIGS, program.FEW_UNITS), calls[: len(MODES)]):
         specs |= set(program.gemms(call, config))
     specs |= set(product_specs()) | set(parcel_specs())
     return sorted(specs, key=lambda spec: spec.name)

@@ -113,8 +113,8 @@ _Gemm2 = TypeVar("_Gemm2", bound=specs.Gemm2Spec)
 
 
 def gemms(p: Problem, config: Any, gemm1: type[_Gemm1], gemm2: type[_Gemm2]) -> tuple[_Gemm1, _Gemm2]:
-    """The specs of both GEMMs. They have one config: GEMM1 leaves ``h`` rows beyond a tile's width unwritten, and GEMM2
-    does not multiply them.
+    """The specs of both GEMMs. They have the same widths: GEMM1 leaves ``h`` rows beyond a tile's width unwritten, and
+    GEMM2 does not multiply them.
     """
     alpha, beta, limit = activations.parameters(p.activation)
     out_dtype = str(p.out_dtype) if p.combine == "atomic" else "float32"

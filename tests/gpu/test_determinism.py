@@ -50,8 +50,8 @@ def _run(case: helpers.Case, compiler_options=_CAPTURE, times: int = 3) -> np.nd
     return np.asarray(out)
 
 
-def _config(case: helpers.Case):
-    """How the GEMMs of a call are put together."""
+def _configs(case: helpers.Case):
+    """How both GEMMs of a call are put together."""
     static = {"weight_on": "output", "command_buffer": True} | case.options
     offset = static.pop("expert_offset", 0)
     experts = calls.prepared(case).experts
@@ -63,12 +63,12 @@ def _config(case: helpers.Case):
         expert_offset=offset,
         num_experts=static.pop("num_experts", None),
     )
-    return next(launch.spec.config for launch in lowering.launches(problem) if launch.name == "gemm1")
+    return tuple(launch.spec.config for launch in lowering.launches(problem) if launch.name in ("gemm1", "gemm2"))
 
 
-def _order(config) -> int:
-    """Of its sums: into how many it puts the blocks of the contraction by turns."""
-    return getattr(config, "k_warpgroups", 1)
+def _order(configs) -> tuple[int, ...]:
+    """Of each GEMM's sums: into how many it puts the blocks of the contraction by turns."""
+    return tuple(getattr(config, "k_warpgroups", 1) for config in configs)
 
 
 # --- Batches and plans --------------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ def test_a_token_has_the_same_bits_in_any_batch_of_one_order(poison, precision):
         chosen = shuffled[:count]
         part = frozen.rows(whole, chosen)
         poison(0.5)
-        results[_order(_config(part))].append((chosen, _run(part)))
+        results[_order(_configs(part))].append((chosen, _run(part)))
     calls.require_gpu()
     for results_of_one_order in results.values():
         *smaller, (largest, expected) = results_of_one_order
@@ -118,9 +118,9 @@ def test_every_plan_of_one_order_gives_the_same_bits(poison, monkeypatch, precis
     configs = program.CONFIGS[precision] if isinstance(program.CONFIGS, dict) else program.CONFIGS
     for config in configs:
         monkeypatch.setattr(program, "best_config", lambda *_, config=config: config)
-        assert _config(case) == config
+        assert _configs(case) == (config, config)
         poison(0.5)
-        results[_order(config)][config.name] = _run(case)
+        results[_order((config, config))][config.name] = _run(case)
     calls.require_gpu()
     for same in results.values():
         first = next(iter(same.values()))
@@ -152,6 +152,19 @@ def _same_bits_again_and_again(case: helpers.Case, poison, times: int = 1000) ->
 @pytest.mark.parametrize("tokens", [9, 700])
 def test_replays_of_ordered_sums(poison, tokens, precision, out_dtype):
     _same_bits_again_and_again(_case(tokens, precision=precision, out_dtype=out_dtype), poison)
+
+
+def test_replays_of_sums_that_four_warpgroups_share(poison, monkeypatch):
+    """They are added in one order, however late each is."""
+    if not hasattr(program, "FEW_UNITS"):
+        pytest.skip("needs a Hopper GPU: others have no such form")
+    config = program.FEW_UNITS
+    monkeypatch.setattr(program, "best_config", lambda *_: config)
+    case = helpers.make_case(
+        8, tokens=2, hidden=2048, intermediate=1536, num_experts=8, top_k=4, precision="w4a16", **_ORDERED
+    )
+    assert _configs(case) == (config, config)
+    _same_bits_again_and_again(case, poison, times=10_000)
 
 
 @pytest.mark.parametrize("out_dtype", [jnp.float32, jnp.bfloat16], ids=lambda dtype: dtype.__name__)
@@ -231,7 +244,7 @@ def test_two_gpus_have_the_bits_of_one(poison, axis, top_k, names, precision):
     mesh = jax.make_mesh((2,), (axis,), axis_types=(AxisType.Auto,), devices=calls.devices(2))
     case = _case(1200, top_k, precision=precision)
     halved = frozen.rows(case, range(600))
-    assert _order(_config(case)) == _order(_config(halved))  # each GPU's plan is for its own tokens
+    assert _order(_configs(case)) == _order(_configs(halved))  # each GPU's plan is for its own tokens
     expected = _run(case)
     placed = calls.prepare(jax.device_put(case.experts, jax_moe.expert_shardings(case.experts, mesh)), precision)
     data = names.get("data_axis", "data" if axis == "data" else None)

@@ -150,8 +150,23 @@ def _configs(precision):
 def test_every_config(poison, monkeypatch, config, tokens, precision):
     """Whatever would be chosen; experts have several tiles or few rows, stages a rest, CTAs several units."""
     monkeypatch.setattr(program, "best_config", lambda *_: config)
+    monkeypatch.setattr(program, "fitted", lambda config, *_: config, raising=False)  # sm_90a's
     case = helpers.make_case(tokens, tokens=tokens, hidden=528, intermediate=304, num_experts=24, top_k=4,
                              precision=precision)  # fmt: skip
+    poison(1)
+    _check(_run(case), case)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(precision="w4a4", combine="ordered", out_dtype=jnp.float32)], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1088, 704), (8, 528, 2112)], ids=str)
+def test_the_form_for_few_units(poison, monkeypatch, sizes, options):
+    """Whatever would be chosen; warpgroups have unequal parts, and in the last sizes CTAs take several units."""
+    if not hasattr(program, "FEW_UNITS"):
+        pytest.skip("needs a Hopper GPU: others have no such form")
+    monkeypatch.setattr(program, "best_config", lambda *_: program.FEW_UNITS)
+    tokens, hidden, intermediate = sizes
+    case = helpers.make_case(tokens, tokens=tokens, hidden=hidden, intermediate=intermediate, num_experts=8, top_k=4,
+                             bias=True, **options)  # fmt: skip
     poison(1)
     _check(_run(case), case)
 

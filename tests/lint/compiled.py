@@ -76,7 +76,9 @@ def all_specs(target: str) -> list[Spec]:
 
 
 def _configs(target: str, precision: str):
-    return sm90_program.CONFIGS if target == "sm_90a" else sm100_program.CONFIGS[precision]
+    if target == "sm_90a":
+        return (*sm90_program.CONFIGS, sm90_program.FEW_UNITS)
+    return sm100_program.CONFIGS[precision]
 
 
 def _gemms(target: str, call, config) -> tuple[Spec, Spec]:

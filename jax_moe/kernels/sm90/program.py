@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,11 @@ CONFIGS = (
 )  # fmt: skip
 """What a call chooses from. Experts with about as many rows want a second width below the widest, so that few of them
 need two tiles and few multiply padding; experts with many tiles want to multiply little in their last one."""
+
+
+FEW_UNITS = with_most_stages((8,), 1, 4, 4, 1)
+"""Instead of the first of these, where units are few (:func:`fitted`): a CTA has a multiprocessor for itself, and four
+warpgroups for one unit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +68,34 @@ def _cost(costs: Costs, rows: int, config: Config) -> float:
     if rest:
         busy += nanoseconds[next(width for width in config.widths if width >= rest)]
     return max(costs.memory, busy) + min(costs.memory, busy) / 10
+
+
+def fitted(config: Config, card: Card, units: int, k_blocks: int) -> Config:
+    """``config``, or :data:`FEW_UNITS` where that takes less time.
+
+    What counts is how many units the busiest multiprocessor has. With two CTAs on each, up to twice as many units as
+    multiprocessors are a unit for each CTA, and some multiprocessor has two of them, however few they are: where a CTA
+    goes is nobody's choice. The microseconds are of an H200 (benchmarks/notes-h200.md, T = 1).
+
+    Args:
+      config: chosen for its token tile.
+      card: whose multiprocessors share the units.
+      units: expected number of them.
+      k_blocks: of a unit.
+    """
+    count = card.multiprocessors
+    if config != CONFIGS[0] or units > 3 * count:  # with more, units that take turns even out
+        return config
+    unit = _cost(card.costs, 8, config) / 1000 * k_blocks
+    usual = 2.5 + unit * 2 * math.ceil(units / (2 * count))
+    alone = 3.0 + unit * 1.04 * math.ceil(units / count)
+    return FEW_UNITS if alone < usual else config
+
+
+def _likely_tiles(config: Config, num_tokens: int, local_experts: int, share: float) -> int:
+    """Expected number of tiles; ``share``: of the tokens that choose one expert. Few tokens fill one tile an expert."""
+    touched = local_experts * (1 - (1 - share) ** num_tokens)
+    return round(max(touched, local_experts * share * num_tokens / config.token_tile))
 
 
 def gemms(p: Problem, config: Config) -> tuple[Gemm1Spec, Gemm2Spec]:
@@ -96,7 +130,8 @@ def build(p: Problem, card: Card) -> Program:
       ValueError: a size is beyond what the kernels take.
     """
     # Without tokens nothing is launched, and any config will do.
-    config = best_config(card, max(1, p.num_tokens), p.top_k, p.num_experts or p.local_experts)
+    num_experts = p.num_experts or p.local_experts
+    config = best_config(card, max(1, p.num_tokens), p.top_k, num_experts)
     gemm1, gemm2 = gemms(p, config)
     is_ordered, quantised = p.combine == "ordered", p.precision == "w4a4"
     has_x_rows = (quantised and not p.x_is_rounded) or p.has_parcels or p.weight_on == "input"
@@ -124,7 +159,11 @@ def build(p: Problem, card: Card) -> Program:
         after.append(combine)
         workspaces |= more
 
-    grid1, grid2 = (_grid(card, config, tiles, rows) for rows in (gate_up_rows, down_rows))
+    likely = _likely_tiles(config, p.num_tokens, p.local_experts, min(1.0, p.top_k / num_experts))
+    config1 = fitted(config, card, likely * gate_up_rows, gate_up_columns)
+    config2 = fitted(config, card, likely * down_rows, down_columns)
+    gemm1, gemm2 = dataclasses.replace(gemm1, config=config1), dataclasses.replace(gemm2, config=config2)
+    grid1, grid2 = _grid(card, config1, tiles, gate_up_rows), _grid(card, config2, tiles, down_rows)
     launch1 = Launch("gemm1", gemm1, grid1, {
         **steps.gemm1_arguments(p, gemm1.maps_routes), "x": "x_rows" if has_x_rows else "x",
         "m_blocks": gate_up_rows, "k_blocks": gate_up_columns,
@@ -168,6 +207,8 @@ def build_product(p: Product, card: Card) -> Program:
         before.append(x_rows)
         rows = "x_rows"
         workspaces |= more
+    likely = _likely_tiles(config, p.num_rows, p.local_groups, 1 / p.num_groups)
+    config = fitted(config, card, likely * row_blocks, columns)
     product = Launch("product", product_spec(p, config), card.multiprocessors * config.ctas_per_sm, {
         **steps.product_arguments(p), "x": rows, "m_blocks": row_blocks, "k_blocks": columns,
     })  # fmt: skip
