@@ -133,6 +133,7 @@ def changed(old, new, text=snippets.TENSOR_MEMORY, count=1):
         # A count that lets one group fly, where there is one.
         (changed("wait_group 0;", "wait_group 1;"), "copies"),
         (changed("wgmma.wait_group.sync.aligned 0;", "wgmma.wait_group.sync.aligned 1;", snippets.WGMMA), "wgmma"),
+        (changed("commit_group.sync.aligned;", "commit_group.sync.aligned; mov.b32 %r21, 0;", snippets.WGMMA), "wgmma"),
         (changed("cp.async.wait_group 0;\n", "", snippets.WGMMA), "copies"),
     ],
 )  # fmt: skip
@@ -148,6 +149,11 @@ def test_an_arrival_from_another_cta_has_the_scope_of_the_cluster():
     assert "cluster" in rules_broken(released, overlap=True)
     acquired = released.replace("try_wait.parity.shared", "try_wait.parity.acquire.cluster.shared")
     assert not rules_broken(acquired, overlap=True)
+
+
+def test_a_descriptor_may_be_overwritten_while_its_product_flies():
+    after = "wgmma.commit_group.sync.aligned;"
+    assert not rules_broken(changed(after, f"{after} mov.b64 %rd5, 0;", snippets.WGMMA), overlap=True)
 
 
 def test_only_paths_that_can_be_are_followed():

@@ -378,7 +378,7 @@ class Wgmma(Rule):
 
 
 def _groups(graph) -> dict[int, tuple[frozenset[str], frozenset[str]]]:
-    """First product of a group, or of its part in one block -> the registers that it writes, and that it reads."""
+    """First product of a group, or of its part in one block -> its accumulators, and its fragments of A."""
     groups, first = {}, None
     for site in graph.sites:
         if site.index in graph.block_of or site.kind in ("wgmma_fence", "wgmma_commit"):
@@ -386,7 +386,9 @@ def _groups(graph) -> dict[int, tuple[frozenset[str], frozenset[str]]]:
         if site.kind == "wgmma":
             first = site.index if first is None else first
             writes, reads = groups.get(first, (frozenset(), frozenset()))
-            groups[first] = writes | site.writes, reads | site.reads
+            # Only the accumulators and the fragments of A must stay (PTX ISA, wgmma.wait_group): not a descriptor.
+            fragments = {register for register in site.reads if not register.startswith("%rd")}
+            groups[first] = writes | site.writes, reads | fragments
     return groups
 
 
