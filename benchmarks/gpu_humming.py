@@ -1,6 +1,6 @@
 """humming-kernels as a peer for benchmarks/gpu_op.py: its two NVFP4 GEMMs alone, without sort, activation or combine.
 
-Run against the Python of humming-kernels 0.1.19 with CUDA faked, and not yet on a GPU. `indexed` is its GEMM that
+Run with humming-kernels 0.1.19 on H200s (docs/hopper.md), with HUMMING_COMPILER=nvcc. `indexed` is its GEMM that
 gathers rows itself, as ours does: GEMM1 from tokens to routes, GEMM2 from routes to routes. Its tables of sorted routes
 are made beforehand and are not in the time.
 """

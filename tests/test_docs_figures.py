@@ -70,6 +70,30 @@ def test_the_table_of_other_models():
             assert is_rounded(floor, rows[model, tokens]["ratio"]), (model, cell)
 
 
+def test_the_table_with_humming():
+    rows = {(row["model"], row["method"], row["tokens"]): row for row in results("with-humming")}
+    text = (DOCS / "hopper.md").read_text().partition("### Compared with another 4-bit kernel")[2].partition("###")[0]
+    header, _, *lines = [line for line in text.splitlines() if line.startswith("|")]
+    counts = [int(cell) for cell in re.findall(r"\d+", header)]
+    methods = {"ours": ("jax_moe w4a16/atomic", "seconds"), "x floor": ("jax_moe w4a16/atomic", "ratio")}
+    methods["humming"] = ("humming", "seconds")
+    model, seen = "", []
+    for line in lines:
+        name, what, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        model = name or model
+        method, key = methods[what]
+        for count, cell in zip(counts, cells, strict=True):
+            row = rows[model, method, count]
+            assert is_rounded(cell, row[key] * (1e6 if key == "seconds" else 1)), (model, what, count)
+            seen.append((model, method, count))
+    assert set(seen) == rows.keys()
+    peers = [key for key in rows if key[1] == "humming"]
+    shares = [rows[m, methods["ours"][0], t]["seconds"] / rows[m, p, t]["seconds"] for m, p, t in peers]
+    said = f"{min(shares):.2f} to {max(shares):.2f} of"
+    assert f"Ours takes {said} humming's time" in text
+    assert f"the whole call takes {said} its time" in (ROOT / "README.md").read_text()
+
+
 def test_the_readme_on_several_gpus():
     rows = [row for row in results("scaling-qwen3-235b-a22b") if row["precision"] == "w4a16"]
     alone = {row["tokens"]: row["seconds"] for row in rows if row["devices"] == 1}

@@ -48,10 +48,19 @@ def test_reports_belong_to_the_case_that_runs():
     assert lines == ["captured: right", "eager: right"]
     assert len(reports) == 2
     assert {sanitize._kind(report) for report in reports} == {
-        "Uninitialized __global__ memory read of size 4 bytes at jax_moe_gemm2_n8+#"
+        "Uninitialized __global__ memory read of size 4 bytes at jax_moe_gemm2_n8+0x1f0"
     }
     assert found["ragged w4a16 atomic"][1] == []
     assert found["end"] == ([], [])
+
+
+def test_a_race_is_told_by_both_accesses():
+    name = "kernel_cutlass_kernel_jax_moekernelssm90devicegemm1Gemm1_object_at__ptrbf16_gmem_align16_0"
+    report = (
+        f"Error: Race reported between Write access at {name}+0x4d90\nand Read access at {name}+0x4ea0 [16 hazards]"
+    )
+    told = "Race reported between Write access at gemm1Gemm1+0x4d90 and Read access at gemm1Gemm1+0x4ea0"
+    assert sanitize._kind(report) == f"Error: {told} [16 hazards]"
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ def under_tools(tools, names, seconds: float, pool: bool) -> bool:
             clean &= is_right and not reports
             said = "results right" if is_right else "; ".join(results) or "did not run"
             print(f"{tool:10} {name:28} {len(reports)} reports, {said}")
-            for text, times in collections.Counter(map(_kind, reports)).most_common(8):
+            for text, times in collections.Counter(map(_kind, reports)).most_common(40):
                 print(f"    {times} x {text}")
             for report in reports[:1]:
                 print("      " + "\n      ".join(report.splitlines()[:12]))
@@ -213,10 +213,11 @@ def by_case(output: str) -> dict[str, tuple[list[str], list[str]]]:
 
 
 def _kind(report: str) -> str:
-    """A report's first line and its kernel, without numbers of threads and addresses."""
-    lines = report.splitlines()
-    where = next((line for line in lines[1:] if line.startswith("at ") or " at " in line), "")
-    return re.sub(r"0x[0-9a-f]+|\(\d+,\d+,\d+\)", "#", f"{lines[0]} {where}")[:200]
+    """What and where, with places in the code but without threads and addresses; kernels by their class."""
+    short = re.sub(r"kernel_cutlass_kernel_jax_moe\w*?device(\w+?)_object\w*", r"\1", report)
+    lines = [line for line in short.splitlines()[1:] if re.search(r"\bat ", line)]
+    text = " ".join([short.splitlines()[0], *lines[:1]])
+    return re.sub(r"(?<!\+)0x[0-9a-f]+|\(\d+,\d+,\d+\)", "#", text)[:200]
 
 
 # --- Beside a neighbour ---------------------------------------------------------------------------------------------
