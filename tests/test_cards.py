@@ -157,6 +157,32 @@ def compiled_specs(monkeypatch):
     return run
 
 
+def test_a_missing_kernel_of_a_slice_names_its_multiprocessors(gpu, no_compiler, compiled_specs):
+    """The form for few units is chosen by them."""
+    layer = shapes.MODELS["qwen3-30b-a3b"]
+    problem = cuda_call.problem(
+        num_tokens=1, top_k=layer.top_k, local_experts=layer.num_experts, hidden_size=layer.hidden_size,
+        intermediate_size=layer.intermediate_size,
+    )  # fmt: skip
+    whole = {launch.spec for launch in lowering.launches(problem)}
+    gpu("NVIDIA H200 MIG 1g.18gb", 16)
+    wanted = {launch.spec for launch in lowering.launches(problem)}
+    assert wanted != whole
+    with pytest.raises(cache.MissingKernelError) as error:
+        lowering.cuda_call(problem)
+    command = str(error.value).partition("`python -m jax_moe ")[2].partition("`")[0]
+    assert "--card H200 --multiprocessors 16" in command
+    gpu("NVIDIA H200", 132)
+    assert compiled_specs(shlex.split(command)) == wanted
+
+
+def test_multiprocessors_are_those_of_a_card():
+    command = ["compile", "--multiprocessors", "16", "--model", "8,2,64,64"]
+    done = CliRunner(env={"COLUMNS": "300"}).invoke(app, command)
+    assert done.exit_code == 2
+    assert "It needs --card" in done.output
+
+
 def test_a_card_that_is_not_there_is_an_error():
     done = CliRunner(env={"COLUMNS": "300"}).invoke(app, ["compile", "--card", "H42", "--model", "8,2,64,64"])
     assert done.exit_code == 2

@@ -203,7 +203,8 @@ def test_a_missing_kernel_says_which_command_makes_it(monkeypatch, tmp_path):
     problem = cuda_call.problem(num_experts=64, biases=(True, False))
     with pytest.raises(cache.MissingKernelError) as error:
         lowering.cuda_call(problem)
-    command_line = " ".join(["python -m jax_moe compile --target sm_90a", *lowering.command_arguments(problem)])
+    arguments = lowering.command_arguments(problem)
+    command_line = " ".join(["python -m jax_moe compile --target sm_90a --card H200", *arguments])
     assert "kernel so-and-so is not there." in str(error.value)
     assert f"`{command_line}`" in str(error.value)
     assert "`pip install nvidia-cutlass-dsl`" in str(error.value)
@@ -333,7 +334,7 @@ def test_a_products_missing_kernel_says_which_command_makes_it(monkeypatch):
     with pytest.raises(cache.MissingKernelError) as error:
         lowering.cuda_call(cuda_call.product(bias=True))
     options = "--product 16,2880,2880 --num-experts 16 --tokens 40 --precision w4a16 --out-dtype bfloat16 --bias"
-    assert f"`python -m jax_moe compile --target sm_90a {options}`" in str(error.value)
+    assert f"`python -m jax_moe compile --target sm_90a --card H200 {options}`" in str(error.value)
 
 
 def test_groups_use_the_multiprocessors_for_what_there_is_to_write():

@@ -1,7 +1,8 @@
 """``python -m jax_moe compile``: fill the kernel cache ahead of time, on any machine that has the DSL."""
 
 import concurrent.futures
-from contextlib import nullcontext
+import contextlib
+import dataclasses
 import itertools
 import multiprocessing
 from typing import Annotated
@@ -27,7 +28,12 @@ def compile(
         # It had the other two names once, and messages of programs that were built then have them.
         typer.Option("--model", "--shape", "--layer", help=f"The layer: {options.models(_LETTERS)}; may be repeated."),
     ] = None,
-    card: Annotated[str | None, typer.Option(help="Of the target: what the kernels are chosen for.")] = None,
+    card: Annotated[
+        str | None, typer.Option(help="Of the target: what the kernels are chosen for; default the GPU at hand.")
+    ] = None,
+    multiprocessors: Annotated[
+        int | None, typer.Option(min=1, help="Of that card, where a GPU or a slice of it has others than the table.")
+    ] = None,
     product: Annotated[
         list[str] | None,
         typer.Option(help=f"A grouped product (ragged_dot): {_PRODUCT_LETTERS}; G is 1 for linear; may be repeated."),
@@ -69,13 +75,11 @@ def compile(
         # The batch may be any of these; each has its own kernels.
         specs: dict[Spec, None] = {}
         modes = itertools.product(precisions, combines, weights_on, dtypes)
-        with targets.planned_for(targets.card_named(targets.TARGETS[target], card)) if card else nullcontext():
+        with _planned(target, card, multiprocessors):
             for one, mode, count in itertools.product(layers, modes, counts):
                 call = problem_of(one, count, num_experts, target, absent, function, mode)
-                calls = (
-                    [call, *parcels.of_call(call)] if parcels.are_taken(call) else [call]
-                )  # those of sharded_moe too
-                specs |= dict.fromkeys(launch.spec for each in calls for launch in lowering.launches(each))
+                of_a_mesh = parcels.of_call(call) if parcels.are_taken(call) else ()
+                specs |= dict.fromkeys(launch.spec for each in (call, *of_a_mesh) for launch in lowering.launches(each))
             for one, mode, count in itertools.product(products, itertools.product(precisions, dtypes), counts):
                 call = product_of(one, count, num_experts, target, bias, mode)
                 specs |= dict.fromkeys(launch.spec for launch in lowering.launches(call))
@@ -102,6 +106,16 @@ def compile(
         for failure in failures:
             show.error(failure)
         raise typer.Exit(1)
+
+
+def _planned(target: str, card: str | None, multiprocessors: int | None) -> contextlib.AbstractContextManager[None]:
+    """Within this, calls are planned for what the two options say."""
+    if card is None:
+        if multiprocessors is not None:
+            raise ValueError("--multiprocessors: of which card? It needs --card")
+        return contextlib.nullcontext()
+    row = targets.card_named(targets.TARGETS[target], card)
+    return targets.planned_for(dataclasses.replace(row, multiprocessors=multiprocessors or row.multiprocessors))
 
 
 def problem_of(layer: shapes.LayerShape, tokens, num_experts, target, absent, activation, mode) -> problem.Problem:

@@ -49,12 +49,12 @@ def cuda_call(problem: Problem | Product | Parcels) -> CudaCall:
             launch.name: _kernel_attributes(program, launch, buffers, target.name) for launch in program.launches
         }
     except cache.MissingKernelError as error:
-        chosen_for = [] if card.name == target.cards[0].name else ["--card", shlex.quote(card.name)]
+        chosen_for = ["--card", shlex.quote(card.name)]
+        if card.multiprocessors != targets.card_named(target, card.name).multiprocessors:
+            chosen_for += ["--multiprocessors", str(card.multiprocessors)]
         command = ["python -m jax_moe compile --target", target.name, *chosen_for, *command_arguments(problem)]
-        advice = (
-            f"Either `pip install {compiler.PACKAGE}`, or run `{' '.join(command)}` on a machine that has it (no GPU "
-        )
-        advice += "needed) and copy its folder of kernels here (JAX_MOE_CACHE_DIR names another place)."
+        advice = f"Either `pip install {compiler.PACKAGE}`, or run `{' '.join(command)}` on a machine that has it (no "
+        advice += "GPU needed) and copy its folder of kernels here (JAX_MOE_CACHE_DIR names another place)."
         raise cache.MissingKernelError(f"{error} {advice}") from None
     workspaces = list(program.workspaces.values())
     kernels |= {

@@ -88,7 +88,7 @@ def for_call(
         )
     card = _planned.get()
     for target in fitting:
-        if card in target.cards:
+        if card is not None and card.name in [row.name for row in target.cards]:
             return target, card
     for device in _gpus():
         for target in fitting:

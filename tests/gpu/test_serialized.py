@@ -75,6 +75,6 @@ def test_a_missing_kernel_is_an_error_that_names_the_command(tmp_path, monkeypat
     monkeypatch.setenv("JAX_MOE_CACHE_DIR", str(tmp_path))
     case = helpers.make_case(10)
     experts = calls.prepared(case).experts
-    command = f"python -m jax_moe compile --target {calls.target().name} --layer 4,2,48,64 --tokens 5"
+    command = f"python -m jax_moe compile --target {calls.target().name} --card .* --layer 4,2,48,64 --tokens 5"
     with pytest.raises(RuntimeError, match=command):
         jax.jit(helpers.jax_moe.fused_moe)(case.x, experts, case.routing)
