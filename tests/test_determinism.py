@@ -23,8 +23,10 @@ import pytest
 
 import jax_moe
 from jax_moe import shapes
+from jax_moe.kernels import targets
 from jax_moe.kernels.sm90 import program, specs
 from jax_moe.kernels.sm90.target import SM90
+from jax_moe.kernels.target import Card
 
 PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "determinism.md").read_text()
 MODES = [(precision, combine) for precision in ("w4a16", "w4a4") for combine in ("atomic", "ordered")]
@@ -181,23 +183,27 @@ def test_the_scale_of_x_is_that_of_its_largest_value():
 
 # --- Plans of a GPU -----------------------------------------------------------------------------------------------
 
+CARDS = SM90.cards[:2]
+"""An H200 and an H100 SXM: those that the page has figures of."""
+
 
 @functools.cache
-def first_tokens_of_the_other_order(top_k: int, num_experts: int) -> int:
+def first_tokens_of_the_other_order(card: Card, top_k: int, num_experts: int) -> int:
     """The least T whose plan sums in one order of all blocks; below it, all plans sum even and odd blocks apart."""
-    ways = [program.best_config(SM90.cards[0], tokens, top_k, num_experts).k_warpgroups for tokens in range(1, 1025)]
+    ways = [program.best_config(card, tokens, top_k, num_experts).k_warpgroups for tokens in range(1, 1025)]
     first = ways.index(1)
     assert ways == [2] * first + [1] * (1024 - first)
     return first + 1
 
 
 def test_the_page_says_where_the_order_of_sums_changes():
-    table = re.findall(r"^\| ([\w.-]+) \| (\d+) \| (\d+) \| (\d+) \|$", PAGE, re.MULTILINE)
+    table = re.findall(r"^\| ([\w.-]+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", PAGE, re.MULTILINE)
     assert len(table) > 3
-    for name, num_experts, top_k, tokens in table:
+    for name, num_experts, top_k, *tokens in table:
         model = shapes.MODELS[name]
         assert (model.num_experts, model.top_k) == (int(num_experts), int(top_k))
-        assert first_tokens_of_the_other_order(model.top_k, model.num_experts) == int(tokens)
+        for card, first in zip(CARDS, tokens, strict=True):
+            assert first_tokens_of_the_other_order(card, model.top_k, model.num_experts) == int(first)
 
 
 def test_the_page_says_which_few_tokens_have_orders_of_their_own():
@@ -208,13 +214,15 @@ def test_the_page_says_which_few_tokens_have_orders_of_their_own():
             cuda_call.problem, local_experts=model.num_experts, top_k=model.top_k, hidden_size=model.hidden_size,
             intermediate_size=model.intermediate_size, activation=jax_moe.SwiGLU(),
         )  # fmt: skip
-        launches = {tokens: cuda_call.program(problem(num_tokens=tokens)).launches for tokens in range(1, 65)}
-        few = [
-            str(tokens)
-            for tokens, each in launches.items()
-            if any(getattr(launch.spec, "config", None) == program.FEW_UNITS for launch in each)
-        ]
-        assert table[name] == (", ".join(few) or "none")
+        for card in CARDS:
+            with targets.planned_for(card):
+                launches = {tokens: cuda_call.program(problem(num_tokens=tokens)).launches for tokens in range(1, 65)}
+            few = [
+                str(tokens)
+                for tokens, each in launches.items()
+                if any(getattr(launch.spec, "config", None) == program.FEW_UNITS for launch in each)
+            ]
+            assert table[name] == (", ".join(few) or "none")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("cutlass") is None, reason="nvidia-cutlass-dsl is not installed")

@@ -8,7 +8,7 @@
 //   workspace_bytes  i64[n]  sizes of results 1..n
 //   launches         "sort gemm1 gemm2", names in the order of launch; empty exactly where x has no rows
 //   adds             "gemm2", the first launch that adds into the output, and the first that is given it; empty where
-//                    none adds: combine="ordered", ragged_dot, or no launches
+//                    none adds: combine="ordered", ragged_dot, parcels, or no launches
 //   and for each name in `launches` a dictionary,
 //     image      the cubin, as bytes        name       of the kernel in it
 //     grid       CTAs                       threads    in a CTA
