@@ -136,3 +136,84 @@ def test_the_pictures_have_the_errors_that_their_script_computes():
         # fp32 sums in another order move the last digit, where it is at the edge of its rounding.
         assert abs(percent - computed[name][0]) < 0.11, name
         assert abs(correlation - computed[name][1]) < 0.0011, name
+
+
+def tables_of(page: str, heading: str) -> list[tuple[list[str], list[list[str]]]]:
+    """The headers and the cells of all tables below a heading, up to the next of its level."""
+    level = heading.split()[0]
+    text = (DOCS / page).read_text().partition(f"\n{heading}\n")[2].partition(f"\n{level} ")[0]
+    found = []
+    for header, lines in re.findall(r"^(\|.*)\n\|[-|]+\n((?:\|.*\n)+)", text, re.MULTILINE):
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in (header, *lines.splitlines())]
+        found.append((rows[0], rows[1:]))
+    return found
+
+
+def test_the_tables_of_products():
+    rows = {(r["groups"], r["in_features"], r["out_features"], r["tokens"], r["method"]): r for r in results("products")}
+    kinds = iter([(128, 4096, 3072), (128, 1536, 4096), (8, 4096, 28672), (1, 4096, 4096), (1, 4096, 14336)])
+    seen = 0
+    for header, lines in tables_of("grouped-product.md", "## How fast"):
+        for column in range(1, len(header), 2):
+            kind = next(kinds)
+            assert [int(n) for n in re.findall(r"\d+", header[column])][-1] == kind[-1]
+            for tokens, *cells in lines:
+                time, ratio = cells[column - 1].split(", ")
+                ours, peer = (rows[*kind, int(tokens), method] for method in ("w4a16", "bf16"))
+                assert is_rounded(ratio, ours["ratio"]), (kind, tokens)
+                for text, row in ((time, ours), (cells[column], peer)):
+                    number, unit = text.split()
+                    assert is_rounded(number, row["seconds"] * {"us": 1e6, "ms": 1e3}[unit]), (kind, tokens, text)
+                    seen += 1
+    assert seen == len(rows)
+
+
+def test_the_tables_of_several_gpus():
+    """Those of w4a4 and w4a16 side by side, and of deepseek-r1."""
+    names = ("scaling-qwen3-235b-a22b-w4a4", "scaling-deepseek-r1", "scaling-deepseek-r1-w4a4")
+    rows = {
+        (row["model"], row["precision"], row["tokens"], row["devices"], row["form"]): row
+        for name in names
+        for row in results(name)
+    }
+    seen = set()
+    for header, lines in tables_of("scaling.md", "## Measured"):
+        is_deepseek = header[0] in ("w4a16", "w4a4") and header[2:] == [
+            "2 replicated", "2 spread", "4 replicated", "4 spread"
+        ]  # fmt: skip
+        if not is_deepseek and not header[0].startswith("qwen3-235b-a22b, spread"):
+            continue
+        for what, *cells in lines:
+            precision = header[0] if is_deepseek else what.split(",")[0]
+            model, tokens = "deepseek-r1" if is_deepseek else "qwen3-235b-a22b", int(what.split()[-1])
+            for head, cell in zip(header[1:], cells, strict=True):
+                devices, *form = head.removesuffix(" GPU").split()
+                key = model, precision, tokens, int(devices), "one GPU" if devices == "1" else (*form, "spread")[0]
+                time, _, efficiency = cell.partition(" (")
+                assert is_rounded(time, 1e6 * rows[key]["seconds"]), key
+                assert not efficiency or is_rounded(f"0{efficiency[:-1]}", rows[key]["efficiency"]), key
+                seen.add(key)
+    assert seen == rows.keys()
+
+
+def test_the_table_of_a_whole_model():
+    rows = {(row["method"], row["what"], row["batch"]): row for row in results("whole-model-qwen3-30b-a3b")}
+    methods = {"loop, w4a16": "jax_moe w4a16 loop", "scan, w4a16": "jax_moe w4a16 scan",
+               "transformers, bfloat16": "transformers"}  # fmt: skip
+    ((_, lines),) = [t for t in tables_of("whole-model.md", "## How fast") if "weights" in t[0]]
+    seen = set()
+    for name, weights, *cells in lines:
+        for cell, key in zip(cells, (("decode", 1), ("decode", 8), ("decode", 64), ("prefill", 1)), strict=True):
+            if not cell:
+                continue
+            row = rows[methods[name], *key]
+            assert is_rounded(weights.removesuffix(" GB"), row["weight_gb"])
+            value = 1e3 * row["seconds"] if key[0] == "prefill" else row["tokens"] / row["seconds"]
+            assert is_rounded(cell.removesuffix(" ms"), value), (name, key)
+            seen.add((methods[name], *key))
+    assert seen == rows.keys()
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    for method, counts in (("jax_moe w4a16 loop", "{} tokens a second for one sequence on an H200 and {} for 64"),
+                           ("transformers", "makes {} and {}.")):  # fmt: skip
+        rates = (rows[method, "decode", batch] for batch in (1, 64))
+        assert counts.format(*(f"{row['tokens'] / row['seconds']:.0f}" for row in rates)) in readme
