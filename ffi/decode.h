@@ -119,7 +119,7 @@ inline ffi::Error DecodeProblem(const Operands& operands, const Results& results
   if (p.x_is_parcels) {
     int64_t bytes = 0;
     JAX_MOE_TRY(GetParcelBytes(k, hidden, &bytes));
-    const uint8_t* parcels = nullptr;  // on a CPU there is no such call
+    const uint8_t* parcels = nullptr;  // for the check: kernels are given buffers by number, and a CPU has no such call
     JAX_MOE_TRY(operands.GetData(kX, ffi::U8, {tokens, bytes}, &parcels));
   } else {
     JAX_MOE_TRY(operands.GetData(kX, ffi::BF16, {tokens, hidden}, &p.x));

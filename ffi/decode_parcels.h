@@ -1,8 +1,8 @@
 // Parcels: tokens as they travel between the devices of a mesh in w4a4, and the call that makes them.
 //
 // A token's parcel is a row of bytes (jax_moe/parcels.py):
-//   s32[K] expert ids | f32[K] routing weights | u8[H/2] codes of x | e4m3[H/16] block scales | zeros, to a multiple of
-//   8
+//   s32[K] expert ids | f32[K] routing weights | u8[H/2] codes of x | e4m3[H/16] block scales | zeros
+// The zeros make the row a multiple of 8 bytes.
 
 #ifndef JAX_MOE_DECODE_PARCELS_H_
 #define JAX_MOE_DECODE_PARCELS_H_

@@ -26,7 +26,7 @@ def vary_alike(*operands: jax.Array) -> tuple[jax.Array, ...]:
 def emit(
     ctx, target: str, operands, problem: Any, attributes: Mapping[str, Any], workspaces: Sequence[jax.ShapeDtypeStruct]
 ):
-    """Emits the call of ``problem``, a Problem or a Product, and returns its output.
+    """Emits the call of ``problem`` and returns its output.
 
     An absent operand becomes f32[0], so that each has a fixed place. Here and not where the op is called, because an
     operand may become sharded, even one without elements, and then jaxlib 0.11.2 crashes: that is what an eager
@@ -35,7 +35,7 @@ def emit(
     Args:
       ctx: of the lowering rule, as is ``operands``: those that are given.
       target: of the custom call.
-      problem: what is static about the call.
+      problem: what is static about the call: a Problem, a Product or Parcels.
       attributes: those that only this platform has.
       workspaces: results behind the output.
     """
