@@ -14,7 +14,7 @@ what it reads and multiplies in this run. A bf16 peer reads 3.56 times the bytes
 the same floor.
 
 Peers: `torch` (bf16 `torch._grouped_mm` with sort, activation and combine), `ragged_dot` (the same in JAX),
-`ragged_dot_cudnn` (with XLA's flag that hands it to cuDNN, which has to be 9.22 or newer) and `humming` (humming-kernels'
+`ragged_dot_cudnn` (with XLA's flag that hands it to cuDNN, which must be 9.22 or later) and `humming` (humming-kernels'
 two NVFP4 GEMMs alone, without sort, activation and combine). Peers multiply without biases and with the usual SwiGLU,
 whatever the model has. Each method runs in a process of its own; one that fails is listed under "failures" in the JSON,
 and its rows until then, like everyone else's, are kept.
