@@ -80,8 +80,11 @@ def ragged_dot_op(x, gate_up, down, ids, weights):
     return out.astype(x.dtype)
 
 
-def ragged_dot(model: str):
-    """``jax.lax.ragged_dot`` on bf16 weights. Refuses what would not fit: its dense lowering may need E copies of x."""
+def ragged_dot(model: str, options: dict[str, bool] | None = None):
+    """``jax.lax.ragged_dot`` on bf16 weights. Refuses what would not fit: its dense lowering may need E copies of x.
+
+    ``options``: of the compiler.
+    """
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # read when the first array is made
     import jax
     import jax.numpy as jnp
@@ -108,7 +111,7 @@ def ragged_dot(model: str):
             jnp.asarray(ids),
             jnp.asarray(routing_weights),
         )
-        compiled = jax.jit(chain).lower(*arguments).compile()
+        compiled = jax.jit(chain, compiler_options=options).lower(*arguments).compile()
         needed, limit = compiled.memory_analysis(), (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
         if needed and limit and needed.temp_size_in_bytes + needed.argument_size_in_bytes > 0.95 * limit:
             raise MemoryError(f"{needed.temp_size_in_bytes / 1e9:.0f} GB of temporaries, {limit / 1e9:.0f} GB there")

@@ -13,10 +13,11 @@ measured by others or not at all, 7.2 TB/s, and 5.7 PFLOP/s for w4a4, 2.25 for a
 what it reads and multiplies in this run. A bf16 peer reads 3.56 times the bytes; its ratio is to
 the same floor.
 
-Peers: `torch` (bf16 `torch._grouped_mm` with sort, activation and combine), `ragged_dot` (the same in JAX) and
-`humming` (humming-kernels' two NVFP4 GEMMs alone, without sort, activation and combine). Peers multiply without biases
-and with the usual SwiGLU, whatever the model has. Each method runs in a process of its own; one that fails is listed
-under "failures" in the JSON, and its rows until then, like everyone else's, are kept.
+Peers: `torch` (bf16 `torch._grouped_mm` with sort, activation and combine), `ragged_dot` (the same in JAX),
+`ragged_dot_cudnn` (with XLA's flag that hands it to cuDNN, which must be 9.22 or later) and `humming` (humming-kernels'
+two NVFP4 GEMMs alone, without sort, activation and combine). Peers multiply without biases and with the usual SwiGLU,
+whatever the model has. Each method runs in a process of its own; one that fails is listed under "failures" in the JSON,
+and its rows until then, like everyone else's, are kept.
 """
 
 import dataclasses
@@ -31,8 +32,8 @@ from typing import Annotated
 
 import typer
 
-PEERS = ("ragged_dot", "torch", "humming")
-CHAIN = {"ragged_dot": 2}  # its dense lowering takes half a second a call for many tokens
+PEERS = ("ragged_dot", "ragged_dot_cudnn", "torch", "humming")
+CHAIN = {"ragged_dot": 2, "ragged_dot_cudnn": 2}  # its dense lowering takes half a second a call for many tokens
 _DEFAULT_CHAIN = 16
 _SECONDS = 3
 """About so long the repeats of one row may take; never fewer than three."""
@@ -131,7 +132,10 @@ def _method(model: str, method: str):
         import gpu_humming
 
         return gpu_humming.gemms(model)
-    return {"ragged_dot": gpu_methods.ragged_dot, "torch": gpu_methods.torch_grouped_mm}[method](model)
+    if method == "torch":
+        return gpu_methods.torch_grouped_mm(model)
+    fusion = {"xla_gpu_experimental_use_ragged_dot_fusion": True}
+    return gpu_methods.ragged_dot(model, fusion if method == "ragged_dot_cudnn" else None)
 
 
 def _row(make, model: str, method: str, count: int, repeats: int) -> dict:

@@ -87,7 +87,7 @@ def test_the_time_of_a_call_is_the_median_over_programs_and_calls(monkeypatch):
     assert asked == [4, 1, 2, 2, 2, 2, 2, 2]
 
 
-@pytest.mark.parametrize("method", ["jax_moe w4a16/atomic", "jax_moe w4a4/ordered", "ragged_dot"])
+@pytest.mark.parametrize("method", ["jax_moe w4a16/atomic", "jax_moe w4a4/ordered", "ragged_dot", "ragged_dot_cudnn"])
 def test_a_row_of_the_gpu_benchmark(script, monkeypatch, method):
     script("gpu_methods")
     gpu_op = script("gpu_op")
