@@ -4,6 +4,7 @@ import importlib.util
 import pathlib
 import sys
 
+import cuda_call
 import pytest
 
 _FILE = pathlib.Path(__file__).parent / "gpu" / "sanitize.py"
@@ -96,3 +97,19 @@ def test_every_precision_and_combine_is_there():
     kinds = {(o["precision"], o["combine"], o.get("weight_on")) for _, o in sanitize.CASES.values() if "combine" in o}
     assert {(p, c, None) for p in ("w4a16", "w4a4") for c in ("atomic", "ordered")} <= kinds
     assert {o["precision"] for s, o in sanitize.CASES.values() if "rows" in s} == {"w4a16", "w4a4"}
+
+
+def test_the_cases_have_every_form_of_a_gemm_on_hopper():
+    """With and without a sort, and with one, two or four warpgroups that share a contraction."""
+    forms = set()
+    for sizes, options in sanitize.CASES.values():
+        if "rows" in sizes:
+            continue
+        call = cuda_call.problem(
+            num_tokens=sizes["tokens"], top_k=sizes["top_k"], local_experts=sizes["num_experts"],
+            num_experts=sizes["num_experts"], hidden_size=sizes["hidden"], intermediate_size=sizes["intermediate"],
+            **options,
+        )  # fmt: skip
+        gemms = [launch.spec for launch in cuda_call.program(call).launches if launch.name.startswith("gemm")]
+        forms |= {(gemm.maps_routes, gemm.config.k_warpgroups) for gemm in gemms}
+    assert forms >= {(False, 1), (False, 2), (True, 2), (True, 4)}

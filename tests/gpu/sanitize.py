@@ -25,11 +25,15 @@ sys.path[:0] = [str(FOLDER), str(FOLDER.parent), str(FOLDER.parents[1])]
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 _SMALL = dict(tokens=1, hidden=64, intermediate=64, num_experts=4, top_k=2)
+_FEW_UNITS = dict(tokens=1, hidden=1024, intermediate=512, num_experts=4, top_k=2)  # CTAs with four k warpgroups
+_MANY_EXPERTS = dict(tokens=16, hidden=64, intermediate=64, num_experts=128, top_k=8)  # a sort, then two k warpgroups
 _RAGGED = dict(tokens=37, hidden=112, intermediate=80, num_experts=5, top_k=3, bias=True)
 _TILES = dict(tokens=300, hidden=272, intermediate=144, num_experts=8, top_k=4)  # wide tiles; a sort of many CTAs
 CASES = {
     "small w4a16 atomic": (_SMALL, dict(precision="w4a16", combine="atomic")),
     "small w4a4 ordered": (_SMALL, dict(precision="w4a4", combine="ordered")),
+    "few units w4a16 atomic": (_FEW_UNITS, dict(precision="w4a16", combine="atomic")),
+    "many experts w4a4 atomic": (_MANY_EXPERTS, dict(precision="w4a4", combine="atomic")),
     "ragged w4a16 atomic": (_RAGGED, dict(precision="w4a16", combine="atomic")),
     "ragged w4a16 ordered": (_RAGGED, dict(precision="w4a16", combine="ordered")),
     "ragged w4a4 atomic": (_RAGGED, dict(precision="w4a4", combine="atomic")),
