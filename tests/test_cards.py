@@ -118,20 +118,29 @@ def test_a_card_gets_kernels_of_its_own():
     assert chosen["H100 PCIe"] != chosen["H200"]
 
 
-def test_a_missing_kernel_names_the_card(gpu, no_compiler, compiled_specs):
-    """And the command makes, on a machine without that GPU, what the program with it wants."""
-    shape = shapes.MODELS["qwen3-235b-a22b"]
-    problem = cuda_call.problem(
-        num_tokens=2048, top_k=shape.top_k, local_experts=shape.num_experts, hidden_size=shape.hidden_size,
+def _layer(model: str, tokens: int):
+    shape = shapes.MODELS[model]
+    return cuda_call.problem(
+        num_tokens=tokens, top_k=shape.top_k, local_experts=shape.num_experts, hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
     )  # fmt: skip
+
+
+def _command_for(problem) -> str:
+    """What the error of a missing kernel says to run, behind ``python -m jax_moe``."""
+    with pytest.raises(cache.MissingKernelError) as error:
+        lowering.cuda_call(problem)
+    return str(error.value).partition("`python -m jax_moe ")[2].partition("`")[0]
+
+
+def test_a_missing_kernel_names_the_card(gpu, no_compiler, compiled_specs):
+    """And the command makes, on a machine without that GPU, what the program with it wants."""
+    problem = _layer("qwen3-235b-a22b", 2048)
     elsewhere = {launch.spec for launch in lowering.launches(problem)}
     gpu("NVIDIA H20", 78)
     wanted = {launch.spec for launch in lowering.launches(problem)}
     assert wanted != elsewhere
-    with pytest.raises(cache.MissingKernelError) as error:
-        lowering.cuda_call(problem)
-    command = str(error.value).partition("`python -m jax_moe ")[2].partition("`")[0]
+    command = _command_for(problem)
     assert "--card H20" in command
     gpu("NVIDIA H200", 132)
     made = compiled_specs(shlex.split(command))
@@ -159,18 +168,12 @@ def compiled_specs(monkeypatch):
 
 def test_a_missing_kernel_of_a_slice_names_its_multiprocessors(gpu, no_compiler, compiled_specs):
     """The form for few units is chosen by them."""
-    layer = shapes.MODELS["qwen3-30b-a3b"]
-    problem = cuda_call.problem(
-        num_tokens=1, top_k=layer.top_k, local_experts=layer.num_experts, hidden_size=layer.hidden_size,
-        intermediate_size=layer.intermediate_size,
-    )  # fmt: skip
+    problem = _layer("qwen3-30b-a3b", 1)
     whole = {launch.spec for launch in lowering.launches(problem)}
     gpu("NVIDIA H200 MIG 1g.18gb", 16)
     wanted = {launch.spec for launch in lowering.launches(problem)}
     assert wanted != whole
-    with pytest.raises(cache.MissingKernelError) as error:
-        lowering.cuda_call(problem)
-    command = str(error.value).partition("`python -m jax_moe ")[2].partition("`")[0]
+    command = _command_for(problem)
     assert "--card H200 --multiprocessors 16" in command
     gpu("NVIDIA H200", 132)
     assert compiled_specs(shlex.split(command)) == wanted

@@ -52,7 +52,7 @@ def bench(
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
 
-    device = jax.devices()[0]
+    device, ceilings = jax.devices()[0], floor.at_hand()
     results = []
     try:
         experts = None
@@ -63,7 +63,7 @@ def bench(
             gflops = shape.flops(count) / seconds / 1e9
             gigabytes = touched * shape.weight_bytes_per_expert / seconds / 1e9
             result = {"precision": kind, "tokens": count, "seconds": seconds, "gflops": gflops, "weight_gbs": gigabytes}
-            if ceilings := floor.at_hand():
+            if ceilings:
                 result["floor_seconds"] = floor.layer_seconds(shape, count, touched, ceilings, kind)
             results.append(result)
     except MissingKernelError as error:
@@ -75,7 +75,7 @@ def bench(
         for r in results
     ]
     headings = ("precision", "T", "median ms", "GFLOP/s", "GB/s of weights")
-    if ceilings := floor.at_hand():
+    if ceilings:
         rows = [(*row, f"{r['seconds'] / r['floor_seconds']:.2f}") for row, r in zip(rows, results, strict=True)]
         headings += ("x floor",)
         rate = ", ".join(f"{flop / 1e12:.0f} TFLOP/s for {kind}" for kind, flop in ceilings.flop_per_second.items())
@@ -84,7 +84,7 @@ def bench(
     if output is not None:
         facts = {"jax": jax.__version__, "jax_moe": jax_moe.__version__, "python": platform.python_version()}
         document = {**facts, "device": device.device_kind, "model": model, "combine": combine, "results": results}
-        if ceilings := floor.at_hand():
+        if ceilings:
             document["ceilings"] = dataclasses.asdict(ceilings)
         with open(output, "w") as file:
             json.dump(document, file, indent=2)

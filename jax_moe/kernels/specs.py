@@ -201,8 +201,16 @@ def sort_spec(num_routes: int, local_experts: int, token_tile: int, weighted: bo
     return SortSpec(token_tile, local_experts, warps, cluster=1, weighted=weighted, granule=granule)
 
 
+class _SmallKernel:
+    """A kernel without clusters and tensor cores; unless it says so, it does not start early either."""
+
+    cluster = 1
+    overlap = False
+    tensor_core_ptx = None
+
+
 @dataclasses.dataclass(frozen=True)
-class GroupsSpec:
+class GroupsSpec(_SmallKernel):
     """Group sizes -> tile map of a grouped product, and zeros for the rows of no local group.
 
     Attributes:
@@ -217,9 +225,6 @@ class GroupsSpec:
 
     implementation = "jax_moe.kernels.device.groups:Groups"
     threads = 256
-    cluster = 1
-    overlap = False
-    tensor_core_ptx = None
 
     @property
     def parameters(self) -> dict[str, str]:
@@ -253,7 +258,7 @@ def groups_spec(local_groups: int, out_dtype: str, has_row_group: bool) -> Group
 
 
 @dataclasses.dataclass(frozen=True)
-class XRowsSpec:
+class XRowsSpec(_SmallKernel):
     """The pass over x: what GEMM1 multiplies, where that is not x itself.
 
     Attributes:
@@ -276,8 +281,6 @@ class XRowsSpec:
             raise ValueError("per_group: got True, needs quantise, and not per_route")
 
     threads = 256
-    cluster = 1
-    tensor_core_ptx = None
 
     @property
     def overlap(self) -> bool:
@@ -308,15 +311,12 @@ class XRowsSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class ParcelsSpec:
+class ParcelsSpec(_SmallKernel):
     """x and its routing -> parcels, in which tokens travel (``jax_moe/parcels.py``)."""
 
     implementation = "jax_moe.kernels.device.parcels:Parcels"
     name = "jax_moe_parcels"
     threads = 256
-    cluster = 1
-    overlap = False
-    tensor_core_ptx = None
 
     @property
     def parameters(self) -> dict[str, str]:
@@ -331,15 +331,12 @@ class ParcelsSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class ParcelRowsSpec:
+class ParcelRowsSpec(_SmallKernel):
     """The pass over x where x is parcels: bf16 again, code * block scale."""
 
     implementation = "jax_moe.kernels.device.parcels:ParcelRows"
     name = "jax_moe_parcel_rows"
     threads = 256
-    cluster = 1
-    overlap = False
-    tensor_core_ptx = None
 
     @property
     def parameters(self) -> dict[str, str]:
@@ -351,16 +348,13 @@ class ParcelRowsSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class CombineSpec:
+class CombineSpec(_SmallKernel):
     """Contributions -> out, in slot order (``combine="ordered"``)."""
 
     out_dtype: str
 
     implementation = "jax_moe.kernels.device.combine:Combine"
     threads = 128
-    cluster = 1
-    overlap = False
-    tensor_core_ptx = None
 
     @property
     def parameters(self) -> dict[str, str]:

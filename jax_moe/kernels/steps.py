@@ -102,7 +102,11 @@ def x_codes(p: Problem, block_k: int) -> tuple[Launch, Workspaces]:
         **same("x", "routing_weights", "x_codes", "x_scales"), "input_scale": "gate_up.input_scale", "num_rows": rows,
         "row_divisor": p.top_k if per_route else 1, "row_blocks": p.hidden_size // 16, "padded_blocks": width // 16,
     }  # fmt: skip
-    return Launch("x_rows", spec, spec.grid(rows, width), arguments), {
+    return Launch("x_rows", spec, spec.grid(rows, width), arguments), _codes(rows, width)
+
+
+def _codes(rows: int, width: int) -> Workspaces:
+    return {
         "x_codes": jax.ShapeDtypeStruct((rows, width // 2), jnp.uint8),
         "x_scales": jax.ShapeDtypeStruct((rows, width // 16), jnp.uint8),
     }
@@ -236,10 +240,7 @@ def group_codes(p: Product, block_k: int) -> tuple[Launch, Workspaces]:
         **same("x", "x_codes", "x_scales", "row_group"), "routing_weights": None, "input_scale": "weights.input_scale",
         "num_rows": p.num_rows, "row_divisor": 1, "row_blocks": p.in_features // 16, "padded_blocks": width // 16,
     }  # fmt: skip
-    return Launch("x_rows", spec, spec.grid(p.num_rows, width), arguments), {
-        "x_codes": jax.ShapeDtypeStruct((p.num_rows, width // 2), jnp.uint8),
-        "x_scales": jax.ShapeDtypeStruct((p.num_rows, width // 16), jnp.uint8),
-    }
+    return Launch("x_rows", spec, spec.grid(p.num_rows, width), arguments), _codes(p.num_rows, width)
 
 
 def product_arguments(p: Product) -> dict[str, str | int | None]:
@@ -254,13 +255,19 @@ def product_arguments(p: Product) -> dict[str, str | int | None]:
     }  # fmt: skip
 
 
-def product_sizes(p: Product) -> dict[str, int]:
-    """``Program.sizes`` of a grouped product."""
-    return {
-        "num_rows": p.num_rows, "num_groups": p.num_groups, "local_groups": p.local_groups,
-        "in_features": p.in_features, "out_features": p.out_features,
-        "out_bytes": jnp.dtype(p.out_dtype).itemsize,
-    }  # fmt: skip
+def product_program(p: Product, launches: tuple[Launch, ...], workspaces: Workspaces, bytes_per_matrix: int) -> Program:
+    """The program of a grouped product of these launches; ``bytes_per_matrix``: of prepared weights."""
+    return Program(
+        launches=launches if p.num_rows else (),
+        adds=None,
+        workspaces=workspaces,
+        weight_bytes={"weights.payload": p.local_groups * bytes_per_matrix, "weights.block_scale": 0},
+        sizes={
+            "num_rows": p.num_rows, "num_groups": p.num_groups, "local_groups": p.local_groups,
+            "in_features": p.in_features, "out_features": p.out_features,
+            "out_bytes": jnp.dtype(p.out_dtype).itemsize,
+        },
+    )  # fmt: skip
 
 
 # -- parcels --------------------------------------------------------------------------------------------------------

@@ -193,14 +193,8 @@ def product_with_config(p: Product, card: Card, config: Config) -> Program:
     product = Launch("product", product_spec(p, config), _grid(card, config), {
         **steps.product_arguments(p), **rows, "m_blocks": row_blocks, "k_steps": _blocks(p.in_features, STEP_K),
     })  # fmt: skip
-    payload_bytes = p.local_groups * row_blocks * _blocks(p.in_features, block_k) * block_bytes
-    return Program(
-        launches=(*before, product) if p.num_rows else (),
-        adds=None,
-        workspaces=workspaces,
-        weight_bytes={"weights.payload": payload_bytes, "weights.block_scale": 0},
-        sizes=steps.product_sizes(p),
-    )
+    bytes_per_matrix = row_blocks * _blocks(p.in_features, block_k) * block_bytes
+    return steps.product_program(p, (*before, product), workspaces, bytes_per_matrix)
 
 
 def _weight_block(precision: Precision) -> tuple[int, int]:

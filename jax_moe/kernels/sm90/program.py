@@ -212,14 +212,8 @@ def build_product(p: Product, card: Card) -> Program:
     product = Launch("product", product_spec(p, config), card.multiprocessors * config.ctas_per_sm, {
         **steps.product_arguments(p), "x": rows, "m_blocks": row_blocks, "k_blocks": columns,
     })  # fmt: skip
-    payload_bytes = p.local_groups * row_blocks * columns * weight_block.BLOCK_BYTES
-    return Program(
-        launches=(*before, product) if p.num_rows else (),
-        adds=None,
-        workspaces=workspaces,
-        weight_bytes={"weights.payload": payload_bytes, "weights.block_scale": 0},
-        sizes=steps.product_sizes(p),
-    )
+    bytes_per_matrix = row_blocks * columns * weight_block.BLOCK_BYTES
+    return steps.product_program(p, (*before, product), workspaces, bytes_per_matrix)
 
 
 def _blocks(size: int, block: int) -> int:
