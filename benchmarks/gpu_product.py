@@ -24,6 +24,7 @@ import numpy as np
 import typer
 
 import jax_moe
+from jax_moe import shapes
 from jax_moe.cli import floor, options, timing
 from jax_moe.cli.compile import product_of
 from jax_moe.kernels import cache, lowering
@@ -54,10 +55,9 @@ class Case:
 
     def sizes(self, length: int) -> np.ndarray:
         """Group sizes int32 ``[length, G]`` of random routings."""
-        rng = np.random.default_rng(self.tokens)
-        order = rng.random((length, self.tokens, self.groups)).argpartition(self.top_k - 1, axis=-1)
-        chosen = order[..., : self.top_k].reshape(length, -1)
-        return np.stack([np.bincount(call, minlength=self.groups) for call in chosen]).astype(np.int32)
+        layer = shapes.LayerShape(self.groups, self.top_k, self.in_features, self.out_features)
+        ids, _, _ = timing.routings(layer, self.tokens, length, seed=self.tokens)
+        return np.stack([np.bincount(call.ravel(), minlength=self.groups) for call in ids]).astype(np.int32)
 
     def floor_seconds(self, touched: float, precision: Precision) -> float:
         matrix = self.in_features * self.out_features
@@ -65,15 +65,9 @@ class Case:
 
 
 def random_weights(case: Case) -> jax_moe.Projection:
-    """Canonical, with random codes, and scales under which products are of order 1."""
-    rng = np.random.default_rng(0)
-    lead, rows, columns = (case.groups,), case.out_features, case.in_features
-    return jax_moe.Projection(
-        jnp.asarray(rng.integers(0, 256, (*lead, rows, columns // 2), np.uint8)),
-        jnp.asarray(rng.integers(0x30, 0x40, (*lead, rows, columns // 16), np.uint8).view(jnp.float8_e4m3fn)),
-        jnp.full(lead, 1 / (3.5 * columns**0.5), jnp.float32),
-        jnp.full(lead, 4 / (6 * 448), jnp.float32),
-    )
+    """Canonical, with scales under which products are of order 1."""
+    rng, groups = np.random.default_rng(0), case.groups
+    return timing.random_projection(rng, (groups,), case.out_features, case.in_features, (3, 6, groups))
 
 
 def chain_of(product):

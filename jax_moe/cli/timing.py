@@ -6,6 +6,7 @@ own, because one routing's weights might stay in the cache. Several programs are
 """
 
 from collections.abc import Callable
+import functools
 import statistics
 import time
 from typing import Any
@@ -59,23 +60,37 @@ def random_experts(
       block_scales: bytes of the least e4m3 block scale and behind the largest: 0.5 up to 2.
     """
     rng = np.random.default_rng(seed)
-
-    def projection(lead: tuple[int, ...], rows: int, columns: int, input_scale: tuple) -> jax_moe.Projection:
-        payload = rng.integers(0, 256, (*lead, rows, columns // 2), np.uint8)
-        block_scale = rng.integers(*block_scales, (*lead, rows, columns // nvfp4.BLOCK_SIZE), np.uint8)
-        spread = 10 ** rng.uniform(-0.5, 0.5, lead)
-        return jax_moe.Projection(
-            jnp.asarray(payload),
-            jnp.asarray(block_scale.view(jnp.float8_e4m3fn)),
-            # 3.5 is the root mean square of a code times a block scale.
-            jnp.asarray(spread / (3.5 * np.sqrt(columns)), jnp.float32),
-            jnp.asarray(rng.uniform(*input_scale) / (nvfp4.E2M1_MAX * nvfp4.E4M3_MAX), jnp.float32),
-            jnp.asarray(rng.normal(size=(*lead, rows)), jnp.float32) if bias else None,
-        )
-
+    draw = functools.partial(random_projection, rng, bias=bias, block_scales=block_scales)
     experts, hidden, intermediate = shape.num_experts, shape.hidden_size, shape.intermediate_size
-    gate_up = projection((experts, parts), intermediate, hidden, (3, 6))
-    return jax_moe.Experts(gate_up, projection((experts,), hidden, intermediate, (2, 12, experts)))
+    gate_up = draw((experts, parts), intermediate, hidden, (3, 6))
+    return jax_moe.Experts(gate_up, draw((experts,), hidden, intermediate, (2, 12, experts)))
+
+
+def random_projection(
+    rng: np.random.Generator,
+    lead: tuple[int, ...],
+    rows: int,
+    columns: int,
+    input_scale: tuple,
+    *,
+    bias: bool = False,
+    block_scales: tuple[int, int] = (0x30, 0x40),
+) -> jax_moe.Projection:
+    """A canonical projection ``[*lead, rows, columns]``, as :func:`random_experts` has two.
+
+    ``input_scale``: least and largest magnitude of what it is multiplied with, and how many scales, if not one.
+    """
+    payload = rng.integers(0, 256, (*lead, rows, columns // 2), np.uint8)
+    block_scale = rng.integers(*block_scales, (*lead, rows, columns // nvfp4.BLOCK_SIZE), np.uint8)
+    spread = 10 ** rng.uniform(-0.5, 0.5, lead)
+    return jax_moe.Projection(
+        jnp.asarray(payload),
+        jnp.asarray(block_scale.view(jnp.float8_e4m3fn)),
+        # 3.5 is the root mean square of a code times a block scale.
+        jnp.asarray(spread / (3.5 * np.sqrt(columns)), jnp.float32),
+        jnp.asarray(rng.uniform(*input_scale) / (nvfp4.E2M1_MAX * nvfp4.E4M3_MAX), jnp.float32),
+        jnp.asarray(rng.normal(size=(*lead, rows)), jnp.float32) if bias else None,
+    )
 
 
 def after(y: jax.Array) -> jax.Array:
