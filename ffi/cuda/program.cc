@@ -215,6 +215,10 @@ ffi::Error Program::CheckLaunches(const Attributes& kernels) {
       if (!is_there) return kernels.Refuse(launch.name + ".arguments", "no such buffer");
     }
   }
+  if (!launches_.empty() && launches_[0].overlap) {
+    return kernels.Refuse(launches_[0].name + ".overlap",
+                          "got 1, needs 0: what is in front of the first launch writes the operands");
+  }
   std::string_view adds, first_name;
   JAX_MOE_TRY(kernels.Get("adds", &adds));
   if (!launches_.empty()) {

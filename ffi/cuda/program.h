@@ -13,7 +13,8 @@
 //     image      the cubin, as bytes        name       of the kernel in it
 //     grid       CTAs                       threads    in a CTA
 //     cluster    CTAs in a cluster          shared     bytes of dynamic shared memory of a CTA
-//     overlap    1: may start before the kernel in front of it on the stream has finished (it then waits itself)
+//     overlap    1: may start before the kernel in front of it on the stream has finished (it then waits itself). The
+//                first launch may not: kernels read operands without a wait, and what is in front writes them
 //     arguments  "operand:1 result:0 null i32:128", the kernel's parameters in order; null is a pointer
 // Bytes and not a handle: a serialised executable carries them along and runs where no compiler is installed.
 

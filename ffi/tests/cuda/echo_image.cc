@@ -13,7 +13,7 @@ ffi::Error EchoImage(ffi::Dictionary attributes, ffi::Result<ffi::Buffer<ffi::U8
                      ffi::Result<ffi::Buffer<ffi::S32>> facts) {
   ffi::ErrorOr<std::unique_ptr<Program>> program = Program::Decode(std::make_unique<FusedMoe>(), attributes);
   if (program.has_error()) return program.error();
-  const Launch& kernel = (*program)->launches()[0];
+  const Launch& kernel = (*program)->launches().back();
   if (kernel.image.size() != image->size_bytes()) return Refuse("image: " + std::to_string(kernel.image.size()));
   std::memcpy(image->typed_data(), kernel.image.data(), kernel.image.size());
   const int32_t numbers[] = {static_cast<int32_t>(kernel.grid),

@@ -110,6 +110,7 @@ void TestCaptured() {
         {"gemm1 gemm2 sort", "launch gemm1_kernel; add 101; launch gemm2_kernel; launch sort_kernel"}}) {
     CallSite other({});
     other.kernels->Set("launches", launches);
+    other.kernel_of["gemm1"]->Set("overlap", int64_t{0});
     CaptureAfterNode(7);
     recorder->calls.clear(), recorder->last_node = 100;
     ExpectEqual(other.Run(), "", launches);
@@ -256,6 +257,10 @@ void TestRefusals() {
       {"much shared", "sort.shared: got 2147483648, needs 0..2147483647",
        [](CallSite& site) { site.kernel_of["sort"]->Set("shared", int64_t{1} << 31); }},
       {"odd overlap", "sort.overlap", [](CallSite& site) { site.kernel_of["sort"]->Set("overlap", int64_t{2}); }},
+      {"the first launch overlaps", "attribute kernels.sort.overlap: got 1, needs 0",
+       [](CallSite& site) { site.kernel_of["sort"]->Set("overlap", int64_t{1}); }},
+      {"another launch is first and overlaps", "attribute kernels.gemm1.overlap: got 1, needs 0",
+       [](CallSite& site) { site.kernels->Set("launches", "gemm1 sort gemm2"); }},
       {"huge grid", "sort.grid", [](CallSite& site) { site.kernel_of["sort"]->Set("grid", int64_t{1} << 31); }},
       {"no name", "sort.name: is empty", [](CallSite& site) { site.kernel_of["sort"]->Set("name", ""); }},
       {"no workspace", "3: jax_moe: results: got 2", [](CallSite& site) { site.results.pop_back(); }},
