@@ -36,10 +36,10 @@ CASE end
 """
 
 
-def _program(folder, text, code=0):
-    """A compute-sanitizer that prints ``text``."""
+def _program(folder, text, code=0, before=""):
+    """A compute-sanitizer that does what is in ``before`` and prints ``text``."""
     path = folder / "compute-sanitizer"
-    path.write_text(f"#!{sys.executable}\nimport sys\nsys.stdout.write({text!r})\nsys.exit({code})\n")
+    path.write_text(f"#!{sys.executable}\nimport sys\n{before}\nsys.stdout.write({text!r})\nsys.exit({code})\n")
     path.chmod(0o755)
 
 
@@ -81,6 +81,36 @@ def test_only_a_whole_run_without_reports_is_clean(tmp_path, monkeypatch, capsys
     monkeypatch.setenv("PATH", str(tmp_path))
     assert sanitize.under_tools(["memcheck"], ["small w4a16 atomic"], 60, False) is is_clean
     assert said in capsys.readouterr().out
+
+
+def test_a_tool_that_prints_much_waits_for_no_other(tmp_path, monkeypatch, capsys):
+    """The first tool ends only after the second, which prints more than a pipe holds."""
+    done, text = tmp_path / "done", "CASE small w4a16 atomic\ncaptured: right\neager: right\nCASE end\n"
+    _program(
+        tmp_path,
+        text + "========= ERROR SUMMARY: 0 errors\n",
+        before=f"""
+import pathlib, time
+if "memcheck" in sys.argv:
+    while not pathlib.Path({str(done)!r}).exists(): time.sleep(0.01)
+else:
+    sys.stdout.write("much\\n" * 100_000)
+    sys.stdout.flush()
+    pathlib.Path({str(done)!r}).touch()
+""",
+    )
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert sanitize.under_tools(["memcheck", "racecheck"], ["small w4a16 atomic"], 20, False)
+    assert "not done" not in capsys.readouterr().out
+
+
+def test_a_tool_that_does_not_end_is_ended(tmp_path, monkeypatch, capsys):
+    _program(tmp_path, "", before="import time\nsys.stdout.write('CASE some\\n')\nsys.stdout.flush()\ntime.sleep(60)")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not sanitize.under_tools(["memcheck"], ["some"], 1, False)
+    said = capsys.readouterr().out
+    assert "memcheck: not done after 1 seconds" in said
+    assert "CASE some" in said  # what it had printed is told
 
 
 def test_a_failed_run_is_not_clean(tmp_path, monkeypatch, capsys):

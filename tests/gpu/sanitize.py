@@ -11,6 +11,7 @@ The exit code is 0 only if nothing was wrong and everything ran.
 
 import argparse
 import collections
+import concurrent.futures
 import functools
 import os
 import pathlib
@@ -150,23 +151,23 @@ def under_tools(tools, names, seconds: float, pool: bool) -> bool:
     env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     env |= {} if pool else {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}
     cases = [part for name in names for part in ("--case", name)]
-    started = time.perf_counter()
-    running = {
-        tool: subprocess.Popen(
-            [program, "--tool", tool, "--print-limit", "1000", sys.executable, __file__, "cases", *cases],
-            env=env, text=True, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for tool in tools
-    }  # fmt: skip
+
+    def run(tool):
+        command = [program, "--tool", tool, "--print-limit", "1000", sys.executable, __file__, "cases", *cases]
+        to_us = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        with subprocess.Popen(command, env=env, **to_us) as process:
+            try:
+                return process.communicate(timeout=seconds)[0], process.returncode
+            except subprocess.TimeoutExpired:
+                process.kill()
+                return process.communicate()[0], None
+
+    # A thread for each reads what it prints: a pipe that nobody reads would fill up and stop its tool.
+    pool = concurrent.futures.ThreadPoolExecutor(len(tools))
     clean = True
-    for tool, process in running.items():
-        try:
-            output, _ = process.communicate(timeout=max(1, seconds - (time.perf_counter() - started)))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            output, _ = process.communicate()
+    for tool, (output, code) in zip(tools, pool.map(run, tools), strict=True):
+        if code is None:
             print(f"{tool}: not done after {seconds:g} seconds")
-            clean = False
         found = by_case(output)
         for name in names:
             lines, reports = found.get(name, ([], []))
@@ -183,10 +184,8 @@ def under_tools(tools, names, seconds: float, pool: bool) -> bool:
         for text, times in collections.Counter(map(_kind, outside)).most_common(8):
             print(f"{tool:10} outside of the cases: {times} x {text}")
         summary = re.findall(r"=+ ((?:ERROR|RACECHECK) SUMMARY: .*)", output)
-        print(
-            f"{tool:10} {summary[-1] if summary else 'printed no summary'}; exit code {process.returncode}", flush=True
-        )
-        clean &= bool(summary) and process.returncode == 0
+        print(f"{tool:10} {summary[-1] if summary else 'printed no summary'}; exit code {code}", flush=True)
+        clean &= bool(summary) and code == 0
         if not summary:
             print("    " + "\n    ".join(output.splitlines()[-8:]))
     return clean
