@@ -9,6 +9,8 @@
 #include <limits>
 #include <string>
 #include <string_view>
+#include <tuple>
+#include <utility>
 
 #include "buffers.h"
 #include "checks.h"
@@ -55,24 +57,20 @@ inline constexpr std::string_view kOperandNames[kNumOperands] = {
 };
 
 inline ffi::Error DecodeOptions(const Attributes& attributes, Options* options) {
-  struct Form {
-    Precision precision;
-    bool is_rounded, is_parcels;
-  } x;
+  using Form = std::pair<Precision, XForm>;
+  Form form;
   JAX_MOE_TRY(attributes.GetChoice<Form>("precision",
-                                         {{"w4a16", {Precision::kW4A16, false, false}},
-                                          {"w4a4", {Precision::kW4A4, false, false}},
-                                          {"w4a4_rounded_x", {Precision::kW4A4, true, false}},
-                                          {"w4a4_parcels", {Precision::kW4A4, false, true}}},
-                                         &x));
-  options->precision = x.precision;
-  options->x_is_rounded = x.is_rounded;
-  options->x_is_parcels = x.is_parcels;
+                                         {{"w4a16", {Precision::kW4A16, XForm::kBf16}},
+                                          {"w4a4", {Precision::kW4A4, XForm::kBf16}},
+                                          {"w4a4_rounded_x", {Precision::kW4A4, XForm::kRounded}},
+                                          {"w4a4_parcels", {Precision::kW4A4, XForm::kParcels}}},
+                                         &form));
+  std::tie(options->precision, options->x_form) = form;
   JAX_MOE_TRY(attributes.GetChoice<Combine>("combine", {{"atomic", Combine::kAtomic}, {"ordered", Combine::kOrdered}},
                                             &options->combine));
   JAX_MOE_TRY(attributes.GetChoice<WeightOn>("weight_on", {{"output", WeightOn::kOutput}, {"input", WeightOn::kInput}},
                                              &options->weight_on));
-  if ((x.is_rounded || x.is_parcels) && options->weight_on == WeightOn::kInput) {
+  if (options->x_form != XForm::kBf16 && options->weight_on == WeightOn::kInput) {
     return attributes.Refuse("weight_on", "got 'input': a weighted x is rounded by the call (precision = 'w4a4')");
   }
   JAX_MOE_TRY(attributes.GetChoice<Activation>("activation",
@@ -92,10 +90,11 @@ inline ffi::Error DecodeProblem(const Operands& operands, const Results& results
                                 int64_t intermediate_size, Problem* problem) {
   Problem& p = *problem;
   static_cast<Options&>(p) = options;
+  const bool has_parcels = p.x_form == XForm::kParcels;
   p.num_parts = p.activation == Activation::kReLU2 ? 1 : 2;
   p.intermediate_size = intermediate_size;
   JAX_MOE_TRY(operands.GetSize(kX, 2, 0, &p.num_tokens));
-  if (p.x_is_parcels) {  // whose width is checked against these sizes
+  if (has_parcels) {  // whose width is checked against these sizes
     JAX_MOE_TRY(GetColumns("out", *results[0], &p.hidden_size));
   } else {
     JAX_MOE_TRY(operands.GetSize(kX, 2, 1, &p.hidden_size));
@@ -104,7 +103,7 @@ inline ffi::Error DecodeProblem(const Operands& operands, const Results& results
   JAX_MOE_TRY(operands.GetSize(kDownGlobalScale, 1, 0, &p.local_experts));
   JAX_MOE_TRY(CheckSize("tokens (axis 0 of x)", p.num_tokens, 0, 1));
   JAX_MOE_TRY(
-      CheckSize(p.x_is_parcels ? "hidden size (axis 1 of out)" : "hidden size (axis 1 of x)", p.hidden_size, 16, 16));
+      CheckSize(has_parcels ? "hidden size (axis 1 of out)" : "hidden size (axis 1 of x)", p.hidden_size, 16, 16));
   JAX_MOE_TRY(CheckSize("experts per token (axis 1 of expert_ids)", p.top_k, 1, 1));
   JAX_MOE_TRY(CheckSize("local experts (axis 0 of down.global_scale)", p.local_experts, 1, 1));
   JAX_MOE_TRY(CheckSize("intermediate size", p.intermediate_size, 16, 16));
@@ -116,7 +115,7 @@ inline ffi::Error DecodeProblem(const Operands& operands, const Results& results
 
   const int64_t tokens = p.num_tokens, k = p.top_k, experts = p.local_experts, parts = p.num_parts;
   const int64_t hidden = p.hidden_size, intermediate = p.intermediate_size;
-  if (p.x_is_parcels) {
+  if (has_parcels) {
     int64_t bytes = 0;
     JAX_MOE_TRY(GetParcelBytes(k, hidden, &bytes));
     const uint8_t* parcels = nullptr;  // for the check: kernels are given buffers by number, and a CPU has no such call

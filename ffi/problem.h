@@ -14,6 +14,8 @@ namespace jax_moe {
 enum class Precision { kW4A16, kW4A4 };
 enum class Combine { kAtomic, kOrdered };
 enum class WeightOn { kOutput, kInput };
+// Rounded: as w4a4 multiplies it, code * block scale without the global scale. Parcels: u8, of w4a4 (decode_parcels.h).
+enum class XForm { kBf16, kRounded, kParcels };
 enum class Activation { kSwiGLU, kGeGLU, kReLU2, kSiTU };
 
 // What the attributes of a fused_moe call say: the same on every run of a call site.
@@ -23,8 +25,7 @@ struct Options {
   WeightOn weight_on;
   Activation activation;
   float alpha, beta, limit;  // of the activation; see jax_moe/activations.py
-  bool x_is_rounded;         // w4a4: x is code * block scale already, without the global scale
-  bool x_is_parcels;         // w4a4: x is u8 parcels of the tokens (decode_parcels.h)
+  XForm x_form;
 };
 
 // What the shapes of its operands and results say.

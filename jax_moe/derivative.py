@@ -7,7 +7,6 @@ dequantised at a time, and only for routes that are there: about 2 (forward) or 
 the op, in float32.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -38,7 +37,7 @@ def jvp(primals, tangents, *, problem: Problem):
     _refuse_others(tangents, (_X, _WEIGHTS))
     y = primitive.fused_moe_p.bind(*primals, problem=problem)
     linear = [ad.instantiate_zeros(tangents[i]) for i in (_X, _WEIGHTS)]
-    problem = dataclasses.replace(problem, has_parcels=False)
+    problem = problem.without_parcels()
     given = primals[: problem.num_operands]
     return y, derivative_p.bind(*given, *linear, problem=problem, transposed=False)[0]
 
@@ -99,7 +98,7 @@ def _contribution(expert: Experts, problem: Problem, x: jax.Array, weights: jax.
         reference.expert_mlp,
         activation=problem.activation,
         precision=problem.precision,
-        x_is_rounded=problem.x_is_rounded,
+        x_is_rounded=problem.x_form != "bfloat16",
     )
     if problem.weight_on == "input":
         return mlp(reference.weighted_input(x, weights), expert, 0)

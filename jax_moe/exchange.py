@@ -38,7 +38,7 @@ def gather_parcels(
     Returns:
       bfloat16 ``[n*t, H]``, code * block scale, exactly; the routing of these tokens; and both as the parcels in which
       they came. XLA leaves out what a call does not use. The tangents of the first two are defined as those of what was
-      gathered (``Problem.x_is_rounded``).
+      gathered (``Problem.x_form``).
     """
     made = parcels_primitive.make(x, routing, input_scale, layout=layout, command_buffer=command_buffer)
     gathered = gather(made, axes)

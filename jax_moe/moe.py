@@ -95,7 +95,7 @@ def bind(
     for name in ("gate_up.payload", "down.payload"):
         weights[name] = nvfp4.payload_bytes(weights[name])
     if parcels is not None:
-        problem = dataclasses.replace(problem, x_is_rounded=True, has_parcels=True)
+        problem = dataclasses.replace(problem, x_form="parcels")
     given = (flat_x, flat.expert_ids, flat.weights, jnp.asarray(expert_offset, jnp.int32), *weights.values(), parcels)
     operands = custom_call.vary_alike(*(jnp.asarray(operand) for operand in given if operand is not None))
     return primitive.fused_moe_p.bind(*operands, problem=problem).reshape(x.shape)

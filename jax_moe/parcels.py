@@ -74,7 +74,7 @@ def of_call(problem: Problem) -> tuple[Parcels, Problem]:
         num_tokens=problem.num_tokens, top_k=problem.top_k, hidden_size=problem.hidden_size, layout=problem.layout,
         command_buffer=problem.command_buffer,
     )  # fmt: skip
-    return made, dataclasses.replace(problem, x_is_rounded=True, has_parcels=True)
+    return made, dataclasses.replace(problem, x_form="parcels")
 
 
 def assemble(x, expert_ids, routing_weights, input_scale, *, problem: Parcels) -> jax.Array:

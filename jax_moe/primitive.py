@@ -19,7 +19,7 @@ from jax_moe.problem import cpu_workspaces, Problem
 
 fused_moe_p = Primitive("jax_moe_fused_moe")
 """``out = fused_moe_p.bind(*operands, problem=...)``: those of ``operands.py``, but for those in ``problem.absent``;
-behind them the parcels, if it ``has_parcels``."""
+behind them the parcels, if its ``x_form`` is those."""
 
 
 fused_moe_p.def_impl(functools.partial(eager.run_eagerly, fused_moe_p))
@@ -37,13 +37,13 @@ def _lower_cpu(ctx, *operands, problem: Problem):
             f"experts.layout: got {problem.layout!r}, but on a CPU fused_moe needs {CANONICAL!r} weights: those that "
             "jax_moe.prepare was given, or jax_moe.unprepare(experts, hidden_size, intermediate_size)"
         )
-    problem = dataclasses.replace(problem, has_parcels=False)
+    problem = problem.without_parcels()
     operands = operands[: problem.num_operands]
     return custom_call.emit(ctx, ffi.TARGET, operands, problem, {}, cpu_workspaces(problem))
 
 
 def _lower_cuda(ctx, *operands, problem: Problem):
-    if problem.has_parcels:  # nobody else reads x then, and XLA does not make it
+    if problem.x_form == "parcels":  # nobody else reads x then, and XLA does not make it
         operands = (operands[-1], *operands[1:-1])
         ctx = ctx.replace(avals_in=[ctx.avals_in[-1], *ctx.avals_in[1:-1]])
     return custom_call.emit_for_cuda(ctx, ffi.TARGET, ffi.NO_CAPTURE_TARGET, operands, problem)

@@ -13,6 +13,7 @@ from jax_moe.operands import OPERANDS
 Precision = Literal["w4a16", "w4a4"]
 Combine = Literal["atomic", "ordered"]
 WeightOn = Literal["output", "input"]
+XForm = Literal["bfloat16", "rounded", "parcels"]
 OUT_DTYPES = (jnp.bfloat16, jnp.float32)
 
 
@@ -39,9 +40,9 @@ class Problem(Options):
       intermediate_size: the local I, padding of a prepared layout included.
       layout: of the experts.
       absent: the optional operands that are not given (``operands.py``).
-      x_is_rounded: x has gone through what w4a4 does to it: it is code * block scale, without the global scale.
-      has_parcels: the parcels that it came in (``parcels.py``) are an operand too, behind all others. On a GPU the
-        custom call takes them in the place of x.
+      x_form: "rounded": x has gone through what w4a4 does to it: it is code * block scale, without the global scale.
+        "parcels": that too, and the parcels that it came in (``parcels.py``) are an operand behind all others. On a GPU
+        the custom call takes them in the place of x.
     """
 
     op: ClassVar[str] = "fused_moe"
@@ -58,8 +59,7 @@ class Problem(Options):
     intermediate_size: int
     layout: str
     absent: tuple[str, ...]
-    x_is_rounded: bool = False
-    has_parcels: bool = False
+    x_form: XForm = "bfloat16"
 
     @property
     def num_routes(self) -> int:
@@ -79,13 +79,16 @@ class Problem(Options):
     def has_down_bias(self) -> bool:
         return "down.bias" not in self.absent
 
+    def without_parcels(self) -> "Problem":
+        """The call that reads x itself."""
+        return dataclasses.replace(self, x_form="rounded") if self.x_form == "parcels" else self
+
     def attributes(self) -> dict[str, object]:
         """The custom call's attributes, as the handlers' ``ffi/decode.h`` decodes them."""
         alpha, beta, limit = activations.parameters(self.activation)
         return {
             # Values of their own, because a library from before them would ignore an attribute, and round x again.
-            "precision": self.precision
-            + ("_parcels" if self.has_parcels else "_rounded_x" if self.x_is_rounded else ""),
+            "precision": self.precision + {"bfloat16": "", "rounded": "_rounded_x", "parcels": "_parcels"}[self.x_form],
             "combine": self.combine,
             "weight_on": self.weight_on,
             "activation": self.activation.kind,

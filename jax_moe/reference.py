@@ -67,7 +67,7 @@ def expert_mlp(
 ) -> jax.Array:
     """float32 ``[T, H]``: all rows of ``x`` ``[T, H]``, values that bfloat16 can hold, through one local expert.
 
-    ``x_is_rounded``: of w4a4, as :class:`Problem` has it; its tangent is that of what was rounded.
+    ``x_is_rounded``: of w4a4, as ``Problem.x_form`` says; its tangent is that of what was rounded.
     """
     h = intermediate(x, experts, expert, activation=activation, precision=precision, x_is_rounded=x_is_rounded)
     down = _select(experts.down, expert)

@@ -48,7 +48,7 @@ def test_x_that_is_rounded_already_has_the_bits_of_the_pass_over_x(monkeypatch):
     assert "x_rows" in [launch.name for launch in call.program.launches]
     checked = check.check
     monkeypatch.setattr(
-        check, "check", lambda *args, **more: dataclasses.replace(checked(*args, **more), x_is_rounded=True)
+        check, "check", lambda *args, **more: dataclasses.replace(checked(*args, **more), x_form="rounded")
     )
     x = nvfp4.quantize_dequantize(case.x, case.experts.gate_up.input_scale)
     call = emulated_call.prepare(dataclasses.replace(case, x=x), "sm_90a")

@@ -144,7 +144,7 @@ def test_prepared_experts_of_a_layout_that_quantises_itself():
         experts = jax.eval_shape(functools.partial(jax_moe.prepare, target=target, precision="w4a4"), case.experts)
         run = functools.partial(jax_moe.sharded_moe, mesh=mesh, data_axis="expert", precision="w4a4")
         traced = str(jax.make_jaxpr(run)(case.x, experts, case.routing))
-        assert ("has_parcels=True" in traced) is takes
+        assert ("x_form='parcels'" in traced) is takes
         gathers = re.findall(r":(\w+)\[[\d,]*\](?:\{.*?\})? = all_gather\[", traced)
         assert gathers == (["u8"] if takes else ["bf16", "i32", "f32"])
 

@@ -68,7 +68,8 @@ ffi::Error FusedMoe(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remainin
   JAX_MOE_TRY(operands.Take(args));
   JAX_MOE_TRY(GetResults(rets, kNumResults, " (out and the workspaces of cpu_workspaces)", &results));
   JAX_MOE_TRY(DecodeOptions({attributes, ""}, &options));
-  if (options.x_is_parcels) return Refuse("attribute precision: got 'w4a4_parcels', which only a GPU takes");
+  if (options.x_form == XForm::kParcels)
+    return Refuse("attribute precision: got 'w4a4_parcels', which only a GPU takes");
   JAX_MOE_TRY(CanonicalIntermediateSize(operands, &intermediate_size));
   JAX_MOE_TRY(DecodeProblem(operands, results, options, intermediate_size, &call.problem));
   JAX_MOE_TRY(DecodeCanonicalWeights(operands, &call.problem));

@@ -144,7 +144,8 @@ void XRow(const Call& call, int64_t row) {
       const float weight = p.routing_weights[route];
       for (int i = 0; i < kBlockSize; ++i) block[i] = RoundToBF16(block[i] * weight);
     }
-    if (p.precision == Precision::kW4A4 && !p.x_is_rounded) RoundBlock(p.precision, *p.gate_up.input_scale, block);
+    if (p.precision == Precision::kW4A4 && p.x_form == XForm::kBf16)
+      RoundBlock(p.precision, *p.gate_up.input_scale, block);
     memcpy(to + h, block, sizeof(block));
   }
 }

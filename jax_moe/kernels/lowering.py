@@ -154,7 +154,7 @@ _POINTERS = {"int32": "i32*", "float32": "f32*", "bfloat16": "bf16*", "uint8": "
 
 def _buffers(program: Program, problem: Problem | Product | Parcels) -> dict[str, tuple[str, str]]:
     """Of every buffer of a call: where it is, and what a kernel's pointer to it is."""
-    types = _OPERAND_TYPES | ({"x": "u8*"} if isinstance(problem, Problem) and problem.has_parcels else {})
+    types = _OPERAND_TYPES | ({"x": "u8*"} if isinstance(problem, Problem) and problem.x_form == "parcels" else {})
     buffers = {name: (f"operand:{i}", types.get(name, "f32*")) for i, name in enumerate(problem.operand_names)}
     results = {"out": problem.out_dtype} | {name: w.dtype for name, w in program.workspaces.items()}
     return buffers | {

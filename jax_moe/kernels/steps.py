@@ -67,7 +67,7 @@ def num_x_rows(p: Problem) -> int:
 
 def x_rows(p: Problem) -> tuple[Launch, Workspaces]:
     """The pass over x: makes what GEMM1 multiplies, rounded to NVFP4 (w4a4) or weighted (weight_on="input")."""
-    if p.has_parcels:
+    if p.x_form == "parcels":
         return _parcel_rows(p)
     quantise, per_route, rows = p.precision == "w4a4", p.weight_on == "input", num_x_rows(p)
     spec = specs.XRowsSpec(quantise=quantise, per_route=per_route)

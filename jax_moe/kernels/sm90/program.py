@@ -134,7 +134,7 @@ def build(p: Problem, card: Card) -> Program:
     config = best_config(card, max(1, p.num_tokens), p.top_k, num_experts)
     gemm1, gemm2 = gemms(p, config)
     is_ordered, quantised = p.combine == "ordered", p.precision == "w4a4"
-    has_x_rows = (quantised and not p.x_is_rounded) or p.has_parcels or p.weight_on == "input"
+    has_x_rows = (quantised and p.x_form != "rounded") or p.weight_on == "input"
 
     # Weight blocks of the prepared weights: rows and contraction of gate_up and of down.
     parts = activations.num_parts(p.activation)
