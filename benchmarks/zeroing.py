@@ -36,7 +36,8 @@ import jax_moe  # noqa: E402
 from jax_moe import ffi, shapes  # noqa: E402
 from jax_moe.cli import timing  # noqa: E402
 
-_IN_LINE = {"launch_sequence.h": ("if (zeroes && result.captured) {", "if (false) {")}
+_ASKED = "api.IsCapturing(stream, &result.captured, &entry))) return result;"
+_IN_LINE = {"launch_sequence.h": (_ASKED, f"{_ASKED} result.captured = false;")}
 _WITHOUT = _IN_LINE | {"cuda/stream_api.h": ("driver_.cuMemsetD8Async(Address(destination), 0, bytes, stream)", "0")}
 _CHAIN = 8
 

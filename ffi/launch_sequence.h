@@ -22,20 +22,21 @@
 //   struct Api {                    // every function returns 0 for success, else an error code that is passed on
 //     using Stream = ...;           // CUstream
 //     using Node = ...;             // CUgraphNode
-//     // *capturing = whether `stream` is in an active capture. An invalidated capture is an error, not "false":
-//     // taken for eager, its work would be refused one call later with a less telling code. [cuStreamIsCapturing]
-//     int IsCapturing(Stream stream, bool* capturing);
+//     using Entry = ...;            // what the next work of a stream depends on, in the graph that it captures into
+//     // *capturing = whether `stream` is in an active capture, and where: *entry. An invalidated capture is an error,
+//     // not "false": taken for eager, its work would be refused one call later with a less telling code.
+//     // [cuStreamGetCaptureInfo]
+//     int IsCapturing(Stream stream, bool* capturing, Entry* entry);
 //     // Enqueue a memset of `bytes` > 0 zero bytes. [cuMemsetD8Async]
 //     int Zero(Stream stream, void* dst, std::size_t bytes);
-//     // Only while capturing: add that memset as a node to the graph that `stream` captures into, depending on what
-//     // the stream's next work would depend on, and leave the stream's own dependencies as they are.
-//     // [cuStreamGetCaptureInfo, cuGraphAddMemsetNode: one row, so that XLA can update the node in place]
-//     int AddZeroNode(Stream stream, void* dst, std::size_t bytes, Node* node);
+//     // Add that memset to the graph as a node behind `entry`; the stream's own dependencies stay as they are.
+//     // [cuGraphAddMemsetNode: one row, so that XLA can update the node in place]
+//     int AddZeroNode(const Entry& entry, void* dst, std::size_t bytes, Node* node);
 //     // Only while capturing: the stream's next work depends on `node` too.
 //     // [cuStreamUpdateCaptureDependencies, CU_STREAM_ADD_CAPTURE_DEPENDENCIES]
 //     int AddDependency(Stream stream, Node node);
-//     // Only while capturing: make an empty node the stream's newest work. [cuGraphAddEmptyNode + the call above]
-//     int AddEmptyNode(Stream stream);
+//     // Make an empty node behind `entry` the stream's newest work. [cuGraphAddEmptyNode + the call above]
+//     int AddEmptyNode(Stream stream, const Entry& entry);
 //   };
 //   struct Launches {
 //     // Enqueue kernel launch `index` of the call on `stream`, nothing anywhere else. Those before the first that adds
@@ -114,26 +115,32 @@ LaunchResult Enqueue(Api& api, typename Api::Stream stream, const Sequence& sequ
     return true;
   };
 
-  if (!run(LaunchStep::kIsCapturing, api.IsCapturing(stream, &result.captured))) return result;
+  typename Api::Entry entry{};
+  if (!run(LaunchStep::kIsCapturing, api.IsCapturing(stream, &result.captured, &entry))) return result;
 
   // XLA refuses a trace without nodes.
   if (sequence.num_launches == 0) {
-    if (result.captured) run(LaunchStep::kEmpty, api.AddEmptyNode(stream));
+    if (result.captured) run(LaunchStep::kEmpty, api.AddEmptyNode(stream, entry));
     return result;
   }
 
-  // The branch starts at the entry: every launch before the join hides it, also a sort that leaves the memory idle.
-  typename Api::Node zeroed{};
   const bool zeroes = sequence.first_that_adds.has_value();
-  if (zeroes && result.captured) {
-    if (!run(LaunchStep::kZero, api.AddZeroNode(stream, output, sequence.output_bytes, &zeroed))) return result;
-    result.forked = true;
-  } else if (zeroes) {
+  if (zeroes && !result.captured) {
     if (!run(LaunchStep::kZero, api.Zero(stream, output, sequence.output_bytes))) return result;
   }
 
+  // The branch starts at the entry: every launch before the join hides it, also a sort that leaves the memory idle. Its
+  // node is added behind the first launch all the same: of nodes that may start together, CUDA starts the older one
+  // first.
   const std::size_t first = sequence.first_that_adds.value_or(sequence.num_launches);
-  const bool reached = launch(0, first);
+  const std::size_t second = first == 0 ? 0 : 1;
+  if (!launch(0, second)) return result;
+  typename Api::Node zeroed{};
+  if (zeroes && result.captured) {
+    if (!run(LaunchStep::kZero, api.AddZeroNode(entry, output, sequence.output_bytes, &zeroed))) return result;
+    result.forked = true;
+  }
+  const bool reached = launch(second, first);
 
   // Joined on success and on error alike: whatever the caller does next with this stream comes after the zeroing.
   if (result.forked) {

@@ -39,7 +39,6 @@ Opened Open() {
   JAX_MOE_RESOLVE(cuFuncSetAttribute);
   JAX_MOE_RESOLVE(cuLaunchKernelEx);
   JAX_MOE_RESOLVE(cuMemsetD8Async);
-  JAX_MOE_RESOLVE(cuStreamIsCapturing);
   resolve(&driver.cuStreamGetCaptureInfo, "cuStreamGetCaptureInfo_v2");
   JAX_MOE_RESOLVE(cuStreamUpdateCaptureDependencies);
   JAX_MOE_RESOLVE(cuGraphAddMemsetNode);

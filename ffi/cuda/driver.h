@@ -79,7 +79,6 @@ struct Driver {
   Result (*cuFuncSetAttribute)(Function, int, int);
   Result (*cuLaunchKernelEx)(const LaunchConfig*, Function, void** parameters, void** extra);
   Result (*cuMemsetD8Async)(DevicePointer, unsigned char, std::size_t, Stream);
-  Result (*cuStreamIsCapturing)(Stream, int*);
   Result (*cuStreamGetCaptureInfo)(Stream, int*, std::uint64_t*, Graph*, const GraphNode**, std::size_t*);  // _v2
   Result (*cuStreamUpdateCaptureDependencies)(Stream, GraphNode*, std::size_t, unsigned);
   Result (*cuGraphAddMemsetNode)(GraphNode*, Graph, const GraphNode*, std::size_t, const MemsetNodeParams*, Context);

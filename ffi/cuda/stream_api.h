@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "buffers.h"
 #include "cuda/driver.h"
@@ -20,34 +21,43 @@ class StreamApi {
  public:
   using Stream = cuda::Stream;
   using Node = cuda::GraphNode;
+  struct Entry {
+    Graph graph = nullptr;
+    std::vector<GraphNode> dependencies;
+  };
 
   explicit StreamApi(const Driver& driver) : driver_(driver) {}
 
   const char* failed_call() const { return failed_call_; }
 
-  Result IsCapturing(Stream stream, bool* capturing) {
+  Result IsCapturing(Stream stream, bool* capturing, Entry* entry) {
     int status = kCaptureNone;
-    const Result result = Check("cuStreamIsCapturing", driver_.cuStreamIsCapturing(stream, &status));
+    uint64_t id = 0;
+    const GraphNode* dependencies = nullptr;  // the driver's, until the stream's next work
+    size_t count = 0;
+    const Result result =
+        Check("cuStreamGetCaptureInfo",
+              driver_.cuStreamGetCaptureInfo(stream, &status, &id, &entry->graph, &dependencies, &count));
     *capturing = status == kCaptureActive;
-    if (result != kSuccess || status == kCaptureNone || status == kCaptureActive) return result;
-    return Check("cuStreamIsCapturing", kErrorStreamCaptureInvalidated);
+    if (result != kSuccess || status == kCaptureNone) return result;
+    if (status != kCaptureActive) return Check("cuStreamGetCaptureInfo", kErrorStreamCaptureInvalidated);
+    entry->dependencies.assign(dependencies, dependencies + count);
+    return kSuccess;
   }
 
   Result Zero(Stream stream, void* destination, size_t bytes) {
     return Check("cuMemsetD8Async", driver_.cuMemsetD8Async(Address(destination), 0, bytes, stream));
   }
 
-  Result AddZeroNode(Stream stream, void* destination, size_t bytes, Node* node) {
-    Capture capture;
-    if (Result result = GetCapture(stream, &capture)) return result;
+  Result AddZeroNode(const Entry& entry, void* destination, size_t bytes, Node* node) {
     Context context = nullptr;
     if (Result result = Check("cuCtxGetCurrent", driver_.cuCtxGetCurrent(&context))) return result;
     // One row, the only shape of memset that can be updated in an instantiated graph; of words, as H is a multiple
     // of 16.
     constexpr unsigned kWord = 4;
     const MemsetNodeParams params = {Address(destination), 0, 0, kWord, bytes / kWord, 1};
-    return Check("cuGraphAddMemsetNode", driver_.cuGraphAddMemsetNode(node, capture.graph, capture.dependencies,
-                                                                      capture.num_dependencies, &params, context));
+    return Check("cuGraphAddMemsetNode", driver_.cuGraphAddMemsetNode(node, entry.graph, entry.dependencies.data(),
+                                                                      entry.dependencies.size(), &params, context));
   }
 
   Result AddDependency(Stream stream, Node node) {
@@ -55,13 +65,11 @@ class StreamApi {
                  driver_.cuStreamUpdateCaptureDependencies(stream, &node, 1, kAddCaptureDependencies));
   }
 
-  Result AddEmptyNode(Stream stream) {
-    Capture capture;
-    if (Result result = GetCapture(stream, &capture)) return result;
+  Result AddEmptyNode(Stream stream, const Entry& entry) {
     Node node = nullptr;
     const Result result =
         Check("cuGraphAddEmptyNode",
-              driver_.cuGraphAddEmptyNode(&node, capture.graph, capture.dependencies, capture.num_dependencies));
+              driver_.cuGraphAddEmptyNode(&node, entry.graph, entry.dependencies.data(), entry.dependencies.size()));
     if (result != kSuccess) return result;
     return Check("cuStreamUpdateCaptureDependencies",
                  driver_.cuStreamUpdateCaptureDependencies(stream, &node, 1, kSetCaptureDependencies));
@@ -88,33 +96,20 @@ class StreamApi {
   // Writes the graph being captured, as `dot` reads it, to the folder JAX_MOE_GRAPH_DUMP, one file a captured call.
   void DumpGraph(Stream stream, std::string_view kind, int64_t number) {
     static const char* const folder = std::getenv("JAX_MOE_GRAPH_DUMP");
-    Capture capture;
-    if (folder == nullptr || GetCapture(stream, &capture) != kSuccess) return;
+    bool capturing = false;
+    Entry entry;
+    if (folder == nullptr || IsCapturing(stream, &capturing, &entry) != kSuccess) return;
     const std::string path = std::string(folder) + "/" + std::string(kind) + "." + std::to_string(number) + ".dot";
     constexpr unsigned kVerbose = 1;
-    Check("cuGraphDebugDotPrint", driver_.cuGraphDebugDotPrint(capture.graph, path.c_str(), kVerbose));
+    Check("cuGraphDebugDotPrint", driver_.cuGraphDebugDotPrint(entry.graph, path.c_str(), kVerbose));
   }
 
  private:
-  struct Capture {
-    Graph graph = nullptr;
-    const GraphNode* dependencies = nullptr;
-    size_t num_dependencies = 0;
-  };
-
   static DevicePointer Address(void* pointer) { return reinterpret_cast<DevicePointer>(pointer); }
 
   Result Check(const char* call, Result result) {
     if (result != kSuccess && *failed_call_ == '\0') failed_call_ = call;
     return result;
-  }
-
-  Result GetCapture(Stream stream, Capture* capture) {
-    int status = kCaptureNone;
-    uint64_t id = 0;
-    return Check("cuStreamGetCaptureInfo",
-                 driver_.cuStreamGetCaptureInfo(stream, &status, &id, &capture->graph, &capture->dependencies,
-                                                &capture->num_dependencies));
   }
 
   const Driver& driver_;

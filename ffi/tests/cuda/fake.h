@@ -118,12 +118,6 @@ inline Driver MakeDriver() {
     recorder->streams.insert(stream), recorder->zeroed.insert(to);
     return Note("cuMemsetD8Async", "memset " + std::to_string(bytes) + " to " + std::to_string(value));
   };
-  driver.cuStreamIsCapturing = [](Stream stream, int* status) -> Result {
-    const Lock lock(recorder->mutex);
-    recorder->streams.insert(stream);
-    *status = recorder->capture_status;
-    return Note("cuStreamIsCapturing", "");
-  };
   driver.cuStreamGetCaptureInfo = [](Stream stream, int* status, uint64_t*, Graph* graph,
                                      const GraphNode** dependencies, size_t* count) -> Result {
     const Lock lock(recorder->mutex);

@@ -102,9 +102,9 @@ struct CallContext {
   RecordingApi::Side own_side{-1, -1, -1};
 };
 
-int RecordingApi::IsCapturing(int stream, bool* capturing) {
+int RecordingApi::IsCapturing(int stream, bool* capturing, Entry* entry) {
   return context->Do("IsCapturing",
-                     [&] { return context->process->model.IsCapturing(context->call, stream, capturing); });
+                     [&] { return context->process->model.IsCapturing(context->call, stream, capturing, entry); });
 }
 
 // An address is its buffer's number in multiples of 4096, so that a pointer into the middle would be noticed.
@@ -121,9 +121,9 @@ int RecordingApi::Zero(int stream, void* dst, std::size_t bytes) {
   });
 }
 
-int RecordingApi::AddZeroNode(int stream, void* dst, std::size_t bytes, int* node) {
+int RecordingApi::AddZeroNode(const Entry& entry, void* dst, std::size_t bytes, int* node) {
   return context->Do("AddZeroNode", [&] {
-    return bytes == 0 ? kInvalidValue : context->process->model.AddNode(stream, ZeroWork(*context, dst, bytes), node);
+    return bytes == 0 ? kInvalidValue : context->process->model.AddNode(entry, ZeroWork(*context, dst, bytes), node);
   });
 }
 
@@ -131,7 +131,7 @@ int RecordingApi::AddDependency(int stream, int node) {
   return context->Do("AddDependency", [&] { return context->process->model.AddDependency(stream, node); });
 }
 
-int RecordingApi::AddEmptyNode(int stream) {
+int RecordingApi::AddEmptyNode(int stream, const Entry&) {
   return context->Do("AddEmptyNode",
                      [&] { return context->process->model.Enqueue(stream, {Kind::kEmpty, context->call, 0, {}}); });
 }

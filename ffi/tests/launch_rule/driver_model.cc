@@ -129,9 +129,12 @@ int Model::Execute(const Work& work, int device, const OpSet& after) {
   return op;
 }
 
-int Model::IsCapturing(int call, int stream, bool* capturing) {
+int Model::IsCapturing(int call, int stream, bool* capturing, int* entry) {
   UseStream(call, stream);
-  const int capture = streams_[stream].capture;
+  const Stream& s = streams_[stream];
+  const int capture = s.capture;
+  entries_.push_back({capture, s.device, s.deps});
+  *entry = static_cast<int>(entries_.size()) - 1;
   *capturing = capture >= 0 && !captures_[capture].invalidated;
   return capture >= 0 && captures_[capture].invalidated ? kCaptureInvalidated : kSuccess;
 }
@@ -218,13 +221,10 @@ int Model::WaitEvent(int call, int stream, int event) {
   return kSuccess;
 }
 
-int Model::AddNode(int stream, const Work& work, int* node) {
-  UseStream(work.call, stream);
-  const Stream& s = streams_[stream];
-  if (s.capture < 0) return kIllegalState;
-  Capture& capture = captures_[s.capture];
-  if (capture.invalidated) return kCaptureInvalidated;
-  *node = AddToGraph(capture, work, s.device, s.deps, true);
+int Model::AddNode(int entry, const Work& work, int* node) {
+  const Entry& e = entries_[entry];
+  if (e.capture < 0 || captures_[e.capture].ended) return kInvalidValue;
+  *node = AddToGraph(captures_[e.capture], work, e.device, e.deps, true);
   return kSuccess;
 }
 

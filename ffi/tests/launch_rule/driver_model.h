@@ -88,11 +88,11 @@ class Model {
   const Call& call(int id) const { return calls_[id]; }
 
   // The driver. `call` is the call on whose behalf it is used, -1 for XLA itself; the current device is the call's.
-  int IsCapturing(int call, int stream, bool* capturing);
+  int IsCapturing(int call, int stream, bool* capturing, int* entry);
   int Enqueue(int stream, const Work& work);  // a kernel or a memset
   int RecordEvent(int call, int event, int stream);
   int WaitEvent(int call, int stream, int event);
-  int AddNode(int stream, const Work& work, int* node);
+  int AddNode(int entry, const Work& work, int* node);
   int AddDependency(int stream, int node);
   int BeginCapture(int stream);
   int EndCapture(int stream, int* graph);
@@ -113,6 +113,10 @@ class Model {
     OpSet eager;            // what the stream's next eager work comes after, ancestors included
     std::vector<int> deps;  // the graph nodes that its next captured work depends on
     int user = -1;
+  };
+  struct Entry {  // where a stream's next captured work would have gone
+    int capture, device;
+    std::vector<int> deps;
   };
   struct Event {
     int device;
@@ -145,6 +149,7 @@ class Model {
 
   Violations* violations_;
   std::vector<Stream> streams_;
+  std::vector<Entry> entries_;
   std::vector<Event> events_;
   std::vector<Buffer> buffers_;
   std::vector<Capture> captures_;

@@ -15,13 +15,14 @@ struct CallContext;  // calls.cc
 struct RecordingApi {
   using Stream = int;
   using Node = int;
+  using Entry = int;
   CallContext* context;
 
-  int IsCapturing(Stream stream, bool* capturing);
+  int IsCapturing(Stream stream, bool* capturing, Entry* entry);
   int Zero(Stream stream, void* dst, std::size_t bytes);
-  int AddZeroNode(Stream stream, void* dst, std::size_t bytes, Node* node);
+  int AddZeroNode(const Entry& entry, void* dst, std::size_t bytes, Node* node);
   int AddDependency(Stream stream, Node node);
-  int AddEmptyNode(Stream stream);
+  int AddEmptyNode(Stream stream, const Entry& entry);
 
   // Not for the header, which has no use for them: what its mutants fork with. A `Side` stands for static variables of
   // one scope or another; they live in the simulated process, so that every schedule starts with a new one.

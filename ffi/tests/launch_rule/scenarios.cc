@@ -77,10 +77,12 @@ static void Driver(Totals* totals) {
   const int e0 = m.NewEvent(0), e1 = m.NewEvent(0), e2 = m.NewEvent(0);
   const int call = m.OpenCall(0, 0, 0, s, true);
   const Work zero = {Kind::kZero, call, 1, {}}, kernel = {Kind::kSort, call, 0, {}};
-  int graph, node;
+  int graph, node, entry;
+  bool capturing;
 
   m.BeginCapture(s);
-  expect("AddNode", m.AddNode(s, zero, &node), kSuccess);
+  expect("IsCapturing", m.IsCapturing(call, s, &capturing, &entry), kSuccess);
+  expect("AddNode", m.AddNode(entry, zero, &node), kSuccess);
   m.Enqueue(s, kernel);
   expect("EndCapture with a node that nothing joins", m.EndCapture(s, &graph), kSuccess);
   expect("AddDependency outside a capture", m.AddDependency(s, node), kIllegalState);

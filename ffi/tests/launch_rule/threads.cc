@@ -15,14 +15,15 @@ constexpr int kCalls = 3000;
 struct PrivateApi {
   using Stream = int;
   using Node = int;
+  using Entry = int;
   bool capturing = false;
   std::string log;
 
-  int IsCapturing(Stream, bool* active) { return *active = capturing, 0; }
+  int IsCapturing(Stream, bool* active, Entry* entry) { return *active = capturing, *entry = 5, 0; }
   int Zero(Stream, void*, std::size_t) { return log += 'z', 0; }
-  int AddZeroNode(Stream, void*, std::size_t, Node* node) { return log += 'Z', *node = 7, 0; }
+  int AddZeroNode(Entry entry, void*, std::size_t, Node* node) { return log += entry == 5 ? 'Z' : '?', *node = 7, 0; }
   int AddDependency(Stream, Node node) { return log += node == 7 ? 'J' : '?', 0; }
-  int AddEmptyNode(Stream) { return log += 'E', 0; }
+  int AddEmptyNode(Stream, Entry) { return log += 'E', 0; }
 };
 
 struct PrivateLaunches {
@@ -42,8 +43,9 @@ long RunThread(int thread) {
     PrivateLaunches launches{&api.log};
     const jax_moe::LaunchResult result = jax_moe::Enqueue(api, thread, sequence, &api, launches);
     const bool adds = sequence.first_that_adds.has_value(), fork = adds && api.capturing;
-    std::string want = fork ? "Z" : adds ? "z" : "";
+    std::string want = adds && !fork ? "z" : "";
     for (std::size_t k = 0; k < sequence.num_launches; ++k) {
+      if (fork && k == (*sequence.first_that_adds == 0 ? 0 : 1)) want += 'Z';
       if (fork && k == *sequence.first_that_adds) want += 'J';
       want += static_cast<char>('0' + k);
     }
