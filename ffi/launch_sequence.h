@@ -30,7 +30,7 @@
 //     // Enqueue a memset of `bytes` > 0 zero bytes. [cuMemsetD8Async]
 //     int Zero(Stream stream, void* dst, std::size_t bytes);
 //     // Add that memset to the graph as a node behind `entry`; the stream's own dependencies stay as they are.
-//     // [cuGraphAddMemsetNode: one row, so that XLA can update the node in place]
+//     // [cuGraphAddMemsetNode: one row, so that XLA can update the node in place; or cuGraphAddKernelNode]
 //     int AddZeroNode(const Entry& entry, void* dst, std::size_t bytes, Node* node);
 //     // Only while capturing: the stream's next work depends on `node` too.
 //     // [cuStreamUpdateCaptureDependencies, CU_STREAM_ADD_CAPTURE_DEPENDENCIES]

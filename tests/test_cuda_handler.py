@@ -45,6 +45,15 @@ _MUTANTS = {
     ),
     "another buffer zeroed": ("cuda/stream_api.h", "{Address(destination), 0, 0", "{Address(destination) + 16, 0, 0"),
     "another stream zeroed": ("cuda/stream_api.h", "0, bytes, stream)", "0, bytes, nullptr)"),
+    "part of a short output zeroed": ("cuda/stream_api.h", "count = static_cast<unsigned>(bytes)", "count = 16"),
+    "short outputs zeroed by a memset": ("cuda/stream_api.h", "bytes <= kShortBytes && zero_ != nullptr", "false"),
+    "longer outputs zeroed by the kernel": ("cuda/stream_api.h", "bytes <= kShortBytes", "bytes <= 2 * kShortBytes"),
+    "a kernel that is not there": ("cuda/stream_api.h", "&& zero_ != nullptr", ""),
+    "no program without the kernel": (
+        "cuda/program.cc",
+        "if (LoadedKernels::Instance().Get(driver, context_id, kind_->name(), launch, &zero).failure()) zero = nullptr;",
+        "JAX_MOE_TRY(LoadedKernels::Instance().Get(driver, context_id, kind_->name(), launch, &zero));",
+    ),
     "half zeroed": ("cuda/stream_api.h", "bytes / kWord, 1}", "bytes / kWord / 2, 1}"),
     "capture taken for eager": (
         "cuda/stream_api.h",

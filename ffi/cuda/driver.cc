@@ -42,6 +42,7 @@ Opened Open() {
   resolve(&driver.cuStreamGetCaptureInfo, "cuStreamGetCaptureInfo_v2");
   JAX_MOE_RESOLVE(cuStreamUpdateCaptureDependencies);
   JAX_MOE_RESOLVE(cuGraphAddMemsetNode);
+  resolve(&driver.cuGraphAddKernelNode, "cuGraphAddKernelNode_v2");
   JAX_MOE_RESOLVE(cuGraphAddEmptyNode);
   JAX_MOE_RESOLVE(cuGraphDebugDotPrint);
 #undef JAX_MOE_RESOLVE

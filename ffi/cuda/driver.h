@@ -68,6 +68,17 @@ struct MemsetNodeParams {  // CUDA_MEMSET_NODE_PARAMS
   std::size_t height;
 };
 
+struct KernelNodeParams {  // CUDA_KERNEL_NODE_PARAMS_v2
+  Function function;
+  unsigned grid_x, grid_y, grid_z;
+  unsigned block_x, block_y, block_z;
+  unsigned shared_bytes;
+  void** parameters;
+  void** extra;
+  void* kernel;     // instead of a function
+  Context context;  // of such a kernel
+};
+
 // Each member is named after the entry point that fills it; the comment gives a versioned symbol where there is one.
 struct Driver {
   Result (*cuGetErrorName)(Result, const char**);
@@ -82,6 +93,7 @@ struct Driver {
   Result (*cuStreamGetCaptureInfo)(Stream, int*, std::uint64_t*, Graph*, const GraphNode**, std::size_t*);  // _v2
   Result (*cuStreamUpdateCaptureDependencies)(Stream, GraphNode*, std::size_t, unsigned);
   Result (*cuGraphAddMemsetNode)(GraphNode*, Graph, const GraphNode*, std::size_t, const MemsetNodeParams*, Context);
+  Result (*cuGraphAddKernelNode)(GraphNode*, Graph, const GraphNode*, std::size_t, const KernelNodeParams*);  // _v2
   Result (*cuGraphAddEmptyNode)(GraphNode*, Graph, const GraphNode*, std::size_t);
   Result (*cuGraphDebugDotPrint)(Graph, const char*, unsigned);
 };

@@ -126,7 +126,7 @@ ffi::Error Execute(Stream stream, Program* program, ffi::RemainingArgs args, ffi
   JAX_MOE_TRY(program->Loaded(**driver, &functions));
 
   const Sequence sequence = {results[0]->size_bytes(), program->launches().size(), program->first_that_adds()};
-  StreamApi api(**driver);
+  StreamApi api(**driver, functions[program->launches().size()]);
   CallLaunches launches{api, *program, functions, operands, results};
   const LaunchResult launched = Enqueue(api, stream, sequence, results[0]->untyped_data(), launches);
   if (!launched.ok()) {

@@ -6,6 +6,8 @@
 #include <tuple>
 #include <utility>
 
+#include "cuda/zero_kernel.h"
+
 namespace jax_moe::cuda {
 
 ffi::TypeId Program::id = {};
@@ -252,6 +254,14 @@ ffi::Error Program::Load(const Driver& driver) {
   for (const Launch& launch : launches_) {
     JAX_MOE_TRY(LoadedKernels::Instance().Get(driver, context_id, kind_->name(), launch, &functions.emplace_back()));
   }
+  Function zero = nullptr;
+  if (first_that_adds_) {
+    Launch launch;
+    launch.kernel = kZeroKernel, launch.image = kZeroPtx;
+    // Without the driver's compiler of PTX a memset does the same, only slower.
+    if (LoadedKernels::Instance().Get(driver, context_id, kind_->name(), launch, &zero).failure()) zero = nullptr;
+  }
+  functions.push_back(zero);
   functions_.emplace(context_id, std::move(functions));
   return ffi::Error::Success();
 }

@@ -85,7 +85,8 @@ class Program {
   // Loads the kernels into the current context unless they are there. Not to be called while capturing.
   ffi::Error Load(const Driver& driver);
 
-  // The functions of the launches in the current context; an error if Load has not been called in it.
+  // The functions of the launches in the current context, and behind them that of zero_kernel.h or null; an error if
+  // Load has not been called in it.
   ffi::Error Loaded(const Driver& driver, const Function** functions) const;
 
  private:

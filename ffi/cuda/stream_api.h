@@ -13,6 +13,7 @@
 #include "buffers.h"
 #include "cuda/driver.h"
 #include "cuda/program.h"
+#include "cuda/zero_kernel.h"
 
 namespace jax_moe::cuda {
 
@@ -26,7 +27,8 @@ class StreamApi {
     std::vector<GraphNode> dependencies;
   };
 
-  explicit StreamApi(const Driver& driver) : driver_(driver) {}
+  // `zero`: zero_kernel.h's; null: there is none here.
+  StreamApi(const Driver& driver, Function zero) : driver_(driver), zero_(zero) {}
 
   const char* failed_call() const { return failed_call_; }
 
@@ -50,6 +52,13 @@ class StreamApi {
   }
 
   Result AddZeroNode(const Entry& entry, void* destination, size_t bytes, Node* node) {
+    if (bytes <= kShortBytes && zero_ != nullptr) {
+      unsigned count = static_cast<unsigned>(bytes);
+      void* parameters[] = {&destination, &count};
+      const KernelNodeParams params = {zero_, 1, 1, 1, kZeroThreads, 1, 1, 0, parameters, nullptr, nullptr, nullptr};
+      return Check("cuGraphAddKernelNode", driver_.cuGraphAddKernelNode(node, entry.graph, entry.dependencies.data(),
+                                                                        entry.dependencies.size(), &params));
+    }
     Context context = nullptr;
     if (Result result = Check("cuCtxGetCurrent", driver_.cuCtxGetCurrent(&context))) return result;
     // One row, the only shape of memset that can be updated in an instantiated graph; of words, as H is a multiple
@@ -113,6 +122,7 @@ class StreamApi {
   }
 
   const Driver& driver_;
+  const Function zero_;
   const char* failed_call_ = "";
 };
 

@@ -103,7 +103,7 @@ def _reaches(edges, start, end) -> bool:
 def _joined(graph: str) -> bool:
     """Whether the zeroing and GEMM1 are unordered, and both before GEMM2."""
     nodes, edges = _edges(graph)
-    (zero,) = [n for n, label in nodes.items() if "MEMSET" in label.upper()]
+    (zero,) = [n for n, label in nodes.items() if "MEMSET" in label.upper() or "jax_moe_zero" in label]
     (gemm1,) = [n for n, label in nodes.items() if "spin" in label]
     (gemm2,) = [n for n, label in nodes.items() if "add_one" in label]
     parallel = not _reaches(edges, zero, gemm1) and not _reaches(edges, gemm1, zero)
@@ -135,13 +135,28 @@ def test_the_captured_graph_has_the_zeroing_beside_gemm1(build_folder, graphs):
         assert _joined(graph), graph
 
 
+@pytest.mark.parametrize(("hidden", "zeroing"), [(16, "jax_moe_zero"), (1024, "jax_moe_zero"), (1040, "MEMSET")])
+def test_a_kernel_zeroes_up_to_4096_bytes_beside_gemm1(build_folder, poison, graphs, hidden, zeroing):
+    steps, kept = _steps(build_folder, size=hidden), []
+    call = calls.jit(lambda x: calls.call(x, steps)[0], _CAPTURE)
+    for i in range(24):
+        poison(0.1)
+        kept.append(call(_x(i, tokens=1, hidden=hidden)))  # other addresses next time
+        assert _wrong(kept[-1]) == 0, f"call {i}"
+    dumped = graphs()
+    assert dumped, "nothing was captured"
+    for graph in dumped:
+        assert zeroing.upper() in graph.upper()
+        assert _joined(graph), graph
+
+
 def test_ordered_mode_has_no_zeroing_in_its_graph(build_folder, graphs):
     call = _ones(build_folder, combine="ordered")
     for i in range(3):
         assert _wrong(call(_x(i))) == 0
     dumped = graphs()
     assert dumped
-    assert not any("MEMSET" in graph.upper() for graph in dumped)
+    assert not any("MEMSET" in graph.upper() or "jax_moe_zero" in graph for graph in dumped)
 
 
 @pytest.mark.parametrize("captured", [False, True])

@@ -41,4 +41,13 @@ static_assert(offsetof(MemsetNodeParams, element_bytes) == offsetof(CUDA_MEMSET_
 static_assert(offsetof(MemsetNodeParams, width) == offsetof(CUDA_MEMSET_NODE_PARAMS, width));
 static_assert(offsetof(MemsetNodeParams, height) == offsetof(CUDA_MEMSET_NODE_PARAMS, height));
 
+static_assert(sizeof(KernelNodeParams) == sizeof(CUDA_KERNEL_NODE_PARAMS_v2));
+static_assert(offsetof(KernelNodeParams, function) == offsetof(CUDA_KERNEL_NODE_PARAMS_v2, func));
+static_assert(offsetof(KernelNodeParams, grid_x) == offsetof(CUDA_KERNEL_NODE_PARAMS_v2, gridDimX));
+static_assert(offsetof(KernelNodeParams, block_x) == offsetof(CUDA_KERNEL_NODE_PARAMS_v2, blockDimX));
+static_assert(offsetof(KernelNodeParams, shared_bytes) == offsetof(CUDA_KERNEL_NODE_PARAMS_v2, sharedMemBytes));
+static_assert(offsetof(KernelNodeParams, parameters) == offsetof(CUDA_KERNEL_NODE_PARAMS_v2, kernelParams));
+static_assert(offsetof(KernelNodeParams, kernel) == offsetof(CUDA_KERNEL_NODE_PARAMS_v2, kern));
+static_assert(offsetof(KernelNodeParams, context) == offsetof(CUDA_KERNEL_NODE_PARAMS_v2, ctx));
+
 }  // namespace jax_moe::cuda

@@ -4,6 +4,7 @@
 #ifndef JAX_MOE_TESTS_CUDA_FAKE_H_
 #define JAX_MOE_TESTS_CUDA_FAKE_H_
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <deque>
@@ -42,10 +43,10 @@ struct Recorder {
   uintptr_t last_node = 100;
   std::string failing_call, also_failing;  // entry points that return failing_code
   std::set<Stream> streams;                // that an entry point was given
-  std::set<DevicePointer> zeroed;          // by a memset, on the stream or as a node
+  std::set<DevicePointer> zeroed;          // on the stream or as a node
   std::set<Context> memset_contexts;
   std::set<std::pair<std::string, std::string>> images;  // that a function was taken from: (name, image)
-  std::map<int, int> function_attributes;
+  std::map<int, int> function_attributes;                // the largest
   Result failing_code = 1;
 };
 
@@ -92,13 +93,15 @@ inline Driver MakeDriver() {
   };
   driver.cuModuleGetFunction = [](Function* function, Module module, const char* name) -> Result {
     const Lock lock(recorder->mutex);
+    if (recorder->failing_call == "cuModuleGetFunction " + std::string(name)) return recorder->failing_code;
     recorder->images.insert({name, reinterpret_cast<const char*>(module)});
     *function = reinterpret_cast<Function>(const_cast<char*>(recorder->loaded.insert(name).first->c_str()));
     return Note("cuModuleGetFunction", "");
   };
   driver.cuFuncSetAttribute = [](Function, int attribute, int value) -> Result {
     const Lock lock(recorder->mutex);
-    recorder->function_attributes[attribute] = value;
+    int& most = recorder->function_attributes[attribute];
+    most = std::max(most, value);
     return Note("cuFuncSetAttribute", "");
   };
   driver.cuLaunchKernelEx = [](const LaunchConfig* config, Function function, void** parameters, void**) -> Result {
@@ -145,6 +148,17 @@ inline Driver MakeDriver() {
     return Note("cuGraphAddMemsetNode", "node " + Name(*node) + ": memset " +
                                             std::to_string(params->width * params->element_bytes) + " to " +
                                             std::to_string(params->value) + " rows " + std::to_string(params->height) +
+                                            " after " + Names(dependencies, count));
+  };
+  driver.cuGraphAddKernelNode = [](GraphNode* node, Graph, const GraphNode* dependencies, size_t count,
+                                   const KernelNodeParams* params) -> Result {
+    const Lock lock(recorder->mutex);
+    recorder->zeroed.insert(*static_cast<DevicePointer*>(params->parameters[0]));
+    *node = NewNode();
+    const unsigned bytes = *static_cast<unsigned*>(params->parameters[1]);
+    const bool is_whole = params->grid_x * params->block_x * 16 >= bytes && params->shared_bytes == 0;
+    return Note("cuGraphAddKernelNode", "node " + Name(*node) + ": " + reinterpret_cast<const char*>(params->function) +
+                                            " of " + (is_whole ? "" : "a part of ") + std::to_string(bytes) +
                                             " after " + Names(dependencies, count));
   };
   driver.cuGraphAddEmptyNode = [](GraphNode* node, Graph, const GraphNode* dependencies, size_t count) -> Result {

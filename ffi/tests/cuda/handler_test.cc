@@ -18,6 +18,8 @@
 namespace jax_moe::cuda::fake {
 namespace {
 
+constexpr int64_t kLong = 128;  // tokens of a call whose output a memset zeroes, captured too
+
 void TestEager() {
   CallSite site({});
   ExpectEqual(site.Run(), "", "an eager call");
@@ -47,7 +49,7 @@ void TestEager() {
 
 void TestWhere() {
   // What the driver is asked for, eager and captured: on XLA's stream, in its context, for the output.
-  CallSite site({});
+  CallSite site({kLong});
   ExpectEqual(site.Run(), "", "an eager call");
   CaptureAfterNode(7);
   ExpectEqual(site.Execute(), "", "a captured call");
@@ -94,12 +96,12 @@ void TestOptions() {
 }
 
 void TestCaptured() {
-  CallSite site({});
+  CallSite site({kLong});
   Expect(site.Instantiate().empty() && site.Initialize().empty(), "loading");
   CaptureAfterNode(7);
   ExpectEqual(site.Execute(), "", "a captured call");
   // Nodes are numbered from 101: sort, the memset, gemm1, gemm2.
-  const std::string node = ": memset 256 to 0 rows 1 after 7; ";
+  const std::string node = ": memset 8192 to 0 rows 1 after 7; ";
   ExpectEqual(Join(recorder->calls),
               "launch sort_kernel; node 102" + node + "launch gemm1_kernel; add 102; launch gemm2_kernel",
               "captured, atomic: the zeroing forks before sort and joins before gemm2");
@@ -109,7 +111,7 @@ void TestCaptured() {
         {"gemm2 sort", "node 101" + node + "add 101; launch gemm2_kernel; launch sort_kernel"},
         {"gemm1 gemm2 sort",
          "launch gemm1_kernel; node 102" + node + "add 102; launch gemm2_kernel; launch sort_kernel"}}) {
-    CallSite other({});
+    CallSite other({kLong});
     other.kernels->Set("launches", launches);
     other.kernel_of["gemm1"]->Set("overlap", int64_t{0});
     CaptureAfterNode(7);
@@ -128,6 +130,35 @@ void TestCaptured() {
 
   recorder->capture_status = 2;
   ExpectContains(site.Execute(), "cuStreamGetCaptureInfo", "an invalidated capture is not taken for an eager call");
+}
+
+void TestShortOutputs() {
+  // A kernel zeroes up to 4096 bytes of a captured call; if it cannot be loaded, a memset does.
+  const std::string rest = "launch gemm1_kernel; add 102; launch gemm2_kernel";
+  for (const auto& [tokens, zeroing] : {std::pair{int64_t{64}, "jax_moe_zero of 4096"},
+                                        {int64_t{1}, "jax_moe_zero of 64"},
+                                        {int64_t{65}, "memset 4160 to 0 rows 1"}}) {
+    CallSite site({tokens});
+    CaptureAfterNode(7);
+    recorder->calls.clear(), recorder->last_node = 100;
+    ExpectEqual(site.Run(), "", "a captured call");
+    ExpectEqual(Join(recorder->calls), std::string("launch sort_kernel; node 102: ") + zeroing + " after 7; " + rest,
+                zeroing);
+  }
+  Expect(recorder->zeroed == std::set<DevicePointer>{0x100000}, "the output is what is zeroed");
+  CallSite site({});
+  recorder->failing_call = "cuGraphAddKernelNode";
+  const std::string error = site.Run();
+  ExpectContains(error, "zeroing the output: cuGraphAddKernelNode", "the kernel's node is refused");
+  recorder->failing_call.clear();
+
+  ++current_context;
+  recorder->failing_call = "cuModuleGetFunction jax_moe_zero";
+  recorder->calls.clear(), recorder->last_node = 100;
+  CaptureAfterNode(7);
+  ExpectEqual(site.Run(), "", "a captured call without the kernel");
+  ExpectEqual(Join(recorder->calls), "launch sort_kernel; node 102: memset 256 to 0 rows 1 after 7; " + rest,
+              "a memset does the same");
 }
 
 void TestCounters() {
@@ -164,7 +195,7 @@ void TestDriverFailures() {
       {"cuLaunchKernelEx gemm1_kernel", "launching gemm1: "},
       {"cuStreamUpdateCaptureDependencies", "joining the zeroing"},
   };
-  CallSite site({});
+  CallSite site({kLong});
   Expect(site.Instantiate().empty() && site.Initialize().empty(), "loading");
   for (bool capturing : {false, true}) {
     for (const auto& [call, step] : capturing ? captured : eager) {
@@ -195,13 +226,13 @@ void TestLoading() {
   Expect(recorder->num_loads == 0, "instantiating loads nothing");
   ExpectContains(first.Execute(), "initialize", "executing before loading");
   Expect(first.Initialize().empty() && first.Initialize().empty(), "loading twice");
-  Expect(recorder->num_loads == 3, "loaded once");
-  Expect(second.Initialize().empty() && recorder->num_loads == 3, "two call sites share a kernel");
+  Expect(recorder->num_loads == 4, "loaded once");
+  Expect(second.Initialize().empty() && recorder->num_loads == 4, "two call sites share a kernel");
   ++current_context;
   ExpectContains(first.Execute(), "initialize", "a second device has its own kernels");
-  Expect(first.Initialize().empty() && recorder->num_loads == 6, "loaded on a second device");
+  Expect(first.Initialize().empty() && recorder->num_loads == 8, "loaded on a second device");
   ExpectEqual(first.Execute(), "", "a call on the second device");
-  Expect(recorder->num_loads == 6, "executing loads nothing");
+  Expect(recorder->num_loads == 8, "executing loads nothing");
 
   ++current_context;
   for (const char* call : {"cuModuleLoadData", "cuModuleGetFunction", "cuFuncSetAttribute", "cuCtxGetId"}) {
@@ -413,7 +444,8 @@ void TestThreads() {
   }
   for (std::thread& thread : threads) thread.join();
   SetDriverForTesting(recording);
-  Expect(recorder->num_loads == 8, "each kernel loaded once on each device");  // sort, gemm1, gemm2 shared; combine
+  Expect(recorder->num_loads == 10,
+         "each kernel loaded once on each device");  // sort, gemm1, gemm2, jax_moe_zero; combine
 }
 
 void TestTraits() {
@@ -453,8 +485,8 @@ int main() {
   jax_moe::cuda::SetDriverForTesting(&driver);
   TestProducts();
   TestParcels();
-  for (void (*test)() : {TestEager, TestWhere, TestWhatTellsKernelsApart, TestOptions, TestCaptured, TestCounters,
-                         TestNoTokens, TestDriverFailures, TestLoading, TestRefusals, TestStaticRefusals,
+  for (void (*test)() : {TestEager, TestWhere, TestWhatTellsKernelsApart, TestOptions, TestCaptured, TestShortOutputs,
+                         TestCounters, TestNoTokens, TestDriverFailures, TestLoading, TestRefusals, TestStaticRefusals,
                          TestAllocations, TestThreads, TestTraits, TestNoDriver}) {
     WithRecorder(test);
   }
