@@ -43,7 +43,10 @@ inline constexpr std::string_view kProductOperandNames[kNumProductOperands] = {
 };
 
 inline ffi::Error DecodeProductPrecision(const Attributes& attributes, Precision* precision) {
-  return attributes.GetChoice<Precision>("precision", {{"w4a16", Precision::kW4A16}, {"w4a4", Precision::kW4A4}},
+  return attributes.GetChoice<Precision>("precision",
+                                         {{"w4a16", Precision::kW4A16},
+                                          {"w4a4", Precision::kW4A4},
+                                          {"w4a4_dynamic", Precision::kW4A4Dynamic}},
                                          precision);
 }
 
