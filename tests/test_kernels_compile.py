@@ -32,6 +32,7 @@ MAP_BYTES = (8 * FEW_ROUTES + 1) * 4
 """Of what a CTA makes of few routes (device/few_routes.py)."""
 COSTS = SM90.cards[0].costs
 MODES = tuple(itertools.product(("w4a16", "w4a4"), ("atomic", "ordered")))
+DYNAMIC = "w4a4_dynamic"
 SWIGLU = activations.SwiGLU()
 GPT_OSS = activations.SwiGLU(alpha=1.702, beta=1.0, limit=7.0)
 RECORD = json.loads(record_cubins.FILE.read_text())
@@ -86,9 +87,12 @@ def planned_specs():
             )
     for model, tokens, precision in itertools.product(shapes.MODELS, shapes.TOKENS, ("w4a16", "w4a4")):
         calls.append(problem(model, tokens, precision, weight_on="input"))
+    calls += [problem("qwen3-30b-a3b", 64, DYNAMIC, weight_on=weight_on) for weight_on in ("output", "input")]
     specs = {launch.spec for call in calls for launch in lowering.launches(call)}
-    for config, call in itertools.product((*program.CONFIGS, program.FEW_UNITS), calls[: len(MODES)]):
-        specs |= set(program.gemms(call, config))
+    for config in (*program.CONFIGS, program.FEW_UNITS):
+        for call in (*calls[: len(MODES)], problem("qwen3-30b-a3b", 64, DYNAMIC)):
+            specs |= set(program.gemms(call, config))
+        specs.add(program.product_spec(cuda_call.product(precision=DYNAMIC), config))
     specs |= set(product_specs()) | set(parcel_specs())
     return sorted(specs, key=lambda spec: spec.name)
 

@@ -96,8 +96,9 @@ def store_contribution(spec, made, accumulators, j, c, out_row, weight, row_scal
 
 def store_product(spec, made, accumulators, j, c, out_row, end, row_scale=None):
     """Stores a grouped product's row ``8*j + 2*quad + c``, if it comes before ``end``; ``row_scale`` as above."""
+    is_there = out_row < end
     values = _scaled(made, accumulators, j, c, row_scale)
-    _store_row(spec, out_row < end, out_row, made.column, made.row_bytes, values)
+    _store_row(spec, is_there, out_row, made.column, made.row_bytes, values)
 
 
 def _scaled(made, accumulators, j, c, row_scale):

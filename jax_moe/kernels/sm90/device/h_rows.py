@@ -1,7 +1,7 @@
 """The pass over h of w4a4_dynamic on sm_90a: rounds GEMM1's bf16 rows where they are, each with a scale of its own."""
 
 import cutlass
-from cutlass import BFloat16, Float32
+from cutlass import BFloat16, Float32, Int64
 import cutlass.cute as cute
 
 from jax_moe.kernels.device import dynamic_rows, epilogue, ptx
@@ -50,5 +50,5 @@ class HRows(dynamic_rows.RowPass):
     def _place(self, given, row, block):
         """16 values of a padded row."""
         tile = row // given.token_tile
-        segment = (tile * given.h_blocks + block // _BLOCKS) * given.token_tile + row % given.token_tile
+        segment = Int64(tile * given.h_blocks + block // _BLOCKS) * given.token_tile + row % given.token_tile
         return self._block(given.h, segment * _BLOCKS + block % _BLOCKS)
