@@ -6,6 +6,7 @@ A layer with random weights, T tokens that it is calibrated on, and T others tha
 relative to what w4a16 computes of the same tokens: of all of them, and the median of each token's own.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -66,8 +67,8 @@ def main() -> None:
     """Prints the table."""
     rng = np.random.default_rng(0)
     experts = timing.random_experts(SHAPE, 0)
-    bare = [p.__class__(p.payload, p.block_scale, p.global_scale) for p in (experts.gate_up, experts.down)]
-    experts = jax_moe.Experts(*bare)
+    gate_up, down = (dataclasses.replace(p, input_scale=None) for p in (experts.gate_up, experts.down))
+    experts = dataclasses.replace(experts, gate_up=gate_up, down=down)
     ids, weights, _ = timing.routings(SHAPE, TOKENS, 1, 0)
     routing = jax_moe.Routing(jnp.asarray(ids[0]), jnp.asarray(weights[0]))
     print(f"{'x':24} {'w4a4: all':>10} {'median':>8} {'w4a4_dynamic: all':>18} {'median':>8}")

@@ -112,9 +112,9 @@ def global_scale_for(amax: jax.Array) -> jax.Array:
 
 
 def row_scale(values: jax.Array) -> jax.Array:
-    """The fp32 global scales ``[...]`` of rows ``[..., n]``: ``max(amax / (6 * 448), 2**-64)`` of each, by IEEE division.
+    """The fp32 global scales ``[...]`` of rows ``[..., n]``: of each ``max(amax / (6 * 448), 2**-64)``.
 
-    What ``precision="w4a4_dynamic"`` quantises a row with. NaN and infinity stay: all of such a row becomes NaN.
+    What ``precision="w4a4_dynamic"`` quantises rows with; the division is IEEE's. NaN and infinity stay.
     """
     scale = steady.divide(amax(values, axis=-1), jnp.float32(E2M1_MAX * E4M3_MAX))
     return jnp.where(scale < LEAST_ROW_SCALE, jnp.float32(LEAST_ROW_SCALE), scale)

@@ -199,7 +199,7 @@ def _select(tree, index):
 
 
 def _input_scale(values: jax.Array, precision: str, given: jax.Array | None) -> jax.Array:
-    """The global scale that ``values`` ``[T, C]`` are quantised with: ``given``, or ``[T]``, made of them and constant."""
+    """The global scale of ``values`` ``[T, C]``: ``given``, or ``[T]``, made of them and constant."""
     if precision == "w4a4_dynamic":
         return nvfp4.row_scale(jax.lax.stop_gradient(values))
     if given is None:

@@ -217,8 +217,9 @@ def make_exact_case(
     x and the weights are 0 or +-1 times powers of two, few of them not 0, scales and routing weights powers of two. A
     gate's bias of 64 puts its sigmoid at exactly 1. ``test_helpers.py`` shows that the grid is fine enough.
 
-    With ``precision="w4a4_dynamic"`` rows of x have the largest value 21/16 or half of it, so that their scales are powers of two.
-    Those of the intermediate are none: what GEMM2's sums become is rounded, so that K is 1 and down has no bias.
+    With ``precision="w4a4_dynamic"`` rows of x have the largest value 21/16 or half of it, so that their scales are
+    powers of two. Those of the intermediate are none: what GEMM2's sums become is rounded, so K is 1, and down has no
+    bias.
     """
     rng = np.random.default_rng(seed)
     is_dynamic = options.get("precision") == "w4a4_dynamic"

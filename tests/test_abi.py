@@ -110,9 +110,10 @@ def test_parcels_count_in_int32():
         lowering.cuda_call(made)
 
 
-@pytest.mark.parametrize(("changes", "expected"), _ABI, ids=[
-    "w4a4 ordered", "weight on input", "dynamic", "dynamic input", "few", "few input",
-])
+_NAMES = ["w4a4 ordered", "weight on input", "dynamic", "dynamic input", "few", "few input"]
+
+
+@pytest.mark.parametrize(("changes", "expected"), _ABI, ids=_NAMES)
 def test_arguments_are_those_of_the_abi(changes, expected):
     problem = cuda_call.problem(**{**_ALL, **changes})
     assert [launch.name for launch in cuda_call.program(problem).launches] == list(expected)

@@ -55,7 +55,9 @@ def test_rows_with_scales_of_their_own_match_the_definition(options):
     case = make_case(8, precision="w4a4_dynamic", out_dtype=jnp.float32, **{"tokens": 13} | options)
     sizes = 2.0 ** jnp.arange(case.x.shape[0])[:, None] % 7 - 3
     case = dataclasses.replace(case, x=(case.x * sizes.astype(jnp.bfloat16)).at[2].set(0))
-    assert_matches(emulated_call.prepare(case, "sm_90a").run(order="random", seed=3), case)
+    for multiprocessors in (1, 3):  # where there is one, a CTA has several units
+        call = emulated_call.prepare(case, "sm_90a", multiprocessors=multiprocessors)
+        assert_matches(call.run(order="random", seed=multiprocessors), case)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -32,8 +32,7 @@ ffi::Error DecodeWorkspaces(const Results& results, Call* call) {
   if (!ordered && !p.out_is_bf16()) call->sums = static_cast<float*>(p.out);
   if (p.precision == Precision::kW4A4Dynamic) {
     JAX_MOE_TRY(GetData("workspace x_scales", *results[7], ffi::F32, {x_rows}, &call->x_scales));
-    JAX_MOE_TRY(
-        GetData("workspace intermediate_scales", *results[8], ffi::F32, {routes}, &call->intermediate_scales));
+    JAX_MOE_TRY(GetData("workspace intermediate_scales", *results[8], ffi::F32, {routes}, &call->intermediate_scales));
   }
   return ffi::Error::Success();
 }

@@ -346,7 +346,6 @@ void ProductUnit(const ProductCall& call, int64_t unit) {
 
 }  // namespace
 
-const Kernels JAX_MOE_KERNELS = {XRow,       GateUpUnit, IntermediateRow, DownUnit,
-                                 CombineRow, ProductRow, ProductUnit};
+const Kernels JAX_MOE_KERNELS = {XRow, GateUpUnit, IntermediateRow, DownUnit, CombineRow, ProductRow, ProductUnit};
 
 }  // namespace jax_moe

@@ -97,7 +97,8 @@ HandlerCall ValidCall(Random* random) {
   constexpr auto kS32 = XLA_FFI_DataType_S32;
   constexpr auto kBF16 = XLA_FFI_DataType_BF16;
   const std::string activation = random->Of<std::string>({"swiglu", "geglu", "relu2", "situ"});
-  const bool quantized = random->OneIn(2), dynamic = !quantized && random->OneIn(2), ordered = random->OneIn(2), input = random->OneIn(2);
+  const bool quantized = random->OneIn(2), dynamic = !quantized && random->OneIn(2), ordered = random->OneIn(2),
+             input = random->OneIn(2);
   const int64_t t = random->Of<int64_t>({0, 1, 1, 2, 3, 5, 9}), k = random->Of<int64_t>({1, 2, 3, 4});
   const int64_t l = random->Of<int64_t>({1, 2, 3, 7}), p = activation == "relu2" ? 1 : 2;
   const int64_t h = 16 * (1 + random->Below(3)), i = 16 * (1 + random->Below(3));

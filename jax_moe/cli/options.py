@@ -6,7 +6,7 @@ The functions take the option's name and its text, and raise TypeError or ValueE
 from collections.abc import Iterable
 import contextlib
 import re
-from typing import Any, get_args
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -22,11 +22,6 @@ def one_of(option: str, text: str, names: Iterable[str]) -> str:
     if text not in names:
         raise ValueError(f"{option}: got {text!r}, needs one of {', '.join(names)}")
     return text
-
-
-def names(allowed) -> str:
-    """Values of a ``Literal``, for help."""
-    return ", ".join(get_args(allowed))
 
 
 def choices(option: str, text: str, allowed) -> list[Any]:

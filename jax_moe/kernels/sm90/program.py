@@ -198,7 +198,8 @@ def _h_rows(p: Problem, rows: int, token_tile: int, h_blocks: int) -> tuple[Laun
         **steps.same("h", "row_route", "expert_tiles"), "row_scales": "h_row_scales",
         "local_experts": p.local_experts, "token_tile": token_tile, "h_blocks": h_blocks,
     }  # fmt: skip
-    return Launch("h_rows", spec, spec.grid(rows), arguments), {"h_row_scales": jax.ShapeDtypeStruct((rows,), jnp.float32)}
+    workspaces = {"h_row_scales": jax.ShapeDtypeStruct((rows,), jnp.float32)}
+    return Launch("h_rows", spec, spec.grid(rows), arguments), workspaces
 
 
 def product_spec(p: Product, config: Config) -> ProductSpec:
