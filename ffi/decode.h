@@ -62,6 +62,7 @@ inline ffi::Error DecodeOptions(const Attributes& attributes, Options* options) 
   JAX_MOE_TRY(attributes.GetChoice<Form>("precision",
                                          {{"w4a16", {Precision::kW4A16, XForm::kBf16}},
                                           {"w4a4", {Precision::kW4A4, XForm::kBf16}},
+                                          {"w4a4_dynamic", {Precision::kW4A4Dynamic, XForm::kBf16}},
                                           {"w4a4_rounded_x", {Precision::kW4A4, XForm::kRounded}},
                                           {"w4a4_parcels", {Precision::kW4A4, XForm::kParcels}}},
                                          &form));

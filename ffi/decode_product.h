@@ -43,8 +43,9 @@ inline constexpr std::string_view kProductOperandNames[kNumProductOperands] = {
 };
 
 inline ffi::Error DecodeProductPrecision(const Attributes& attributes, Precision* precision) {
-  return attributes.GetChoice<Precision>("precision", {{"w4a16", Precision::kW4A16}, {"w4a4", Precision::kW4A4}},
-                                         precision);
+  return attributes.GetChoice<Precision>(
+      "precision",
+      {{"w4a16", Precision::kW4A16}, {"w4a4", Precision::kW4A4}, {"w4a4_dynamic", Precision::kW4A4Dynamic}}, precision);
 }
 
 // Everything but the payload and block scales, whose layout is the platform's.

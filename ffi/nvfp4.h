@@ -76,6 +76,14 @@ static constexpr float E4M3ToFloat(uint8_t code) {
   return code & 0x80 ? -magnitude : magnitude;
 }
 
+// The global scale of a row whose largest magnitude is `amax`, which may be NaN or infinite; the rule is that of
+// jax_moe.nvfp4.row_scale.
+static inline float RowScale(float amax) {
+  constexpr float kLeast = 0x1p-64f;
+  const float scale = amax / (kE2M1Max * kE4M3Max);
+  return scale < kLeast ? kLeast : scale;
+}
+
 // Quantises a block under a global scale; the rules are those of jax_moe.nvfp4.quantize. Returns the e4m3 block scale.
 static inline uint8_t QuantizeBlock(const float* values, float global_scale, uint8_t* codes) {
   uint32_t largest = 0;  // magnitudes order like their bits, and a NaN is above every number: it wins, as it must

@@ -11,7 +11,7 @@
 
 namespace jax_moe {
 
-enum class Precision { kW4A16, kW4A4 };
+enum class Precision { kW4A16, kW4A4, kW4A4Dynamic };
 enum class Combine { kAtomic, kOrdered };
 enum class WeightOn { kOutput, kInput };
 // Rounded: as w4a4 multiplies it, code * block scale without the global scale. Parcels: u8, of w4a4 (decode_parcels.h).

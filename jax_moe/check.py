@@ -46,7 +46,8 @@ def check(x, experts, routing, options: Options, *, expert_offset, num_experts) 
             if projection.input_scale is None:
                 raise ValueError(
                     f"experts.{name}.input_scale: got None, precision='w4a4' needs it; "
-                    "jax_moe.calibrate(experts, x, routing) fills the input scales"
+                    "jax_moe.calibrate(experts, x, routing) fills the input scales, "
+                    "and precision='w4a4_dynamic' needs none"
                 )
     if num_experts is not None:
         num_experts = arguments.integer("num_experts", num_experts)

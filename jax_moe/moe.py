@@ -52,7 +52,8 @@ def fused_moe(
         environment while tracing, the program raises when it meets one (and cannot be exported).
       activation: SwiGLU, GeGLU, ReLU2 or SiTU; P = 2 for gated ones, else 1.
       precision: ``"w4a16"`` multiplies bfloat16 activations; ``"w4a4"`` also quantises x and the intermediate
-        to NVFP4, with the experts' input scales.
+        to NVFP4, with the experts' input scales; ``"w4a4_dynamic"`` does so with a scale that it finds for each row,
+        and leaves the experts' input scales aside, if they have any.
       combine: ``"atomic"`` adds each contribution to the zeroed output, in ``out_dtype`` and any order: fastest, but on
         a GPU not reproducible, and with a bfloat16 output rounded at each of up to K additions. ``"ordered"`` sums
         them in float32 in slot order and rounds once; bitwise reproducible.

@@ -17,7 +17,7 @@ from jax_moe import steady
 
 __all__ = [
     "BLOCK_SIZE", "E2M1_MAX", "E4M3_MAX", "amax", "dequantize", "e2m1_from_float", "e2m1_to_float", "global_scale_for",
-    "pack", "payload_bytes", "quantize", "quantize_dequantize", "unpack",
+    "pack", "payload_bytes", "quantize", "quantize_dequantize", "row_scale", "unpack",
 ]  # fmt: skip
 
 BLOCK_SIZE = 16
@@ -28,6 +28,9 @@ E2M1_MAX = 6.0
 
 E4M3_MAX = 448.0
 """Largest finite e4m3 magnitude; casting anything above 464 would give NaN."""
+
+LEAST_ROW_SCALE = 2.0**-64
+"""Of a row that is smaller still, so that no scale, reciprocal or product with one is subnormal or infinite."""
 
 _E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _SIGN_BIT = 8
@@ -106,6 +109,15 @@ def global_scale_for(amax: jax.Array) -> jax.Array:
     """
     scale = steady.divide(jnp.asarray(amax, jnp.float32), jnp.float32(E2M1_MAX * E4M3_MAX))
     return jnp.where(scale == 0, jnp.float32(1), scale)
+
+
+def row_scale(values: jax.Array) -> jax.Array:
+    """The fp32 global scales ``[...]`` of rows ``[..., n]``: of each ``max(amax / (6 * 448), 2**-64)``.
+
+    What ``precision="w4a4_dynamic"`` quantises rows with; the division is IEEE's. NaN and infinity stay.
+    """
+    scale = steady.divide(amax(values, axis=-1), jnp.float32(E2M1_MAX * E4M3_MAX))
+    return jnp.where(scale < LEAST_ROW_SCALE, jnp.float32(LEAST_ROW_SCALE), scale)
 
 
 def quantize(values: jax.Array, global_scale: jax.Array) -> tuple[jax.Array, jax.Array]:

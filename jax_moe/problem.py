@@ -10,7 +10,7 @@ import numpy as np
 from jax_moe import activations
 from jax_moe.operands import OPERANDS
 
-Precision = Literal["w4a16", "w4a4"]
+Precision = Literal["w4a16", "w4a4", "w4a4_dynamic"]
 Combine = Literal["atomic", "ordered"]
 WeightOn = Literal["output", "input"]
 XForm = Literal["bfloat16", "rounded", "parcels"]
@@ -107,12 +107,16 @@ def cpu_workspaces(problem: Problem) -> list[jax.ShapeDtypeStruct]:
     tokens, routes, hidden = problem.num_tokens, problem.num_routes, problem.hidden_size
     in_place = 0 if problem.out_dtype == jnp.float32 else tokens
     sum_rows = routes if problem.combine == "ordered" else in_place
+    x_rows = tokens if problem.weight_on == "output" else routes
     int32, float32 = jnp.int32, jnp.float32
-    return [
+    workspaces = [
         jax.ShapeDtypeStruct((routes,), int32),  # route_order: permuted row -> route
         jax.ShapeDtypeStruct((problem.local_experts + 1,), int32),  # expert_starts: first permuted row
         jax.ShapeDtypeStruct((problem.local_experts,), int32),  # active_experts: those that have rows
-        jax.ShapeDtypeStruct((tokens if problem.weight_on == "output" else routes, hidden), float32),  # activations
+        jax.ShapeDtypeStruct((x_rows, hidden), float32),  # activations
         jax.ShapeDtypeStruct((routes, problem.intermediate_size), float32),  # intermediate, rounded
         jax.ShapeDtypeStruct((sum_rows, hidden), float32),  # sums
     ]
+    if problem.precision == "w4a4_dynamic":
+        workspaces += [jax.ShapeDtypeStruct((rows,), float32) for rows in (x_rows, routes)]  # scales of the two
+    return workspaces

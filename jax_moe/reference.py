@@ -23,14 +23,14 @@ def project(x: jax.Array, weights: Projection, input_scale: jax.Array | float) -
     Args:
       x: ``[T, C]``, without its global scale.
       weights: one matrix: payload ``[N, C/2]``, block_scale ``[N, C/16]``, global_scale ``[]``, bias ``[N]``.
-      input_scale: the global scale of ``x``.
+      input_scale: the global scale of ``x``: one, or ``[T]``, one of each row.
 
     Returns:
       float32 ``[T, N]``.
     """
     matrix = nvfp4.dequantize(weights.payload, weights.block_scale)
     products = jnp.dot(x.astype(jnp.float32), matrix.T, precision=jax.lax.Precision.HIGHEST)
-    scaled = products * (input_scale * weights.global_scale)
+    scaled = products * (jnp.asarray(input_scale)[..., None] * weights.global_scale)
     return scaled if weights.bias is None else scaled + weights.bias[None]
 
 
@@ -45,8 +45,8 @@ def intermediate(
 ) -> jax.Array:
     """The fp32 intermediate ``[T, I]`` of one local expert, before it is rounded for GEMM2."""
     input_scale: jax.Array | float = 1.0
-    if precision == "w4a4":
-        input_scale = _required(experts.gate_up.input_scale)
+    if precision != "w4a16":
+        input_scale = _input_scale(x, precision, experts.gate_up.input_scale)
         if x_is_rounded:
             x = _straight_through(x, jax.lax.stop_gradient(x), input_scale)
         else:
@@ -71,10 +71,12 @@ def expert_mlp(
     """
     h = intermediate(x, experts, expert, activation=activation, precision=precision, x_is_rounded=x_is_rounded)
     down = _select(experts.down, expert)
-    if precision == "w4a4":
-        scale = _required(down.input_scale)
-        return project(_quantize_dequantize(h, scale), down, scale)
-    return project(_round_to_bfloat16(h), down, 1.0)
+    if precision != "w4a4":
+        h = _round_to_bfloat16(h)
+    if precision == "w4a16":
+        return project(h, down, 1.0)
+    scale = _input_scale(h, precision, down.input_scale)
+    return project(_quantize_dequantize(h, scale), down, scale)
 
 
 def fused_moe(
@@ -146,8 +148,8 @@ def ragged_dot(
         matrix, group = _select(weights, local), local + group_offset
         scale: jax.Array | float = 1.0
         rounded = x
-        if precision == "w4a4":
-            scale = _required(matrix.input_scale)
+        if precision != "w4a16":
+            scale = _input_scale(x, precision, matrix.input_scale)
             rounded = _quantize_dequantize(x, scale)
         has_size = (group >= 0) & (group < ends.size)
         end, size = (jnp.where(has_size, array[jnp.clip(group, 0, ends.size - 1)], 0) for array in (ends, group_sizes))
@@ -177,7 +179,10 @@ def _quantize_dequantize(values: jax.Array, scale: jax.Array) -> jax.Array:
 
 @jax.custom_jvp
 def _straight_through(values: jax.Array, rounded: jax.Array, scale: jax.Array) -> jax.Array:
-    """``rounded``, with the derivative of ``values / scale``, which it is but for the rounding."""
+    """``rounded``, with the derivative of ``values / scale``, which it is but for the rounding.
+
+    ``scale``: one, or ``[T]``, one of each row.
+    """
     del values, scale
     return rounded
 
@@ -185,7 +190,7 @@ def _straight_through(values: jax.Array, rounded: jax.Array, scale: jax.Array) -
 @_straight_through.defjvp
 def _straight_through_jvp(primals, tangents):
     _, rounded, scale = primals
-    return rounded, tangents[0] / scale
+    return rounded, tangents[0] / scale[..., None]
 
 
 def _select(tree, index):
@@ -193,7 +198,10 @@ def _select(tree, index):
     return jax.tree.map(lambda leaf: leaf[index] if leaf.ndim else leaf, tree)
 
 
-def _required(input_scale: jax.Array | None) -> jax.Array:
-    if input_scale is None:
+def _input_scale(values: jax.Array, precision: str, given: jax.Array | None) -> jax.Array:
+    """The global scale of ``values`` ``[T, C]``: ``given``, or ``[T]``, made of them and constant."""
+    if precision == "w4a4_dynamic":
+        return nvfp4.row_scale(jax.lax.stop_gradient(values))
+    if given is None:
         raise ValueError("experts: precision='w4a4' needs the input scales that jax_moe.calibrate() fills")
-    return input_scale
+    return given

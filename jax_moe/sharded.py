@@ -50,7 +50,8 @@ def sharded_moe(
       tensor_axis: shards I; I divided by its size must be a multiple of 16.
       data_axis: shards the tokens; its size must divide T. Of several leading axes of x it shards those that it shards
         already, as far as that can be seen, else the first that its size divides, else all of them as one.
-      activation, precision, combine, weight_on, out_dtype, command_buffer: as for ``fused_moe``.
+      activation, precision, combine, weight_on, out_dtype, command_buffer: as for ``fused_moe``. In w4a4_dynamic
+        each device of ``tensor_axis`` finds the scales of its own slice of the intermediate.
       sum_dtype: of the partial outputs as they travel between devices; no effect where there is nothing to sum.
         float32, or bfloat16: half the bytes, and each device's part is rounded (``docs/numerics.md``).
 

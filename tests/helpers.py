@@ -216,8 +216,14 @@ def make_exact_case(
 
     x and the weights are 0 or +-1 times powers of two, few of them not 0, scales and routing weights powers of two. A
     gate's bias of 64 puts its sigmoid at exactly 1. ``test_helpers.py`` shows that the grid is fine enough.
+
+    With ``precision="w4a4_dynamic"`` rows of x have the largest value 21/16 or half of it, so that their scales are
+    powers of two. Those of the intermediate are none: what GEMM2's sums become is rounded, so K is 1, and down has no
+    bias.
     """
     rng = np.random.default_rng(seed)
+    is_dynamic = options.get("precision") == "w4a4_dynamic"
+    top_k = 1 if is_dynamic else top_k
 
     def weights(lead, rows, columns):
         codes = rng.choice(np.uint8([0, 2, 10]), (*lead, rows, columns), p=[0.75, 0.125, 0.125])  # 0, 1, -1
@@ -239,6 +245,9 @@ def make_exact_case(
     ids = make_ids(rng, "distinct", tokens, top_k, num_experts)
     routing = Routing(ids, jnp.asarray(rng.choice([0.5, 1.0], (tokens, top_k)), jnp.float32))
     x = jnp.asarray(rng.integers(-1, 2, (tokens, hidden)), jnp.bfloat16)
+    if is_dynamic:
+        x = x.at[:, 0].set(21 / 16) * jnp.asarray(rng.choice([0.5, 1.0], (tokens, 1)), jnp.bfloat16)
+        experts = dataclasses.replace(experts, down=dataclasses.replace(experts.down, bias=None))
     activation = jax_moe.SwiGLU() if gated else jax_moe.ReLU2()
     return Case(x, experts, routing, {"activation": activation} | options)
 

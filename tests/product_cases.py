@@ -78,8 +78,11 @@ def defined(case: ProductCase) -> tuple[np.ndarray, np.ndarray]:
         if case.precision == "w4a4":
             scale = np.asarray(case.weights.input_scale)[local]
             x = statement.dequantize(*statement.quantize(x, scale))
+        elif case.precision == "w4a4_dynamic":
+            scale = statement.row_scales(x)[:, None]
+            x = statement.dequantize(*statement.quantize(x, scale[:, 0]))
         bias = 0.0 if case.weights.bias is None else np.asarray(case.weights.bias, np.float64)[local]
-        scale = np.float64(scale) * np.float64(case.weights.global_scale[local])
+        scale = np.asarray(scale, np.float64) * np.float64(case.weights.global_scale[local])
         made = statement._project(x.astype(np.float64), matrices[local].astype(np.float64), scale, bias)
         value[list(rows)], bound[list(rows)] = made
     return value, bound
@@ -100,7 +103,8 @@ def make_case(
     """A case; ``exact``: every partial sum is exact in float32, so that every right answer has the same bits.
 
     Then x and the codes are 0 or +-1, and scales have few bits. Groups differ in all their scales, and those of the
-    inputs not by powers of two only: which group's is taken shows in the rounding as well.
+    inputs not by powers of two only: which group's is taken shows in the rounding as well. With a scale for each row
+    of x (w4a4_dynamic) its largest value is 21/16 times a power of two, which makes the scale a power of two.
     """
     rng = np.random.default_rng(seed)
     count = len(group_sizes) if local_groups is None else local_groups
@@ -111,6 +115,8 @@ def make_case(
         global_scale, biases = 2.0 ** (group % 3 - 1), rng.integers(-2, 3, (count, out_features))
         input_scale = np.asarray([1, 1.5, 1.25])[group % 3] * 2.0 ** -(8 + group % 2)
         x = rng.integers(-1, 2, (rows, in_features))
+        if precision == "w4a4_dynamic":
+            x = np.where(np.arange(in_features) == 0, 21 / 16, x) * 2.0 ** rng.integers(-1, 2, (rows, 1))
     else:
         codes = rng.integers(0, 16, (count, out_features, in_features), dtype=np.uint8)
         scales = rng.uniform(0.25, 4, (count, out_features, in_features // 16)).astype(ml_dtypes.float8_e4m3fn)

@@ -35,22 +35,31 @@ def bfloat16(values):
 def block_scales(amax, s):
     """``e4m3(min(amax / (6 s), 448))`` in float32."""
     with np.errstate(all="ignore"):
-        ratio = np.asarray(amax, np.float32) / (np.float32(6) * np.float32(s))
+        ratio = np.asarray(amax, np.float32) / (np.float32(6) * np.asarray(s, np.float32))
         return np.minimum(ratio, np.float32(448)).astype(ml_dtypes.float8_e4m3fn)
 
 
+def row_scales(rows):
+    """float32 ``[..., n]`` to the scale ``[...]`` of each row: ``max(amax / (6 * 448), 2^-64)``; NaN stays."""
+    with np.errstate(all="ignore"):
+        return np.maximum(np.abs(rows).max(-1) / np.float32(6 * 448), np.float32(2.0**-64))
+
+
 def quantize(values, s):
-    """docs/numerics.md for ``[..., n]`` under one scale: codes ``[..., n]`` uint8, e4m3 scales ``[..., n/16]``."""
+    """docs/numerics.md for ``[..., n]`` under one scale, or ``[...]``, one of each row: codes ``[..., n]`` uint8, and
+    e4m3 scales ``[..., n/16]``.
+    """
     blocks = np.asarray(values, np.float32).reshape(*values.shape[:-1], values.shape[-1] // 16, 16)
+    s = np.asarray(s, np.float32)[..., None]
     scales = block_scales(np.abs(blocks).max(-1), s)
     return codes_under(blocks, scales, s).reshape(values.shape), scales
 
 
 def codes_under(blocks, scales, s):
-    """The codes of ``[..., n/16, 16]`` under given e4m3 block scales."""
+    """The codes of ``[..., n/16, 16]`` under given e4m3 block scales, and ``s`` that broadcasts to them."""
     decoded = np.asarray(scales, np.float32)[..., None]
     with np.errstate(all="ignore"):
-        products = blocks * (np.float32(1) / (decoded * np.float32(s)))
+        products = blocks * (np.float32(1) / (decoded * np.asarray(s, np.float32)[..., None]))
     # The sign of a NaN product is the hardware's choice; a code needs one, and takes a positive NaN.
     products = np.where(np.isnan(blocks), blocks, np.where(np.isnan(products), np.float32(np.nan), products))
     codes = products.astype(np.float32).astype(ml_dtypes.float4_e2m1fn).view(np.uint8)
@@ -122,11 +131,16 @@ def _activate(activation, values, errors):
 
 
 def _round(precision, h, error, scale):
-    """The intermediate as GEMM2 reads it, and the error of it where rounding may go the other way."""
+    """The intermediate as GEMM2 reads it, and the error of it where rounding may go the other way.
+
+    With a scale for each row both are with that scale.
+    """
     low, high = h - error, h + error
     if precision == "w4a16":
         rounded = bfloat16(h).astype(np.float64)
         return rounded, np.maximum(bfloat16(high) - rounded, rounded - bfloat16(low))
+    if precision == "w4a4_dynamic":
+        return _round_rows(*(bfloat16(values) for values in (h, low, high)))
     codes, scales = quantize(h.astype(np.float32), scale)
     rounded = dequantize(codes, scales).astype(np.float64)
     blocks = [a.reshape(len(h), h.shape[1] // 16, 16) for a in (low, high)]
@@ -140,6 +154,27 @@ def _round(precision, h, error, scale):
                 codes = codes_under((values * slack).astype(np.float32), candidate, scale)
                 other = dequantize(codes.reshape(h.shape), candidate).astype(np.float64)
                 worst = np.maximum(worst, np.abs(other - rounded))
+    return rounded, worst
+
+
+def _round_rows(h, low, high):
+    """``_round`` of rows that are bfloat16's already, each value between ``low`` and ``high``.
+
+    Where the largest value of a row is not certain, neither is the row's scale, which all of its values then hang on.
+    """
+
+    def with_scale(codes, scales, s):
+        return dequantize(codes, scales).astype(np.float64) * s.astype(np.float64)[:, None]
+
+    s = row_scales(h)
+    rounded, worst = with_scale(*quantize(h, s), s), np.zeros(h.shape)
+    least = np.where((low <= 0) & (high >= 0), 0, np.minimum(np.abs(low), np.abs(high)))
+    reach = np.maximum(np.abs(low), np.abs(high))
+    for s, amax, values in itertools.product(map(row_scales, (least, reach)), (least, reach), (low, high)):
+        blocks = (len(h), h.shape[1] // 16, 16)
+        scales = block_scales(amax.reshape(blocks).max(-1), s[:, None])
+        codes = codes_under(values.reshape(blocks), scales, s[:, None])
+        worst = np.maximum(worst, np.abs(with_scale(codes.reshape(h.shape), scales, s) - rounded))
     return rounded, worst
 
 
@@ -167,11 +202,14 @@ def moe_and_size(x, experts, routing, *, activation, precision, weight_on="outpu
                 x_scale = np.float32(gate_up.input_scale)
                 h_scale = np.asarray(down.input_scale, np.float32)[expert]
                 rows = dequantize(*quantize(rows, x_scale))
+            elif precision == "w4a4_dynamic":
+                x_scale = row_scales(rows)[:, None]
+                rows = dequantize(*quantize(rows, x_scale[:, 0]))
             parts = [
                 _project(
                     rows.astype(np.float64),
                     matrices[expert, part].astype(np.float64),
-                    np.float64(x_scale) * np.float64(gate_up.global_scale[expert, part]),
+                    np.asarray(x_scale, np.float64) * np.float64(gate_up.global_scale[expert, part]),
                     0.0 if gate_up.bias is None else np.asarray(gate_up.bias, np.float64)[expert, part],
                 )
                 for part in range(matrices.shape[1])

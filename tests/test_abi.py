@@ -41,6 +41,24 @@ _ABI = [
         "gemm2": "h row_route row_weight tile_expert expert_tiles down.payload down.global_scale null down.bias out "
                  "576 4 16 5 3 4",
     }),
+    ({"precision": "w4a4_dynamic"}, {
+        "sort": _SORT,
+        "x_rows": "x null x_rows x_row_scales 1 36",
+        "gemm1": f"x_rows {_ROWS} gate_up.payload gate_up.global_scale x_row_scales gate_up.bias null h 576 4 16 2 9",
+        "h_rows": "h row_route expert_tiles h_row_scales 16 8 4",
+        "gemm2": "h row_route row_weight tile_expert expert_tiles down.payload down.global_scale h_row_scales "
+                 "down.bias contributions 576 1 16 5 3 4",
+        "combine": "contributions expert_ids expert_offset out 40 4 576 16",
+    }),
+    ({"precision": "w4a4_dynamic", "weight_on": "input", "num_tokens": 1}, {  # a sort all the same
+        "sort": _SORT.replace("160", "4"),
+        "x_rows": "x routing_weights x_rows x_row_scales 4 36",
+        "gemm1": f"x_rows {_ROWS} gate_up.payload gate_up.global_scale x_row_scales gate_up.bias null h 576 1 16 2 9",
+        "h_rows": "h row_route expert_tiles h_row_scales 16 8 4",
+        "gemm2": "h row_route row_weight tile_expert expert_tiles down.payload down.global_scale h_row_scales "
+                 "down.bias contributions 576 1 16 5 3 4",
+        "combine": "contributions expert_ids expert_offset out 1 4 576 16",
+    }),
     ({"num_tokens": 16}, {  # 64 routes need no sort
         "x_rows": "x routing_weights gate_up.input_scale x_rows 16 1 36",
         "gemm1": "x_rows expert_ids expert_offset gate_up.payload gate_up.global_scale "
@@ -92,7 +110,10 @@ def test_parcels_count_in_int32():
         lowering.cuda_call(made)
 
 
-@pytest.mark.parametrize(("changes", "expected"), _ABI, ids=["w4a4 ordered", "weight on input", "few", "few input"])
+_NAMES = ["w4a4 ordered", "weight on input", "dynamic", "dynamic input", "few", "few input"]
+
+
+@pytest.mark.parametrize(("changes", "expected"), _ABI, ids=_NAMES)
 def test_arguments_are_those_of_the_abi(changes, expected):
     problem = cuda_call.problem(**{**_ALL, **changes})
     assert [launch.name for launch in cuda_call.program(problem).launches] == list(expected)

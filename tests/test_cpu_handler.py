@@ -173,7 +173,7 @@ def test_exp_and_tanh_are_good_to_3_ulp(probe, name, function):
 
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("weight_on", ["output", "input"])
-@pytest.mark.parametrize("precision", ["w4a16", "w4a4"])
+@pytest.mark.parametrize("precision", ["w4a16", "w4a4", "w4a4_dynamic"])
 def test_exact_inputs_give_the_oracles_bits(precision, weight_on, gated):
     case = helpers.make_exact_case(3, gated=gated, precision=precision, weight_on=weight_on)
     expected = case.run(reference.fused_moe, out_dtype=jnp.float32)
@@ -189,7 +189,8 @@ cases = [
     helpers.make_case(seed, tokens=tokens, hidden=1040, intermediate=48, top_k=3, bias=True, activation=activation,
                       precision=precision, combine=combine, routing="any", num_experts=2)
     for seed, (tokens, precision, combine) in enumerate(
-        [(1, "w4a16", "atomic"), (7, "w4a4", "ordered"), (50, "w4a16", "ordered"), (3, "w4a4", "atomic")])
+        [(1, "w4a16", "atomic"), (7, "w4a4", "ordered"), (50, "w4a16", "ordered"), (3, "w4a4", "atomic"),
+         (9, "w4a4_dynamic", "ordered")])
     for activation in helpers.ACTIVATIONS
 ]
 np.save(sys.argv[1], np.concatenate([c.run(out_dtype=np.float32).ravel() for c in cases]))
@@ -220,7 +221,7 @@ def test_number_of_threads_changes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("combine", ["atomic", "ordered"])
-@pytest.mark.parametrize("precision", ["w4a16", "w4a4"])
+@pytest.mark.parametrize("precision", ["w4a16", "w4a4", "w4a4_dynamic"])
 def test_a_token_does_not_depend_on_its_batch(precision, combine):
     """The sums of a token have one order, however many tokens share its experts."""
     case = helpers.make_case(4, tokens=67, hidden=64, precision=precision, combine=combine, out_dtype=jnp.float32)

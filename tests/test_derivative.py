@@ -68,6 +68,9 @@ def gradients(case, dy):
     def rounded(v, input_scale):
         if precision == "w4a16":
             return statement.bfloat16(v).astype(np.float64)
+        if precision == "w4a4_dynamic":
+            v = statement.bfloat16(v)
+            input_scale = statement.row_scales(v)
         codes, scales = statement.quantize(np.asarray(v, np.float32)[None], np.float32(input_scale))
         return statement.dequantize(codes, scales)[0].astype(np.float64) * np.float64(input_scale)
 
@@ -147,7 +150,7 @@ def test_the_slopes_are_differences(activation):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("weight_on", ["output", "input"])
-@pytest.mark.parametrize("precision", ["w4a16", "w4a4"])
+@pytest.mark.parametrize("precision", ["w4a16", "w4a4", "w4a4_dynamic"])
 def test_every_option(precision, weight_on, activation):
     options = {"precision": precision, "weight_on": weight_on, "activation": activation}
     check(make_case(1, tokens=7, bias=True, out_dtype=jnp.float32, **options))

@@ -7,7 +7,7 @@ import shutil
 import emulated_call
 import emulator
 from emulator import recorded_calls
-from helpers import assert_bit_equal, make_case, make_exact_case
+from helpers import ACTIVATIONS, assert_bit_equal, assert_matches, make_case, make_exact_case
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,7 +21,9 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("order", emulator.ORDERS)
-@pytest.mark.parametrize(("precision", "combine"), [("w4a16", "atomic"), ("w4a4", "ordered")])
+@pytest.mark.parametrize(
+    ("precision", "combine"), [("w4a16", "atomic"), ("w4a4", "ordered"), ("w4a4_dynamic", "atomic")]
+)
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -37,6 +39,34 @@ def test_exact_calls_have_the_bits_of_the_cpu(sizes, precision, combine, order):
     for seed in range(2):
         call = emulated_call.prepare(case, "sm_90a")
         assert_bit_equal(call.run(order=order, seed=seed), expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(bias=True, combine="ordered", top_k=3, num_experts=5, hidden=144, intermediate=96),
+        dict(activation=ACTIVATIONS[4], tokens=40, num_experts=3, hidden=64, intermediate=80),  # without a gate
+        dict(weight_on="input", routing="hostile", num_experts=4),
+    ],
+    ids=str,
+)
+def test_rows_with_scales_of_their_own_match_the_definition(options):
+    """Every row has another scale; one is of zeros."""
+    case = make_case(8, precision="w4a4_dynamic", out_dtype=jnp.float32, **{"tokens": 13} | options)
+    sizes = 2.0 ** jnp.arange(case.x.shape[0])[:, None] % 7 - 3
+    case = dataclasses.replace(case, x=(case.x * sizes.astype(jnp.bfloat16)).at[2].set(0))
+    for multiprocessors in (1, 3):  # where there is one, a CTA has several units
+        call = emulated_call.prepare(case, "sm_90a", multiprocessors=multiprocessors)
+        assert_matches(call.run(order="random", seed=multiprocessors), case)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_row_that_is_not_finite_is_nan_and_no_other_row_is(value):
+    case = make_case(9, tokens=9, bias=True, precision="w4a4_dynamic", combine="ordered", out_dtype=jnp.float32)
+    usual = emulated_call.prepare(case, "sm_90a").run()
+    got = emulated_call.prepare(dataclasses.replace(case, x=case.x.at[4, 20].set(value)), "sm_90a").run()
+    assert np.isnan(got[4]).all()
+    assert_bit_equal(np.delete(got, 4, 0), np.delete(usual, 4, 0))
 
 
 def test_x_that_is_rounded_already_has_the_bits_of_the_pass_over_x(monkeypatch):

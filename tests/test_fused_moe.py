@@ -17,7 +17,7 @@ import statement
 import jax_moe
 from jax_moe import reference
 
-PRECISIONS, COMBINES, WEIGHT_ONS = ("w4a16", "w4a4"), ("atomic", "ordered"), ("output", "input")
+PRECISIONS, COMBINES, WEIGHT_ONS = ("w4a16", "w4a4", "w4a4_dynamic"), ("atomic", "ordered"), ("output", "input")
 OUT_DTYPES = (jnp.bfloat16, jnp.float32)
 
 

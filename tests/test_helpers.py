@@ -68,7 +68,7 @@ _MUTANTS = {
 }
 
 
-@pytest.fixture(scope="module", params=["w4a16", "w4a4"])
+@pytest.fixture(scope="module", params=["w4a16", "w4a4", "w4a4_dynamic"])
 def case(request):
     # Every expert gets tokens, so that a mutant of any expert shows.
     return helpers.make_case(7, tokens=24, hidden=64, intermediate=64, bias=True, precision=request.param)
@@ -124,6 +124,8 @@ def test_the_comparison_wants_exact_zeros_where_no_expert_is_local():
         ("w4a16", "input", jax_moe.SwiGLU()),
         ("w4a4", "output", jax_moe.GeGLU()),
         ("w4a4", "input", jax_moe.ReLU2()),
+        ("w4a4_dynamic", "output", jax_moe.SwiGLU()),
+        ("w4a4_dynamic", "input", jax_moe.ReLU2()),
     ],
     ids=str,
 )
@@ -134,13 +136,13 @@ def test_the_readable_oracle_matches_the_definition(precision, weight_on, activa
     case.check(reference.fused_moe)
 
 
-@pytest.mark.parametrize("precision", ["w4a16", "w4a4"])
+@pytest.mark.parametrize("precision", ["w4a16", "w4a4", "w4a4_dynamic"])
 def test_the_bounds_are_tight(precision):
     """A bound that allows anything would pass everything: at this size it is a few times what is measured."""
     case = helpers.make_case(2, tokens=24, hidden=64, intermediate=64, precision=precision, out_dtype=jnp.float32)
     options = {k: v for k, v in case.options.items() if k != "out_dtype"}
     result = helpers.compare(case.run(), *statement.moe(case.x, case.experts, case.routing, **options))
-    assert result.frobenius_bound < {"w4a16": 1e-3, "w4a4": 4e-3}[precision], str(result)
+    assert result.frobenius_bound < {"w4a16": 1e-3, "w4a4": 4e-3, "w4a4_dynamic": 4e-3}[precision], str(result)
 
 
 @pytest.mark.parametrize("gated", [True, False])

@@ -92,7 +92,7 @@ def test_fuzz_catches_a_handler_without_the_check(name, fuzzer, build_folder):
 # --- The registered target, through jax.ffi.ffi_call ----------------------------------------------------------------
 
 
-def _arguments(**options):
+def _arguments(precision="w4a4", **options):
     """Operands, result types and attributes of a valid call."""
     case = helpers.make_case(bias=True, **options)
     weights = list(expert_operands(case.experts).values())
@@ -100,7 +100,7 @@ def _arguments(**options):
     call = problem.Problem(
         num_tokens=case.x.shape[0], top_k=case.routing.expert_ids.shape[1], local_experts=weights[5].shape[0],
         hidden_size=case.x.shape[1], intermediate_size=weights[0].shape[2], activation=jax_moe.SwiGLU(),
-        precision="w4a4", combine="ordered", weight_on="output", out_dtype=jnp.dtype(jnp.float32),
+        precision=precision, combine="ordered", weight_on="output", out_dtype=jnp.dtype(jnp.float32),
         layout="canonical", command_buffer=True, absent=(),
     )  # fmt: skip
     results = [jax.ShapeDtypeStruct(case.x.shape, jnp.float32), *problem.cpu_workspaces(call)]
@@ -153,6 +153,16 @@ def test_wrong_result_is_refused(index):
 def test_wrong_number_of_results_is_refused():
     operands, results, attributes = _arguments()
     _assert_refused("results: got 6, needs 7", operands, results[:-1], attributes)
+    dynamic = attributes | {"precision": "w4a4_dynamic"}
+    _assert_refused("results: got 7, needs 9", operands, results, dynamic)
+
+
+@pytest.mark.parametrize("index", [7, 8])
+def test_wrong_scales_of_rows_are_refused(index):
+    operands, results, attributes = _arguments(precision="w4a4_dynamic")
+    assert np.isfinite(np.asarray(_call(operands, results, attributes)[0])).all()
+    results[index] = jax.ShapeDtypeStruct((results[index].shape[0] - 1,), jnp.float32)
+    _assert_refused("_scales", operands, results, attributes)
 
 
 @pytest.mark.parametrize("name", ["precision", "combine", "weight_on", "activation", "alpha", "beta", "limit"])
@@ -188,7 +198,7 @@ def test_x_that_is_weighted_cannot_be_rounded_already():
 @pytest.mark.parametrize("precision", ["w4a16_rounded_x", "w4a4_rounded_x ", "w4a4_rounded", "_rounded_x"])
 def test_no_other_precision_is_rounded(precision):
     operands, results, attributes = _arguments()
-    needs = "needs w4a16 | w4a4 | w4a4_rounded_x | w4a4_parcels"
+    needs = "needs w4a16 | w4a4 | w4a4_dynamic | w4a4_rounded_x | w4a4_parcels"
     _assert_refused(
         f"attribute precision: got '{precision}', {needs}", operands, results, attributes | {"precision": precision}
     )

@@ -32,6 +32,7 @@ MAP_BYTES = (8 * FEW_ROUTES + 1) * 4
 """Of what a CTA makes of few routes (device/few_routes.py)."""
 COSTS = SM90.cards[0].costs
 MODES = tuple(itertools.product(("w4a16", "w4a4"), ("atomic", "ordered")))
+DYNAMIC = "w4a4_dynamic"
 SWIGLU = activations.SwiGLU()
 GPT_OSS = activations.SwiGLU(alpha=1.702, beta=1.0, limit=7.0)
 RECORD = json.loads(record_cubins.FILE.read_text())
@@ -86,9 +87,14 @@ def planned_specs():
             )
     for model, tokens, precision in itertools.product(shapes.MODELS, shapes.TOKENS, ("w4a16", "w4a4")):
         calls.append(problem(model, tokens, precision, weight_on="input"))
+    calls += [problem("qwen3-30b-a3b", 64, DYNAMIC, weight_on=weight_on) for weight_on in ("output", "input")]
     specs = {launch.spec for call in calls for launch in lowering.launches(call)}
-    for config, call in itertools.product((*program.CONFIGS, program.FEW_UNITS), calls[: len(MODES)]):
-        specs |= set(program.gemms(call, config))
+    for config in (*program.CONFIGS, program.FEW_UNITS):
+        for call in (*calls[: len(MODES)], problem("qwen3-30b-a3b", 64, DYNAMIC)):
+            specs |= set(program.gemms(call, config))
+    for rows in (5, 300):  # as in tests/gpu/test_product.py
+        product = cuda_call.product(precision=DYNAMIC, num_rows=rows, num_groups=8, local_groups=8, out_features=1536)
+        specs |= {launch.spec for launch in lowering.launches(product)}
     specs |= set(product_specs()) | set(parcel_specs())
     return sorted(specs, key=lambda spec: spec.name)
 
@@ -142,7 +148,8 @@ def test_machine_code(spec):
     config = spec.config
     # The DSL adds up what the kernel allocates; the config's sum leaves room for alignment.
     tile_map = MAP_BYTES if spec.maps_routes else 0
-    assert config.shared_bytes - 4096 <= kernel.shared_bytes - tile_map <= config.shared_bytes
+    unused = 0 if spec.precision == DYNAMIC else 4 * config.m_warpgroups * config.token_tile  # scales of rows
+    assert config.shared_bytes - 4096 <= kernel.shared_bytes - tile_map + unused <= config.shared_bytes
     a_cta = sm90_specs.SHARED_MEMORY // config.ctas_per_sm - (1024 if config.ctas_per_sm > 1 else 0)
     assert kernel.shared_bytes <= a_cta
     assert counts[HGMMA] > 0
@@ -179,7 +186,7 @@ def test_every_planned_kernel_is_recorded_or_compiled():
     kinds = {spec.config if isinstance(spec, GEMMS) else type(spec) for spec in planned_specs()}
     assert kinds == {spec.config if isinstance(spec, GEMMS) else type(spec) for spec in compiled}
     assert {(type(spec), spec.precision) for spec in compiled if isinstance(spec, GEMMS)} == {
-        (kind, precision) for kind in GEMMS for precision in ("w4a16", "w4a4")
+        (kind, precision) for kind in GEMMS for precision in ("w4a16", "w4a4", DYNAMIC)
     }
 
 

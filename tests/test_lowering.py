@@ -27,6 +27,8 @@ _STEPS_OF_MODES = [
     ({"weight_on": "input"}, ["sort", "x_rows", "gemm1", "gemm2"]),
     ({"combine": "ordered"}, ["sort", "gemm1", "gemm2", "combine"]),
     ({"combine": "ordered", "precision": "w4a4"}, ["sort", "x_rows", "gemm1", "gemm2", "combine"]),
+    ({"precision": "w4a4_dynamic"}, ["sort", "x_rows", "gemm1", "h_rows", "gemm2"]),
+    ({"precision": "w4a4_dynamic", "num_tokens": 1}, ["sort", "x_rows", "gemm1", "h_rows", "gemm2"]),
     ({"num_tokens": 0}, []),
     ({"num_tokens": 17}, ["sort", "gemm1", "gemm2"]),
     ({"num_tokens": 16}, ["gemm1", "gemm2"]),
@@ -239,6 +241,7 @@ def test_workspaces_hold_the_worst_routing():
     [
         ({}, ["groups", "product"]),
         ({"precision": "w4a4", "bias": True}, ["groups", "x_rows", "product"]),
+        ({"precision": "w4a4_dynamic"}, ["groups", "x_rows", "product"]),
         ({"num_rows": 0}, []),
         ({"num_rows": 0, "precision": "w4a4"}, []),
     ],
@@ -267,6 +270,19 @@ def test_a_product_reads_x_or_what_the_pass_over_x_made():
     rows = cuda_call.arguments(quantised, "x_rows")
     assert (rows["input_scale"], rows["row_group"], rows["x_rows"]) == ("weights.input_scale", "row_group", "x_rows")
     assert cuda_call.arguments(quantised, "groups")["row_group"] == "row_group"
+    dynamic = cuda_call.product(precision="w4a4_dynamic", bias=True)
+    given = cuda_call.arguments(dynamic, "product")
+    assert [given[name] for name in names] == ["x_rows", "x_row_scales", "weights.bias", "out"]
+    assert cuda_call.arguments(dynamic, "groups")["row_group"] == "null"
+
+
+def test_scales_of_rows_are_not_for_blackwell_yet():
+    with pytest.raises(ValueError, match="got 'w4a4_dynamic', sm_100f has kernels for w4a16, w4a4"):
+        helpers.jax_moe.prepare(helpers.make_case().experts, "sm_100f", "w4a4_dynamic")
+    for layout in ("tcgen05_fp4_v1", "tcgen05_bf16_v1"):
+        for call in (cuda_call.problem, cuda_call.product):
+            with pytest.raises(ValueError, match=r"_dynamic' needs .*: jax_moe.prepare\(\w+, 'sm_90a'\)$"):
+                lowering.cuda_call(call(layout=layout, precision="w4a4_dynamic"))
 
 
 def test_a_product_on_blackwell_reads_x_or_its_codes():

@@ -57,7 +57,7 @@ def test_a_target_with_a_layout_for_each_precision_wants_to_know_which():
     experts = _case().experts
     with pytest.raises(ValueError, match=r"precision: got None, but sm_77x has a layout for each .*choose one"):
         jax_moe.prepare(experts, NAME)
-    with pytest.raises(ValueError, match="precision: got 'w8', needs one of 'w4a16', 'w4a4'"):
+    with pytest.raises(ValueError, match="precision: got 'w8', needs one of 'w4a16', 'w4a4', 'w4a4_dynamic'"):
         jax_moe.prepare(experts, NAME, "w8")
     assert jax_moe.prepare(experts, "sm_90a").layout == jax_moe.prepare(experts, "sm_90a", "w4a4").layout
 

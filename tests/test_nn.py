@@ -89,6 +89,19 @@ def test_w4a4_from_the_checkpoints_own_input_scales():
     )
 
 
+def test_a_checkpoint_without_input_scales_runs_with_those_of_each_row():
+    case = DATA / "modelopt-qwen3_moe-w4a16"
+    x = tokens(5)
+    module = MoE.from_checkpoint(case, 0, precision="w4a4_dynamic", combine="ordered")
+    assert module.experts.gate_up.input_scale is None
+    np.testing.assert_allclose(
+        np.asarray(module(x), np.float32),
+        by_hand(case, 0, x, precision="w4a4_dynamic", combine="ordered"),
+        rtol=2**-7,
+        atol=1e-5,
+    )
+
+
 def test_state_round_trip():
     module = MoE.from_checkpoint(DATA / "llmcompressor-gpt_oss", 0)
     graph, state = nnx.split(module)

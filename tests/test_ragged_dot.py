@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import statement
 
 import jax_moe
 from jax_moe import nvfp4
@@ -28,8 +29,9 @@ def exact_weights(rng, groups: int, n: int, c: int, *, bias=False) -> jax_moe.Pr
     )
 
 
-def exact_x(rng, rows: int, c: int) -> jax.Array:
-    return jnp.asarray(rng.integers(-8, 9, (rows, c)) / 4, jnp.bfloat16)
+def exact_x(rng, rows: int, c: int, precision="w4a16") -> jax.Array:
+    x = jnp.asarray(rng.integers(-8, 9, (rows, c)) / 4, jnp.bfloat16)
+    return x.at[:, 0].set(21 / 8) if precision == "w4a4_dynamic" else x  # its scale of each row is a power of two
 
 
 def dense(weights: jax_moe.Projection) -> np.ndarray:
@@ -46,7 +48,8 @@ def expected(x, weights, sizes, *, precision="w4a16", offset=0) -> np.ndarray:
         if not 0 <= local < len(matrices):
             continue
         mine = slice(end - size, end)
-        out[mine] = rounded(x[mine], weights.input_scale[local], precision) @ matrices[local].T
+        scale = None if weights.input_scale is None else weights.input_scale[local]
+        out[mine] = rounded(x[mine], scale, precision) @ matrices[local].T
         if weights.bias is not None:
             out[mine] += np.asarray(weights.bias[local], np.float64)
     return out
@@ -55,6 +58,9 @@ def expected(x, weights, sizes, *, precision="w4a16", offset=0) -> np.ndarray:
 def rounded(x: np.ndarray, scale, precision: str) -> np.ndarray:
     if precision == "w4a16":
         return x
+    if precision == "w4a4_dynamic":
+        scales = statement.row_scales(x.astype(np.float32))
+        return statement.dequantize(*statement.quantize(x, scales)) * scales[:, None].astype(np.float64)
     return np.asarray(ROUND(jnp.asarray(np.resize(x, (128, x.shape[1])), jnp.float32), scale), np.float64)[: len(x)]
 
 
@@ -72,10 +78,10 @@ def test_rows_are_multiplied_with_the_matrix_of_their_group(data):
     rows = sum(sizes) + draw(st.sampled_from([0, 0, 1, 9]))
     local = draw(st.integers(1, groups))
     offset = draw(st.integers(0, groups - local))
-    precision = draw(st.sampled_from(["w4a16", "w4a4"]))
+    precision = draw(st.sampled_from(["w4a16", "w4a4", "w4a4_dynamic"]))
     dtype = draw(st.sampled_from([jnp.bfloat16, jnp.float32]))
     weights = exact_weights(rng, local, n, c, bias=draw(st.booleans()))
-    x = exact_x(rng, rows, c)
+    x = exact_x(rng, rows, c, precision)
     got = jax_moe.ragged_dot(
         x, weights, jnp.asarray(sizes, jnp.int32), precision=precision, group_offset=offset, out_dtype=dtype
     )
@@ -97,8 +103,9 @@ def assert_equal(got, want):
     np.testing.assert_array_equal(np.asarray(got, np.float64), np.asarray(want, np.float64))
 
 
-@pytest.mark.parametrize("precision", ["w4a16", "w4a4"])
+@pytest.mark.parametrize("precision", ["w4a16", "w4a4", "w4a4_dynamic"])
 def test_the_oracle_is_the_same_function(case, precision):
+    case = exact_x(np.random.default_rng(0), ROWS, C, precision), *case[1:]
     got = jax.jit(jax_moe.reference.ragged_dot, static_argnames=("precision", "out_dtype"))(
         *case, precision=precision, out_dtype=jnp.float32
     )
@@ -168,7 +175,7 @@ def test_the_devices_of_a_mesh_add_up(case):
         jax.jit(jax_moe.ragged_dot)(x, placed, sizes)
 
 
-@pytest.mark.parametrize("precision", ["w4a16", "w4a4"])
+@pytest.mark.parametrize("precision", ["w4a16", "w4a4", "w4a4_dynamic"])
 def test_gradient_through_frozen_weights(case, precision):
     """Forward and reverse mode are the matrices themselves, rounding or not; and the second derivative is that of what
     is around."""
@@ -225,9 +232,9 @@ def test_vmap_over_weights_is_refused(case):
 def test_linear(shape):
     rng = np.random.default_rng(2)
     weights = jax.tree.map(lambda leaf: leaf[0], exact_weights(rng, 1, N, C, bias=True))
-    x = exact_x(rng, 6, C)[: int(np.prod(shape[:-1], dtype=int))].reshape(shape)
     lifted = jax.tree.map(lambda leaf: leaf[None], weights)
-    for precision in ("w4a16", "w4a4"):
+    for precision in ("w4a16", "w4a4", "w4a4_dynamic"):
+        x = exact_x(rng, 6, C, precision)[: int(np.prod(shape[:-1], dtype=int))].reshape(shape)
         got = jax.jit(jax_moe.linear, static_argnames="precision")(x, weights, precision=precision)
         rows = x.reshape(-1, C)
         want = jnp.asarray(expected(rows, lifted, [len(rows)], precision=precision), jnp.bfloat16)

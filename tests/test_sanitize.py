@@ -126,7 +126,7 @@ def test_a_failed_run_is_not_clean(tmp_path, monkeypatch, capsys):
 def test_every_precision_and_combine_is_there():
     kinds = {(o["precision"], o["combine"], o.get("weight_on")) for _, o in sanitize.CASES.values() if "combine" in o}
     assert {(p, c, None) for p in ("w4a16", "w4a4") for c in ("atomic", "ordered")} <= kinds
-    assert {o["precision"] for s, o in sanitize.CASES.values() if "rows" in s} == {"w4a16", "w4a4"}
+    assert {o["precision"] for s, o in sanitize.CASES.values() if "rows" in s} == {"w4a16", "w4a4", "w4a4_dynamic"}
 
 
 def test_the_cases_have_every_form_of_a_gemm_on_hopper():

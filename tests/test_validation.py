@@ -324,7 +324,7 @@ BAD = {
     "an unknown precision": (
         arguments_with(precision="fp8"),
         ValueError,
-        "precision: got 'fp8', needs one of 'w4a16', 'w4a4'",
+        "precision: got 'fp8', needs one of 'w4a16', 'w4a4', 'w4a4_dynamic'",
     ),
     "precision is None": (arguments_with(precision=None), ValueError, "precision: got None, needs one of"),
     "an unknown combine": (

@@ -30,6 +30,10 @@ ffi::Error DecodeWorkspaces(const Results& results, Call* call) {
       GetData("workspace intermediate", *results[5], ffi::F32, {routes, p.intermediate_size}, &call->intermediate));
   JAX_MOE_TRY(GetData("workspace sums", *results[6], ffi::F32, {sum_rows, p.hidden_size}, &call->sums));
   if (!ordered && !p.out_is_bf16()) call->sums = static_cast<float*>(p.out);
+  if (p.precision == Precision::kW4A4Dynamic) {
+    JAX_MOE_TRY(GetData("workspace x_scales", *results[7], ffi::F32, {x_rows}, &call->x_scales));
+    JAX_MOE_TRY(GetData("workspace intermediate_scales", *results[8], ffi::F32, {routes}, &call->intermediate_scales));
+  }
   return ffi::Error::Success();
 }
 
@@ -59,15 +63,15 @@ void SortRoutes(Call* call) {
 
 ffi::Error FusedMoe(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
                     ffi::Dictionary attributes) {
-  constexpr size_t kNumResults = 7;
   Operands operands(kOperandNames);
   Results results;
   Options options;
   Call call = {};
   int64_t intermediate_size = 0;
   JAX_MOE_TRY(operands.Take(args));
-  JAX_MOE_TRY(GetResults(rets, kNumResults, " (out and the workspaces of cpu_workspaces)", &results));
   JAX_MOE_TRY(DecodeOptions({attributes, ""}, &options));
+  const size_t num_results = options.precision == Precision::kW4A4Dynamic ? 9 : 7;
+  JAX_MOE_TRY(GetResults(rets, num_results, " (out and the workspaces of cpu_workspaces)", &results));
   if (options.x_form == XForm::kParcels)
     return Refuse("attribute precision: got 'w4a4_parcels', which only a GPU takes");
   JAX_MOE_TRY(CanonicalIntermediateSize(operands, &intermediate_size));
@@ -82,6 +86,9 @@ ffi::Error FusedMoe(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remainin
   call.down_unit_columns = UnitColumns(call.problem.hidden_size, threads);
   ParallelFor(pool, threads, call.num_x_rows(), [&](int64_t unit) { kernels.x_row(call, unit); });
   ParallelFor(pool, threads, call.num_gate_up_units(), [&](int64_t unit) { kernels.gate_up_unit(call, unit); });
+  if (call.problem.precision == Precision::kW4A4Dynamic) {
+    ParallelFor(pool, threads, call.num_rows, [&](int64_t unit) { kernels.intermediate_row(call, unit); });
+  }
   ParallelFor(pool, threads, call.num_down_units(), [&](int64_t unit) { kernels.down_unit(call, unit); });
   if (call.problem.combine == Combine::kOrdered) {
     ParallelFor(pool, threads, call.problem.num_tokens, [&](int64_t unit) { kernels.combine_row(call, unit); });

@@ -119,7 +119,7 @@ void Multiply(const WeightRows& weights, const float* const* inputs, int count, 
 }
 
 // A block of an intermediate or an activation as the GEMM will multiply it, global scale left out: w4a4 quantises and
-// expands again, w4a16 rounds to bf16.
+// expands again, all else rounds to bf16.
 inline void RoundBlock(Precision precision, float global_scale, float* values) {
   if (precision == Precision::kW4A4) {
     uint8_t codes[kBlockSize];
@@ -129,6 +129,18 @@ inline void RoundBlock(Precision precision, float global_scale, float* values) {
 #pragma GCC unroll 1  // unrolled early, it would not be vectorised
     for (int i = 0; i < kBlockSize; ++i) values[i] = RoundToBF16(values[i]);
   }
+}
+
+// Quantises a row in place, with a scale of its own (docs/numerics.md), which it returns.
+inline float QuantizeRow(float* row, int64_t size) {
+  uint32_t largest = 0;  // as in QuantizeBlock
+  for (int64_t i = 0; i < size; ++i) {
+    const uint32_t magnitude = BitsOf(row[i]) & 0x7FFFFFFFu;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  const float scale = RowScale(FloatOf(largest));
+  for (int64_t i = 0; i < size; i += kBlockSize) RoundBlock(Precision::kW4A4, scale, row + i);
+  return scale;
 }
 
 void XRow(const Call& call, int64_t row) {
@@ -148,6 +160,12 @@ void XRow(const Call& call, int64_t row) {
       RoundBlock(p.precision, *p.gate_up.input_scale, block);
     memcpy(to + h, block, sizeof(block));
   }
+  if (p.precision == Precision::kW4A4Dynamic) call.x_scales[row] = QuantizeRow(to, p.hidden_size);
+}
+
+void IntermediateRow(const Call& call, int64_t row) {
+  const int64_t size = call.problem.intermediate_size;
+  call.intermediate_scales[row] = QuantizeRow(call.intermediate + row * size, size);
 }
 
 // Sixteen sums scaled and biased.
@@ -160,7 +178,7 @@ inline void Finish(const float* sums, float scale, const float* bias, float* res
 
 void GateUpUnit(const Call& call, int64_t unit) {
   const Problem& p = call.problem;
-  const bool quantized = p.precision == Precision::kW4A4;
+  const bool quantized = p.precision == Precision::kW4A4, dynamic = p.precision == Precision::kW4A4Dynamic;
   const int64_t units_per_expert = p.intermediate_size / kColumns;
   const int64_t expert = call.active_experts[unit / units_per_expert];
   const int64_t column = unit % units_per_expert * kColumns;
@@ -170,17 +188,19 @@ void GateUpUnit(const Call& call, int64_t unit) {
   for (int64_t begin = call.expert_starts[expert]; begin < end; begin += kBlockTokens) {
     const int count = static_cast<int>(end - begin < kBlockTokens ? end - begin : kBlockTokens);
     const float* inputs[kBlockTokens];
+    float input_scales[kBlockTokens];
     for (int t = 0; t < count; ++t) {
       const int64_t row = p.weight_on == WeightOn::kInput ? begin + t : call.route_order[begin + t] / p.top_k;
       inputs[t] = call.x_rows + row * p.hidden_size;
+      input_scales[t] = dynamic ? call.x_scales[row] : input_scale;
     }
     alignas(64) float sums[2][kBlockTokens][kColumns];
     for (int64_t part = 0; part < p.num_parts; ++part) {
       const int64_t weight_row = (expert * p.num_parts + part) * p.intermediate_size + column;
       Multiply(WeightRows(p.gate_up, weight_row, p.hidden_size), inputs, count, sums[part]);
-      const float scale = input_scale * p.gate_up.global_scale[expert * p.num_parts + part];
+      const float global_scale = p.gate_up.global_scale[expert * p.num_parts + part];
       const float* bias = p.gate_up.bias == nullptr ? nullptr : p.gate_up.bias + weight_row;
-      for (int t = 0; t < count; ++t) Finish(sums[part][t], scale, bias, sums[part][t]);
+      for (int t = 0; t < count; ++t) Finish(sums[part][t], input_scales[t] * global_scale, bias, sums[part][t]);
     }
     for (int t = 0; t < count; ++t) {
       float block[kColumns];
@@ -206,7 +226,6 @@ void DownUnit(const Call& call, int64_t unit) {
   for (int64_t active = 0; active < call.num_active; ++active) {
     const int64_t expert = call.active_experts[active];
     const float input_scale = p.precision == Precision::kW4A4 ? p.down.input_scale[expert] : 1.0f;
-    const float scale = input_scale * p.down.global_scale[expert];
     const int64_t end = call.expert_starts[expert + 1];
     for (int64_t begin = call.expert_starts[expert]; begin < end; begin += kBlockTokens) {
       const int count = static_cast<int>(end - begin < kBlockTokens ? end - begin : kBlockTokens);
@@ -220,8 +239,10 @@ void DownUnit(const Call& call, int64_t unit) {
         for (int t = 0; t < count; ++t) {
           const int64_t route = call.route_order[begin + t];
           const float weight = p.weight_on == WeightOn::kInput ? 1.0f : p.routing_weights[route];
+          const float row_scale =
+              p.precision == Precision::kW4A4Dynamic ? call.intermediate_scales[begin + t] : input_scale;
           float block[kColumns];
-          Finish(sums[t], scale, bias, block);
+          Finish(sums[t], row_scale * p.down.global_scale[expert], bias, block);
           float* to = call.sums + (ordered ? route : route / p.top_k) * p.hidden_size + column;
           if (ordered) {
             for (int i = 0; i < kColumns; ++i) to[i] = weight * block[i];
@@ -289,6 +310,7 @@ void ProductRow(const ProductCall& call, int64_t row) {
     if (p.precision == Precision::kW4A4) RoundBlock(p.precision, input_scale, block);
     memcpy(to + c, block, sizeof(block));
   }
+  if (p.precision == Precision::kW4A4Dynamic) call.x_scales[row] = QuantizeRow(to, p.in_features);
 }
 
 void ProductUnit(const ProductCall& call, int64_t unit) {
@@ -298,7 +320,6 @@ void ProductUnit(const ProductCall& call, int64_t unit) {
   const int64_t past_last = first_column + call.unit_columns;
   const int64_t end_column = past_last < p.out_features ? past_last : p.out_features;
   const float input_scale = p.precision == Precision::kW4A4 ? p.weights.input_scale[group] : 1.0f;
-  const float scale = input_scale * p.weights.global_scale[group];
   const int64_t end = call.group_starts[group + 1];
   for (int64_t begin = call.group_starts[group]; begin < end; begin += kBlockTokens) {
     const int count = static_cast<int>(end - begin < kBlockTokens ? end - begin : kBlockTokens);
@@ -311,8 +332,9 @@ void ProductUnit(const ProductCall& call, int64_t unit) {
       Multiply(WeightRows(p.weights, weight_row, p.in_features), inputs, count, sums);
       for (int t = 0; t < count; ++t) {
         const int64_t at = (begin + t) * p.out_features + column;
+        const float row_scale = p.precision == Precision::kW4A4Dynamic ? call.x_scales[begin + t] : input_scale;
         float block[kColumns];
-        Finish(sums[t], scale, bias, block);
+        Finish(sums[t], row_scale * p.weights.global_scale[group], bias, block);
         if (p.out_is_bf16()) {
           for (int i = 0; i < kColumns; ++i) static_cast<uint16_t*>(p.out)[at + i] = BF16FromFloat(block[i]);
         } else {
@@ -325,6 +347,6 @@ void ProductUnit(const ProductCall& call, int64_t unit) {
 
 }  // namespace
 
-const Kernels JAX_MOE_KERNELS = {XRow, GateUpUnit, DownUnit, CombineRow, ProductRow, ProductUnit};
+const Kernels JAX_MOE_KERNELS = {XRow, GateUpUnit, IntermediateRow, DownUnit, CombineRow, ProductRow, ProductUnit};
 
 }  // namespace jax_moe

@@ -9,7 +9,7 @@
 
 namespace jax_moe {
 
-// A Problem and its workspaces, which are results 1 to 6 of the custom call (cpu_workspaces in Python).
+// A Problem and its workspaces, which are results 1 to 6, or 8, of the custom call (cpu_workspaces in Python).
 struct Call {
   Problem problem;
   int32_t* route_order;     // [T*K]: permuted row -> route
@@ -18,6 +18,9 @@ struct Call {
   float* x_rows;            // what GEMM1 multiplies: [T, H], or one row a permuted row for weight_on="input"
   float* intermediate;      // what GEMM2 multiplies: [T*K, I], by permuted row
   float* sums;              // ordered: contributions [T*K, H], by route; atomic: the fp32 output [T, H]
+  // Only w4a4_dynamic has these: the scale of each row of x_rows and of intermediate.
+  float* x_scales;
+  float* intermediate_scales;
 
   int64_t num_active;
   int64_t num_rows;           // permuted rows: the routes whose expert is local
@@ -28,12 +31,13 @@ struct Call {
   int64_t num_down_units() const { return (problem.hidden_size + down_unit_columns - 1) / down_unit_columns; }
 };
 
-// A Product and its workspaces, which are results 1 to 3 of the custom call (cpu_workspaces in Python).
+// A Product and its workspaces, which are results 1 to 3, or 4, of the custom call (cpu_workspaces in Python).
 struct ProductCall {
   Product problem;
   int32_t* group_starts;   // [G+1]: first row of each local group
   int32_t* active_groups;  // [G]: the local groups that have rows; num_active of them
   float* x_rows;           // what is multiplied: [T, C], for the rows of local groups
+  float* x_scales;         // w4a4_dynamic: the scale of each of these
 
   int64_t num_active;
   int64_t unit_columns;  // a multiple of 16
@@ -48,6 +52,8 @@ struct Kernels {
   void (*x_row)(const Call& call, int64_t unit);
   // 16 columns of `intermediate` for all rows of one expert: GEMM1, activation, rounding.
   void (*gate_up_unit)(const Call& call, int64_t unit);
+  // Row `unit` of `intermediate`, quantised with a scale of its own; for w4a4_dynamic.
+  void (*intermediate_row)(const Call& call, int64_t unit);
   // Some columns of `sums` (of the output, for atomic) for all rows of all experts: zeroing, GEMM2, weighting.
   void (*down_unit)(const Call& call, int64_t unit);
   // Output row `unit` from the contributions of its routes, in slot order; for ordered.

@@ -17,7 +17,9 @@ ffi::Error DecodeWorkspaces(const Results& results, ProductCall* call) {
   const Product& p = call->problem;
   JAX_MOE_TRY(GetData("workspace group_starts", *results[1], ffi::S32, {p.local_groups + 1}, &call->group_starts));
   JAX_MOE_TRY(GetData("workspace active_groups", *results[2], ffi::S32, {p.local_groups}, &call->active_groups));
-  return GetData("workspace x_rows", *results[3], ffi::F32, {p.num_rows, p.in_features}, &call->x_rows);
+  JAX_MOE_TRY(GetData("workspace x_rows", *results[3], ffi::F32, {p.num_rows, p.in_features}, &call->x_rows));
+  if (p.precision != Precision::kW4A4Dynamic) return ffi::Error::Success();
+  return GetData("workspace x_scales", *results[4], ffi::F32, {p.num_rows}, &call->x_scales);
 }
 
 // First row of each local group, and which of them have rows. Sizes that no rows are there for, and negative ones, are
@@ -43,14 +45,14 @@ void FindGroups(ProductCall* call) {
 
 ffi::Error RaggedDot(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
                      ffi::Dictionary attributes) {
-  constexpr size_t kNumResults = 4;
   Operands operands(kProductOperandNames);
   Results results;
   Precision precision;
   ProductCall call = {};
   JAX_MOE_TRY(operands.Take(args));
-  JAX_MOE_TRY(GetResults(rets, kNumResults, " (out and the workspaces of cpu_workspaces)", &results));
   JAX_MOE_TRY(DecodeProductPrecision({attributes, ""}, &precision));
+  const size_t num_results = precision == Precision::kW4A4Dynamic ? 5 : 4;
+  JAX_MOE_TRY(GetResults(rets, num_results, " (out and the workspaces of cpu_workspaces)", &results));
   JAX_MOE_TRY(DecodeProduct(operands, results, precision, &call.problem));
   JAX_MOE_TRY(DecodeCanonicalWeights(operands, &call.problem));
   JAX_MOE_TRY(DecodeWorkspaces(results, &call));

@@ -97,7 +97,8 @@ HandlerCall ValidCall(Random* random) {
   constexpr auto kS32 = XLA_FFI_DataType_S32;
   constexpr auto kBF16 = XLA_FFI_DataType_BF16;
   const std::string activation = random->Of<std::string>({"swiglu", "geglu", "relu2", "situ"});
-  const bool quantized = random->OneIn(2), ordered = random->OneIn(2), input = random->OneIn(2);
+  const bool quantized = random->OneIn(2), dynamic = !quantized && random->OneIn(2), ordered = random->OneIn(2),
+             input = random->OneIn(2);
   const int64_t t = random->Of<int64_t>({0, 1, 1, 2, 3, 5, 9}), k = random->Of<int64_t>({1, 2, 3, 4});
   const int64_t l = random->Of<int64_t>({1, 2, 3, 7}), p = activation == "relu2" ? 1 : 2;
   const int64_t h = 16 * (1 + random->Below(3)), i = 16 * (1 + random->Below(3));
@@ -136,6 +137,10 @@ HandlerCall ValidCall(Random* random) {
                                   : 0,
                     h}),
   };
+  if (dynamic) {
+    call.results.push_back(Buffer(kF32, {input ? t * k : t}));
+    call.results.push_back(Buffer(kF32, {t * k}));
+  }
   const float infinity = std::numeric_limits<float>::infinity();
   call.attributes = {
       {"activation", activation},
@@ -143,7 +148,8 @@ HandlerCall ValidCall(Random* random) {
       {"beta", random->Of<float>({0.0f, 1.0f, 4.0f, std::numeric_limits<float>::quiet_NaN()})},
       {"combine", ordered ? "ordered" : "atomic"},
       {"limit", random->Of<float>({infinity, 7.0f, 0.0f, -1.0f})},
-      {"precision", !quantized                  ? "w4a16"
+      {"precision", dynamic                     ? "w4a4_dynamic"
+                    : !quantized                ? "w4a16"
                     : input || random->OneIn(2) ? "w4a4"
                                                 : "w4a4_rounded_x"},
       {"weight_on", input ? "input" : "output"},
@@ -249,7 +255,8 @@ void SpoilAttribute(Random* random, HandlerCall* call) {
 }
 
 void Spoil(Random* random, HandlerCall* call) {
-  const bool needs_scales = std::get<std::string>(call->attributes["precision"]) != "w4a16";
+  const std::string& precision = std::get<std::string>(call->attributes["precision"]);
+  const bool needs_scales = precision != "w4a16" && precision != "w4a4_dynamic";
   switch (random->Below(9)) {
     case 0:
       SpoilAttribute(random, call);

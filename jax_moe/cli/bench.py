@@ -26,7 +26,7 @@ _LETTERS = "E,K,H,I"
 def bench(
     model: Annotated[str, typer.Option(help=f"The layer: {options.models(_LETTERS)}.")] = "16,4,1024,512",
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, as 1,32 or 1-8.")] = "1,32,256",
-    precision: Annotated[str, typer.Option(help="w4a16, w4a4, or both separated by a comma.")] = "w4a16,w4a4",
+    precision: Annotated[str, typer.Option(help="Of w4a16, w4a4 and w4a4_dynamic, with commas.")] = "w4a16,w4a4",
     combine: Annotated[str, typer.Option(help="atomic or ordered.")] = "atomic",
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs; the median is shown.")] = 20,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of weights, tokens and routing.")] = 0,

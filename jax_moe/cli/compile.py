@@ -42,7 +42,7 @@ def compile(
         int | None, typer.Option(help="E: experts that routes may name, groups that have a size; default L, G.")
     ] = None,
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, rows of x, as 1,32 or 1-8192.")] = "1-8192",
-    precision: Annotated[str, typer.Option(help="w4a16, w4a4, or both separated by a comma.")] = "w4a16",
+    precision: Annotated[str, typer.Option(help="Of w4a16, w4a4 and w4a4_dynamic, with commas.")] = "w4a16",
     combine: Annotated[str, typer.Option(help="atomic, ordered, or both separated by a comma.")] = "atomic",
     weight_on: Annotated[str, typer.Option(help="output, input, or both separated by a comma.")] = "output",
     out_dtype: Annotated[str, typer.Option(help="bfloat16, float32, or both separated by a comma.")] = "bfloat16",

@@ -310,6 +310,38 @@ class XRowsSpec(_SmallKernel):
         return -(-num_rows * (width // 16) // self.threads)
 
 
+class RowPass(_SmallKernel):
+    """A pass that finds a scale for each row (w4a4_dynamic), which ``row_threads`` threads look after."""
+
+    row_threads: int
+    threads = 128
+
+    def grid(self, num_rows: int) -> int:
+        """CTAs."""
+        return -(-num_rows * self.row_threads // self.threads)
+
+
+@dataclasses.dataclass(frozen=True)
+class DynamicXRowsSpec(RowPass):
+    """The pass over x that rounds each row with a scale of its own; ``per_route`` as of :class:`XRowsSpec`."""
+
+    per_route: bool
+
+    implementation = "jax_moe.kernels.device.dynamic_rows:XRows"
+    row_threads = 128
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        return {
+            "x": "bf16*", "routing_weights": "f32*", "x_rows": "bf16*", "row_scales": "f32*", "row_divisor": "i32",
+            "row_blocks": "i32",
+        }  # fmt: skip
+
+    @property
+    def name(self) -> str:
+        return f"jax_moe_x_rows_dynamic{'_weighted' if self.per_route else ''}"
+
+
 @dataclasses.dataclass(frozen=True)
 class ParcelsSpec(_SmallKernel):
     """x and its routing -> parcels, in which tokens travel (``jax_moe/parcels.py``)."""

@@ -10,7 +10,7 @@ from jax_moe.kernels import specs, tiling
 from jax_moe.kernels.device.constants import WORK_COUNTERS
 from jax_moe.kernels.target import Card, Launch, Program
 from jax_moe.parcels import Parcels
-from jax_moe.problem import Problem
+from jax_moe.problem import Precision, Problem
 from jax_moe.product.problem import Product
 
 Workspaces = dict[str, jax.ShapeDtypeStruct]
@@ -70,6 +70,8 @@ def x_rows(p: Problem) -> tuple[Launch, Workspaces]:
     if p.x_form == "parcels":
         return _parcel_rows(p)
     quantise, per_route, rows = p.precision == "w4a4", p.weight_on == "input", num_x_rows(p)
+    if p.precision == "w4a4_dynamic":
+        return _dynamic_rows(rows, p.hidden_size, p.top_k if per_route else 1, per_route)
     spec = specs.XRowsSpec(quantise=quantise, per_route=per_route)
     arguments = {
         **same("x", "routing_weights", "x_rows"), "input_scale": "gate_up.input_scale" if quantise else None,
@@ -77,6 +79,25 @@ def x_rows(p: Problem) -> tuple[Launch, Workspaces]:
     }  # fmt: skip
     workspaces = {"x_rows": jax.ShapeDtypeStruct((rows, p.hidden_size), jnp.bfloat16)}
     return Launch("x_rows", spec, spec.grid(rows, p.hidden_size), arguments), workspaces
+
+
+def _dynamic_rows(rows: int, width: int, row_divisor: int, per_route: bool) -> tuple[Launch, Workspaces]:
+    """The pass over x that finds the scale of each row; rows of x of no local group too."""
+    spec = specs.DynamicXRowsSpec(per_route)
+    arguments = {
+        **same("x", "x_rows"), "routing_weights": "routing_weights" if per_route else None,
+        "row_scales": "x_row_scales", "row_divisor": row_divisor, "row_blocks": width // 16,
+    }  # fmt: skip
+    workspaces = {
+        "x_rows": jax.ShapeDtypeStruct((rows, width), jnp.bfloat16),
+        "x_row_scales": jax.ShapeDtypeStruct((rows,), jnp.float32),
+    }
+    return Launch("x_rows", spec, spec.grid(rows), arguments), workspaces
+
+
+def _input_scale(precision: Precision, given: str, found: str) -> str | None:
+    """What a GEMM takes as ``input_scale``: that operand, or the workspace of each row's scale."""
+    return {"w4a16": None, "w4a4": given, "w4a4_dynamic": found}[precision]
 
 
 def _parcel_rows(p: Problem) -> tuple[Launch, Workspaces]:
@@ -133,13 +154,12 @@ def gemm1_arguments(p: Problem, maps_routes: bool = False) -> dict[str, str | in
 
     ``maps_routes``: it makes the tile map for itself, of the routes; else it reads the sort's.
     """
-    quantised = p.precision == "w4a4"
     return {
         **(_routes(p) if maps_routes else same("row_route", "tile_expert", "expert_tiles")), "h": "h",
         "payload": "gate_up.payload", "global_scale": "gate_up.global_scale",
-        "input_scale": "gate_up.input_scale" if quantised else None,
+        "input_scale": _input_scale(p.precision, "gate_up.input_scale", "x_row_scales"),
         "bias": "gate_up.bias" if p.has_gate_up_bias else None,
-        "down_input_scale": "down.input_scale" if quantised else None,
+        "down_input_scale": "down.input_scale" if p.precision == "w4a4" else None,
         "row_divisor": 1 if p.weight_on == "input" else p.top_k,
         "hidden_size": p.hidden_size, "local_experts": p.local_experts,
     }  # fmt: skip
@@ -152,7 +172,7 @@ def gemm2_arguments(p: Problem, maps_routes: bool = False) -> dict[str, str | in
     return {
         **(_routes(p) | weights if maps_routes else same(*TILE_MAP)), "h": "h",
         "payload": "down.payload", "global_scale": "down.global_scale",
-        "input_scale": "down.input_scale" if p.precision == "w4a4" else None,
+        "input_scale": _input_scale(p.precision, "down.input_scale", "h_row_scales"),
         "bias": "down.bias" if p.has_down_bias else None,
         "out": "contributions" if is_ordered else "out",
         "row_divisor": 1 if is_ordered else p.top_k,
@@ -217,7 +237,12 @@ def groups(p: Product, token_tile: int, card: Card) -> tuple[Launch, Workspaces]
 
 
 def rounded_rows(p: Product) -> tuple[Launch, Workspaces]:
-    """The pass over x of w4a4: the rows of local groups, rounded to NVFP4 with the scales of their groups."""
+    """The pass over x of w4a4: the rows of local groups, rounded to NVFP4 with the scales of their groups.
+
+    Of w4a4_dynamic: all rows, each with its own.
+    """
+    if p.precision == "w4a4_dynamic":
+        return _dynamic_rows(p.num_rows, p.in_features, 1, per_route=False)
     spec = specs.XRowsSpec(quantise=True, per_route=False, per_group=True)
     arguments = {
         **same("x", "x_rows", "row_group"), "routing_weights": None, "input_scale": "weights.input_scale",
@@ -245,11 +270,10 @@ def group_codes(p: Product, block_k: int) -> tuple[Launch, Workspaces]:
 
 def product_arguments(p: Product) -> dict[str, str | int | None]:
     """What every target's product takes; x and the numbers of its blocks are the target's."""
-    quantised = p.precision == "w4a4"
     return {
         **same("row_route", "tile_expert", "expert_tiles", "group_ends", "out"),
         "payload": "weights.payload", "global_scale": "weights.global_scale",
-        "input_scale": "weights.input_scale" if quantised else None,
+        "input_scale": _input_scale(p.precision, "weights.input_scale", "x_row_scales"),
         "bias": "weights.bias" if p.has_bias else None,
         "in_features": p.in_features, "out_features": p.out_features, "local_experts": p.local_groups,
     }  # fmt: skip

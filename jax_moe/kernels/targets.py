@@ -81,6 +81,7 @@ def for_call(
             f"jax_moe.prepare({argument}, {target.name!r}"
             + (f", {precision!r})" if len(set(target.layouts.values())) > 1 else ")")
             for target in TARGETS.values()
+            if precision in target.layouts
         )
         raise ValueError(
             f"{argument}.layout: got {layout!r}, on a GPU {function} with precision={precision!r} needs prepared "

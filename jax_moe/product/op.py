@@ -39,7 +39,8 @@ def ragged_dot(
       weights: ``[G, N, C]``, a projection of a single part (:func:`jax_moe.quantize_projection`); N a multiple of 16.
         On a GPU it must have gone through :func:`jax_moe.prepare`. ``input_scale``: ``[G]``, or ``[]`` for all groups.
       group_sizes: int32 ``[E]``, rows of each group, 0 or more; together T at most. The rows beyond are zeros.
-      precision: ``"w4a16"`` multiplies x as it is; ``"w4a4"`` rounds it to NVFP4 with ``weights.input_scale``.
+      precision: ``"w4a16"`` multiplies x as it is; ``"w4a4"`` rounds it to NVFP4 with ``weights.input_scale``;
+        ``"w4a4_dynamic"`` does so with a scale that it finds for each row.
       group_offset: the group that ``weights`` begin with, an int or an int32 scalar, traced or not. Rows of groups
         outside ``[group_offset, group_offset + G)`` are zeros, which is how a mesh divides groups: add up what its
         devices return. None: 0, and E must be G.
@@ -125,7 +126,7 @@ def _check_weights(weights: Projection, in_features: int, precision: str) -> tup
     elif precision == "w4a4":
         raise ValueError(
             "weights.input_scale: got None, precision='w4a4' needs it: for activations x of the layer, "
-            "jax_moe.nvfp4.global_scale_for(jax_moe.nvfp4.amax(x))"
+            "jax_moe.nvfp4.global_scale_for(jax_moe.nvfp4.amax(x)); precision='w4a4_dynamic' needs none"
         )
     return layout, groups, out_features
 

@@ -56,8 +56,11 @@ class Product:
 
 def cpu_workspaces(product: Product) -> list[jax.ShapeDtypeStruct]:
     """Scratch buffers of the CPU handler, as extra results of the custom call, in the order it binds them."""
-    return [
+    workspaces = [
         jax.ShapeDtypeStruct((product.local_groups + 1,), jnp.int32),  # group_starts: first row
         jax.ShapeDtypeStruct((product.local_groups,), jnp.int32),  # active_groups: those that have rows
         jax.ShapeDtypeStruct((product.num_rows, product.in_features), jnp.float32),  # x_rows: rounded
     ]
+    if product.precision == "w4a4_dynamic":
+        workspaces.append(jax.ShapeDtypeStruct((product.num_rows,), jnp.float32))  # x_scales
+    return workspaces

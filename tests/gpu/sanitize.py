@@ -42,10 +42,16 @@ CASES = {
     "tiles w4a16 ordered": (_TILES, dict(precision="w4a16", combine="ordered")),
     "tiles w4a4 atomic": (_TILES, dict(precision="w4a4", combine="atomic")),
     "weighted input w4a4 atomic": (_RAGGED, dict(precision="w4a4", combine="atomic", weight_on="input")),
+    "ragged w4a4_dynamic ordered": (_RAGGED, dict(precision="w4a4_dynamic", combine="ordered")),
+    "tiles w4a4_dynamic atomic": (_TILES, dict(precision="w4a4_dynamic", combine="atomic")),
     "product w4a16": (dict(group_sizes=[9, 0, 14, 150, 3], rows=180), dict(precision="w4a16")),
     "product w4a4": (dict(group_sizes=[4, 33, 0], rows=40), dict(precision="w4a4")),
+    "product w4a4_dynamic": (dict(group_sizes=[4, 33, 0], rows=40), dict(precision="w4a4_dynamic")),
 }
-"""By name: sizes, and options. Outputs are float32: for random values the definition's bounds hold for any order."""
+"""By name: sizes, and options. Outputs are float32: for random values the definition's bounds hold for any order.
+
+There are no kernels for w4a4_dynamic on Blackwell: there, name the other cases.
+"""
 
 _OPTIONS = {"captured": {"xla_gpu_graph_min_graph_size": 1}, "eager": {"xla_gpu_enable_command_buffer": ""}}
 _MARK = "CASE"

@@ -18,6 +18,7 @@ import jax_moe
 program = importlib.import_module(calls.target().program.__module__)
 _CAPTURE = {"xla_gpu_graph_min_graph_size": 1}
 _EAGER = {"xla_gpu_enable_command_buffer": ""}
+_PRECISIONS = ["w4a16", "w4a4", "w4a4_dynamic"] if "w4a4_dynamic" in calls.target().layouts else ["w4a16", "w4a4"]
 _SHAPES = {
     "one token": dict(tokens=1, hidden=64, intermediate=64, num_experts=4, top_k=2),
     "ragged": dict(tokens=37, hidden=112, intermediate=80, num_experts=5, top_k=3),
@@ -63,7 +64,7 @@ def _run(case: helpers.Case, times=3, compiler_options=_CAPTURE) -> np.ndarray:
 
 
 @pytest.mark.parametrize("combine", ["atomic", "ordered"])
-@pytest.mark.parametrize("precision", ["w4a16", "w4a4"])
+@pytest.mark.parametrize("precision", _PRECISIONS)
 @pytest.mark.parametrize("shape", _SHAPES)
 def test_shapes(poison, shape, precision, combine):
     case = helpers.make_case(1, **_SHAPES[shape], precision=precision, combine=combine)
@@ -90,7 +91,7 @@ def test_activations_and_biases(poison, activation, bias, combine, out_dtype):
     _check(_run(case), case)
 
 
-@pytest.mark.parametrize("precision", ["w4a16", "w4a4"])
+@pytest.mark.parametrize("precision", _PRECISIONS)
 @pytest.mark.parametrize("combine", ["atomic", "ordered"])
 def test_weight_on_the_input(poison, precision, combine):
     case = helpers.make_case(3, tokens=33, hidden=128, intermediate=64, precision=precision, combine=combine,
@@ -143,7 +144,7 @@ def _configs(precision):
     ("precision", "config"),
     [
         pytest.param(precision, config, id=f"{config.name}-{precision}")
-        for precision in ("w4a16", "w4a4")
+        for precision in _PRECISIONS
         for config in _configs(precision)
     ],
 )
@@ -240,7 +241,7 @@ def test_layers_in_a_scan(precision):
         _check(out, helpers.dataclasses.replace(case, x=cases[0].x))
 
 
-@pytest.mark.parametrize("precision", ["w4a16", "w4a4"])
+@pytest.mark.parametrize("precision", _PRECISIONS)
 @pytest.mark.parametrize("combine", ["atomic", "ordered"])
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("tokens", [1, 16, 300, 2500])

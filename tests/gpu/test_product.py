@@ -17,8 +17,11 @@ _VARIANTS = (
     dict(precision="w4a4", out_dtype=jnp.float32, bias=True),
     dict(precision="w4a16", out_dtype=jnp.float32, bias=True),
     dict(precision="w4a4", out_dtype=jnp.bfloat16, bias=False),
-)
-"""Every two neighbours have each precision, each type, and a bias or none."""
+    dict(precision="w4a4_dynamic", out_dtype=jnp.float32, bias=True),
+    dict(precision="w4a4_dynamic", out_dtype=jnp.bfloat16, bias=False),
+)[: 6 if "w4a4_dynamic" in calls.target().layouts else 4]
+"""Every two of the first four that are neighbours have each type, and a bias or none."""
+_PRECISIONS = list(dict.fromkeys(variant["precision"] for variant in _VARIANTS))
 
 
 def _sizes(rng, groups: int, rows: int) -> np.ndarray:
@@ -42,7 +45,7 @@ def _run(case: ProductCase, poison, times=3, compiler_options=_CAPTURE, **option
     return np.asarray(out)
 
 
-@pytest.mark.parametrize("precision", ["w4a16", "w4a4"])
+@pytest.mark.parametrize("precision", _PRECISIONS)
 @pytest.mark.parametrize("groups", [1, 8, 128])
 @pytest.mark.parametrize("rows", [1, 9, 33, 150, 513, 2049, 8192])
 def test_exact_products_have_the_bits_of_their_definition(poison, rows, groups, precision):
@@ -58,7 +61,7 @@ def test_exact_products_have_the_bits_of_their_definition(poison, rows, groups, 
         helpers.assert_bit_equal(out + 0, wanted)  # zeros may differ in sign: 0 - 0 depends on the order
 
 
-@pytest.mark.parametrize("variant", range(4))
+@pytest.mark.parametrize("variant", range(len(_VARIANTS)))
 @pytest.mark.parametrize("rows", [5, 300])
 def test_random_values_are_within_their_bound(poison, rows, variant):
     sizes = _sizes(np.random.default_rng(rows), 8, rows)

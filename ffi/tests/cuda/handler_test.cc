@@ -372,6 +372,9 @@ void TestStaticRefusals() {
   ExpectContains(Refused(&quantised), "none is given down.input_scale", "w4a4 without the scale of the intermediate");
   quantised.kernel_of["gemm2"]->Set("arguments", "operand:12 result:0");
   ExpectEqual(quantised.Instantiate(), "", "w4a4 with both");
+  CallSite dynamic({T});
+  dynamic.attributes.Set("precision", "w4a4_dynamic");
+  ExpectEqual(dynamic.Instantiate(), "", "w4a4_dynamic with neither");
 
   CallSite empty({0});
   ExpectEqual(empty.Run(), "", "without tokens no kernel is needed");

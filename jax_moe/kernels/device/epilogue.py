@@ -87,11 +87,27 @@ def _e2m1(value: Float32, inverse: Float32) -> Float32:
     return ptx.copy_sign((magnitude + magic) - magic, scaled)
 
 
-def _amax(values) -> Float32:
-    amax = ptx.absolute(values[0])
+def amax(values) -> Float32:
+    """The largest magnitude; NaN where there is one."""
+    largest = ptx.absolute(values[0])
     for value in values[1:]:
-        amax = ptx.maximum(amax, ptx.absolute(value))
-    return amax
+        largest = ptx.maximum(largest, ptx.absolute(value))
+    return largest
+
+
+@cute.jit
+def row_scale(amax: Float32) -> Float32:
+    """The global scale of a row with this largest magnitude (w4a4_dynamic); NaN and infinity stay."""
+    scale = ptx.divide(amax, Float32(6 * 448))
+    if scale < Float32(2.0**-64):
+        scale = Float32(2.0**-64)
+    return scale
+
+
+def round_block(values, global_scale: Float32):
+    """The values of one thread's block of 16, rounded: ``code * block_scale``."""
+    scale, inverse = _block_scale(amax(values), global_scale)
+    return [_round(value, scale, inverse) for value in values]
 
 
 def _pack(values, inverse: Float32) -> Uint32:
@@ -137,7 +153,7 @@ def _shared_scales(values, global_scale: Float32, lane, lanes: int, stride: int)
       Scale and inverse of the block that this lane looks after, and for every block a lane that does. With 2**b blocks
       (or, of fewer, room for so many) that is block ``lane * 2**b // lanes``.
     """
-    amaxes = [_amax(row) for row in values]
+    amaxes = [amax(row) for row in values]
     blocks = 1 << (len(values) - 1).bit_length()
     amaxes += [Float32(0.0)] * (blocks - len(values))
     # Each exchange halves the blocks that a lane looks after: it hands over the other half and takes in its own.
@@ -189,7 +205,7 @@ def quantise_block(values, global_scale: Float32, anywhere: cutlass.Constexpr = 
     ``anywhere``: by instructions that every target has, not only those with NVFP4 tensor cores.
     """
     pack = _pack_anywhere if anywhere else _pack
-    scale, inverse = _block_scale(_amax(values), global_scale)
+    scale, inverse = _block_scale(amax(values), global_scale)
     low, high = pack(values[:8], inverse), pack(values[8:], inverse)
     if scale == Float32(0.0):  # the products with zeros of either sign are right too, but a zero code is 0
         low, high = Uint32(0), Uint32(0)

@@ -47,9 +47,13 @@ def values_per_thread(spec) -> int:
     return 2 if spec.gated else 4
 
 
-def activated(spec, made, accumulators, j, c):
-    """The activated values of token ``8*j + 2*quad + c``; ``made`` by :func:`intermediate`."""
-    scales, biases = made.scales, made.biases
+def activated(spec, made, accumulators, j, c, row_scale=None):
+    """The activated values of token ``8*j + 2*quad + c``; ``made`` by :func:`intermediate`.
+
+    ``row_scale``: that of the token's values (w4a4_dynamic).
+    """
+    scales = made.scales if row_scale is None else [scale * row_scale for scale in made.scales]
+    biases = made.biases
     if spec.gated:
         gates = [accumulators[i][4 * j + c] * scales[0] + biases[0][i] for i in range(2)]
         ups = [accumulators[i][4 * j + 2 + c] * scales[1] + biases[1][i] for i in range(2)]
@@ -81,20 +85,26 @@ def contribution(op, spec, expert, feature, row_size, unscale: float):
     return named(scale=scale, biases=biases, column=column, row_bytes=row_size * size)
 
 
-def store_contribution(spec, made, accumulators, j, c, out_row, weight):
-    """Adds (atomic) or stores (ordered) that of token ``8*j + 2*quad + c``, if ``out_row`` is not negative."""
-    values = [value * weight for value in _scaled(made, accumulators, j, c)]
+def store_contribution(spec, made, accumulators, j, c, out_row, weight, row_scale=None):
+    """Adds (atomic) or stores (ordered) that of token ``8*j + 2*quad + c``, if ``out_row`` is not negative.
+
+    ``row_scale``: that of what was multiplied (w4a4_dynamic).
+    """
+    values = [value * weight for value in _scaled(made, accumulators, j, c, row_scale)]
     _store_row(spec, out_row >= 0, out_row, made.column, made.row_bytes, values)
 
 
-def store_product(spec, made, accumulators, j, c, out_row, end):
-    """Stores a grouped product's row ``8*j + 2*quad + c``, if it comes before ``end``."""
-    _store_row(spec, out_row < end, out_row, made.column, made.row_bytes, _scaled(made, accumulators, j, c))
+def store_product(spec, made, accumulators, j, c, out_row, end, row_scale=None):
+    """Stores a grouped product's row ``8*j + 2*quad + c``, if it comes before ``end``; ``row_scale`` as above."""
+    is_there = out_row < end
+    values = _scaled(made, accumulators, j, c, row_scale)
+    _store_row(spec, is_there, out_row, made.column, made.row_bytes, values)
 
 
-def _scaled(made, accumulators, j, c):
+def _scaled(made, accumulators, j, c, row_scale):
     sums = [accumulators[i // 2][4 * j + 2 * (i % 2) + c] for i in range(4)]
-    return [total * made.scale + bias for total, bias in zip(sums, made.biases, strict=True)]
+    scale = made.scale if row_scale is None else made.scale * row_scale
+    return [total * scale + bias for total, bias in zip(sums, made.biases, strict=True)]
 
 
 @cute.jit

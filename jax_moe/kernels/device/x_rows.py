@@ -13,7 +13,7 @@ from jax_moe.kernels.device.entry import array
 _BLOCK = 16  # as nvfp4.BLOCK_SIZE, which is host code
 
 
-class _Pass(entry.Kernel):
+class Pass(entry.Kernel):
     """``row_divisor``: row r comes from token r / row_divisor; ``row_blocks``: H / 16."""
 
     def _place(self):
@@ -39,7 +39,7 @@ class _Pass(entry.Kernel):
         return cute.make_tensor((base + Int64(index) * _BLOCK).align(16), cute.make_layout(_BLOCK))
 
 
-class XRows(_Pass):
+class XRows(Pass):
     """x, weighted and quantised as the spec says, as bf16."""
 
     @cute.kernel
@@ -64,7 +64,7 @@ class XRows(_Pass):
             cute.autovec_copy(loaded, self._block(given.x_rows, index))
 
 
-class XCodes(_Pass):
+class XCodes(Pass):
     """x, weighted as the spec says, as NVFP4: u8[rows, 8 * padded_blocks] codes and u8[rows, padded_blocks] scales.
 
     ``padded_blocks``: blocks of a row of these; those behind ``row_blocks`` are zeros.

@@ -12,7 +12,7 @@ from jax_moe import activations
 from jax_moe.kernels import steps, tiling
 from jax_moe.kernels.device.constants import FEW_ROUTES
 from jax_moe.kernels.sm90.device import weight_block
-from jax_moe.kernels.sm90.specs import Config, Gemm1Spec, Gemm2Spec, ProductSpec, with_most_stages
+from jax_moe.kernels.sm90.specs import Config, Gemm1Spec, Gemm2Spec, HRowsSpec, ProductSpec, with_most_stages
 from jax_moe.kernels.target import Card, Launch, Program
 from jax_moe.problem import Problem
 from jax_moe.product.problem import Product
@@ -112,7 +112,8 @@ def _maps_routes(p: Problem, config: Config) -> bool:
 
     Only in the configs for a few rows of each expert: few routes on few experts are no case to have kernels for.
     """
-    return 0 < p.num_routes <= FEW_ROUTES and config.m_warpgroups == 1
+    # The pass over h of w4a4_dynamic reads the sort's map.
+    return 0 < p.num_routes <= FEW_ROUTES and config.m_warpgroups == 1 and p.precision != "w4a4_dynamic"
 
 
 def _grid(card: Card, config: Config, tiles: int, row_blocks: int) -> int:
@@ -133,7 +134,7 @@ def build(p: Problem, card: Card) -> Program:
     num_experts = p.num_experts or p.local_experts
     config = best_config(card, max(1, p.num_tokens), p.top_k, num_experts)
     gemm1, gemm2 = gemms(p, config)
-    is_ordered, quantised = p.combine == "ordered", p.precision == "w4a4"
+    is_ordered, quantised = p.combine == "ordered", p.precision != "w4a16"
     has_x_rows = (quantised and p.x_form != "rounded") or p.weight_on == "input"
 
     # Weight blocks of the prepared weights: rows and contraction of gate_up and of down.
@@ -145,7 +146,7 @@ def build(p: Problem, card: Card) -> Program:
     h_blocks = gate_up_rows * weight_block.BLOCK_ROWS // parts // weight_block.BLOCK_K
 
     sort, workspaces = steps.sort(p, config.token_tile)
-    before, after = [sort], []
+    before, between, after = [sort], [], []
     if gemm1.maps_routes:
         before, workspaces = [], {}
     tiles = steps.num_tiles(p, config.token_tile)
@@ -153,6 +154,10 @@ def build(p: Problem, card: Card) -> Program:
     if has_x_rows:
         x_rows, more = steps.x_rows(p)
         before.append(x_rows)
+        workspaces |= more
+    if p.precision == "w4a4_dynamic":
+        h_rows, more = _h_rows(p, tiles * config.token_tile, config.token_tile, h_blocks)
+        between.append(h_rows)
         workspaces |= more
     if is_ordered:
         combine, more = steps.combine(p)
@@ -175,7 +180,7 @@ def build(p: Problem, card: Card) -> Program:
 
     blocks = p.local_experts * weight_block.BLOCK_BYTES
     return Program(
-        launches=(*before, launch1, launch2, *after) if p.num_tokens else (),
+        launches=(*before, launch1, *between, launch2, *after) if p.num_tokens else (),
         adds="gemm2" if p.num_tokens and not is_ordered else None,
         workspaces=workspaces,
         weight_bytes={  # a prepared payload has the block scales inside
@@ -184,6 +189,17 @@ def build(p: Problem, card: Card) -> Program:
         },
         sizes=steps.sizes(p, h_blocks * weight_block.BLOCK_K),
     )  # fmt: skip
+
+
+def _h_rows(p: Problem, rows: int, token_tile: int, h_blocks: int) -> tuple[Launch, steps.Workspaces]:
+    """The pass over h of w4a4_dynamic."""
+    spec = HRowsSpec()
+    arguments = {
+        **steps.same("h", "row_route", "expert_tiles"), "row_scales": "h_row_scales",
+        "local_experts": p.local_experts, "token_tile": token_tile, "h_blocks": h_blocks,
+    }  # fmt: skip
+    workspaces = {"h_row_scales": jax.ShapeDtypeStruct((rows,), jnp.float32)}
+    return Launch("h_rows", spec, spec.grid(rows), arguments), workspaces
 
 
 def product_spec(p: Product, config: Config) -> ProductSpec:
@@ -202,7 +218,7 @@ def build_product(p: Product, card: Card) -> Program:
     columns = _blocks(p.in_features, weight_block.BLOCK_K)
     groups, workspaces = steps.groups(p, config.token_tile, card)
     before, rows = [groups], "x"
-    if p.precision == "w4a4":
+    if p.precision != "w4a16":
         x_rows, more = steps.rounded_rows(p)
         before.append(x_rows)
         rows = "x_rows"

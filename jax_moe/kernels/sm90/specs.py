@@ -63,7 +63,7 @@ class Config:
         """Upper bound of what the kernel allocates."""
         barriers = 16 * self.stages
         units = 16 * self.stages + 16  # the unit that begins with a stage; the producers' next one, double-buffered
-        rows = 8 * self.m_warpgroups * self.token_tile  # GEMM2: output row and weight, a copy for each warpgroup
+        rows = 12 * self.m_warpgroups * self.token_tile  # GEMM2: output row, weight, scale; a copy for each warpgroup
         alignment = 1024
         return self.stages * self.stage_bytes + self.reduction_bytes + barriers + units + rows + alignment
 
@@ -140,6 +140,22 @@ class Gemm2Spec(_Wgmma, specs.Gemm2Spec):
             "out": specs.out_pointer(self.out_dtype),
             "hidden_size": "i32", "row_divisor": "i32", "local_experts": "i32", "m_blocks": "i32", "k_blocks": "i32",
             "h_blocks": "i32", **({"num_routes": "i32"} if self.maps_routes else {}),
+        }  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class HRowsSpec(specs.RowPass):
+    """The pass over h: rounds each row with a scale of its own (w4a4_dynamic)."""
+
+    implementation = "jax_moe.kernels.sm90.device.h_rows:HRows"
+    name = "jax_moe_h_rows"
+    row_threads = 32
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        return {
+            "h": "bf16*", "row_route": "i32*", "expert_tiles": "i32*", "row_scales": "f32*", "local_experts": "i32",
+            "token_tile": "i32", "h_blocks": "i32",
         }  # fmt: skip
 
 

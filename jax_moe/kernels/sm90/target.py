@@ -47,10 +47,10 @@ SM90 = Target(
     name="sm_90a",
     generation="Hopper",
     compute_capabilities=("9.0",),
-    layouts={"w4a16": "wgmma_v1", "w4a4": "wgmma_v1"},
+    layouts=dict.fromkeys(("w4a16", "w4a4", "w4a4_dynamic"), "wgmma_v1"),
     cards=(
         Card("H200", 132, 4.8, Costs(_H200_NANOSECONDS),
-             Ceilings(4.46e12, {"w4a16": 791e12, "w4a4": 791e12}, "measured on an H200")),
+             Ceilings(4.46e12, dict.fromkeys(("w4a16", "w4a4", "w4a4_dynamic"), 791e12), "measured on an H200")),
         _card("H100 80GB HBM3", 132, 3.35, 989),
         _card("H100 PCIe", 114, 2.0, 756),
         _card("H100 NVL", 132, 3.9, 835),

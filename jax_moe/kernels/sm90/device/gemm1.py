@@ -1,12 +1,12 @@
 """GEMM1 of sm_90a: x rows, gathered by route, times gate and up -> the activated intermediate."""
 
 import cutlass
-from cutlass import Int32, Int64
+from cutlass import Float32, Int32, Int64
 import cutlass.cute as cute
 
 from jax_moe.kernels.device import bf16_weights, epilogue, outputs, ptx
 from jax_moe.kernels.sm90.device import mainloop
-from jax_moe.kernels.sm90.device.mainloop import NEXT_UNIT, TOKEN_ROW_BYTES, WARPGROUP
+from jax_moe.kernels.sm90.device.mainloop import EPILOGUE, NEXT_UNIT, TOKEN_ROW_BYTES, WARPGROUP
 from jax_moe.kernels.sm90.device.weight_block import BLOCK_K
 
 _CHUNK_BYTES = 16
@@ -29,10 +29,22 @@ class Gemm1(mainloop.Gemm):
         return 1 + 4  # the thread that announces the weights, and each warp for its token rows
 
     def _allocate_rows(self, smem):
-        return None
+        return self._array(smem, Float32, self.config.m_warpgroups * self.n) if self.is_dynamic else None
 
     def _prefetch_epilogue(self, op, unit, tid):
-        return None
+        """w4a4_dynamic: the scales of token rows ``tid``, ``tid + 128``."""
+        if not self.is_dynamic:
+            return None
+        return tuple(self._row_scale(op, unit, first + tid) for first in range(0, self.n, WARPGROUP))
+
+    @cute.jit
+    def _row_scale(self, op, unit, row) -> Float32:
+        scale = Float32(0.0)
+        if row < self.n:
+            route = self._route(op, unit.token_tile, row)
+            if route >= 0:
+                scale = op.input_scale[route // op.row_divisor]
+        return scale
 
     @cute.jit
     def _produce(self, op, shared, tid):
@@ -126,10 +138,23 @@ class Gemm1(mainloop.Gemm):
     @cute.jit
     def _epilogue(self, op, shared, me, unit, prefetched, accumulators, width: cutlass.Constexpr):
         row_block = unit.m_tile * self.config.m_warpgroups + me.m_warpgroup
+        if cutlass.const_expr(self.is_dynamic):
+            self._share_scales(shared, me, prefetched)
         if row_block < op.m_blocks:
-            self._store(op, me, unit, row_block, accumulators, width)
+            self._store(op, shared, me, unit, row_block, accumulators, width)
 
-    def _store(self, op, me, unit, row_block, accumulators, width):
+    @cute.jit
+    def _share_scales(self, shared, me, scales):
+        """Gives this warpgroup's threads the scales of the unit's token rows."""
+        barrier = me.m_warpgroup + EPILOGUE
+        cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP)  # the unit before this one has been stored
+        for i in cutlass.range_constexpr(len(scales)):
+            row = i * WARPGROUP + me.tid
+            if row < self.n:
+                shared.rows[me.m_warpgroup * self.n + row] = scales[i]
+        cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP)
+
+    def _store(self, op, shared, me, unit, row_block, accumulators, width):
         spec = self.spec
         warp, group, quad = me.tid // 32, me.tid % 32 // 4, me.tid % 4
         unscale = 2.0**-bf16_weights.WEIGHT_LOG2
@@ -148,9 +173,14 @@ class Gemm1(mainloop.Gemm):
         # so that each lane computes one block's scale, by two slow divisions, and not each lane every block's.
         lanes = 8 if spec.gated else 4
         columns = [(j, c) for j in range(width // 8) for c in range(2)]
+        mine = me.m_warpgroup * self.n + 2 * quad
         for first in range(0, len(columns), lanes):
             some = columns[first : first + lanes]
-            values = [outputs.activated(spec, made, accumulators, j, c) for j, c in some]
+            scales = [shared.rows[mine + 8 * j + c] if self.is_dynamic else None for j, c in some]
+            values = [
+                outputs.activated(spec, made, accumulators, j, c, scale)
+                for (j, c), scale in zip(some, scales, strict=True)
+            ]
             if spec.precision == "w4a4":
                 values = epilogue.round_blocks(values, made.next_scale, group % lanes, lanes, 4)
             for (j, c), row in zip(some, values, strict=True):

@@ -20,19 +20,31 @@ class Gemm2(mainloop.Gemm):
 
     def _allocate_rows(self, smem):
         size = self.config.m_warpgroups * self.n
-        return self._array(smem, Int32, size), self._array(smem, Float32, size)
+        scales = self._array(smem, Float32, size) if self.is_dynamic else None
+        return self._array(smem, Int32, size), self._array(smem, Float32, size), scales
 
     def _prefetch_epilogue(self, op, unit, tid):
-        """Routes and weights of token rows ``tid``, ``tid + 128``; used after the main loop has hidden the loads."""
+        """Routes, weights and scales of token rows ``tid``, ``tid + 128``; used after the main loop has hidden the
+        loads.
+        """
         return tuple(self._load_row(op, unit, first + tid) for first in range(0, self.n, WARPGROUP))
 
     @cute.jit
     def _load_row(self, op, unit, row):
-        route, weight = Int32(-1), Float32(0.0)
+        route, weight, scale = Int32(-1), Float32(0.0), None
+        if cutlass.const_expr(self.is_dynamic):
+            scale = self._row_scale(op, unit, row)
         if row < self.n:
             route = self._route(op, unit.token_tile, row)
             weight = self._weight(op, unit.token_tile, row, route)
-        return route, weight
+        return route, weight, scale
+
+    @cute.jit
+    def _row_scale(self, op, unit, row) -> Float32:
+        scale = Float32(0.0)
+        if row < self.n:
+            scale = op.input_scale[unit.token_tile * self.n + row]
+        return scale
 
     @cute.jit
     def _weight(self, op, token_tile, row, route):
@@ -45,14 +57,16 @@ class Gemm2(mainloop.Gemm):
         return weight
 
     @cute.jit
-    def _share_row(self, op, shared, me, row, route, weight):
-        """Gives this warpgroup's threads the output row and weight of a token row."""
+    def _share_row(self, op, shared, me, row, route, weight, scale):
+        """Gives this warpgroup's threads the output row, weight and scale of a token row."""
         if row < self.n:
             out_row = Int32(-1)
             if route >= 0:
                 out_row = route // op.row_divisor
             shared.rows[0][me.m_warpgroup * self.n + row] = out_row
             shared.rows[1][me.m_warpgroup * self.n + row] = weight
+            if cutlass.const_expr(self.is_dynamic):
+                shared.rows[2][me.m_warpgroup * self.n + row] = scale
 
     @cute.jit
     def _produce(self, op, shared, tid):
@@ -126,4 +140,5 @@ class Gemm2(mainloop.Gemm):
             for c in range(2):
                 row = first_row + 8 * j + c
                 out_row, weight = shared.rows[0][row], shared.rows[1][row]
-                outputs.store_contribution(self.spec, made, accumulators, j, c, out_row, weight)
+                scale = shared.rows[2][row] if self.is_dynamic else None
+                outputs.store_contribution(self.spec, made, accumulators, j, c, out_row, weight, scale)

@@ -16,7 +16,8 @@ A stage is ``config.stage_blocks`` weight blocks for each m warpgroup and as man
                             GEMM2: one thread      (at first all stages are empty: producers begin with parity 1)
     REDUCTION_EMPTY, _FULL  k warpgroups > 1: warpgroup 0 lets the others write their sums, they let it read them
     NEXT_UNIT               GEMM1: the producers, once a unit: thread 0 has taken the next one
-    EPILOGUE + m warpgroup  GEMM2: one warpgroup: rows and weights of the unit may be, then are, written
+    EPILOGUE + m warpgroup  GEMM2, and GEMM1 in w4a4_dynamic: one warpgroup: rows, weights and scales of the unit may
+                            be, then are, written
     MAP_ROUTES              few routes: those who make the tile map, between its steps
 
 Both kernels are launched with programmatic dependent launch. GEMM1's producer waits for the preceding kernel before it
@@ -60,10 +61,16 @@ class Gemm(entry.Kernel):
 
     reads_early = False  # the tile map, before the kernel in front has ended
 
+    @property
+    def consumers_wait(self) -> bool:
+        """For the kernel in front, of which they read something themselves: scales of rows."""
+        return self.is_dynamic
+
     def __init__(self, spec):
         super().__init__(spec)
         self.read = schedule.reader(self.reads_early)
         self.config = config = spec.config
+        self.is_dynamic = spec.precision == "w4a4_dynamic"  # rows of tokens have a scale each
         self.n = config.token_tile
         self.stages = config.stages
         self.blocks = config.stage_blocks
@@ -363,6 +370,8 @@ class Gemm(entry.Kernel):
 
     @cute.jit
     def _consume(self, op, shared, tid, consumer):
+        if cutlass.const_expr(self.consumers_wait):
+            cute.arch.griddepcontrol_wait()  # what another thread has waited for need not be visible to them
         me = named(tid=tid, m_warpgroup=consumer, k_warpgroup=Int32(0))
         if cutlass.const_expr(self.config.k_warpgroups > 1):
             me = named(tid=tid, m_warpgroup=Int32(0), k_warpgroup=consumer)

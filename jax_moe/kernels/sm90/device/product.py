@@ -1,6 +1,6 @@
 """The grouped product of sm_90a: x rows, gathered as GEMM1 does, times the matrices of their groups -> out."""
 
-from cutlass import Int32
+from cutlass import Float32, Int32
 import cutlass.cute as cute
 
 from jax_moe.kernels.device import bf16_weights, outputs
@@ -13,15 +13,14 @@ class Product(gemm1.Gemm1):
 
     arrays = ("row_route", "tile_expert", "expert_tiles", "group_ends", "global_scale", "input_scale", "bias")
 
+    consumers_wait = True  # they read the tile map too
+
     def _operands(self, given):
         """With the names that GEMM1 gives x's rows: a row comes from the row of its own number."""
         return named(hidden_size=given.in_features, row_divisor=Int32(1), **super()._operands(given)._asdict())
 
-    @cute.jit
-    def _consume(self, op, shared, tid, consumer):
-        # Consumers read the tile map too, and what another thread has waited for need not be visible to them.
-        cute.arch.griddepcontrol_wait()
-        gemm1.Gemm1._consume(self, op, shared, tid, consumer)
+    def _allocate_rows(self, smem):
+        return None
 
     def _prefetch_epilogue(self, op, unit, tid):
         """The first row of the tile, and the one behind its group's last: rows of a group are neighbours."""
@@ -41,4 +40,13 @@ class Product(gemm1.Gemm1):
         made = outputs.contribution(op, self.spec, unit.expert, feature, op.out_features, unscale)
         for j in range(width // 8):
             for c in range(2):
-                outputs.store_product(self.spec, made, accumulators, j, c, first + 8 * j + c, end)
+                row = first + 8 * j + c
+                scale = self._row_scale(op, row, end) if self.is_dynamic else None
+                outputs.store_product(self.spec, made, accumulators, j, c, row, end, scale)
+
+    @cute.jit
+    def _row_scale(self, op, row, end) -> Float32:
+        scale = Float32(0.0)
+        if row < end:
+            scale = op.input_scale[row]
+        return scale
