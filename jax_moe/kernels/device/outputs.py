@@ -92,6 +92,16 @@ def store_product(spec, made, accumulators, j, c, out_row, end):
     _store_row(spec, out_row < end, out_row, made.column, made.row_bytes, _scaled(made, accumulators, j, c))
 
 
+def store_product_or_zeros(spec, made, sums, c, out_row, end, num_rows):
+    """Stores a row of the ``num_rows`` of a product, zeros from ``end`` on, of what a thread has of 8 tokens' sums.
+
+    ``sums``: its ``accumulators``, one half after the other; ``c``: which of its two neighbouring tokens.
+    """
+    values = _scaled(made, (sums[:4], sums[4:]), 0, c)
+    values = [cutlass.select_(out_row < end, value, Float32(0.0)) for value in values]
+    _store_row(spec, out_row < num_rows, out_row, made.column, made.row_bytes, values)
+
+
 def _scaled(made, accumulators, j, c):
     sums = [accumulators[i // 2][4 * j + 2 * (i % 2) + c] for i in range(4)]
     return [total * made.scale + bias for total, bias in zip(sums, made.biases, strict=True)]

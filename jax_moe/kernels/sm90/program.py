@@ -12,7 +12,7 @@ from jax_moe import activations
 from jax_moe.kernels import steps, tiling
 from jax_moe.kernels.device.constants import FEW_ROUTES
 from jax_moe.kernels.sm90.device import weight_block
-from jax_moe.kernels.sm90.specs import Config, Gemm1Spec, Gemm2Spec, ProductSpec, with_most_stages
+from jax_moe.kernels.sm90.specs import Config, Gemm1Spec, Gemm2Spec, LinearSpec, ProductSpec, with_most_stages
 from jax_moe.kernels.target import Card, Launch, Program
 from jax_moe.problem import Problem
 from jax_moe.product.problem import Product
@@ -197,6 +197,8 @@ def build_product(p: Product, card: Card) -> Program:
     Raises:
       ValueError: a size is beyond what the kernels take.
     """
+    if p.num_groups == p.local_groups == 1:
+        return linear_with_form(p, card, *linear_form(card, p))
     config = best_config(card, max(1, p.num_rows), 1, p.num_groups)
     row_blocks = _blocks(p.out_features, weight_block.BLOCK_ROWS)
     columns = _blocks(p.in_features, weight_block.BLOCK_K)
@@ -214,6 +216,30 @@ def build_product(p: Product, card: Card) -> Program:
     })  # fmt: skip
     bytes_per_matrix = row_blocks * columns * weight_block.BLOCK_BYTES
     return steps.product_program(p, (*before, product), workspaces, bytes_per_matrix)
+
+
+def linear_form(card: Card, p: Product) -> tuple[Config, int]:
+    return CONFIGS[0], 1
+
+
+def linear_with_form(p: Product, card: Card, config: Config, split: int) -> Program:
+    """The program of a product with one matrix, whatever :func:`build_product` would choose.
+
+    Raises:
+      ValueError: a size is beyond what the kernels take.
+    """
+    row_blocks, columns = (_blocks(p.out_features, weight_block.BLOCK_ROWS), _blocks(p.in_features, weight_block.BLOCK_K))
+    before, workspaces, rows = [], {}, "x"
+    if p.precision == "w4a4":
+        x_rows, workspaces = steps.rounded_rows(p, per_group=False)
+        before, rows = [x_rows], "x_rows"
+    spec = LinearSpec(config, p.precision, str(p.out_dtype), p.has_bias, split)
+    units = _blocks(row_blocks, config.m_warpgroups) * _blocks(p.num_rows, config.token_tile)
+    grid = units * split if split > 1 else min(card.multiprocessors * config.ctas_per_sm, units)
+    launch = Launch("product", spec, grid, {
+        **steps.linear_arguments(p), "x": rows, "m_blocks": row_blocks, "k_blocks": columns,
+    })  # fmt: skip
+    return steps.product_program(p, (*before, launch), workspaces, row_blocks * columns * weight_block.BLOCK_BYTES)
 
 
 def _blocks(size: int, block: int) -> int:

@@ -157,3 +157,32 @@ class ProductSpec(_Wgmma, specs.ProductSpec):
             "out": specs.out_pointer(self.out_dtype),
             "in_features": "i32", "out_features": "i32", "local_experts": "i32", "m_blocks": "i32", "k_blocks": "i32",
         }  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearSpec(_Wgmma, specs.ProductSpec):
+    """The product with one matrix, which needs no tile map: what its units are is known without one.
+
+    Attributes:
+      split: CTAs of a cluster, which share the contraction of a unit.
+    """
+
+    split: int = 1
+
+    implementation = "jax_moe.kernels.sm90.device.linear:Linear"
+
+    @property
+    def cluster(self) -> int:
+        return self.split
+
+    @property
+    def name(self) -> str:
+        return super().name.replace("product", "linear") + (f"_split{self.split}" if self.split > 1 else "")
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        return {
+            "x": "bf16*", "group_sizes": "i32*", "group_offset": "i32*", "payload": "u8*", "global_scale": "f32*",
+            "input_scale": "f32*", "bias": "f32*", "out": specs.out_pointer(self.out_dtype), "num_rows": "i32",
+            "in_features": "i32", "out_features": "i32", "m_blocks": "i32", "k_blocks": "i32",
+        }  # fmt: skip

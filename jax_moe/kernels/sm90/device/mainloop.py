@@ -285,6 +285,15 @@ class Gemm(entry.Kernel):
             return few_routes.route(op.tiles, token_tile, row)
         return self.read(op.row_route, token_tile * self.n + row)
 
+    def _first_unit(self):
+        """The unit that this CTA begins with."""
+        index, _, _ = cute.arch.block_idx()
+        return index
+
+    def _part(self, op):
+        """``(first, end)`` of the blocks of the contraction that this CTA takes of each unit."""
+        return 0, op.k_blocks
+
     def _take(self, op, index, gemm, ctas):
         """The unit of GEMM1 (``gemm`` 0) or GEMM2 (1) that this CTA does after unit ``index``."""
         if self.spec.maps_routes:
@@ -387,7 +396,8 @@ class Gemm(entry.Kernel):
         a_shape = thread_mma.partition_shape_A((64, BLOCK_K))
         sets = 1 if self.group_per_half else 2
         fragment_sets = [[mma.make_fragment_A(a_shape) for _ in range(2)] for _ in range(sets)]
-        slot, phase = self._main_loop(mma, accumulators, fragment_sets, tokens, shared, me, slot, phase, op.k_blocks)
+        first, end = self._part(op)
+        slot, phase = self._main_loop(mma, accumulators, fragment_sets, tokens, shared, me, slot, phase, end - first)
         if cutlass.const_expr(self.config.k_warpgroups > 1):
             self._add_up(accumulators, shared, me)
         if me.k_warpgroup == 0:
