@@ -40,17 +40,36 @@ warpgroups for one unit."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Costs:
-    """Nanoseconds that a multiprocessor takes for a weight block of GEMM1.
+class Starts:
+    """What a CTA takes besides its blocks, in the two forms of the first config (:func:`fitted`); nanoseconds.
 
     Attributes:
-      nanoseconds: for its instructions, by m warpgroups and then by the rows that it is multiplied with; where they
-        were measured, with all that memory adds.
-      memory: to bring it, where that is not in there: once, however many tiles an expert has. The one hides the other
-        but for a tenth.
+      usual: a GEMM of two CTAs a multiprocessor.
+      alone: of :data:`FEW_UNITS`.
+      block: what a block takes of one CTA with four warpgroups, where one of two with two each takes 1.
+      turns: units a multiprocessor; where there are more, they even out, whichever CTA takes them.
+    """
+
+    usual: float
+    alone: float
+    block: float
+    turns: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """What a card's kernels are chosen by.
+
+    Attributes:
+      nanoseconds: that a multiprocessor takes for the instructions of a weight block of GEMM1, by m warpgroups and then by
+        the rows that it is multiplied with; where they were measured, with all that memory adds.
+      starts: of few units.
+      memory: nanoseconds to bring a block, where that is not in there: once, however many tiles an expert has. The one
+        hides the other but for a tenth.
     """
 
     nanoseconds: Mapping[int, Mapping[int, float]]
+    starts: Starts
     memory: float = 0.0
 
 
@@ -70,32 +89,31 @@ def _cost(costs: Costs, rows: int, config: Config) -> float:
     return max(costs.memory, busy) + min(costs.memory, busy) / 10
 
 
-def fitted(config: Config, card: Card, units: int, k_blocks: int) -> Config:
-    """``config``, or :data:`FEW_UNITS` where that takes less time.
+def fitted(config: Config, card: Card, routes: tuple[int, int, int, int], row_blocks: int, k_blocks: int) -> Config:
+    """``config``, or :data:`FEW_UNITS` where that is likely to take less time.
 
     What counts is how many units the busiest multiprocessor has. With two CTAs on each, up to twice as many units as
     multiprocessors are a unit for each CTA, and some multiprocessor has two of them, however few they are: where a CTA
-    goes is nobody's choice. The microseconds are of an H200 (benchmarks/notes-h200.md, T = 1).
+    goes is nobody's choice. One expert more may be one turn more, so each number of experts counts as it is likely.
 
     Args:
       config: chosen for its token tile.
       card: whose multiprocessors share the units.
-      units: expected number of them.
-      k_blocks: of a unit.
+      routes: T, K, E and L.
+      row_blocks, k_blocks: of an expert's matrix.
     """
-    count = card.multiprocessors
-    if config != CONFIGS[0] or units > 3 * count:  # with more, units that take turns even out
+    if config != CONFIGS[0]:
         return config
-    unit = _cost(card.costs, 8, config) / 1000 * k_blocks
-    usual = 2.5 + unit * 2 * math.ceil(units / (2 * count))
-    alone = 3.0 + unit * 1.04 * math.ceil(units / count)
+    tokens, top_k, num_experts, local_experts = routes
+    tiles = min(local_experts, num_experts) * tokens * min(1.0, top_k / num_experts) / config.token_tile  # all full
+    starts, unit = card.costs.starts, _cost(card.costs, config.token_tile, config) * k_blocks
+    usual = alone = 0.0
+    for experts, likelihood in tiling.touched(*routes):
+        turns = max(experts, tiles) * row_blocks / card.multiprocessors
+        even = turns > starts.turns
+        usual += likelihood * (starts.usual + unit * (turns if even else 2 * math.ceil(turns / 2)))
+        alone += likelihood * (starts.alone + unit * starts.block * (turns if even else math.ceil(turns)))
     return FEW_UNITS if alone < usual else config
-
-
-def _likely_tiles(config: Config, num_tokens: int, local_experts: int, share: float) -> int:
-    """Expected number of tiles; ``share``: of the tokens that choose one expert. Few tokens fill one tile an expert."""
-    touched = local_experts * (1 - (1 - share) ** num_tokens)
-    return round(max(touched, local_experts * share * num_tokens / config.token_tile))
 
 
 def gemms(p: Problem, config: Config) -> tuple[Gemm1Spec, Gemm2Spec]:
@@ -120,7 +138,7 @@ def _grid(card: Card, config: Config, tiles: int, row_blocks: int) -> int:
 
     One without work holds up the next kernel, which starts when all have run (benchmarks/notes-h200.md, T = 1).
     """
-    return min(card.multiprocessors * config.ctas_per_sm, tiles * _blocks(row_blocks, config.m_warpgroups))
+    return min(card.multiprocessors * config.ctas_per_sm, tiles * tiling.blocks(row_blocks, config.m_warpgroups))
 
 
 def build(p: Problem, card: Card) -> Program:
@@ -138,10 +156,10 @@ def build(p: Problem, card: Card) -> Program:
 
     # Weight blocks of the prepared weights: rows and contraction of gate_up and of down.
     parts = activations.num_parts(p.activation)
-    gate_up_rows = _blocks(parts * p.intermediate_size, weight_block.BLOCK_ROWS)
-    gate_up_columns = _blocks(p.hidden_size, weight_block.BLOCK_K)
-    down_rows = _blocks(p.hidden_size, weight_block.BLOCK_ROWS)
-    down_columns = _blocks(p.intermediate_size, weight_block.BLOCK_K)
+    gate_up_rows = tiling.blocks(parts * p.intermediate_size, weight_block.BLOCK_ROWS)
+    gate_up_columns = tiling.blocks(p.hidden_size, weight_block.BLOCK_K)
+    down_rows = tiling.blocks(p.hidden_size, weight_block.BLOCK_ROWS)
+    down_columns = tiling.blocks(p.intermediate_size, weight_block.BLOCK_K)
     h_blocks = gate_up_rows * weight_block.BLOCK_ROWS // parts // weight_block.BLOCK_K
 
     sort, workspaces = steps.sort(p, config.token_tile)
@@ -159,9 +177,9 @@ def build(p: Problem, card: Card) -> Program:
         after.append(combine)
         workspaces |= more
 
-    likely = _likely_tiles(config, p.num_tokens, p.local_experts, min(1.0, p.top_k / num_experts))
-    config1 = fitted(config, card, likely * gate_up_rows, gate_up_columns)
-    config2 = fitted(config, card, likely * down_rows, down_columns)
+    routes = p.num_tokens, p.top_k, num_experts, p.local_experts
+    config1 = fitted(config, card, routes, gate_up_rows, gate_up_columns)
+    config2 = fitted(config, card, routes, down_rows, down_columns)
     gemm1, gemm2 = dataclasses.replace(gemm1, config=config1), dataclasses.replace(gemm2, config=config2)
     grid1, grid2 = _grid(card, config1, tiles, gate_up_rows), _grid(card, config2, tiles, down_rows)
     launch1 = Launch("gemm1", gemm1, grid1, {
@@ -200,8 +218,8 @@ def build_product(p: Product, card: Card) -> Program:
     if p.num_groups == p.local_groups == 1:
         return linear_with_form(p, card, *linear_form(card, p))
     config = best_config(card, max(1, p.num_rows), 1, p.num_groups)
-    row_blocks = _blocks(p.out_features, weight_block.BLOCK_ROWS)
-    columns = _blocks(p.in_features, weight_block.BLOCK_K)
+    row_blocks = tiling.blocks(p.out_features, weight_block.BLOCK_ROWS)
+    columns = tiling.blocks(p.in_features, weight_block.BLOCK_K)
     groups, workspaces = steps.groups(p, config.token_tile, card)
     before, rows = [groups], "x"
     if p.precision == "w4a4":
@@ -209,9 +227,9 @@ def build_product(p: Product, card: Card) -> Program:
         before.append(x_rows)
         rows = "x_rows"
         workspaces |= more
-    likely = _likely_tiles(config, p.num_rows, p.local_groups, 1 / p.num_groups)
-    config = fitted(config, card, likely * row_blocks, columns)
-    product = Launch("product", product_spec(p, config), card.multiprocessors * config.ctas_per_sm, {
+    config = fitted(config, card, (p.num_rows, 1, p.num_groups, p.local_groups), row_blocks, columns)
+    grid = _grid(card, config, workspaces["tile_expert"].size, row_blocks)
+    product = Launch("product", product_spec(p, config), grid, {
         **steps.product_arguments(p), "x": rows, "m_blocks": row_blocks, "k_blocks": columns,
     })  # fmt: skip
     bytes_per_matrix = row_blocks * columns * weight_block.BLOCK_BYTES
@@ -228,19 +246,15 @@ def linear_with_form(p: Product, card: Card, config: Config, split: int) -> Prog
     Raises:
       ValueError: a size is beyond what the kernels take.
     """
-    row_blocks, columns = (_blocks(p.out_features, weight_block.BLOCK_ROWS), _blocks(p.in_features, weight_block.BLOCK_K))
+    row_blocks, columns = (tiling.blocks(p.out_features, weight_block.BLOCK_ROWS), tiling.blocks(p.in_features, weight_block.BLOCK_K))
     before, workspaces, rows = [], {}, "x"
     if p.precision == "w4a4":
         x_rows, workspaces = steps.rounded_rows(p, per_group=False)
         before, rows = [x_rows], "x_rows"
     spec = LinearSpec(config, p.precision, str(p.out_dtype), p.has_bias, split)
-    units = _blocks(row_blocks, config.m_warpgroups) * _blocks(p.num_rows, config.token_tile)
+    units = tiling.blocks(row_blocks, config.m_warpgroups) * tiling.blocks(p.num_rows, config.token_tile)
     grid = units * split if split > 1 else min(card.multiprocessors * config.ctas_per_sm, units)
     launch = Launch("product", spec, grid, {
         **steps.linear_arguments(p), "x": rows, "m_blocks": row_blocks, "k_blocks": columns,
     })  # fmt: skip
     return steps.product_program(p, (*before, launch), workspaces, row_blocks * columns * weight_block.BLOCK_BYTES)
-
-
-def _blocks(size: int, block: int) -> int:
-    return -(-size // block)
