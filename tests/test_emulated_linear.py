@@ -57,7 +57,7 @@ def test_hostile_sizes_and_offsets_are_zeros(form, size, offset):
 
 
 @each_form
-def test_rows_behind_the_group_are_never_read(form):
+def test_what_is_behind_the_group_reaches_nothing(form):
     case = make_case(2, [form[0].token_tile + 3], 2 * form[0].token_tile + 5, in_features=576)
     wanted = expected(case)
     case = dataclasses.replace(case, x=case.x.at[form[0].token_tile + 3 :].set(jnp.nan))

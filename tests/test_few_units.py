@@ -137,7 +137,7 @@ def test_the_card_decides():
     """A card on which a CTA on its own takes longer, or starts later, has none."""
     one, costs = (1, 1, 1, 1), H200.costs
     for changes in (dict(block=2.1), dict(alone=1e9), dict(turns=0)):
-        card = dataclasses.replace(H200, costs=dataclasses.replace(costs, starts=dataclasses.replace(costs.starts, **changes)))
+        card = dataclasses.replace(H200, costs=dataclasses.replace(costs, few_units=dataclasses.replace(costs.few_units, **changes)))
         assert program.fitted(USUAL, card, one, 1, 300) == USUAL
 
 

@@ -27,7 +27,7 @@ needs_dsl = pytest.mark.skipif(not HAS_DSL, reason="nvidia-cutlass-dsl is not in
 
 # The low 12 bits of an sm_90 instruction, as nvdisasm -hex shows them.
 HGMMA, WARPGROUP, LOCAL_LOAD, LOCAL_STORE = 0xDF0, 0x9C5, 0x983, 0x387
-GEMMS = (sm90_specs.Gemm1Spec, sm90_specs.Gemm2Spec, sm90_specs.ProductSpec)
+GEMMS = (sm90_specs.Gemm1Spec, sm90_specs.Gemm2Spec, sm90_specs.ProductSpec, sm90_specs.LinearSpec)
 MAP_BYTES = (8 * FEW_ROUTES + 1) * 4
 """Of what a CTA makes of few routes (device/few_routes.py)."""
 COSTS = SM90.cards[0].costs
@@ -48,9 +48,9 @@ def problem(model, tokens, precision="w4a16", combine="atomic", activation=SWIGL
 
 @functools.cache
 def product_specs():
-    """Each config's grouped product, in turn with and without what is optional, and the kernels before it.
+    """Each config's product, grouped and of one matrix, in turn with and without what is optional, and what is before it.
 
-    The main loop is GEMM1's, and what options change is the end of a unit: each is there with half of the configs.
+    The main loop is GEMM1's, and what options and clusters change is the end of a unit: each is there with some configs.
     """
     specs = set()
     options = ({}, dict(precision="w4a4", bias=True, out_dtype=jnp.dtype(jnp.float32)))
@@ -59,7 +59,8 @@ def product_specs():
             launches = lowering.launches(cuda_call.product(local_groups=groups, **changes))
             specs |= {launch.spec for launch in launches if not launch.spec.tensor_core_ptx}
     for index, config in enumerate((*program.CONFIGS, program.FEW_UNITS)):
-        specs.add(program.product_spec(cuda_call.product(**options[index % 2]), config))
+        call, split = cuda_call.product(**options[index % 2]), (1, 2, 4, 8)[index // 2 % 4]
+        specs |= {program.product_spec(call, config), program.linear_spec(call, config, split)}
     return sorted(specs, key=lambda spec: spec.name)
 
 

@@ -53,6 +53,10 @@ def some_specs(target: str) -> list[Spec]:
             layout = TARGETS[target].layouts[precision]
             call = cuda_call.product(precision=precision, num_rows=1, bias=precision == "w4a4", layout=layout)
             specs |= {launch.spec for launch in lowering.launches(call)}
+        if target == "sm_90a":  # of one matrix, where CTAs share a unit: with k warpgroups and with m warpgroups
+            configs = (sm90_program.CONFIGS[0], sm90_program.CONFIGS[2 if precision == "w4a16" else 9])
+            specs |= {sm90_program.linear_spec(call, config, 4) for config in configs}
+            specs.add(sm90_program.linear_spec(call, sm90_program.FEW_UNITS, 1))
     return sorted(specs, key=lambda spec: spec.name)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 import dataclasses
 import functools
+import itertools
 import math
 
 import jax
@@ -40,20 +41,22 @@ warpgroups for one unit."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Starts:
-    """What a CTA takes besides its blocks, in the two forms of the first config (:func:`fitted`); nanoseconds.
+class FewUnits:
+    """What counts where a multiprocessor has only a few units (:func:`fitted`, :func:`linear_form`).
 
     Attributes:
-      usual: a GEMM of two CTAs a multiprocessor.
-      alone: of :data:`FEW_UNITS`.
-      block: what a block takes of one CTA with four warpgroups, where one of two with two each takes 1.
+      pair: nanoseconds that a GEMM of two CTAs a multiprocessor takes besides its blocks.
+      alone: the same of one CTA.
+      block: what a block takes one CTA with four warpgroups, where one of two CTAs with two each takes 1.
       turns: units a multiprocessor; where there are more, they even out, whichever CTA takes them.
+      meeting: nanoseconds that the CTAs of a cluster take to share their sums.
     """
 
-    usual: float
+    pair: float
     alone: float
     block: float
     turns: float
+    meeting: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +66,13 @@ class Costs:
     Attributes:
       nanoseconds: that a multiprocessor takes for the instructions of a weight block of GEMM1, by m warpgroups and then by
         the rows that it is multiplied with; where they were measured, with all that memory adds.
-      starts: of few units.
+      few_units: what besides counts where units are few.
       memory: nanoseconds to bring a block, where that is not in there: once, however many tiles an expert has. The one
         hides the other but for a tenth.
     """
 
     nanoseconds: Mapping[int, Mapping[int, float]]
-    starts: Starts
+    few_units: FewUnits
     memory: float = 0.0
 
 
@@ -106,13 +109,13 @@ def fitted(config: Config, card: Card, routes: tuple[int, int, int, int], row_bl
         return config
     tokens, top_k, num_experts, local_experts = routes
     tiles = min(local_experts, num_experts) * tokens * min(1.0, top_k / num_experts) / config.token_tile  # all full
-    starts, unit = card.costs.starts, _cost(card.costs, config.token_tile, config) * k_blocks
+    few, unit = card.costs.few_units, _cost(card.costs, config.token_tile, config) * k_blocks
     usual = alone = 0.0
     for experts, likelihood in tiling.touched(*routes):
         turns = max(experts, tiles) * row_blocks / card.multiprocessors
-        even = turns > starts.turns
-        usual += likelihood * (starts.usual + unit * (turns if even else 2 * math.ceil(turns / 2)))
-        alone += likelihood * (starts.alone + unit * starts.block * (turns if even else math.ceil(turns)))
+        even = turns > few.turns
+        usual += likelihood * (few.pair + unit * (turns if even else 2 * math.ceil(turns / 2)))
+        alone += likelihood * (few.alone + unit * few.block * (turns if even else math.ceil(turns)))
     return FEW_UNITS if alone < usual else config
 
 
@@ -204,9 +207,19 @@ def build(p: Problem, card: Card) -> Program:
     )  # fmt: skip
 
 
+def _matrix_blocks(p: Product) -> tuple[int, int]:
+    """Weight blocks of a prepared matrix, along N and along C."""
+    return tiling.blocks(p.out_features, weight_block.BLOCK_ROWS), tiling.blocks(p.in_features, weight_block.BLOCK_K)
+
+
 def product_spec(p: Product, config: Config) -> ProductSpec:
     """The kernel of a grouped product that multiplies."""
     return ProductSpec(config, p.precision, str(p.out_dtype), p.has_bias)
+
+
+def linear_spec(p: Product, config: Config, split: int) -> LinearSpec:
+    """The kernel of a product with one matrix, whose contraction ``split`` CTAs share."""
+    return LinearSpec(config, p.precision, str(p.out_dtype), p.has_bias, split)
 
 
 def build_product(p: Product, card: Card) -> Program:
@@ -216,10 +229,9 @@ def build_product(p: Product, card: Card) -> Program:
       ValueError: a size is beyond what the kernels take.
     """
     if p.num_groups == p.local_groups == 1:
-        return linear_with_form(p, card, *linear_form(card, p))
+        return linear_with_form(p, card, *linear_form(card, max(1, p.num_rows), *_matrix_blocks(p)))
     config = best_config(card, max(1, p.num_rows), 1, p.num_groups)
-    row_blocks = tiling.blocks(p.out_features, weight_block.BLOCK_ROWS)
-    columns = tiling.blocks(p.in_features, weight_block.BLOCK_K)
+    row_blocks, columns = _matrix_blocks(p)
     groups, workspaces = steps.groups(p, config.token_tile, card)
     before, rows = [groups], "x"
     if p.precision == "w4a4":
@@ -236,8 +248,29 @@ def build_product(p: Product, card: Card) -> Program:
     return steps.product_program(p, (*before, product), workspaces, bytes_per_matrix)
 
 
-def linear_form(card: Card, p: Product) -> tuple[Config, int]:
-    return CONFIGS[0], 1
+_MOST_CTAS_SHARING = 8  # that a cluster may have on any GPU with clusters
+_RESIDENT = 0.93  # of CTAs, in clusters of four and eight: others find no room of that size (cuOccupancyMaxActiveClusters)
+
+
+@functools.lru_cache(maxsize=1024)
+def linear_form(card: Card, num_rows: int, row_blocks: int, k_blocks: int) -> tuple[Config, int]:
+    """The config of a product with one matrix, and how many CTAs share a unit: what takes the least time."""
+    forms = itertools.product((*CONFIGS, FEW_UNITS), range(1, min(_MOST_CTAS_SHARING, k_blocks) + 1))
+    return min(forms, key=lambda form: _linear_nanoseconds(card, *form, num_rows, row_blocks, k_blocks))
+
+
+def _linear_nanoseconds(
+    card: Card, config: Config, split: int, num_rows: int, row_blocks: int, k_blocks: int
+) -> float:
+    few, ctas_per_sm = card.costs.few_units, config.ctas_per_sm
+    tiles = tiling.blocks(num_rows, config.token_tile)
+    ctas, slots = split * tiles * tiling.blocks(row_blocks, config.m_warpgroups), card.multiprocessors * ctas_per_sm
+    if split > 1 and ctas > slots * _RESIDENT:
+        return math.inf
+    block = _cost(card.costs, num_rows, config) / tiles * (few.block if config == FEW_UNITS else 1)
+    turns = tiling.blocks(ctas, slots) * ctas_per_sm
+    start = (few.alone if ctas_per_sm == 1 else few.pair) + (few.meeting if split > 1 else 0)
+    return start + turns * tiling.blocks(k_blocks, split) * config.m_warpgroups * block
 
 
 def linear_with_form(p: Product, card: Card, config: Config, split: int) -> Program:
@@ -246,12 +279,12 @@ def linear_with_form(p: Product, card: Card, config: Config, split: int) -> Prog
     Raises:
       ValueError: a size is beyond what the kernels take.
     """
-    row_blocks, columns = (tiling.blocks(p.out_features, weight_block.BLOCK_ROWS), tiling.blocks(p.in_features, weight_block.BLOCK_K))
+    row_blocks, columns = _matrix_blocks(p)
     before, workspaces, rows = [], {}, "x"
     if p.precision == "w4a4":
         x_rows, workspaces = steps.rounded_rows(p, per_group=False)
         before, rows = [x_rows], "x_rows"
-    spec = LinearSpec(config, p.precision, str(p.out_dtype), p.has_bias, split)
+    spec = linear_spec(p, config, split)
     units = tiling.blocks(row_blocks, config.m_warpgroups) * tiling.blocks(p.num_rows, config.token_tile)
     grid = units * split if split > 1 else min(card.multiprocessors * config.ctas_per_sm, units)
     launch = Launch("product", spec, grid, {

@@ -1,7 +1,7 @@
 """Hopper: the target sm_90a and its cards."""
 
 from jax_moe.kernels.sm90.device.weight_block import BLOCK_BYTES, BLOCK_K, BLOCK_ROWS
-from jax_moe.kernels.sm90.program import build, build_product, Costs, Starts
+from jax_moe.kernels.sm90.program import build, build_product, Costs, FewUnits
 from jax_moe.kernels.target import Card, Ceilings, Target
 
 # Nanoseconds in which a multiprocessor gets through a 128 x 64 block of GEMM1's weights, by m warpgroups and by the
@@ -13,7 +13,7 @@ _H200_NANOSECONDS = {
 }
 
 # Which form few units have: fitted to calls with T = 1 to 8 on an H200 (benchmarks/notes-h200.md, Few units).
-_H200_STARTS = Starts(usual=2500, alone=3000, block=1.04, turns=3)
+_H200_FEW_UNITS = FewUnits(pair=2500, alone=3000, block=1.04, turns=3, meeting=1500)
 
 _READ = 0.84  # of the stated bandwidth: H100s of this project read at 2.75 to 2.87 of 3.35 TB/s (an H200 at 0.93)
 
@@ -34,7 +34,7 @@ def derived(multiprocessors: int, terabytes: float, teraflops: float) -> Costs:
         m_warpgroups: {rows: max(measured, rows * product) for rows, measured in by_rows.items()}
         for m_warpgroups, by_rows in _H200_NANOSECONDS.items()
     }
-    return Costs(nanoseconds, _H200_STARTS, BLOCK_BYTES * multiprocessors / (_READ * terabytes * 1e3))
+    return Costs(nanoseconds, _H200_FEW_UNITS, BLOCK_BYTES * multiprocessors / (_READ * terabytes * 1e3))
 
 
 def _card(name: str, multiprocessors: int, terabytes: float, teraflops: float) -> Card:
@@ -52,7 +52,7 @@ SM90 = Target(
     compute_capabilities=("9.0",),
     layouts={"w4a16": "wgmma_v1", "w4a4": "wgmma_v1"},
     cards=(
-        Card("H200", 132, 4.8, Costs(_H200_NANOSECONDS, _H200_STARTS),
+        Card("H200", 132, 4.8, Costs(_H200_NANOSECONDS, _H200_FEW_UNITS),
              Ceilings(4.46e12, {"w4a16": 791e12, "w4a4": 791e12}, "measured on an H200")),
         _card("H100 80GB HBM3", 132, 3.35, 989),
         _card("H100 PCIe", 114, 2.0, 756),

@@ -8,9 +8,9 @@ sums of the tokens which that one stores. A cluster has one unit. Who waits for 
     the cluster's barrier, again   all threads: the sums are there
 """
 
+import cutlass
 from cutlass import Float32, Int32
 import cutlass.cute as cute
-import cutlass
 
 from jax_moe.kernels.device import bf16_weights, outputs, ptx
 from jax_moe.kernels.device.entry import named
@@ -40,8 +40,8 @@ class Linear(gemm1.Gemm1):
 
     @cute.jit
     def _end(self, op) -> Int32:
-        """Behind the last row of the group; those from there on are zeros. Any int32 may be a size or an offset."""
-        end = min(max(op.group_sizes[0], Int32(0)), op.num_rows)
+        """The rows from there on are zeros, whatever they are multiplied with. Any int32 may be a size or an offset."""
+        end = op.group_sizes[0]
         if op.group_offset[0] != 0:
             end = Int32(0)
         return end
@@ -66,18 +66,9 @@ class Linear(gemm1.Gemm1):
     @cute.jit
     def _route(self, op, token_tile, row):
         route = token_tile * self.n + row
-        if route >= op.end:
+        if route >= op.num_rows:
             route = Int32(-1)
         return route
-
-    @cute.jit
-    def _width(self, op, unit):
-        """Of all rows, also those behind the group's: they are stored too."""
-        rows, width = op.num_rows - unit.token_tile * self.n, Int32(self.config.widths[0])
-        for i in cutlass.range_constexpr(len(self.config.widths) - 1):
-            if rows > self.config.widths[i]:
-                width = Int32(self.config.widths[i + 1])
-        return width
 
     def _part(self, op):
         if self.split == 1:
