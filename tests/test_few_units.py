@@ -119,12 +119,6 @@ def test_with_more_tokens_there_are_too_many_units():
         assert form != ALONE
 
 
-def test_one_matrix_and_few_rows_have_it():
-    """``linear`` with 4096 features: 32 units."""
-    call = cuda_call.product(num_rows=1, num_groups=1, local_groups=1, in_features=4096, out_features=4096)
-    assert cuda_call.program(call).launches[-1].spec.config == ALONE
-
-
 def test_only_the_first_config_is_exchanged():
     one = 1, 1, 1, 1
     assert all(program.fitted(config, H200, one, 1, 300) == config for config in program.CONFIGS[1:])

@@ -42,6 +42,7 @@ CASES = {
     "tiles w4a4 atomic": (_TILES, dict(precision="w4a4", combine="atomic")),
     "weighted input w4a4 atomic": (_RAGGED, dict(precision="w4a4", combine="atomic", weight_on="input")),
     "product w4a16": (dict(group_sizes=[9, 0, 14, 150, 3], rows=180), dict(precision="w4a16")),
+    "linear w4a16": (dict(group_sizes=[5], rows=9, in_features=1088), dict(precision="w4a16")),  # CTAs that share
     "product w4a4": (dict(group_sizes=[4, 33, 0], rows=40), dict(precision="w4a4")),
 }
 """By name: sizes, and options. Outputs are float32: for random values the definition's bounds hold for any order."""

@@ -151,6 +151,7 @@ class Linear(gemm1.Gemm1):
                 for i in cutlass.range_constexpr(4):
                     word = ptx.bits(accumulators[half][4 * j + i])
                     ptx.store_cluster(place + (4 * half + i) * (4 * WARPGROUP), word)
+        cute.arch.fence_view_async_shared()  # stages are otherwise written and read through the async proxy
 
     def _place(self, shared, me, source, share):
         """Where the sums that CTA ``source`` has given this one begin, in what were stages."""
