@@ -49,7 +49,7 @@ class FewUnits:
       alone: the same of one CTA.
       block: what a block takes one CTA with four warpgroups, where one of two CTAs with two each takes 1.
       turns: units a multiprocessor; where there are more, they even out, whichever CTA takes them.
-      meeting: nanoseconds that the CTAs of a cluster take to share their sums.
+      meeting: nanoseconds for each CTA of a cluster that share their sums.
     """
 
     pair: float
@@ -95,9 +95,8 @@ def _cost(costs: Costs, rows: int, config: Config) -> float:
 def fitted(config: Config, card: Card, routes: tuple[int, int, int, int], row_blocks: int, k_blocks: int) -> Config:
     """``config``, or :data:`FEW_UNITS` where that is likely to take less time.
 
-    What counts is how many units the busiest multiprocessor has. With two CTAs on each, up to twice as many units as
-    multiprocessors are a unit for each CTA, and some multiprocessor has two of them, however few they are: where a CTA
-    goes is nobody's choice. One expert more may be one turn more, so each number of experts counts as it is likely.
+    What counts is how many units the busiest multiprocessor has, one after the other or side by side. One expert more
+    may be one turn more, so each number of experts counts as it is likely.
 
     Args:
       config: chosen for its token tile.
@@ -112,11 +111,22 @@ def fitted(config: Config, card: Card, routes: tuple[int, int, int, int], row_bl
     few, unit = card.costs.few_units, _cost(card.costs, config.token_tile, config) * k_blocks
     usual = alone = 0.0
     for experts, likelihood in tiling.touched(*routes):
-        turns = max(experts, tiles) * row_blocks / card.multiprocessors
-        even = turns > few.turns
-        usual += likelihood * (few.pair + unit * (turns if even else 2 * math.ceil(turns / 2)))
-        alone += likelihood * (few.alone + unit * few.block * (turns if even else math.ceil(turns)))
+        units = max(experts, tiles) * row_blocks / card.multiprocessors  # of each
+        even = units > few.turns
+        usual += likelihood * (few.pair + unit * (units if even else _turns_of_pairs(units)))
+        alone += likelihood * (few.alone + unit * few.block * (units if even else math.ceil(units)))
     return FEW_UNITS if alone < usual else config
+
+
+def _turns_of_pairs(units: float) -> float:
+    """How many of so many units a multiprocessor the busiest one has, if each has two CTAs.
+
+    Where a CTA goes, or which one is free first, is nobody's choice: the last units are on their own, or in twos on one
+    multiprocessor, the more likely the more they are.
+    """
+    full = 2 * math.floor(units / 2)
+    rest = units - full
+    return full + (min(2.0, 1 + rest) if rest else 0)
 
 
 def gemms(p: Problem, config: Config) -> tuple[Gemm1Spec, Gemm2Spec]:
@@ -248,28 +258,33 @@ def build_product(p: Product, card: Card) -> Program:
     return steps.product_program(p, (*before, product), workspaces, bytes_per_matrix)
 
 
-_MOST_CTAS_SHARING = 8  # that a cluster may have on any GPU with clusters
-_RESIDENT = 0.93  # of CTAs, in clusters of four and eight: others find no room of that size (cuOccupancyMaxActiveClusters)
+_MOST_SHARING = 8
+"""CTAs that a cluster may have on any GPU with clusters."""
+
+_ROOM = 0.93
+"""Part of the multiprocessors that clusters of more than two reach: others are left over (``cuOccupancyMaxActiveClusters``:
+31 clusters of four, 15 of eight)."""
 
 
 @functools.lru_cache(maxsize=1024)
 def linear_form(card: Card, num_rows: int, row_blocks: int, k_blocks: int) -> tuple[Config, int]:
     """The config of a product with one matrix, and how many CTAs share a unit: what takes the least time."""
-    forms = itertools.product((*CONFIGS, FEW_UNITS), range(1, min(_MOST_CTAS_SHARING, k_blocks) + 1))
+    forms = itertools.product((*CONFIGS, FEW_UNITS), range(1, min(_MOST_SHARING, k_blocks) + 1))
     return min(forms, key=lambda form: _linear_nanoseconds(card, *form, num_rows, row_blocks, k_blocks))
 
 
-def _linear_nanoseconds(
-    card: Card, config: Config, split: int, num_rows: int, row_blocks: int, k_blocks: int
-) -> float:
-    few, ctas_per_sm = card.costs.few_units, config.ctas_per_sm
-    tiles = tiling.blocks(num_rows, config.token_tile)
-    ctas, slots = split * tiles * tiling.blocks(row_blocks, config.m_warpgroups), card.multiprocessors * ctas_per_sm
-    if split > 1 and ctas > slots * _RESIDENT:
+def _linear_nanoseconds(card: Card, config: Config, split: int, num_rows: int, row_blocks: int, k_blocks: int) -> float:
+    """Of a product with one matrix: its units are alike, and CTAs have a multiprocessor for themselves if there are enough."""
+    few, tiles = card.costs.few_units, tiling.blocks(num_rows, config.token_tile)
+    ctas = split * tiles * tiling.blocks(row_blocks, config.m_warpgroups)
+    places = card.multiprocessors * (_ROOM if split > 2 else 1)
+    if split > 1 and ctas > places * config.ctas_per_sm:
         return math.inf
+    turns = math.ceil(ctas / places)
+    if turns > 1:
+        turns = math.ceil(turns / config.ctas_per_sm) * config.ctas_per_sm
     block = _cost(card.costs, num_rows, config) / tiles * (few.block if config == FEW_UNITS else 1)
-    turns = tiling.blocks(ctas, slots) * ctas_per_sm
-    start = (few.alone if ctas_per_sm == 1 else few.pair) + (few.meeting if split > 1 else 0)
+    start = (few.alone if config.ctas_per_sm == 1 else few.pair) + (few.meeting * split if split > 1 else 0)
     return start + turns * tiling.blocks(k_blocks, split) * config.m_warpgroups * block
 
 

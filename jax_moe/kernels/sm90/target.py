@@ -13,7 +13,7 @@ _H200_NANOSECONDS = {
 }
 
 # Which form few units have: fitted to calls with T = 1 to 8 on an H200 (benchmarks/notes-h200.md, Few units).
-_H200_FEW_UNITS = FewUnits(pair=2500, alone=3000, block=1.04, turns=3, meeting=1500)
+_H200_FEW_UNITS = FewUnits(pair=2500, alone=3000, block=1.04, turns=3, meeting=450)
 
 _READ = 0.84  # of the stated bandwidth: H100s of this project read at 2.75 to 2.87 of 3.35 TB/s (an H200 at 0.93)
 
