@@ -6,10 +6,10 @@
 A call is a list of launches, and the handler takes any list. So a step is timed in the call that it belongs to: the
 call with a few more launches of it, minus the call as it is, divided by their number. A GEMM counts its units of work
 in words that the sort sets to zero, so the sort goes before each further one, and its own time is taken off. A call of
-few routes may have no sort: what is under its name then is noise. All else is as in gpu_op.py, but that with --even
-every expert has T * K / E rows, and the nanoseconds are printed in which a multiprocessor gets through one of GEMM1's and
-GEMM2's weight blocks: the costs of a card. Configs in `program.CONFIGS` are right (tests/gpu/test_op.py); others are only
-timed. On sm_100f there are no others.
+few routes may have no sort: what is under its name then is noise. All else is as in gpu_op.py. With --even every
+expert has T * K / E rows, and what is printed too are the costs of a card: in how many nanoseconds a multiprocessor
+gets through a weight block of GEMM1 and of GEMM2. Configs in `program.CONFIGS` are right (tests/gpu/test_op.py); others
+are only timed. On sm_100f there are no others.
 """
 
 from collections.abc import Iterator
@@ -105,7 +105,7 @@ def main(
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = "8,128,512,2048",
     precision: Annotated[str, typer.Option(help="w4a16 or w4a4.")] = "w4a16",
     combine: Annotated[str, typer.Option(help="atomic or ordered.")] = "atomic",
-    config: Annotated[list[str] | None, typer.Option(help="By name; default the one that is chosen; may be repeated.")] = None,
+    config: Annotated[list[str] | None, typer.Option(help="By name, not the chosen one; may be repeated.")] = None,
     even: Annotated[bool, typer.Option("--even", help="Every expert has the same number of rows.")] = False,
     repeats: Annotated[int, typer.Option(help="Timed runs; the median counts.")] = 9,
     output: Annotated[str | None, typer.Option(help="JSON file for the results.")] = None,

@@ -16,8 +16,8 @@ from product_cases import ProductCase
 import jax_moe
 from jax_moe import check, nvfp4, parcels, parcels_primitive
 from jax_moe.kernels import targets
-from jax_moe.kernels.sm100 import program as sm100_program
 from jax_moe.kernels.sm90 import program as sm90_program
+from jax_moe.kernels.sm100 import program as sm100_program
 from jax_moe.kernels.specs import Spec
 from jax_moe.kernels.target import Program
 from jax_moe.operands import expert_operands

@@ -1,4 +1,4 @@
-"""sm_90a's product with one matrix on the emulator, in each form: where all sums are exact, the bits of its definition."""
+"""sm_90a's product with one matrix on the emulator, in each form: exact sums have the bits of its definition."""
 
 import dataclasses
 import importlib.util

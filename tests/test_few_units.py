@@ -89,7 +89,8 @@ def forms_of(model: str, tokens: int) -> tuple:
 def _measured() -> list[tuple[str, int, list[str]]]:
     """Model, T, and the times of the four pairs of forms in the notes, a bold one among them."""
     notes = (pathlib.Path(__file__).parents[1] / "benchmarks" / "notes-h200.md").read_text()
-    rows = re.findall(r"^\| ([\w-]+), (\d+) \|((?: \**[\d.]+\** \|){4})", notes.partition("## Few units")[2], re.MULTILINE)
+    table = notes.partition("## Few units")[2]
+    rows = re.findall(r"^\| ([\w-]+), (\d+) \|((?: \**[\d.]+\** \|){4})", table, re.MULTILINE)
     assert len(rows) == 13
     found = []
     for short, tokens, times in rows:
@@ -108,7 +109,11 @@ def test_the_forms_that_are_chosen_are_those_that_were_fastest(model, tokens, ti
 
 
 def test_one_more_expert_may_be_one_more_turn():
-    """mixtral T = 3 took 114 us with GEMM2 alone and 131 without: of 3 to 6 experts, up to 4 fit at once."""
+    """mixtral T = 3 took 114 us with GEMM2 alone and 131 without: of 3 to 6 experts, up to 4 fit at once.
+
+    And gpt-oss T = 3 has some 12 units more than CTAs of GEMM2, which do not take another turn of two (56 and 60 us).
+    """
+    assert forms_of("gpt-oss-120b", 3) == (USUAL, USUAL)
     assert forms_of("mixtral-8x7b", 3) == (USUAL, ALONE)
     assert dict(tiling.touched(3, 2, 8, 8))[4] > 0.3
 
@@ -131,7 +136,8 @@ def test_the_card_decides():
     """A card on which a CTA on its own takes longer, or starts later, has none."""
     one, costs = (1, 1, 1, 1), H200.costs
     for changes in (dict(block=2.1), dict(alone=1e9), dict(turns=0)):
-        card = dataclasses.replace(H200, costs=dataclasses.replace(costs, few_units=dataclasses.replace(costs.few_units, **changes)))
+        few_units = dataclasses.replace(costs.few_units, **changes)
+        card = dataclasses.replace(H200, costs=dataclasses.replace(costs, few_units=few_units))
         assert program.fitted(USUAL, card, one, 1, 300) == USUAL
 
 
@@ -139,8 +145,8 @@ def test_the_card_decides():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "top_k", "experts", "local"), [(1, 2, 4, 4), (3, 2, 4, 4), (2, 3, 5, 2), (3, 1, 4, 3), (4, 1, 1, 1), (0, 2, 4, 4),
-     (2, 1, 3, 5)],
+    ("tokens", "top_k", "experts", "local"),
+    [(1, 2, 4, 4), (3, 2, 4, 4), (2, 3, 5, 2), (3, 1, 4, 3), (4, 1, 1, 1), (0, 2, 4, 4), (2, 1, 3, 5)],
 )
 def test_touched_experts_are_counted_exactly(tokens, top_k, experts, local):
     """As all routings one by one say; the first experts are those that are here."""

@@ -48,9 +48,9 @@ def problem(model, tokens, precision="w4a16", combine="atomic", activation=SWIGL
 
 @functools.cache
 def product_specs():
-    """Each config's product, grouped and of one matrix, in turn with and without what is optional, and what is before it.
+    """Each config's product, grouped and of one matrix, in turn with and without options, and what is before it.
 
-    The main loop is GEMM1's, and what options and clusters change is the end of a unit: each is there with some configs.
+    The main loop is GEMM1's; what options and clusters change is the end of a unit: each is there with some configs.
     """
     specs = set()
     options = ({}, dict(precision="w4a4", bias=True, out_dtype=jnp.dtype(jnp.float32)))

@@ -71,5 +71,5 @@ def test_one_of_several_groups_has_a_tile_map():
 
 
 def test_more_values_than_the_kernel_counts_are_an_error():
-    with pytest.raises(ValueError, match="T = 1000000 rows of C = 32768, for N = 16: .* int32"):
+    with pytest.raises(ValueError, match=r"T = 1000000 rows of C = 32768, for N = 16: .* int32"):
         cuda_call.program(_product(10**6, 32768, 16, out_dtype=jnp.dtype(jnp.bfloat16)))

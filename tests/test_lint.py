@@ -203,7 +203,10 @@ def parameters(wanted):
 @pytest.mark.parametrize(
     ("target", "spec"),
     parameters(
-        {"sm_90a": "gemm._n(16|48)m.*w4a4|gemm1_n112.*w4a16|(product|linear).*w4a16|groups_e128.*rows|_maps", "sm_100f": ""}
+        {
+            "sm_90a": "gemm._n(16|48)m.*w4a4|gemm1_n112.*w4a16|(product|linear).*w4a16|groups_e128.*rows|_maps",
+            "sm_100f": "",
+        }
     ),
 )
 def test_our_kernels_keep_the_rules(target, spec):

@@ -49,7 +49,7 @@ def even_routings(
     """
     experts, routes = shape.num_experts, tokens * shape.top_k
     if routes % experts:
-        raise ValueError(f"tokens: got {tokens}, {experts} experts have as many of their {routes} rows only if T * K / E is whole")
+        raise ValueError(f"tokens: got {tokens}, whose {routes} routes {experts} experts cannot share equally")
     rng = np.random.default_rng(seed)
     order = np.stack([rng.permutation(experts) for _ in range(length)]).astype(np.int32)
     ids = np.tile(order, routes // experts).reshape(length, tokens, shape.top_k)

@@ -73,7 +73,8 @@ def _loaded_bytes(precision: Precision, width: int, pair: bool) -> int:
     """What a CTA loads for 128 x 256 weights times a tile: of a pair half the rows, but all of GEMM2's scale atoms."""
     rows = width // 2 if pair else width
     if precision == "w4a4":
-        return weight_block.BLOCK_BYTES + rows * BLOCK_K // 2 + tiling.blocks(width, BLOCK_ROWS) * weight_block.SCALE_BYTES
+        scales = tiling.blocks(width, BLOCK_ROWS) * weight_block.SCALE_BYTES
+        return weight_block.BLOCK_BYTES + rows * BLOCK_K // 2 + scales
     return weight_block.BLOCK_BYTES + rows * BLOCK_K * 2
 
 
@@ -110,7 +111,8 @@ def with_config(p: Problem, card: Card, config: Config) -> Program:
     # Weight blocks of the prepared weights: rows and contraction of gate_up and of down.
     block_k, block_bytes = _weight_block(p.precision)
     parts = activations.num_parts(p.activation)
-    gate_up_rows, down_rows = tiling.blocks(parts * p.intermediate_size, BLOCK_ROWS), tiling.blocks(p.hidden_size, BLOCK_ROWS)
+    gate_up_rows = tiling.blocks(parts * p.intermediate_size, BLOCK_ROWS)
+    down_rows = tiling.blocks(p.hidden_size, BLOCK_ROWS)
     padded_intermediate = gate_up_rows * BLOCK_ROWS // parts
     h_blocks = tiling.blocks(padded_intermediate, block_k)
 

@@ -64,8 +64,8 @@ class Costs:
     """What a card's kernels are chosen by.
 
     Attributes:
-      nanoseconds: that a multiprocessor takes for the instructions of a weight block of GEMM1, by m warpgroups and then by
-        the rows that it is multiplied with; where they were measured, with all that memory adds.
+      nanoseconds: that a multiprocessor takes for the instructions of a weight block, by m warpgroups and then by the
+        rows that it is multiplied with; where they were measured, with all that memory adds.
       few_units: what besides counts where units are few.
       memory: nanoseconds to bring a block, where that is not in there: once, however many tiles an expert has. The one
         hides the other but for a tenth.
@@ -262,8 +262,8 @@ _MOST_SHARING = 8
 """CTAs that a cluster may have on any GPU with clusters."""
 
 _ROOM = 0.93
-"""Part of the multiprocessors that clusters of more than two reach: others are left over (``cuOccupancyMaxActiveClusters``:
-31 clusters of four, 15 of eight)."""
+"""Part of the multiprocessors that clusters of more than two reach, of which others are left over: 31 clusters of four
+or 15 of eight run at once (``cuOccupancyMaxActiveClusters``)."""
 
 
 @functools.lru_cache(maxsize=1024)
@@ -274,7 +274,7 @@ def linear_form(card: Card, num_rows: int, row_blocks: int, k_blocks: int) -> tu
 
 
 def _linear_nanoseconds(card: Card, config: Config, split: int, num_rows: int, row_blocks: int, k_blocks: int) -> float:
-    """Of a product with one matrix: its units are alike, and CTAs have a multiprocessor for themselves if there are enough."""
+    """Of a product with one matrix. Units are alike, and CTAs have a multiprocessor each if there are enough."""
     few, tiles = card.costs.few_units, tiling.blocks(num_rows, config.token_tile)
     ctas = split * tiles * tiling.blocks(row_blocks, config.m_warpgroups)
     places = card.multiprocessors * (_ROOM if split > 2 else 1)

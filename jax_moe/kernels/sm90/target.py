@@ -12,7 +12,15 @@ _H200_NANOSECONDS = {
     2: {32: 216, 48: 223, 64: 246, 80: 280, 96: 300, 112: 339, 128: 365, 144: 400},
 }
 
-# Which form few units have: fitted to calls with T = 1 to 8 on an H200 (benchmarks/notes-h200.md, Few units).
+# The same of an H100 SXM (3.07 TB/s read): of three blocks of a call, two of GEMM1 and one of GEMM2 (the same notes).
+_H100_NANOSECONDS = {
+    1: {8: 212, 16: 217},
+    3: {16: 218, 24: 226, 32: 232, 40: 243, 48: 258},
+    2: {32: 248, 48: 269, 64: 301, 80: 341, 96: 383, 112: 422, 128: 461, 144: 500},
+}
+
+# Which form few units have: fitted to calls with T = 1 to 8, and products with one matrix, on an H200 (the notes, Few
+# units, One matrix); clocks are alike, and so are these taken to be on other cards.
 _H200_FEW_UNITS = FewUnits(pair=2500, alone=3000, block=1.04, turns=3, meeting=450)
 
 _READ = 0.84  # of the stated bandwidth: H100s of this project read at 2.75 to 2.87 of 3.35 TB/s (an H200 at 0.93)
@@ -41,7 +49,7 @@ def _card(name: str, multiprocessors: int, terabytes: float, teraflops: float) -
     return Card(name, multiprocessors, terabytes, derived(multiprocessors, terabytes, teraflops))
 
 
-# Multiprocessors, TB/s and TFLOP/s of bf16 as stated, by pages that repeat NVIDIA's figures; only an H200 was measured.
+# Multiprocessors, TB/s and TFLOP/s of bf16 as stated, by pages that repeat NVIDIA's figures.
 # H100 SXM and PCIe: archive-lib.hpctech.co.jp/gpuproduct/nvidia-h100.html. H100 and H200: anandtech.com/show/21136.
 # H100 NVL: gpu.blog/gpus/nvidia-h100-nvl (132), and 3.9 TB/s by grokipedia.com/page/210100120. GH200 with 96 GB (480
 # GB at its CPU): 4 TB/s by nishikiout.net/entry/2023/08/09/143040. H20: willitrunai.com/es/gpus/h20-96gb, and 78
@@ -54,7 +62,8 @@ SM90 = Target(
     cards=(
         Card("H200", 132, 4.8, Costs(_H200_NANOSECONDS, _H200_FEW_UNITS),
              Ceilings(4.46e12, {"w4a16": 791e12, "w4a4": 791e12}, "measured on an H200")),
-        _card("H100 80GB HBM3", 132, 3.35, 989),
+        Card("H100 80GB HBM3", 132, 3.35, Costs(_H100_NANOSECONDS, _H200_FEW_UNITS),
+             Ceilings(3.07e12, {"w4a16": 727e12, "w4a4": 727e12}, "measured on an H100 SXM")),
         _card("H100 PCIe", 114, 2.0, 756),
         _card("H100 NVL", 132, 3.9, 835),
         _card("GH200 480GB", 132, 4.0, 989),

@@ -1,8 +1,9 @@
 """The product with one matrix: x rows times the matrix -> out, without a kernel in front of it.
 
-Rows are in tiles by their numbers, so that there is no tile map: the units are known, and alike. Where they are few, the
-CTAs of a cluster share one (``spec.split``): each sums a part of the contraction, and then gives each of the others the
-sums of the tokens which that one stores. A cluster has one unit. Who waits for whom, beyond ``mainloop.py``'s table:
+Rows are in tiles by their numbers, so that there is no tile map: the units are known, and alike. Where they are few,
+the CTAs of a cluster share one (``spec.split``): each sums a part of the contraction, and then gives each of the others
+the sums of the tokens which that one stores. A cluster has one unit. Who waits for whom, beyond ``mainloop.py``'s
+table:
 
     the cluster's barrier, once    all threads: stages are read no more, and sums may be written where they were
     the cluster's barrier, again   all threads: the sums are there
@@ -155,8 +156,8 @@ class Linear(gemm1.Gemm1):
 
     def _place(self, shared, me, source, share):
         """Where the sums that CTA ``source`` has given this one begin, in what were stages."""
-        index = share * self.config.m_warpgroups + me.m_warpgroup
-        return Int32(shared.tokens.iterator.toint()) + source * self._offset(1) + (index * _SUMS * WARPGROUP + me.tid) * 4
+        begin = Int32(shared.tokens.iterator.toint()) + source * self._offset(1)
+        return begin + ((share * self.config.m_warpgroups + me.m_warpgroup) * _SUMS * WARPGROUP + me.tid) * 4
 
     def _offset(self, source: int) -> int:
         """Bytes that the sums of so many CTAs take."""
