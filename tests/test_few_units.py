@@ -25,7 +25,7 @@ needs_dsl = pytest.mark.skipif(
     importlib.util.find_spec("cutlass") is None, reason="nvidia-cutlass-dsl is not installed"
 )
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is compiled with g++")
-USUAL, ALONE = program.CONFIGS[0], program.FEW_UNITS
+USUAL, ALONE, SPLIT = program.CONFIGS[0], program.FEW_UNITS, program.SPLIT_UNITS
 H200 = SM90.cards[0]
 
 
@@ -35,9 +35,13 @@ H200 = SM90.cards[0]
 @needs_dsl
 @needs_compiler
 @pytest.mark.parametrize("tokens", [3, 40])
-def test_exact_calls_have_the_bits_of_the_cpu(monkeypatch, tokens):
-    """With a tile map of the CTAs' own and of the sort; four warpgroups share 9 and 7 blocks."""
-    monkeypatch.setattr(program, "best_config", lambda *_: ALONE)
+@pytest.mark.parametrize("form", [ALONE, SPLIT], ids=["alone", "split"])
+def test_exact_calls_have_the_bits_of_the_cpu(monkeypatch, tokens, form):
+    """With a tile map of the CTAs' own and of the sort; four warpgroups, or eight of two CTAs, share 9 and 7 blocks.
+
+    There are several units for each CTA or cluster, and not as many for each.
+    """
+    monkeypatch.setattr(program, "best_config", lambda *_: form)
     for seed, (precision, combine) in enumerate((("w4a16", "atomic"), ("w4a4", "ordered"))):
         case = make_exact_case(
             seed, tokens=tokens, num_experts=4, top_k=2, hidden=576, intermediate=448, gated=False,
@@ -45,9 +49,9 @@ def test_exact_calls_have_the_bits_of_the_cpu(monkeypatch, tokens):
         )  # fmt: skip
         expected = case.run()
         for order in emulator.ORDERS[1 + seed :]:
-            call = emulated_call.prepare(case, "sm_90a")
+            call = emulated_call.prepare(case, "sm_90a", multiprocessors=5)
             gemms = [launch for launch in call.program.launches if launch.name.startswith("gemm")]
-            assert [launch.spec.config for launch in gemms] == [ALONE, ALONE]
+            assert [launch.spec.config for launch in gemms] == [form, form]
             assert_bit_equal(call.run(order=order, seed=seed), expected)
 
 

@@ -61,6 +61,7 @@ def product_specs():
     for index, config in enumerate((*program.CONFIGS, program.FEW_UNITS)):
         call, split = cuda_call.product(**options[index % 2]), (1, 2, 4, 8)[index // 2 % 4]
         specs |= {program.product_spec(call, config), program.linear_spec(call, config, split)}
+    specs.add(program.product_spec(cuda_call.product(), program.SPLIT_UNITS))
     return sorted(specs, key=lambda spec: spec.name)
 
 
@@ -87,8 +88,9 @@ def planned_specs():
             )
     for model, tokens, precision in itertools.product(shapes.MODELS, shapes.TOKENS, ("w4a16", "w4a4")):
         calls.append(problem(model, tokens, precision, weight_on="input"))
+    configs = (*program.CONFIGS, program.FEW_UNITS, program.SPLIT_UNITS)
     specs = {launch.spec for call in calls for launch in lowering.launches(call)}
-    for config, call in itertools.product((*program.CONFIGS, program.FEW_UNITS), calls[: len(MODES)]):
+    for config, call in itertools.product(configs, calls[: len(MODES)]):
         specs |= set(program.gemms(call, config))
     specs |= set(product_specs()) | set(parcel_specs())
     return sorted(specs, key=lambda spec: spec.name)

@@ -81,7 +81,7 @@ def all_specs(target: str) -> list[Spec]:
 
 def _configs(target: str, precision: str):
     if target == "sm_90a":
-        return (*sm90_program.CONFIGS, sm90_program.FEW_UNITS)
+        return (*sm90_program.CONFIGS, sm90_program.FEW_UNITS, sm90_program.SPLIT_UNITS)
     return sm100_program.CONFIGS[precision]
 
 

@@ -39,6 +39,9 @@ FEW_UNITS = with_most_stages((8,), 1, 4, 4, 1)
 """Instead of the first of these, where units are few (:func:`fitted`): a CTA has a multiprocessor for itself, and four
 warpgroups for one unit."""
 
+SPLIT_UNITS = with_most_stages((8,), 1, 4, 4, 1, cluster=2)
+"""The same in clusters of two, which share a unit where they would have an odd number."""
+
 
 @dataclasses.dataclass(frozen=True)
 class FewUnits:
@@ -151,7 +154,8 @@ def _grid(card: Card, config: Config, tiles: int, row_blocks: int) -> int:
 
     One without work holds up the next kernel, which starts when all have run (benchmarks/notes-h200.md, T = 1).
     """
-    return min(card.multiprocessors * config.ctas_per_sm, tiles * tiling.blocks(row_blocks, config.m_warpgroups))
+    units = tiles * tiling.blocks(row_blocks, config.m_warpgroups)
+    return config.cluster * min(card.multiprocessors * config.ctas_per_sm // config.cluster, units)
 
 
 def build(p: Problem, card: Card) -> Program:

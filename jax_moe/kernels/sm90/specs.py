@@ -25,6 +25,8 @@ class Config:
         k_warpgroups.
       stages: how many of those are in flight.
       ctas_per_sm: resident CTAs of one multiprocessor, all persistent.
+      cluster: CTAs of a cluster, 1 or 2. Two take the cluster's units in turn, and share the last where their number is
+        odd: each takes half of its contraction, which has at least two blocks. Only with one m warpgroup.
     """
 
     widths: tuple[int, ...]
@@ -33,12 +35,15 @@ class Config:
     stage_blocks: int
     stages: int
     ctas_per_sm: int
+    cluster: int = 1
 
     @property
     def name(self) -> str:
         return (
             f"n{self.token_tile}m{self.m_warpgroups}k{self.k_warpgroups}b{self.stage_blocks}s{self.stages}"
-            f"c{self.ctas_per_sm}" + "".join(f"w{width}" for width in self.widths[:-1])
+            f"c{self.ctas_per_sm}"
+            + (f"x{self.cluster}" if self.cluster > 1 else "")
+            + "".join(f"w{width}" for width in self.widths[:-1])
         )
 
     @property
@@ -56,13 +61,14 @@ class Config:
 
     @property
     def reduction_bytes(self) -> int:
-        return (self.k_warpgroups - 1) * weight_block.BLOCK_ROWS * self.token_tile * 4
+        """Sums of the other k warpgroups, and of the other CTA."""
+        return (self.k_warpgroups - 1 + self.cluster - 1) * weight_block.BLOCK_ROWS * self.token_tile * 4
 
     @property
     def shared_bytes(self) -> int:
         """Upper bound of what the kernel allocates."""
-        barriers = 16 * self.stages
-        units = 16 * self.stages + 16  # the unit that begins with a stage; the producers' next one, double-buffered
+        barriers = 16 * self.stages + 8 * (self.cluster - 1)
+        units = (16 + 4 * (self.cluster - 1)) * self.stages + 16  # the unit that begins with a stage; the producers' next one, double-buffered
         rows = 8 * self.m_warpgroups * self.token_tile  # GEMM2: output row and weight, a copy for each warpgroup
         alignment = 1024
         return self.stages * self.stage_bytes + self.reduction_bytes + barriers + units + rows + alignment
@@ -75,18 +81,23 @@ def with_most_stages(
     stage_blocks: int,
     ctas_per_sm: int,
     limit: int = 64,
+    cluster: int = 1,
 ) -> Config:
     """A config with as many stages as shared memory holds, at most ``limit``."""
-    config = Config(widths, m_warpgroups, k_warpgroups, stage_blocks, 0, ctas_per_sm)
+    config = Config(widths, m_warpgroups, k_warpgroups, stage_blocks, 0, ctas_per_sm, cluster)
     available = SHARED_MEMORY // ctas_per_sm - (_RESERVED_PER_CTA if ctas_per_sm > 1 else 0)
     per_stage = dataclasses.replace(config, stages=1).shared_bytes - config.shared_bytes
     return dataclasses.replace(config, stages=min(limit, (available - config.shared_bytes) // per_stage))
 
 
 class _Wgmma:
-    cluster = 1
+    config: Config
     tensor_core_ptx = "wgmma.mma_async"
     maps_routes = False
+
+    @property
+    def cluster(self) -> int:
+        return self.config.cluster
 
 
 _ROUTES = {"expert_ids": "i32*", "expert_offset": "i32*"}

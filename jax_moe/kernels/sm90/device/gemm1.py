@@ -37,7 +37,7 @@ class Gemm1(mainloop.Gemm):
     @cute.jit
     def _produce(self, op, shared, tid):
         """Weights by bulk copies of one thread, token rows by cp.async of all: 8 threads a row, 16 bytes each."""
-        index, (first, end) = self._first_unit(), self._part(op)
+        index = self._first_unit()
         ctas, _, _ = cute.arch.grid_dim()
         chunk = tid % _CHUNKS
         # All 16 rows of a pass are of one block, or, where a tile has 8 rows, of two.
@@ -58,7 +58,7 @@ class Gemm1(mainloop.Gemm):
         cute.arch.griddepcontrol_launch_dependents()
         units = self._num_units(op)
         while index < units:
-            unit = self._unit(op, index)
+            unit, (first, end), is_shared = self._piece(op, index, units, ctas)
             taken = Int32(0)
             if tid == 0:  # long before it is needed
                 taken = self._take(op, index, 0, ctas)
@@ -75,7 +75,8 @@ class Gemm1(mainloop.Gemm):
                 cute.arch.mbarrier_wait(shared.barriers + self.stages + slot, phase)
                 if tid == 0:
                     if k_block == first:
-                        self._tell(shared, slot, (unit.expert, unit.m_tile, unit.token_tile, self._width(op, unit)))
+                        width = self._width(op, unit)
+                        self._tell(shared, slot, (unit.expert, unit.m_tile, unit.token_tile, width, is_shared))
                     count = min(end - k_block, self.blocks)
                     self._copy_weights(op, shared, slot, unit, k_block, count, 0)
                 for j in cutlass.range_constexpr((self.blocks + blocks_per_pass - 1) // blocks_per_pass):

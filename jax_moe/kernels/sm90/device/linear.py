@@ -77,10 +77,6 @@ class Linear(gemm1.Gemm1):
         rank = self._rank()
         return rank * op.k_blocks // self.split, (rank + 1) * op.k_blocks // self.split
 
-    def _rank(self):
-        """Of this CTA in its cluster."""
-        return cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
-
     # -- what is done with the sums -----------------------------------------------------------------------------
 
     @cute.jit
