@@ -130,9 +130,10 @@ def test_with_more_tokens_there_are_too_many_units():
 
 def test_only_the_first_config_is_exchanged():
     one = 1, 1, 1, 1
-    assert all(program.fitted(config, H200, one, 1, 300) == config for config in program.CONFIGS[1:])
-    assert program.fitted(USUAL, H200, one, 1, 300) == ALONE
-    assert program.fitted(USUAL, H200, one, 1, 1) == USUAL  # what a CTA takes besides is all that counts
+    assert all(program.fitted(config, H200, one, 100, 300) == config for config in program.CONFIGS[1:])
+    assert program.fitted(USUAL, H200, one, 100, 300) == ALONE
+    assert program.fitted(USUAL, H200, one, 1, 300) == USUAL  # a unit on its own has no CTA beside it
+    assert program.fitted(USUAL, H200, one, 100, 1) == USUAL  # what a CTA takes besides is all that counts
     assert program.fitted(USUAL, H200, one, 397, 300) == USUAL
 
 
@@ -142,7 +143,7 @@ def test_the_card_decides():
     for changes in (dict(block=2.1), dict(alone=1e9), dict(turns=0)):
         few_units = dataclasses.replace(costs.few_units, **changes)
         card = dataclasses.replace(H200, costs=dataclasses.replace(costs, few_units=few_units))
-        assert program.fitted(USUAL, card, one, 1, 300) == USUAL
+        assert program.fitted(USUAL, card, one, 100, 300) == USUAL
 
 
 # --- How many experts are touched ---------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def product_specs():
             launches = lowering.launches(cuda_call.product(local_groups=groups, **changes))
             specs |= {launch.spec for launch in launches if not launch.spec.tensor_core_ptx}
     for index, config in enumerate((*program.CONFIGS, program.FEW_UNITS)):
-        call, split = cuda_call.product(**options[index % 2]), (1, 2, 4, 8)[index // 2 % 4]
+        call, split = cuda_call.product(**options[index % 2]), program.SPLITS[index // 2 % 2 * (1 + index % 3)]
         specs |= {program.product_spec(call, config), program.linear_spec(call, config, split)}
     specs.add(program.product_spec(cuda_call.product(), program.SPLIT_UNITS))
     return sorted(specs, key=lambda spec: spec.name)

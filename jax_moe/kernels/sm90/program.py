@@ -52,7 +52,8 @@ class FewUnits:
       alone: the same of one CTA.
       block: what a block takes one CTA with four warpgroups, where one of two CTAs with two each takes 1.
       turns: units a multiprocessor; where there are more, they even out, whichever CTA takes them.
-      meeting: nanoseconds for each CTA of a cluster that share their sums.
+      meeting: nanoseconds that a cluster takes for each of its CTAs to share their sums.
+      handing_over: and for each row of tokens of a tile, and m warpgroup.
     """
 
     pair: float
@@ -60,6 +61,7 @@ class FewUnits:
     block: float
     turns: float
     meeting: float
+    handing_over: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,18 +264,18 @@ def build_product(p: Product, card: Card) -> Program:
     return steps.product_program(p, (*before, product), workspaces, bytes_per_matrix)
 
 
-_MOST_SHARING = 8
-"""CTAs that a cluster may have on any GPU with clusters."""
+SPLITS = 1, 2, 3, 4
+"""CTAs that may share a unit of a product with one matrix. Larger clusters gained little, and find less room."""
 
-_ROOM = 0.93
-"""Part of the multiprocessors that clusters of more than two reach, of which others are left over: 31 clusters of four
-or 15 of eight run at once (``cuOccupancyMaxActiveClusters``)."""
+_ROOM = 0.9
+"""Part of the multiprocessors that clusters of more than two find room on: 114 CTAs in threes ran at once on an H200's
+132, 132 in threes and 128 in fours did not."""
 
 
 @functools.lru_cache(maxsize=1024)
 def linear_form(card: Card, num_rows: int, row_blocks: int, k_blocks: int) -> tuple[Config, int]:
     """The config of a product with one matrix, and how many CTAs share a unit: what takes the least time."""
-    forms = itertools.product((*CONFIGS, FEW_UNITS), range(1, min(_MOST_SHARING, k_blocks) + 1))
+    forms = itertools.product((*CONFIGS, FEW_UNITS), [split for split in SPLITS if split <= k_blocks])
     return min(forms, key=lambda form: _linear_nanoseconds(card, *form, num_rows, row_blocks, k_blocks))
 
 
@@ -288,7 +290,9 @@ def _linear_nanoseconds(card: Card, config: Config, split: int, num_rows: int, r
     if turns > 1:
         turns = math.ceil(turns / config.ctas_per_sm) * config.ctas_per_sm
     block = _cost(card.costs, num_rows, config) / tiles * (few.block if config == FEW_UNITS else 1)
-    start = (few.alone if config.ctas_per_sm == 1 else few.pair) + (few.meeting * split if split > 1 else 0)
+    start = few.alone if config.ctas_per_sm == 1 else few.pair
+    if split > 1:
+        start += few.meeting * split + few.handing_over * config.m_warpgroups * config.token_tile
     return start + turns * tiling.blocks(k_blocks, split) * config.m_warpgroups * block
 
 

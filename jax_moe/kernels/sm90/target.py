@@ -21,7 +21,7 @@ _H100_NANOSECONDS = {
 
 # Which form few units have: fitted to calls with T = 1 to 8, and products with one matrix, on an H200 (the notes, Few
 # units, One matrix); clocks are alike, and so are these taken to be on other cards.
-_H200_FEW_UNITS = FewUnits(pair=2500, alone=3000, block=1.04, turns=3, meeting=450)
+_H200_FEW_UNITS = FewUnits(pair=2500, alone=3000, block=1.04, turns=3, meeting=400, handing_over=12.5)
 
 _READ = 0.84  # of the stated bandwidth: H100s of this project read at 2.75 to 2.87 of 3.35 TB/s (an H200 at 0.93)
 
