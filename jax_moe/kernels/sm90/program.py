@@ -98,10 +98,11 @@ def _cost(costs: Costs, rows: int, config: Config) -> float:
 
 
 def fitted(config: Config, card: Card, routes: tuple[int, int, int, int], row_blocks: int, k_blocks: int) -> Config:
-    """``config``, or :data:`FEW_UNITS` where that is likely to take less time.
+    """``config``, or :data:`FEW_UNITS` or :data:`SPLIT_UNITS` where that is likely to take less time.
 
     What counts is how many units the busiest multiprocessor has, one after the other or side by side. One expert more
-    may be one turn more, so each number of experts counts as it is likely.
+    may be one turn more, so each number of experts counts as it is likely. Which units are shared depends on how many
+    there are: with more than one token, its bits would depend on the others.
 
     Args:
       config: chosen for its token tile.
@@ -114,13 +115,23 @@ def fitted(config: Config, card: Card, routes: tuple[int, int, int, int], row_bl
     tokens, top_k, num_experts, local_experts = routes
     tiles = min(local_experts, num_experts) * tokens * min(1.0, top_k / num_experts) / config.token_tile  # all full
     few, unit = card.costs.few_units, _cost(card.costs, config.token_tile, config) * k_blocks
-    usual = alone = 0.0
+    times = dict.fromkeys((config, FEW_UNITS), 0.0)
+    if tokens == 1 and k_blocks > 1:
+        times[SPLIT_UNITS] = 0.0
     for experts, likelihood in tiling.touched(*routes):
         units = max(experts, tiles) * row_blocks / card.multiprocessors  # of each
         even = units > few.turns
-        usual += likelihood * (few.pair + unit * (units if even else _turns_of_pairs(units)))
-        alone += likelihood * (few.alone + unit * few.block * (units if even else math.ceil(units)))
-    return FEW_UNITS if alone < usual else config
+        turns = {
+            config: units if even else _turns_of_pairs(units),
+            FEW_UNITS: units if even else math.ceil(units),
+            SPLIT_UNITS: math.ceil(2 * units) / 2,
+        }
+        for form in times:
+            start = few.pair if form == config else few.alone
+            if form == SPLIT_UNITS and turns[form] % 1:
+                start += few.meeting * form.cluster + few.handing_over * form.token_tile
+            times[form] += likelihood * (start + unit * turns[form] * (1 if form == config else few.block))
+    return min(times, key=lambda form: times[form])
 
 
 def _turns_of_pairs(units: float) -> float:

@@ -385,7 +385,9 @@ class Gemm(entry.Kernel):
             barriers=smem.allocate_array(Int64, 2 * self.stages + self.config.cluster - 1),
             scratch=self._array(smem, Float32, self.config.reduction_bytes // 4),
             rows=self._allocate_rows(smem),
-            units=self._array(smem, Int32, self.unit_words * self.stages),  # of a stage: expert, m tile, token tile, width
+            units=self._array(
+                smem, Int32, self.unit_words * self.stages
+            ),  # of a stage: expert, m tile, token tile, width
             next_unit=self._array(smem, Int32, 2),
         )
         tiles = few_routes.allocate(smem) if maps_routes else None
