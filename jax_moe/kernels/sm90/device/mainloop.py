@@ -4,8 +4,8 @@ One main loop serves GEMM1, GEMM2 and the product on its own (a GEMM1 to the tab
 one producer warpgroup and several consumer warpgroups. Weights are the M side of ``wgmma``: a consumer turns its share
 of a prepared 128 x 64 block (``weight_block.py``) into bf16 A fragments and multiplies them with N tokens that lie
 K-major in shared memory. CTAs are persistent and take units (expert, weight tile, token tile) as ``device/schedule.py``
-hands them out; of few routes, and in clusters, by their numbers. The producer tells the consumers with a unit's first stage what the unit
-is; a stage of no unit, the sentinel, ends their work.
+hands them out; of few routes, and in clusters, by their numbers. The producer tells the consumers with a unit's first
+stage what the unit is; a stage of no unit, the sentinel, ends their work.
 
 A stage is ``config.stage_blocks`` weight blocks for each m warpgroup and as many blocks of tokens. Who waits for whom:
 
@@ -334,7 +334,7 @@ class Gemm(entry.Kernel):
     def _piece(self, op, index, units, ctas):
         """``(unit, (first, end), is_shared)``: what this CTA does where its cluster is at unit ``index``.
 
-        A cluster has every n-th unit. Two at once are a whole one for each of its CTAs; the last of an odd number is shared.
+        A cluster has every n-th unit: two at once, one for each of its CTAs. The last of an odd number is shared.
         """
         if cutlass.const_expr(self.config.cluster == 1):
             return self._unit(op, index), self._part(op), Int32(0)
