@@ -197,7 +197,7 @@ def test_tiles_fit_and_grow_with_the_routes():
         ]
         assert one_tile == sorted(one_tile)
         for tile in tiles:
-            assert tile.stages >= 2
+            assert tile.stages >= 3  # with two, GEMM1 waits for ever (benchmarks/notes-h200.md, One matrix)
             assert tile.stage_blocks % tile.k_warpgroups == 0
             resident = tile.shared_bytes + (1024 if tile.ctas_per_sm > 1 else 0)
             assert resident * tile.ctas_per_sm <= sm90_specs.SHARED_MEMORY + 1024 * (tile.ctas_per_sm > 1)
