@@ -37,8 +37,8 @@ def random_experts(model: str, precision: Any = "w4a16"):
     return jax_moe.prepare(canonical, precision=precision, progress=False), activation
 
 
-def ours(model: str, precision: Any, combine: Any):
-    """The op of this project."""
+def ours(model: str, precision: Any, combine: Any, draw: timing.Routings = timing.routings):
+    """The op of this project; ``draw``: its routings."""
     import jax
 
     import jax_moe
@@ -48,7 +48,7 @@ def ours(model: str, precision: Any, combine: Any):
     op = functools.partial(jax_moe.fused_moe, precision=precision, combine=combine, activation=activation)
 
     def make(count, length):
-        arguments, touched = timing.chain_arguments(shape, weights, count, length, seed=count)
+        arguments, touched = timing.chain_arguments(shape, weights, count, length, seed=count, draw=draw)
         chain = timing.op_chain(op, chained=count <= timing.CHAINED_TOKENS)
         compiled = timing.captured(chain)
         eager = jax.jit(chain, compiler_options={"xla_gpu_enable_command_buffer": ""})

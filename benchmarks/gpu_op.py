@@ -127,7 +127,8 @@ def _method(model: str, method: str):
     import gpu_methods
 
     if method.startswith("jax_moe "):
-        return gpu_methods.ours(model, *method.split()[1].split("/"))
+        precision, combine = method.split()[1].split("/")
+        return gpu_methods.ours(model, precision, combine)
     if method == "humming":
         import gpu_humming
 

@@ -6,8 +6,10 @@
 A call is a list of launches, and the handler takes any list. So a step is timed in the call that it belongs to: the
 call with a few more launches of it, minus the call as it is, divided by their number. A GEMM counts its units of work
 in words that the sort sets to zero, so the sort goes before each further one, and its own time is taken off. A call of
-few routes may have no sort: what is under its name then is noise. All else is as in gpu_op.py. Configs in
-`program.CONFIGS` are right (tests/gpu/test_op.py); others are only timed. On sm_100f there are no others.
+few routes may have no sort: what is under its name then is noise. All else is as in gpu_op.py. With --even every
+expert has T * K / E rows, and what is printed too are the costs of a card: in how many nanoseconds a multiprocessor
+gets through a weight block of GEMM1 and of GEMM2. Configs in `program.CONFIGS` are right (tests/gpu/test_op.py); others
+are only timed. On sm_100f there are no others.
 """
 
 from collections.abc import Iterator
@@ -92,12 +94,19 @@ def calls_made_of(target: Target, config: Any, steps: tuple[str, ...]) -> Iterat
         program.best_config = chosen
 
 
+def block_nanoseconds(row: dict[str, Any], shape: shapes.LayerShape, multiprocessors: int) -> dict[str, float]:
+    """Of GEMM1 and GEMM2 of sm_90a, whose experts have a tile each: for a 128 x 64 block of weights."""
+    values = shape.num_experts * shape.hidden_size * shape.intermediate_size / (128 * 64 * multiprocessors)
+    return {"block1": row["gemm1"] * 1e9 / (2 * values), "block2": row["gemm2"] * 1e9 / values}
+
+
 def main(
     model: Annotated[str, typer.Option(help=f"One of {', '.join(shapes.MODELS)}.")] = "qwen3-235b-a22b",
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = "8,128,512,2048",
     precision: Annotated[str, typer.Option(help="w4a16 or w4a4.")] = "w4a16",
     combine: Annotated[str, typer.Option(help="atomic or ordered.")] = "atomic",
-    config: Annotated[list[str] | None, typer.Option(help="Beside the one that is chosen; may be repeated.")] = None,
+    config: Annotated[list[str] | None, typer.Option(help="By name, not the chosen one; may be repeated.")] = None,
+    even: Annotated[bool, typer.Option("--even", help="Every expert has the same number of rows.")] = False,
     repeats: Annotated[int, typer.Option(help="Timed runs; the median counts.")] = 9,
     output: Annotated[str | None, typer.Option(help="JSON file for the results.")] = None,
     compile_only: Annotated[bool, typer.Option("--compile-only", help="Compile the kernels and stop.")] = False,
@@ -106,7 +115,7 @@ def main(
     """Time the steps of calls; see the module's text."""
     shape, length, rows = shapes.MODELS[model], 4, []
     target = targets.TARGETS[target_name] if compile_only else targets.for_device(jax.devices()[0])
-    configs = (None, *(config_named(name, target) for name in config or []))
+    configs = [config_named(name, target) for name in config] if config else [None]
     if compile_only:
         for count, one in itertools.product(map(int, tokens.split(",")), configs):
             mode = (precision, combine, "output", jnp.dtype(jnp.bfloat16))
@@ -115,7 +124,7 @@ def main(
                 for launch in lowering.launches(call):
                     cache.compiled(launch.spec, target.name)
         return
-    make = gpu_methods.ours(model, precision, combine)
+    make = gpu_methods.ours(model, precision, combine, timing.even_routings if even else timing.routings)
     for count in map(int, tokens.split(",")):
         for one in configs:
             seconds = {}
@@ -129,9 +138,12 @@ def main(
                 "tokens": count, "config": one.name if one else "chosen", "call": seconds[()], "floor": floor,
                 "sort": step["sort"], **{gemm: step[gemm] - step["sort"] for gemm in ("gemm1", "gemm2")},
             }  # fmt: skip
+            if even:
+                row |= block_nanoseconds(row, shape, jax.devices()[0].core_count)
             rows.append(row)
             times = "  ".join(f"{name} {row[name] * 1e6:8.1f}" for name in ("sort", "gemm1", "gemm2", "call", "floor"))
-            print(f"T {count:5}  {row['config']:24} {times} us", flush=True)
+            costs = f"  {row['block1']:6.1f} {row['block2']:6.1f} ns a block" if even else ""
+            print(f"T {count:5}  {row['config']:24} {times} us{costs}", flush=True)
     if output:
         with open(output, "w") as file:
             json.dump({"environment": environment(), "model": model, "results": rows}, file, indent=1)

@@ -16,6 +16,7 @@ from product_cases import ProductCase
 import jax_moe
 from jax_moe import check, nvfp4, parcels, parcels_primitive
 from jax_moe.kernels import targets
+from jax_moe.kernels.sm90 import program as sm90_program
 from jax_moe.kernels.sm100 import program as sm100_program
 from jax_moe.kernels.specs import Spec
 from jax_moe.kernels.target import Program
@@ -97,8 +98,18 @@ def prepare(
     return _call(problem, program, target, operands, case.x.shape)
 
 
-def prepare_product(case: ProductCase, target: str = "sm_90a", *, multiprocessors: int = 3, config: Any = None) -> Call:
-    """The grouped product that ``case`` is on a GPU with so many multiprocessors; ``config`` as in :func:`prepare`."""
+def prepare_product(
+    case: ProductCase,
+    target: str = "sm_90a",
+    *,
+    multiprocessors: int = 3,
+    config: Any = None,
+    form: tuple[Any, int] | None = None,
+) -> Call:
+    """The grouped product that ``case`` is on a GPU with so many multiprocessors; ``config`` as in :func:`prepare`.
+
+    ``form``: of a product of one matrix on sm_90a, its config and split.
+    """
     layout = targets.TARGETS[target].layouts[case.precision]
     problem = case.problem(layout)
     made_for, card = targets.for_call(problem.layout, problem.precision)
@@ -108,6 +119,8 @@ def prepare_product(case: ProductCase, target: str = "sm_90a", *, multiprocessor
     program = made_for.product(problem, card)
     if config is not None:
         program = sm100_program.product_with_config(problem, card, config)
+    if form is not None:
+        program = sm90_program.linear_with_form(problem, card, *form)
     return _call(problem, program, target, case.operands(layout), (problem.num_rows, problem.out_features))
 
 

@@ -206,7 +206,7 @@ def test_the_floor_is_the_longer_time():
 
 @pytest.mark.parametrize(
     ("device_kind", "multiprocessors", "is_measured"),
-    [("NVIDIA H200", 132, False), ("NVIDIA H100 80GB HBM3", 132, True), ("NVIDIA H200 MIG 1g.18gb", 16, True),
+    [("NVIDIA H200", 132, False), ("NVIDIA H100 PCIe", 114, True), ("NVIDIA H200 MIG 1g.18gb", 16, True),
      ("NVIDIA H800", 132, True)],
     ids=["row", "row without ceilings", "slice", "no row"],
 )  # fmt: skip

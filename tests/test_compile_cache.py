@@ -17,7 +17,7 @@ import pytest
 
 from jax_moe.kernels import cache, compiler as dsl, cubin, specs
 from jax_moe.kernels.sm90.program import CONFIGS
-from jax_moe.kernels.sm90.specs import Config, Gemm1Spec, Gemm2Spec, ProductSpec
+from jax_moe.kernels.sm90.specs import Config, Gemm1Spec, Gemm2Spec, LinearSpec, ProductSpec
 
 _HAS_COMPILER = pytest.mark.skipif(
     not any(d.name == "nvidia-cutlass-dsl" for d in importlib.metadata.distributions()),
@@ -260,6 +260,7 @@ def test_every_field_of_a_spec_is_in_the_key():
         Gemm1Spec(config, "w4a16", "swiglu", True, 1.0, 0.0, 7.0, False),
         Gemm2Spec(config, "w4a16", "atomic", "float32", False),
         specs.GroupsSpec(64, "float32", False), ProductSpec(config, "w4a16", "float32", False),
+        LinearSpec(config, "w4a16", "float32", False, 2),
     ):  # fmt: skip
         for field in dataclasses.fields(spec):
             value = getattr(spec, field.name)

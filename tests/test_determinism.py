@@ -220,7 +220,9 @@ def test_the_page_says_which_few_tokens_have_orders_of_their_own():
             few = [
                 str(tokens)
                 for tokens, each in launches.items()
-                if any(getattr(launch.spec, "config", None) == program.FEW_UNITS for launch in each)
+                if any(
+                    getattr(launch.spec, "config", None) in (program.FEW_UNITS, program.SPLIT_UNITS) for launch in each
+                )
             ]
             assert table[name] == (", ".join(few) or "none")
 

@@ -151,6 +151,22 @@ def test_an_arrival_from_another_cta_has_the_scope_of_the_cluster():
     assert not rules_broken(acquired, overlap=True)
 
 
+def test_barriers_that_another_cta_arrives_at_are_used_when_the_cluster_has_met():
+    """Those that only their own CTA arrives at, when that has."""
+
+    def is_early(text):
+        return "first barrier" in {finding.rule for finding in check(parser.parse(text), True, cluster=2)}
+
+    arrival = "mbarrier.arrive.shared.b64 %rd3, [%r4+40960], 1;"
+    remote = changed(arrival, "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%r4+40960];", snippets.WGMMA)
+    assert not is_early(snippets.WGMMA)
+    assert is_early(without(snippets.WGMMA, "bar.sync 0;"))
+    assert is_early(remote)
+    met = "barrier.cluster.arrive; barrier.cluster.wait;"
+    assert not is_early(changed("bar.sync 0;", met, remote))
+    assert is_early(snippets.TENSOR_MEMORY)  # a commit may arrive elsewhere
+
+
 def test_a_descriptor_may_be_overwritten_while_its_product_flies():
     after = "wgmma.commit_group.sync.aligned;"
     assert not rules_broken(changed(after, f"{after} mov.b64 %rd5, 0;", snippets.WGMMA), overlap=True)
@@ -187,7 +203,10 @@ def parameters(wanted):
 @pytest.mark.parametrize(
     ("target", "spec"),
     parameters(
-        {"sm_90a": "gemm._n(16|48)m.*w4a4|gemm1_n112.*w4a16|product.*w4a16|groups_e128.*rows|_maps", "sm_100f": ""}
+        {
+            "sm_90a": "gemm._n(16|48)m.*w4a4|gemm1_n112.*w4a16|(product|linear).*w4a16|groups_e128.*rows|_maps",
+            "sm_100f": "",
+        }
     ),
 )
 def test_our_kernels_keep_the_rules(target, spec):

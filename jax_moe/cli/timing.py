@@ -24,6 +24,8 @@ CHAINED_TOKENS = 128
 Arguments = tuple[jax.Array, Any, list[jax.Array], list[jax.Array]]
 """Of a chain: x bf16 [T, H], weights, and for each call expert ids int32 [T, K] and routing weights f32 [T, K]."""
 
+Routings = Callable[[shapes.LayerShape, int, int, int], tuple[np.ndarray, np.ndarray, float]]
+
 
 def routings(shape: shapes.LayerShape, tokens: int, length: int, seed: int) -> tuple[np.ndarray, np.ndarray, float]:
     """Random distinct experts of each token of each call, their weights, and the mean number of experts with a token.
@@ -35,6 +37,23 @@ def routings(shape: shapes.LayerShape, tokens: int, length: int, seed: int) -> t
     ids = ids[..., : shape.top_k].astype(np.int32)
     touched = statistics.mean(len(np.unique(call)) for call in ids)
     return ids, np.full(ids.shape, 1 / shape.top_k, np.float32), touched
+
+
+def even_routings(
+    shape: shapes.LayerShape, tokens: int, length: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """As :func:`routings`, but every expert has the same number of rows, T * K / E.
+
+    Raises:
+      ValueError: that is not a whole number.
+    """
+    experts, routes = shape.num_experts, tokens * shape.top_k
+    if routes % experts:
+        raise ValueError(f"tokens: got {tokens}, whose {routes} routes {experts} experts cannot share equally")
+    rng = np.random.default_rng(seed)
+    order = np.stack([rng.permutation(experts) for _ in range(length)]).astype(np.int32)
+    ids = np.tile(order, routes // experts).reshape(length, tokens, shape.top_k)
+    return ids, np.full(ids.shape, 1 / shape.top_k, np.float32), float(experts)
 
 
 def random_x(shape: shapes.LayerShape, tokens: int, seed: int) -> jax.Array:
@@ -121,10 +140,13 @@ def op_chain(op: Callable[..., jax.Array], *, chained: bool) -> Callable[..., ja
 
 
 def chain_arguments(
-    shape: shapes.LayerShape, weights: Any, tokens: int, length: int, seed: int
+    shape: shapes.LayerShape, weights: Any, tokens: int, length: int, seed: int, draw: Routings = routings
 ) -> tuple[Arguments, float]:
-    """Random arguments of :func:`op_chain`'s function, and the mean number of experts that a call touches."""
-    ids, routing_weights, touched = routings(shape, tokens, length, seed)
+    """Random arguments of :func:`op_chain`'s function, and the mean number of experts that a call touches.
+
+    ``draw``: :func:`routings` or :func:`even_routings`.
+    """
+    ids, routing_weights, touched = draw(shape, tokens, length, seed)
     return (
         random_x(shape, tokens, seed),
         weights,

@@ -216,9 +216,7 @@ def groups(p: Product, token_tile: int, card: Card) -> tuple[Launch, Workspaces]
     quantised = p.precision == "w4a4"
     spec = specs.groups_spec(p.local_groups, str(p.out_dtype), quantised)
     tiles = tiling.max_tiles(p.num_rows, p.local_groups, token_tile)
-    row_vectors = p.out_features * jnp.dtype(p.out_dtype).itemsize // 16
-    count = max(tiles * token_tile, p.num_rows * max(p.in_features // 8, row_vectors), p.num_groups)
-    _check_count(count, f"T = {p.num_rows} rows of C = {p.in_features}, for N = {p.out_features}", "ragged_dot")
+    row_vectors = _check_rows(p, max(tiles * token_tile, p.num_groups))
     arguments = {
         **same("group_sizes", "group_offset", "expert_tiles", "tile_expert", "row_route", "group_ends", "out"),
         "row_group": "row_group" if quantised else None, "num_rows": p.num_rows, "num_groups": p.num_groups,
@@ -236,16 +234,29 @@ def groups(p: Product, token_tile: int, card: Card) -> tuple[Launch, Workspaces]
     return Launch("groups", spec, grid, arguments), workspaces
 
 
-def rounded_rows(p: Product) -> tuple[Launch, Workspaces]:
+def _check_rows(p: Product, others: int) -> int:
+    """Vectors of 16 bytes in a row of the output. ``others``: of what else the kernels count.
+
+    Raises:
+      ValueError: more rows or values than the kernels can count.
+    """
+    row_vectors = p.out_features * jnp.dtype(p.out_dtype).itemsize // 16
+    count = max(others, p.num_rows * max(p.in_features // 8, row_vectors))
+    _check_count(count, f"T = {p.num_rows} rows of C = {p.in_features}, for N = {p.out_features}", "ragged_dot")
+    return row_vectors
+
+
+def rounded_rows(p: Product, per_group: bool = True) -> tuple[Launch, Workspaces]:
     """The pass over x of w4a4: the rows of local groups, rounded to NVFP4 with the scales of their groups.
 
-    Of w4a4_dynamic: all rows, each with its own.
+    Not ``per_group``: all rows, with the first scale. Of w4a4_dynamic: all rows, each with its own.
     """
     if p.precision == "w4a4_dynamic":
         return _dynamic_rows(p.num_rows, p.in_features, 1, per_route=False)
-    spec = specs.XRowsSpec(quantise=True, per_route=False, per_group=True)
+    spec = specs.XRowsSpec(quantise=True, per_route=False, per_group=per_group)
     arguments = {
-        **same("x", "x_rows", "row_group"), "routing_weights": None, "input_scale": "weights.input_scale",
+        **same("x", "x_rows", *(["row_group"] if per_group else [])),
+        "routing_weights": None, "input_scale": "weights.input_scale",
         "num_rows": p.num_rows, "row_divisor": 1, "row_blocks": p.in_features // 16,
     }  # fmt: skip
     workspaces = {"x_rows": jax.ShapeDtypeStruct((p.num_rows, p.in_features), jnp.bfloat16)}
@@ -270,12 +281,26 @@ def group_codes(p: Product, block_k: int) -> tuple[Launch, Workspaces]:
 
 def product_arguments(p: Product) -> dict[str, str | int | None]:
     """What every target's product takes; x and the numbers of its blocks are the target's."""
+    tile_map = same("row_route", "tile_expert", "expert_tiles", "group_ends")
+    return {**tile_map, **_matrices(p), "local_experts": p.local_groups}
+
+
+def linear_arguments(p: Product) -> dict[str, str | int | None]:
+    """What a product of one matrix takes that needs no tile map, but for x and the numbers of its blocks.
+
+    Raises:
+      ValueError: more rows or values than the kernels can count.
+    """
+    _check_rows(p, p.num_rows)
+    return {**same("group_sizes", "group_offset"), **_matrices(p), "num_rows": p.num_rows}
+
+
+def _matrices(p: Product) -> dict[str, str | int | None]:
     return {
-        **same("row_route", "tile_expert", "expert_tiles", "group_ends", "out"),
-        "payload": "weights.payload", "global_scale": "weights.global_scale",
+        "out": "out", "payload": "weights.payload", "global_scale": "weights.global_scale",
         "input_scale": _input_scale(p.precision, "weights.input_scale", "x_row_scales"),
         "bias": "weights.bias" if p.has_bias else None,
-        "in_features": p.in_features, "out_features": p.out_features, "local_experts": p.local_groups,
+        "in_features": p.in_features, "out_features": p.out_features,
     }  # fmt: skip
 
 

@@ -1,10 +1,18 @@
 """How many tiles a call may have, and which kind of tile costs least; for every target, and without the DSL."""
 
 from collections.abc import Callable, Iterable
+import functools
 import math
 from typing import TypeVar
 
+import numpy as np
+
 _Config = TypeVar("_Config")
+
+
+def blocks(size: int, block: int) -> int:
+    """How many blocks hold ``size``."""
+    return -(-size // block)
 
 
 def max_tiles(num_routes: int, local_experts: int, token_tile: int) -> int:
@@ -44,3 +52,30 @@ def _likely_rows(num_tokens: int, probability: float) -> list[tuple[int, float]]
     ]  # fmt: skip
     likelihoods = [math.exp(logarithm) for logarithm in logarithms]
     return [(rows, likelihood / sum(likelihoods)) for rows, likelihood in zip(counts, likelihoods, strict=True)]
+
+
+@functools.lru_cache(maxsize=1024)
+def touched(num_tokens: int, top_k: int, num_experts: int, local_experts: int) -> tuple[tuple[int, float], ...]:
+    """How many local experts have a row, and how likely that is, if tokens choose ``top_k`` experts at random.
+
+    Exact: the chain of these numbers, token by token. Those less likely than 1e-9 are left out.
+    """
+    top_k, local_experts = min(top_k, num_experts), min(local_experts, num_experts)
+    ways = math.comb(num_experts, top_k)
+    # new[j][n]: how likely a token names j local experts that no token before it has, where these have named n.
+    new = [
+        np.array([
+            math.comb(local_experts - n, j) * math.comb(num_experts - local_experts + n, top_k - j) / ways
+            for n in range(local_experts + 1 - j)
+        ])
+        for j in range(min(top_k, local_experts) + 1)
+    ]  # fmt: skip
+    likely = np.zeros(local_experts + 1)
+    likely[0] = 1.0
+    for _ in range(num_tokens):
+        if likely[-1] > 1 - 1e-9:
+            break
+        before, likely = likely, np.zeros_like(likely)
+        for j, of_these in enumerate(new):
+            likely[j:] += before[: len(of_these)] * of_these
+    return tuple((number, float(value)) for number, value in enumerate(likely) if value > 1e-9)

@@ -45,6 +45,7 @@ CASES = {
     "ragged w4a4_dynamic ordered": (_RAGGED, dict(precision="w4a4_dynamic", combine="ordered")),
     "tiles w4a4_dynamic atomic": (_TILES, dict(precision="w4a4_dynamic", combine="atomic")),
     "product w4a16": (dict(group_sizes=[9, 0, 14, 150, 3], rows=180), dict(precision="w4a16")),
+    "linear w4a16": (dict(group_sizes=[5], rows=9, in_features=1088), dict(precision="w4a16")),  # CTAs that share
     "product w4a4": (dict(group_sizes=[4, 33, 0], rows=40), dict(precision="w4a4")),
     "product w4a4_dynamic": (dict(group_sizes=[4, 33, 0], rows=40), dict(precision="w4a4_dynamic")),
 }

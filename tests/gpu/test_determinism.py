@@ -154,11 +154,12 @@ def test_replays_of_ordered_sums(poison, tokens, precision, out_dtype):
     _same_bits_again_and_again(_case(tokens, precision=precision, out_dtype=out_dtype), poison)
 
 
-def test_replays_of_sums_that_four_warpgroups_share(poison, monkeypatch):
+@pytest.mark.parametrize("form", ["FEW_UNITS", "SPLIT_UNITS"])
+def test_replays_of_sums_that_warpgroups_and_ctas_share(poison, monkeypatch, form):
     """They are added in one order, however late each is."""
-    if not hasattr(program, "FEW_UNITS"):
+    if not hasattr(program, form):
         pytest.skip("needs a Hopper GPU: others have no such form")
-    config = program.FEW_UNITS
+    config = getattr(program, form)
     monkeypatch.setattr(program, "best_config", lambda *_: config)
     case = helpers.make_case(
         8, tokens=2, hidden=2048, intermediate=1536, num_experts=8, top_k=4, precision="w4a16", **_ORDERED

@@ -160,11 +160,12 @@ def test_every_config(poison, monkeypatch, config, tokens, precision):
 
 @pytest.mark.parametrize("options", [dict(), dict(precision="w4a4", combine="ordered", out_dtype=jnp.float32)], ids=str)
 @pytest.mark.parametrize("sizes", [(1, 1088, 704), (8, 528, 2112)], ids=str)
-def test_the_form_for_few_units(poison, monkeypatch, sizes, options):
+@pytest.mark.parametrize("form", ["FEW_UNITS", "SPLIT_UNITS"])
+def test_the_forms_for_few_units(poison, monkeypatch, form, sizes, options):
     """Whatever would be chosen; warpgroups have unequal parts, and in the last sizes CTAs take several units."""
-    if not hasattr(program, "FEW_UNITS"):
+    if not hasattr(program, form):
         pytest.skip("needs a Hopper GPU: others have no such form")
-    monkeypatch.setattr(program, "best_config", lambda *_: program.FEW_UNITS)
+    monkeypatch.setattr(program, "best_config", lambda *_: getattr(program, form))
     tokens, hidden, intermediate = sizes
     case = helpers.make_case(tokens, tokens=tokens, hidden=hidden, intermediate=intermediate, num_experts=8, top_k=4,
                              bias=True, **options)  # fmt: skip

@@ -1,5 +1,7 @@
 """``ragged_dot`` on a GPU against its definition, bit for bit where all sums are exact."""
 
+import importlib
+
 import calls
 import helpers
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import pytest
 
 from jax_moe import ffi
 
+program = importlib.import_module(calls.target().program.__module__)
 _CAPTURE = {"xla_gpu_graph_min_graph_size": 1}
 _EAGER = {"xla_gpu_enable_command_buffer": ""}
 _SIZES = dict(in_features=336, out_features=400)  # neither is a multiple of a weight block
@@ -68,6 +71,40 @@ def test_random_values_are_within_their_bound(poison, rows, variant):
     case = make_case(rows, sizes, rows, exact=False, in_features=2880, out_features=1536, **_VARIANTS[variant])
     out = _run(case, poison)
     result = helpers.compare(out, *defined(case))
+    assert result.passes, str(result)
+
+
+_FORMS = []
+if hasattr(program, "linear_form"):  # sm_90a's
+    for index, config in enumerate((*program.CONFIGS, program.FEW_UNITS)):
+        _FORMS += [(config, 1), (config, program.SPLITS[1 + index % 3])]
+
+
+@pytest.mark.parametrize("form", _FORMS, ids=lambda form: f"{form[0].name}-{form[1]}")
+def test_one_matrix_in_every_form(poison, monkeypatch, form):
+    """Whatever would be chosen: CTAs that share a contraction of 17 blocks, rows behind the group's, hostile sizes."""
+    monkeypatch.setattr(program, "linear_form", lambda *_: form)
+    tile = form[0].token_tile
+    for rows, size, offset in ((1, 1, 0), (tile + 1, tile - 3, 0), (3 * tile, 2**31 - 1, 0), (5, -7, 0), (5, 5, 1)):
+        case = make_case(rows, [size], rows, group_offset=offset, local_groups=1, in_features=1088, out_features=400,
+                         **_VARIANTS[_FORMS.index(form) // 2 % 2])  # fmt: skip
+        helpers.assert_bit_equal(_run(case, poison) + 0, expected(case) + 0)
+
+
+@pytest.mark.skipif(not _FORMS, reason="needs a Hopper GPU: others have no such form")
+def test_replays_of_sums_that_ctas_share(poison, monkeypatch):
+    """They are added in one order, however late each is, and nobody reads what another has not yet written."""
+    monkeypatch.setattr(program, "linear_form", lambda *_: (program.CONFIGS[1], 4))
+    case = make_case(8, [16], 16, exact=False, in_features=4096, out_features=4096, **_VARIANTS[2])
+    function, weights = calls.product(case)
+    op, first = calls.jit(function, _CAPTURE), None
+    for i in range(500):
+        if i % 100 == 0:
+            poison(0.25)
+        out = np.asarray(op(*_arguments(case), weights))
+        first = out if first is None else first
+        helpers.assert_bit_equal(out, first)
+    result = helpers.compare(first, *defined(case))
     assert result.passes, str(result)
 
 

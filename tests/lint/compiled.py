@@ -53,6 +53,10 @@ def some_specs(target: str) -> list[Spec]:
             layout = TARGETS[target].layouts[precision]
             call = cuda_call.product(precision=precision, num_rows=1, bias=precision == "w4a4", layout=layout)
             specs |= {launch.spec for launch in lowering.launches(call)}
+        if target == "sm_90a":  # of one matrix, where CTAs share a unit: with k warpgroups and with m warpgroups
+            configs = (sm90_program.CONFIGS[0], sm90_program.CONFIGS[2 if precision == "w4a16" else 9])
+            specs |= {sm90_program.linear_spec(call, config, 4) for config in configs}
+            specs.add(sm90_program.linear_spec(call, sm90_program.FEW_UNITS, 1))
     return sorted(specs, key=lambda spec: spec.name)
 
 
@@ -77,7 +81,7 @@ def all_specs(target: str) -> list[Spec]:
 
 def _configs(target: str, precision: str):
     if target == "sm_90a":
-        return (*sm90_program.CONFIGS, sm90_program.FEW_UNITS)
+        return (*sm90_program.CONFIGS, sm90_program.FEW_UNITS, sm90_program.SPLIT_UNITS)
     return sm100_program.CONFIGS[precision]
 
 

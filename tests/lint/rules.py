@@ -392,6 +392,12 @@ def _groups(graph) -> dict[int, tuple[frozenset[str], frozenset[str]]]:
     return groups
 
 
+def _is_reached_from_elsewhere(graph) -> bool:
+    """Whether other CTAs of the cluster may arrive at a barrier of this one, which they must not before it is ready."""
+    operations = (graph.kernel.instructions[site.index].operation for site in graph.kinds("arrive", "commit"))
+    return graph.cluster > 1 and any("shared::cluster" in operation for operation in operations)
+
+
 def rules_for(graph, overlap: bool, announces, is_operand, first_of_warp: bool) -> tuple[Rule, ...]:
     """The rules that a kernel's instructions call for."""
     kinds = {site.kind for site in graph.sites}
@@ -402,7 +408,7 @@ def rules_for(graph, overlap: bool, announces, is_operand, first_of_warp: bool) 
     if kinds & ASYNC_READERS:
         rules += [Copies(announces, first_of_warp), Stores(is_operand, announces)]
     if "init" in kinds:
-        rules += [FirstBarrier(threads), Initialised()]
+        rules += [FirstBarrier(None if _is_reached_from_elsewhere(graph) else graph.kernel.threads), Initialised()]
     if "cluster_wait" in kinds:
         rules.append(ClusterBarrier())
     if "launch_dependents" in kinds:

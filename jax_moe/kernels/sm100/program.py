@@ -61,8 +61,8 @@ def best_config(card: Card, precision: Precision, num_tokens: int, top_k: int, n
 
 def _cost(costs: Costs, precision: Precision, rows: int, config: Config) -> float:
     """Of 128 x 256 weights of an expert with so many rows: memory and all else hide each other but for a tenth."""
-    tiles = _blocks(rows, config.token_tile)
-    width = _blocks(_blocks(rows, tiles), config.granule) * config.granule
+    tiles = tiling.blocks(rows, config.token_tile)
+    width = tiling.blocks(tiling.blocks(rows, tiles), config.granule) * config.granule
     product = costs.product[precision] * width
     fill = _loaded_bytes(precision, width, config.pair) / costs.fill
     busy = tiles * (max(product, fill) + costs.tile + (costs.pair if config.pair else 0))
@@ -73,7 +73,8 @@ def _loaded_bytes(precision: Precision, width: int, pair: bool) -> int:
     """What a CTA loads for 128 x 256 weights times a tile: of a pair half the rows, but all of GEMM2's scale atoms."""
     rows = width // 2 if pair else width
     if precision == "w4a4":
-        return weight_block.BLOCK_BYTES + rows * BLOCK_K // 2 + _blocks(width, BLOCK_ROWS) * weight_block.SCALE_BYTES
+        scales = tiling.blocks(width, BLOCK_ROWS) * weight_block.SCALE_BYTES
+        return weight_block.BLOCK_BYTES + rows * BLOCK_K // 2 + scales
     return weight_block.BLOCK_BYTES + rows * BLOCK_K * 2
 
 
@@ -110,9 +111,10 @@ def with_config(p: Problem, card: Card, config: Config) -> Program:
     # Weight blocks of the prepared weights: rows and contraction of gate_up and of down.
     block_k, block_bytes = _weight_block(p.precision)
     parts = activations.num_parts(p.activation)
-    gate_up_rows, down_rows = _blocks(parts * p.intermediate_size, BLOCK_ROWS), _blocks(p.hidden_size, BLOCK_ROWS)
+    gate_up_rows = tiling.blocks(parts * p.intermediate_size, BLOCK_ROWS)
+    down_rows = tiling.blocks(p.hidden_size, BLOCK_ROWS)
     padded_intermediate = gate_up_rows * BLOCK_ROWS // parts
-    h_blocks = _blocks(padded_intermediate, block_k)
+    h_blocks = tiling.blocks(padded_intermediate, block_k)
 
     sort, workspaces = steps.sort(p, config.token_tile, _granule(p, config))
     tiles = workspaces["tile_expert"].size
@@ -124,7 +126,7 @@ def with_config(p: Problem, card: Card, config: Config) -> Program:
         rows = steps.same("x_scales") | {"x": "x_codes"}
         workspaces |= more
         tile_bytes = config.token_tile * weight_block.ROW_BYTES
-        tile_bytes += _blocks(config.token_tile, BLOCK_ROWS) * weight_block.SCALE_BYTES
+        tile_bytes += tiling.blocks(config.token_tile, BLOCK_ROWS) * weight_block.SCALE_BYTES
         workspaces["h"] = jax.ShapeDtypeStruct((tiles, h_blocks, tile_bytes), jnp.uint8)
     else:
         workspaces["h"] = jax.ShapeDtypeStruct((tiles, h_blocks, config.token_tile, block_k), jnp.bfloat16)
@@ -141,11 +143,11 @@ def with_config(p: Problem, card: Card, config: Config) -> Program:
     grid = _grid(card, config)
     launch1 = Launch("gemm1", gemm1, grid, {
         **steps.gemm1_arguments(p), **rows,
-        "m_blocks": gate_up_rows, "k_steps": _blocks(p.hidden_size, STEP_K), "h_blocks": h_blocks,
+        "m_blocks": gate_up_rows, "k_steps": tiling.blocks(p.hidden_size, STEP_K), "h_blocks": h_blocks,
     })  # fmt: skip
     launch2 = Launch("gemm2", gemm2, grid, {
         **steps.gemm2_arguments(p),
-        "m_blocks": down_rows, "k_steps": _blocks(p.intermediate_size, STEP_K), "h_blocks": h_blocks,
+        "m_blocks": down_rows, "k_steps": tiling.blocks(p.intermediate_size, STEP_K), "h_blocks": h_blocks,
     })  # fmt: skip
 
     blocks = p.local_experts * block_bytes
@@ -154,8 +156,8 @@ def with_config(p: Problem, card: Card, config: Config) -> Program:
         adds="gemm2" if p.num_tokens and not is_ordered else None,
         workspaces=workspaces,
         weight_bytes={  # a prepared payload has the block scales inside
-            "gate_up.payload": blocks * gate_up_rows * _blocks(p.hidden_size, block_k), "gate_up.block_scale": 0,
-            "down.payload": blocks * down_rows * _blocks(p.intermediate_size, block_k), "down.block_scale": 0,
+            "gate_up.payload": blocks * gate_up_rows * tiling.blocks(p.hidden_size, block_k), "gate_up.block_scale": 0,
+            "down.payload": blocks * down_rows * tiling.blocks(p.intermediate_size, block_k), "down.block_scale": 0,
         },
         sizes=steps.sizes(p, padded_intermediate),
     )  # fmt: skip
@@ -182,7 +184,7 @@ def product_with_config(p: Product, card: Card, config: Config) -> Program:
       ValueError: a size is beyond what the kernels take.
     """
     block_k, block_bytes = _weight_block(p.precision)
-    row_blocks = _blocks(p.out_features, BLOCK_ROWS)
+    row_blocks = tiling.blocks(p.out_features, BLOCK_ROWS)
     groups, workspaces = steps.groups(p, config.token_tile, card)
     before, rows = [groups], {"x": "x", "x_scales": None}
     if p.precision == "w4a4":
@@ -191,9 +193,9 @@ def product_with_config(p: Product, card: Card, config: Config) -> Program:
         rows = steps.same("x_scales") | {"x": "x_codes"}
         workspaces |= more
     product = Launch("product", product_spec(p, config), _grid(card, config), {
-        **steps.product_arguments(p), **rows, "m_blocks": row_blocks, "k_steps": _blocks(p.in_features, STEP_K),
+        **steps.product_arguments(p), **rows, "m_blocks": row_blocks, "k_steps": tiling.blocks(p.in_features, STEP_K),
     })  # fmt: skip
-    bytes_per_matrix = row_blocks * _blocks(p.in_features, block_k) * block_bytes
+    bytes_per_matrix = row_blocks * tiling.blocks(p.in_features, block_k) * block_bytes
     return steps.product_program(p, (*before, product), workspaces, bytes_per_matrix)
 
 
@@ -206,8 +208,4 @@ def _weight_block(precision: Precision) -> tuple[int, int]:
 
 def _grid(card: Card, config: Config) -> int:
     """CTAs: persistent, in whole pairs."""
-    return _blocks(card.multiprocessors * config.ctas_per_sm, 1 + config.pair) * (1 + config.pair)
-
-
-def _blocks(size: int, block: int) -> int:
-    return -(-size // block)
+    return tiling.blocks(card.multiprocessors * config.ctas_per_sm, 1 + config.pair) * (1 + config.pair)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 import dataclasses
 import functools
+import itertools
 import math
 
 import jax
@@ -12,7 +13,15 @@ from jax_moe import activations
 from jax_moe.kernels import steps, tiling
 from jax_moe.kernels.device.constants import FEW_ROUTES
 from jax_moe.kernels.sm90.device import weight_block
-from jax_moe.kernels.sm90.specs import Config, Gemm1Spec, Gemm2Spec, HRowsSpec, ProductSpec, with_most_stages
+from jax_moe.kernels.sm90.specs import (
+    Config,
+    Gemm1Spec,
+    Gemm2Spec,
+    HRowsSpec,
+    LinearSpec,
+    ProductSpec,
+    with_most_stages,
+)
 from jax_moe.kernels.target import Card, Launch, Program
 from jax_moe.problem import Problem
 from jax_moe.product.problem import Product
@@ -38,19 +47,45 @@ FEW_UNITS = with_most_stages((8,), 1, 4, 4, 1)
 """Instead of the first of these, where units are few (:func:`fitted`): a CTA has a multiprocessor for itself, and four
 warpgroups for one unit."""
 
+SPLIT_UNITS = with_most_stages((8,), 1, 4, 4, 1, cluster=2)
+"""The same in clusters of two, which share a unit where they would have an odd number."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FewUnits:
+    """What counts where a multiprocessor has only a few units (:func:`fitted`, :func:`linear_form`).
+
+    Attributes:
+      pair: nanoseconds that a GEMM of two CTAs a multiprocessor takes besides its blocks.
+      alone: the same of one CTA.
+      block: what a block takes one CTA with four warpgroups, where one of two CTAs with two each takes 1.
+      turns: units a multiprocessor; where there are more, they even out, whichever CTA takes them.
+      meeting: nanoseconds that a cluster takes for each of its CTAs to share their sums.
+      handing_over: and for each row of tokens of a tile, and m warpgroup.
+    """
+
+    pair: float
+    alone: float
+    block: float
+    turns: float
+    meeting: float
+    handing_over: float
+
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """Nanoseconds that a multiprocessor takes for a weight block of GEMM1.
+    """What a card's kernels are chosen by.
 
     Attributes:
-      nanoseconds: for its instructions, by m warpgroups and then by the rows that it is multiplied with; where they
-        were measured, with all that memory adds.
-      memory: to bring it, where that is not in there: once, however many tiles an expert has. The one hides the other
-        but for a tenth.
+      nanoseconds: that a multiprocessor takes for the instructions of a weight block, by m warpgroups and then by the
+        rows that it is multiplied with; where they were measured, with all that memory adds.
+      few_units: what besides counts where units are few.
+      memory: nanoseconds to bring a block, where that is not in there: once, however many tiles an expert has. The one
+        hides the other but for a tenth.
     """
 
     nanoseconds: Mapping[int, Mapping[int, float]]
+    few_units: FewUnits
     memory: float = 0.0
 
 
@@ -70,32 +105,52 @@ def _cost(costs: Costs, rows: int, config: Config) -> float:
     return max(costs.memory, busy) + min(costs.memory, busy) / 10
 
 
-def fitted(config: Config, card: Card, units: int, k_blocks: int) -> Config:
-    """``config``, or :data:`FEW_UNITS` where that takes less time.
+def fitted(config: Config, card: Card, routes: tuple[int, int, int, int], row_blocks: int, k_blocks: int) -> Config:
+    """``config``, or :data:`FEW_UNITS` or :data:`SPLIT_UNITS` where that is likely to take less time.
 
-    What counts is how many units the busiest multiprocessor has. With two CTAs on each, up to twice as many units as
-    multiprocessors are a unit for each CTA, and some multiprocessor has two of them, however few they are: where a CTA
-    goes is nobody's choice. The microseconds are of an H200 (benchmarks/notes-h200.md, T = 1).
+    What counts is how many units the busiest multiprocessor has, one after the other or side by side. One expert more
+    may be one turn more, so each number of experts counts as it is likely. Which units are shared depends on how many
+    there are: with more than one token, its bits would depend on the others.
 
     Args:
       config: chosen for its token tile.
       card: whose multiprocessors share the units.
-      units: expected number of them.
-      k_blocks: of a unit.
+      routes: T, K, E and L.
+      row_blocks, k_blocks: of an expert's matrix.
     """
-    count = card.multiprocessors
-    if config != CONFIGS[0] or units > 3 * count:  # with more, units that take turns even out
+    if config != CONFIGS[0]:
         return config
-    unit = _cost(card.costs, 8, config) / 1000 * k_blocks
-    usual = 2.5 + unit * 2 * math.ceil(units / (2 * count))
-    alone = 3.0 + unit * 1.04 * math.ceil(units / count)
-    return FEW_UNITS if alone < usual else config
+    tokens, top_k, num_experts, local_experts = routes
+    tiles = min(local_experts, num_experts) * tokens * min(1.0, top_k / num_experts) / config.token_tile  # all full
+    few, unit = card.costs.few_units, _cost(card.costs, config.token_tile, config) * k_blocks
+    times = dict.fromkeys((config, FEW_UNITS), 0.0)
+    if tokens == 1 and k_blocks > 1:
+        times[SPLIT_UNITS] = 0.0
+    for experts, likelihood in tiling.touched(*routes):
+        units = max(experts, tiles) * row_blocks / card.multiprocessors  # of each
+        even = units > few.turns
+        turns = {
+            config: units if even else _turns_of_pairs(units),
+            FEW_UNITS: units if even else math.ceil(units),
+            SPLIT_UNITS: math.ceil(2 * units) / 2,
+        }
+        for form in times:
+            start = few.pair if form == config else few.alone
+            if form == SPLIT_UNITS and turns[form] % 1:
+                start += few.meeting * form.cluster + few.handing_over * form.token_tile
+            times[form] += likelihood * (start + unit * turns[form] * (1 if form == config else few.block))
+    return min(times, key=lambda form: times[form])
 
 
-def _likely_tiles(config: Config, num_tokens: int, local_experts: int, share: float) -> int:
-    """Expected number of tiles; ``share``: of the tokens that choose one expert. Few tokens fill one tile an expert."""
-    touched = local_experts * (1 - (1 - share) ** num_tokens)
-    return round(max(touched, local_experts * share * num_tokens / config.token_tile))
+def _turns_of_pairs(units: float) -> float:
+    """How many of so many units a multiprocessor the busiest one has, if each has two CTAs.
+
+    Where a CTA goes, or which one is free first, is nobody's choice: the last units are on their own, or in twos on one
+    multiprocessor, the more likely the more they are.
+    """
+    full = 2 * math.floor(units / 2)
+    rest = units - full
+    return full + (min(2.0, 1 + rest) if rest else 0)
 
 
 def gemms(p: Problem, config: Config) -> tuple[Gemm1Spec, Gemm2Spec]:
@@ -121,7 +176,8 @@ def _grid(card: Card, config: Config, tiles: int, row_blocks: int) -> int:
 
     One without work holds up the next kernel, which starts when all have run (benchmarks/notes-h200.md, T = 1).
     """
-    return min(card.multiprocessors * config.ctas_per_sm, tiles * _blocks(row_blocks, config.m_warpgroups))
+    units = tiles * tiling.blocks(row_blocks, config.m_warpgroups)
+    return config.cluster * min(card.multiprocessors * config.ctas_per_sm // config.cluster, units)
 
 
 def build(p: Problem, card: Card) -> Program:
@@ -139,10 +195,10 @@ def build(p: Problem, card: Card) -> Program:
 
     # Weight blocks of the prepared weights: rows and contraction of gate_up and of down.
     parts = activations.num_parts(p.activation)
-    gate_up_rows = _blocks(parts * p.intermediate_size, weight_block.BLOCK_ROWS)
-    gate_up_columns = _blocks(p.hidden_size, weight_block.BLOCK_K)
-    down_rows = _blocks(p.hidden_size, weight_block.BLOCK_ROWS)
-    down_columns = _blocks(p.intermediate_size, weight_block.BLOCK_K)
+    gate_up_rows = tiling.blocks(parts * p.intermediate_size, weight_block.BLOCK_ROWS)
+    gate_up_columns = tiling.blocks(p.hidden_size, weight_block.BLOCK_K)
+    down_rows = tiling.blocks(p.hidden_size, weight_block.BLOCK_ROWS)
+    down_columns = tiling.blocks(p.intermediate_size, weight_block.BLOCK_K)
     h_blocks = gate_up_rows * weight_block.BLOCK_ROWS // parts // weight_block.BLOCK_K
 
     sort, workspaces = steps.sort(p, config.token_tile)
@@ -164,9 +220,9 @@ def build(p: Problem, card: Card) -> Program:
         after.append(combine)
         workspaces |= more
 
-    likely = _likely_tiles(config, p.num_tokens, p.local_experts, min(1.0, p.top_k / num_experts))
-    config1 = fitted(config, card, likely * gate_up_rows, gate_up_columns)
-    config2 = fitted(config, card, likely * down_rows, down_columns)
+    routes = p.num_tokens, p.top_k, num_experts, p.local_experts
+    config1 = fitted(config, card, routes, gate_up_rows, gate_up_columns)
+    config2 = fitted(config, card, routes, down_rows, down_columns)
     gemm1, gemm2 = dataclasses.replace(gemm1, config=config1), dataclasses.replace(gemm2, config=config2)
     grid1, grid2 = _grid(card, config1, tiles, gate_up_rows), _grid(card, config2, tiles, down_rows)
     launch1 = Launch("gemm1", gemm1, grid1, {
@@ -202,9 +258,19 @@ def _h_rows(p: Problem, rows: int, token_tile: int, h_blocks: int) -> tuple[Laun
     return Launch("h_rows", spec, spec.grid(rows), arguments), workspaces
 
 
+def _matrix_blocks(p: Product) -> tuple[int, int]:
+    """Weight blocks of a prepared matrix, along N and along C."""
+    return tiling.blocks(p.out_features, weight_block.BLOCK_ROWS), tiling.blocks(p.in_features, weight_block.BLOCK_K)
+
+
 def product_spec(p: Product, config: Config) -> ProductSpec:
     """The kernel of a grouped product that multiplies."""
     return ProductSpec(config, p.precision, str(p.out_dtype), p.has_bias)
+
+
+def linear_spec(p: Product, config: Config, split: int) -> LinearSpec:
+    """The kernel of a product with one matrix, whose contraction ``split`` CTAs share."""
+    return LinearSpec(config, p.precision, str(p.out_dtype), p.has_bias, split)
 
 
 def build_product(p: Product, card: Card) -> Program:
@@ -213,9 +279,10 @@ def build_product(p: Product, card: Card) -> Program:
     Raises:
       ValueError: a size is beyond what the kernels take.
     """
+    if p.num_groups == p.local_groups == 1:
+        return linear_with_form(p, card, *linear_form(card, max(1, p.num_rows), *_matrix_blocks(p)))
     config = best_config(card, max(1, p.num_rows), 1, p.num_groups)
-    row_blocks = _blocks(p.out_features, weight_block.BLOCK_ROWS)
-    columns = _blocks(p.in_features, weight_block.BLOCK_K)
+    row_blocks, columns = _matrix_blocks(p)
     groups, workspaces = steps.groups(p, config.token_tile, card)
     before, rows = [groups], "x"
     if p.precision != "w4a16":
@@ -223,14 +290,62 @@ def build_product(p: Product, card: Card) -> Program:
         before.append(x_rows)
         rows = "x_rows"
         workspaces |= more
-    likely = _likely_tiles(config, p.num_rows, p.local_groups, 1 / p.num_groups)
-    config = fitted(config, card, likely * row_blocks, columns)
-    product = Launch("product", product_spec(p, config), card.multiprocessors * config.ctas_per_sm, {
+    config = fitted(config, card, (p.num_rows, 1, p.num_groups, p.local_groups), row_blocks, columns)
+    grid = _grid(card, config, workspaces["tile_expert"].size, row_blocks)
+    product = Launch("product", product_spec(p, config), grid, {
         **steps.product_arguments(p), "x": rows, "m_blocks": row_blocks, "k_blocks": columns,
     })  # fmt: skip
     bytes_per_matrix = row_blocks * columns * weight_block.BLOCK_BYTES
     return steps.product_program(p, (*before, product), workspaces, bytes_per_matrix)
 
 
-def _blocks(size: int, block: int) -> int:
-    return -(-size // block)
+SPLITS = 1, 2, 3, 4
+"""CTAs that may share a unit of a product with one matrix. Larger clusters gained little, and find less room."""
+
+_ROOM = 0.9
+"""Part of the multiprocessors that clusters of more than two find room on: 114 CTAs in threes ran at once on an H200's
+132, 132 in threes and 128 in fours did not."""
+
+
+@functools.lru_cache(maxsize=1024)
+def linear_form(card: Card, num_rows: int, row_blocks: int, k_blocks: int) -> tuple[Config, int]:
+    """The config of a product with one matrix, and how many CTAs share a unit: what takes the least time."""
+    forms = itertools.product((*CONFIGS, FEW_UNITS), [split for split in SPLITS if split <= k_blocks])
+    return min(forms, key=lambda form: _linear_nanoseconds(card, *form, num_rows, row_blocks, k_blocks))
+
+
+def _linear_nanoseconds(card: Card, config: Config, split: int, num_rows: int, row_blocks: int, k_blocks: int) -> float:
+    """Of a product with one matrix. Units are alike, and CTAs have a multiprocessor each if there are enough."""
+    few, tiles = card.costs.few_units, tiling.blocks(num_rows, config.token_tile)
+    ctas = split * tiles * tiling.blocks(row_blocks, config.m_warpgroups)
+    places = card.multiprocessors * (_ROOM if split > 2 else 1)
+    if split > 1 and ctas > places * config.ctas_per_sm:
+        return math.inf
+    turns = math.ceil(ctas / places)
+    if turns > 1:
+        turns = math.ceil(turns / config.ctas_per_sm) * config.ctas_per_sm
+    block = _cost(card.costs, num_rows, config) / tiles * (few.block if config == FEW_UNITS else 1)
+    start = few.alone if config.ctas_per_sm == 1 else few.pair
+    if split > 1:
+        start += few.meeting * split + few.handing_over * config.m_warpgroups * config.token_tile
+    return start + turns * tiling.blocks(k_blocks, split) * config.m_warpgroups * block
+
+
+def linear_with_form(p: Product, card: Card, config: Config, split: int) -> Program:
+    """The program of a product with one matrix, whatever :func:`build_product` would choose.
+
+    Raises:
+      ValueError: a size is beyond what the kernels take.
+    """
+    row_blocks, columns = _matrix_blocks(p)
+    before, workspaces, rows = [], {}, "x"
+    if p.precision != "w4a16":
+        x_rows, workspaces = steps.rounded_rows(p, per_group=False)
+        before, rows = [x_rows], "x_rows"
+    spec = linear_spec(p, config, split)
+    units = tiling.blocks(row_blocks, config.m_warpgroups) * tiling.blocks(p.num_rows, config.token_tile)
+    grid = units * split if split > 1 else min(card.multiprocessors * config.ctas_per_sm, units)
+    launch = Launch("product", spec, grid, {
+        **steps.linear_arguments(p), "x": rows, "m_blocks": row_blocks, "k_blocks": columns,
+    })  # fmt: skip
+    return steps.product_program(p, (*before, launch), workspaces, row_blocks * columns * weight_block.BLOCK_BYTES)

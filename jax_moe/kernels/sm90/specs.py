@@ -25,6 +25,8 @@ class Config:
         k_warpgroups.
       stages: how many of those are in flight.
       ctas_per_sm: resident CTAs of one multiprocessor, all persistent.
+      cluster: CTAs of a cluster, 1 or 2. Two take the cluster's units in turn, and share the last where their number is
+        odd: each takes half of its contraction, which has at least two blocks. Only with one m warpgroup.
     """
 
     widths: tuple[int, ...]
@@ -33,12 +35,15 @@ class Config:
     stage_blocks: int
     stages: int
     ctas_per_sm: int
+    cluster: int = 1
 
     @property
     def name(self) -> str:
         return (
             f"n{self.token_tile}m{self.m_warpgroups}k{self.k_warpgroups}b{self.stage_blocks}s{self.stages}"
-            f"c{self.ctas_per_sm}" + "".join(f"w{width}" for width in self.widths[:-1])
+            f"c{self.ctas_per_sm}"
+            + (f"x{self.cluster}" if self.cluster > 1 else "")
+            + "".join(f"w{width}" for width in self.widths[:-1])
         )
 
     @property
@@ -56,13 +61,15 @@ class Config:
 
     @property
     def reduction_bytes(self) -> int:
-        return (self.k_warpgroups - 1) * weight_block.BLOCK_ROWS * self.token_tile * 4
+        """Sums of the other k warpgroups, and of the other CTA."""
+        return (self.k_warpgroups - 1 + self.cluster - 1) * weight_block.BLOCK_ROWS * self.token_tile * 4
 
     @property
     def shared_bytes(self) -> int:
         """Upper bound of what the kernel allocates."""
-        barriers = 16 * self.stages
-        units = 16 * self.stages + 16  # the unit that begins with a stage; the producers' next one, double-buffered
+        barriers = 16 * self.stages + 8 * (self.cluster - 1)
+        # The unit that begins with a stage; the producers' next one, double-buffered.
+        units = (16 + 4 * (self.cluster - 1)) * self.stages + 16
         rows = 12 * self.m_warpgroups * self.token_tile  # GEMM2: output row, weight, scale; a copy for each warpgroup
         alignment = 1024
         return self.stages * self.stage_bytes + self.reduction_bytes + barriers + units + rows + alignment
@@ -75,18 +82,23 @@ def with_most_stages(
     stage_blocks: int,
     ctas_per_sm: int,
     limit: int = 64,
+    cluster: int = 1,
 ) -> Config:
     """A config with as many stages as shared memory holds, at most ``limit``."""
-    config = Config(widths, m_warpgroups, k_warpgroups, stage_blocks, 0, ctas_per_sm)
+    config = Config(widths, m_warpgroups, k_warpgroups, stage_blocks, 0, ctas_per_sm, cluster)
     available = SHARED_MEMORY // ctas_per_sm - (_RESERVED_PER_CTA if ctas_per_sm > 1 else 0)
     per_stage = dataclasses.replace(config, stages=1).shared_bytes - config.shared_bytes
     return dataclasses.replace(config, stages=min(limit, (available - config.shared_bytes) // per_stage))
 
 
 class _Wgmma:
-    cluster = 1
+    config: Config
     tensor_core_ptx = "wgmma.mma_async"
     maps_routes = False
+
+    @property
+    def cluster(self) -> int:
+        return self.config.cluster
 
 
 _ROUTES = {"expert_ids": "i32*", "expert_offset": "i32*"}
@@ -172,4 +184,33 @@ class ProductSpec(_Wgmma, specs.ProductSpec):
             "payload": "u8*", "global_scale": "f32*", "input_scale": "f32*", "bias": "f32*",
             "out": specs.out_pointer(self.out_dtype),
             "in_features": "i32", "out_features": "i32", "local_experts": "i32", "m_blocks": "i32", "k_blocks": "i32",
+        }  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearSpec(_Wgmma, specs.ProductSpec):
+    """The product with one matrix, which needs no tile map: what its units are is known without one.
+
+    Attributes:
+      split: CTAs of a cluster, which share the contraction of a unit.
+    """
+
+    split: int = 1
+
+    implementation = "jax_moe.kernels.sm90.device.linear:Linear"
+
+    @property
+    def cluster(self) -> int:
+        return self.split
+
+    @property
+    def name(self) -> str:
+        return super().name.replace("product", "linear") + (f"_split{self.split}" if self.split > 1 else "")
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        return {
+            "x": "bf16*", "group_sizes": "i32*", "group_offset": "i32*", "payload": "u8*", "global_scale": "f32*",
+            "input_scale": "f32*", "bias": "f32*", "out": specs.out_pointer(self.out_dtype), "num_rows": "i32",
+            "in_features": "i32", "out_features": "i32", "m_blocks": "i32", "k_blocks": "i32",
         }  # fmt: skip

@@ -49,7 +49,7 @@ class Gemm1(mainloop.Gemm):
     @cute.jit
     def _produce(self, op, shared, tid):
         """Weights by bulk copies of one thread, token rows by cp.async of all: 8 threads a row, 16 bytes each."""
-        index, _, _ = cute.arch.block_idx()
+        index = self._first_unit()
         ctas, _, _ = cute.arch.grid_dim()
         chunk = tid % _CHUNKS
         # All 16 rows of a pass are of one block, or, where a tile has 8 rows, of two.
@@ -70,7 +70,7 @@ class Gemm1(mainloop.Gemm):
         cute.arch.griddepcontrol_launch_dependents()
         units = self._num_units(op)
         while index < units:
-            unit = self._unit(op, index)
+            unit, (first, end), is_shared = self._piece(op, index, units, ctas)
             taken = Int32(0)
             if tid == 0:  # long before it is needed
                 taken = self._take(op, index, 0, ctas)
@@ -83,12 +83,13 @@ class Gemm1(mainloop.Gemm):
                 if route >= 0:
                     offset = (route // op.row_divisor) * (op.hidden_size // 8) + chunk  # in units of 16 bytes
                 offsets[i] = offset
-            for k_block in cutlass.range(0, op.k_blocks, self.blocks, unroll=1):
+            for k_block in cutlass.range(first, end, self.blocks, unroll=1):
                 cute.arch.mbarrier_wait(shared.barriers + self.stages + slot, phase)
                 if tid == 0:
-                    if k_block == 0:
-                        self._tell(shared, slot, (unit.expert, unit.m_tile, unit.token_tile, self._width(op, unit)))
-                    count = min(op.k_blocks - k_block, self.blocks)
+                    if k_block == first:
+                        width = self._width(op, unit)
+                        self._tell(shared, slot, (unit.expert, unit.m_tile, unit.token_tile, width, is_shared))
+                    count = min(end - k_block, self.blocks)
                     self._copy_weights(op, shared, slot, unit, k_block, count, 0)
                 for j in cutlass.range_constexpr((self.blocks + blocks_per_pass - 1) // blocks_per_pass):
                     block = first_block + j * blocks_per_pass

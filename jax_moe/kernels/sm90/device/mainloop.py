@@ -4,8 +4,8 @@ One main loop serves GEMM1, GEMM2 and the product on its own (a GEMM1 to the tab
 one producer warpgroup and several consumer warpgroups. Weights are the M side of ``wgmma``: a consumer turns its share
 of a prepared 128 x 64 block (``weight_block.py``) into bf16 A fragments and multiplies them with N tokens that lie
 K-major in shared memory. CTAs are persistent and take units (expert, weight tile, token tile) as ``device/schedule.py``
-hands them out; of few routes by their numbers. The producer tells the consumers with a unit's first stage what the unit
-is; a stage of no unit, the sentinel, ends their work.
+hands them out; of few routes, and in clusters, by their numbers. The producer tells the consumers with a unit's first
+stage what the unit is; a stage of no unit, the sentinel, ends their work.
 
 A stage is ``config.stage_blocks`` weight blocks for each m warpgroup and as many blocks of tokens. Who waits for whom:
 
@@ -15,6 +15,9 @@ A stage is ``config.stage_blocks`` weight blocks for each m warpgroup and as man
     empty[stage] mbarrier   GEMM1: all producers   each consumer warp, when the products of the stage are complete
                             GEMM2: one thread      (at first all stages are empty: producers begin with parity 1)
     REDUCTION_EMPTY, _FULL  k warpgroups > 1: warpgroup 0 lets the others write their sums, they let it read them
+    sums         mbarrier   clusters: warpgroup 0 of rank 0; the 4 warps of rank 1's, which have sent their sums of the
+                            unit that both share: there is one at most
+    the cluster's barrier   clusters: before rank 1 sends, everybody has begun
     NEXT_UNIT               GEMM1: the producers, once a unit: thread 0 has taken the next one
     EPILOGUE + m warpgroup  GEMM2, and GEMM1 in w4a4_dynamic: one warpgroup: rows, weights and scales of the unit may
                             be, then are, written
@@ -75,6 +78,7 @@ class Gemm(entry.Kernel):
         self.stages = config.stages
         self.blocks = config.stage_blocks
         self.consumers = config.m_warpgroups * config.k_warpgroups
+        self.unit_words = 4 if config.cluster == 1 else 5
         self.weight_bytes = self.blocks * weight_block.BLOCK_BYTES  # of one m warpgroup in one stage
         self.token_bytes = self.n * TOKEN_ROW_BYTES  # of one block
         self.accumulators = self.n // 8 * 4  # fp32 registers of one 64-row half
@@ -239,6 +243,33 @@ class Gemm(entry.Kernel):
                         index = (other * registers + half * self.accumulators + i) * WARPGROUP + me.tid
                         accumulators[half][i] = accumulators[half][i] + shared.scratch[index]
 
+    @cute.jit
+    def _add_up_cluster(self, accumulators, shared, me):
+        """Adds the sums of rank 1 into those of rank 0; of both only warpgroup 0, which has its CTA's sums."""
+        first = (self.config.k_warpgroups - 1) * 2 * self.accumulators  # what ``_add_up`` has comes before
+        barrier = Int32((shared.barriers + 2 * self.stages).toint())
+        if self._rank() == 0:
+            done = ptx.try_wait_cluster(barrier, Int32(0))
+            while done == 0:
+                done = ptx.try_wait_cluster(barrier, Int32(0))
+            for half in cutlass.range_constexpr(2):
+                for i in cutlass.range_constexpr(self.accumulators):
+                    index = (first + half * self.accumulators + i) * WARPGROUP + me.tid
+                    accumulators[half][i] = accumulators[half][i] + shared.scratch[index]
+        else:
+            place = ptx.in_cta(Int32(shared.scratch.iterator.toint()), 0)
+            for half in cutlass.range_constexpr(2):
+                for i in cutlass.range_constexpr(self.accumulators):
+                    index = (first + half * self.accumulators + i) * WARPGROUP + me.tid
+                    ptx.store_cluster(place + index * 4, Int32(ptx.bits(accumulators[half][i])))
+            cute.arch.sync_warp()
+            if me.tid % 32 == 0:
+                ptx.arrive_cluster(ptx.in_cta(barrier, 0))
+
+    def _rank(self):
+        """Of this CTA in its cluster."""
+        return cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
+
     # -- producer -----------------------------------------------------------------------------------------------
 
     @cute.jit
@@ -270,15 +301,15 @@ class Gemm(entry.Kernel):
 
     def _tell(self, shared, slot, values):
         """What the unit is that begins with a stage; before the arrival at the stage's barrier."""
-        for i, value in enumerate(values):
-            shared.units[slot * 4 + i] = Int32(value)
+        for i, value in enumerate(values[: self.unit_words]):
+            shared.units[slot * self.unit_words + i] = Int32(value)
 
     @cute.jit
     def _finish(self, shared, slot, phase, tid):
         """Announces the sentinel, a stage of no unit."""
         cute.arch.mbarrier_wait(shared.barriers + self.stages + slot, phase)
         if tid == 0:
-            self._tell(shared, slot, (_NO_UNIT, 0, 0, 0))
+            self._tell(shared, slot, (_NO_UNIT, 0, 0, 0, 0))
             cute.arch.mbarrier_arrive(shared.barriers + slot)
 
     def _num_units(self, op):
@@ -292,10 +323,42 @@ class Gemm(entry.Kernel):
             return few_routes.route(op.tiles, token_tile, row)
         return self.read(op.row_route, token_tile * self.n + row)
 
+    def _first_unit(self):
+        """The unit that this CTA begins with, or its cluster."""
+        index, _, _ = cute.arch.block_idx()
+        return index // self.config.cluster if self.config.cluster > 1 else index
+
+    def _part(self, op):
+        """``(first, end)`` of the blocks of the contraction that this CTA takes of each unit."""
+        return 0, op.k_blocks
+
+    def _half(self, op):
+        """The same of a unit that the cluster shares."""
+        rank = self._rank()
+        return rank * op.k_blocks // 2, (rank + 1) * op.k_blocks // 2
+
+    @cute.jit
+    def _piece(self, op, index, units, ctas):
+        """``(unit, (first, end), is_shared)``: what this CTA does where its cluster is at unit ``index``.
+
+        A cluster has every n-th unit: two at once, one for each of its CTAs. The last of an odd number is shared.
+        """
+        if cutlass.const_expr(self.config.cluster == 1):
+            return self._unit(op, index), self._part(op), Int32(0)
+        stride, rank = ctas // 2, self._rank()
+        is_shared = Int32(1)
+        first, end = self._half(op)
+        if index + stride < units:
+            index = index + rank * stride
+            is_shared = Int32(0)
+            first = Int32(0)
+            end = op.k_blocks
+        return self._unit(op, index), (first, end), is_shared
+
     def _take(self, op, index, gemm, ctas):
-        """The unit of GEMM1 (``gemm`` 0) or GEMM2 (1) that this CTA does after unit ``index``."""
-        if self.spec.maps_routes:
-            return index + ctas  # units are few and alike
+        """The unit of GEMM1 (``gemm`` 0) or GEMM2 (1) that this CTA, or its cluster, does after unit ``index``."""
+        if self.spec.maps_routes or self.config.cluster > 1:
+            return index + ctas  # units are few and alike, and both CTAs of a cluster must know it
         return schedule.take(op.expert_tiles, op.local_experts, gemm, ctas)
 
     # -- the kernel ---------------------------------------------------------------------------------------------
@@ -325,10 +388,13 @@ class Gemm(entry.Kernel):
         shared = named(
             tokens=smem.allocate_tensor(BFloat16, token_layout.outer, byte_alignment=1024, swizzle=token_layout.inner),
             weights=smem.allocate_array(Uint8, self.stages * self.config.m_warpgroups * self.weight_bytes),
-            barriers=smem.allocate_array(Int64, 2 * self.stages),  # a stage is full, then a stage is empty
+            # A stage is full, then a stage is empty; of a cluster, the sums of the other CTA are there.
+            barriers=smem.allocate_array(Int64, 2 * self.stages + self.config.cluster - 1),
             scratch=self._array(smem, Float32, self.config.reduction_bytes // 4),
             rows=self._allocate_rows(smem),
-            units=self._array(smem, Int32, 4 * self.stages),  # of a stage: expert, m tile, token tile, width
+            units=self._array(
+                smem, Int32, self.unit_words * self.stages
+            ),  # of a stage: expert, m tile, token tile, width
             next_unit=self._array(smem, Int32, 2),
         )
         tiles = few_routes.allocate(smem) if maps_routes else None
@@ -336,11 +402,18 @@ class Gemm(entry.Kernel):
             for i in cutlass.range_constexpr(self.stages):
                 cute.arch.mbarrier_init(shared.barriers + i, self._full_arrivals())
                 cute.arch.mbarrier_init(shared.barriers + self.stages + i, 4 * self.consumers)
+            if cutlass.const_expr(self.config.cluster > 1):
+                cute.arch.mbarrier_init(shared.barriers + 2 * self.stages, 4)
             cute.arch.mbarrier_init_fence()
         if cutlass.const_expr(maps_routes):
             if warpgroup_index == 0 and tid < FEW_ROUTES:
                 few_routes.make(op, tiles, self.n, MAP_ROUTES, tid)
-        cute.arch.sync_threads()
+        if cutlass.const_expr(self.config.cluster > 1):
+            cute.arch.sync_warp()
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
+        else:
+            cute.arch.sync_threads()
 
         m_tiles = (op.m_blocks + self.config.m_warpgroups - 1) // self.config.m_warpgroups
         op = named(m_tiles=m_tiles, tiles=tiles, **op._asdict())
@@ -364,9 +437,10 @@ class Gemm(entry.Kernel):
 
     @cute.jit
     def _receive(self, shared, slot, phase):
-        """Expert, m tile, token tile and width of the unit that begins with this stage."""
+        """Expert, m tile, token tile and width of the unit that begins with this stage, and whether it is shared."""
         cute.arch.mbarrier_wait(shared.barriers + slot, phase)
-        return tuple(shared.units[slot * 4 + i] for i in range(4))
+        words = [shared.units[slot * self.unit_words + i] for i in range(self.unit_words)]
+        return (*words, *[Int32(0)] * (5 - self.unit_words))
 
     @cute.jit
     def _consume(self, op, shared, tid, consumer):
@@ -376,17 +450,17 @@ class Gemm(entry.Kernel):
         if cutlass.const_expr(self.config.k_warpgroups > 1):
             me = named(tid=tid, m_warpgroup=Int32(0), k_warpgroup=consumer)
         slot, phase = Int32(0), Int32(0)
-        expert, m_tile, token_tile, width = self._receive(shared, slot, phase)
+        expert, m_tile, token_tile, width, is_shared = self._receive(shared, slot, phase)
         while expert != _NO_UNIT:
             unit = named(expert=expert, m_tile=m_tile, token_tile=token_tile)
             prefetched = self._prefetch_epilogue(op, unit, tid)
             for w in self.config.widths:
                 if width == w:
-                    slot, phase = self._compute(op, shared, me, unit, prefetched, slot, phase, w)
-            expert, m_tile, token_tile, width = self._receive(shared, slot, phase)
+                    slot, phase = self._compute(op, shared, me, unit, is_shared, prefetched, slot, phase, w)
+            expert, m_tile, token_tile, width, is_shared = self._receive(shared, slot, phase)
 
     @cute.jit
-    def _compute(self, op, shared, me, unit, prefetched, slot, phase, width: cutlass.Constexpr):
+    def _compute(self, op, shared, me, unit, is_shared, prefetched, slot, phase, width: cutlass.Constexpr):
         """One 128-row block of weights times the first ``width`` rows of a token tile, for this warpgroup."""
         mma = self._tiled_mma(width)
         thread_mma = mma.get_slice(me.tid)
@@ -396,9 +470,20 @@ class Gemm(entry.Kernel):
         a_shape = thread_mma.partition_shape_A((64, BLOCK_K))
         sets = 1 if self.group_per_half else 2
         fragment_sets = [[mma.make_fragment_A(a_shape) for _ in range(2)] for _ in range(sets)]
-        slot, phase = self._main_loop(mma, accumulators, fragment_sets, tokens, shared, me, slot, phase, op.k_blocks)
+        first, end = self._part(op)
+        if cutlass.const_expr(self.config.cluster > 1):
+            first, end = Int32(0), op.k_blocks
+            if is_shared != 0:
+                first, end = self._half(op)
+        slot, phase = self._main_loop(mma, accumulators, fragment_sets, tokens, shared, me, slot, phase, end - first)
         if cutlass.const_expr(self.config.k_warpgroups > 1):
             self._add_up(accumulators, shared, me)
         if me.k_warpgroup == 0:
-            self._epilogue(op, shared, me, unit, prefetched, accumulators, width)
+            if cutlass.const_expr(self.config.cluster > 1):
+                if is_shared != 0:
+                    self._add_up_cluster(accumulators, shared, me)
+                if is_shared * self._rank() == 0:
+                    self._epilogue(op, shared, me, unit, prefetched, accumulators, width)
+            else:
+                self._epilogue(op, shared, me, unit, prefetched, accumulators, width)
         return slot, phase
