@@ -55,9 +55,12 @@ class Costs:
 
 
 @functools.lru_cache(maxsize=1024)  # every layer of a model asks, each time that it is lowered
-def best_config(card: Card, num_tokens: int, top_k: int, num_experts: int) -> Config:
+def best_config(
+    card: Card, num_tokens: int, top_k: int, num_experts: int, batch_invariant: bool = False
+) -> Config:
     """The config with the least expected time (``tiling.py``)."""
-    return tiling.cheapest(CONFIGS, functools.partial(_cost, card.costs), num_tokens, top_k, num_experts)
+    configs = BATCH_INVARIANT if batch_invariant else CONFIGS
+    return tiling.cheapest(configs, functools.partial(_cost, card.costs), num_tokens, top_k, num_experts)
 
 
 def _cost(costs: Costs, rows: int, config: Config) -> float:
@@ -112,7 +115,7 @@ def _maps_routes(p: Problem, config: Config) -> bool:
 
     Only in the configs for a few rows of each expert: few routes on few experts are no case to have kernels for.
     """
-    return 0 < p.num_routes <= FEW_ROUTES and config.m_warpgroups == 1
+    return 0 < p.num_routes <= FEW_ROUTES and config.token_tile <= 16
 
 
 def _grid(card: Card, config: Config, tiles: int, row_blocks: int) -> int:
