@@ -433,12 +433,13 @@ def test_derivatives_are_those_of_the_bfloat16_gather(monkeypatch, layout):
     jax.tree.map(helpers.assert_bit_equal, got, expected)
 
 
+@pytest.mark.parametrize("options", [{}, INVARIANT], ids=["", "batch invariant"])
 @pytest.mark.parametrize("sum_dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("layout", [SPREAD, BOTH, REPLICATED], ids=str)
-def test_gradients_are_the_definitions(layout, sum_dtype):
+def test_gradients_are_the_definitions(layout, sum_dtype, options):
     """Each device rounds its part of dx to bfloat16."""
     case = with_input_scale(random_case(10, precision="w4a4"), 1 / 64)
-    case = case.with_options(expert_offset=0)
+    case = case.with_options(expert_offset=0, **options)
     dy = test_derivative.cotangent(case)  # values that bfloat16 holds
     loss = test_derivative.loss_of(case, dy, _op(layout, sum_dtype=sum_dtype))
     got = jax.jit(jax.grad(loss, (0, 1)))(case.x, case.routing.weights)
@@ -459,9 +460,10 @@ def test_experts_stay_frozen():
         jax.jit(jax.grad(loss))(case.experts.gate_up.input_scale)
 
 
+@pytest.mark.parametrize("options", [{}, INVARIANT], ids=["", "batch invariant"])
 @pytest.mark.parametrize("sum_dtype", [jnp.float32, jnp.bfloat16])
-def test_vmap_over_tokens(sum_dtype):
-    case = random_case(12, precision="w4a4", tokens=48)
+def test_vmap_over_tokens(sum_dtype, options):
+    case = random_case(12, precision="w4a4", tokens=48).with_options(**options)
     run = functools.partial(_op(SPREAD, sum_dtype=sum_dtype), **case.options)
     x, routing = jax.tree.map(lambda a: a.reshape(3, 16, -1), (case.x, case.routing))
     got = jax.jit(jax.vmap(run, in_axes=(0, None, 0)))(x, case.experts, routing)

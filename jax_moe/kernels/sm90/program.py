@@ -39,6 +39,13 @@ FEW_UNITS = with_most_stages((8,), 1, 4, 4, 1)
 warpgroups for one unit."""
 
 
+BATCH_INVARIANT = (
+    with_most_stages((8,), 2, 1, 2, 2), with_most_stages((16,), 2, 1, 2, 2),
+    *(config for config in CONFIGS if config.k_warpgroups == 1),
+)  # fmt: skip
+"""What a batch-invariant call chooses from: all sum the blocks of the contraction in one order, from first to last."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Costs:
     """Nanoseconds that a multiprocessor takes for a weight block of GEMM1.
@@ -55,9 +62,7 @@ class Costs:
 
 
 @functools.lru_cache(maxsize=1024)  # every layer of a model asks, each time that it is lowered
-def best_config(
-    card: Card, num_tokens: int, top_k: int, num_experts: int, batch_invariant: bool = False
-) -> Config:
+def best_config(card: Card, num_tokens: int, top_k: int, num_experts: int, batch_invariant: bool = False) -> Config:
     """The config with the least expected time (``tiling.py``)."""
     configs = BATCH_INVARIANT if batch_invariant else CONFIGS
     return tiling.cheapest(configs, functools.partial(_cost, card.costs), num_tokens, top_k, num_experts)
@@ -134,7 +139,7 @@ def build(p: Problem, card: Card) -> Program:
     """
     # Without tokens nothing is launched, and any config will do.
     num_experts = p.num_experts or p.local_experts
-    config = best_config(card, max(1, p.num_tokens), p.top_k, num_experts)
+    config = best_config(card, max(1, p.num_tokens), p.top_k, num_experts, p.batch_invariant)
     gemm1, gemm2 = gemms(p, config)
     is_ordered, quantised = p.combine == "ordered", p.precision == "w4a4"
     has_x_rows = (quantised and not p.x_is_rounded) or p.has_parcels or p.weight_on == "input"
@@ -200,7 +205,7 @@ def build_product(p: Product, card: Card) -> Program:
     Raises:
       ValueError: a size is beyond what the kernels take.
     """
-    config = best_config(card, max(1, p.num_rows), 1, p.num_groups)
+    config = best_config(card, max(1, p.num_rows), 1, p.num_groups, p.batch_invariant)
     row_blocks = _blocks(p.out_features, weight_block.BLOCK_ROWS)
     columns = _blocks(p.in_features, weight_block.BLOCK_K)
     groups, workspaces = steps.groups(p, config.token_tile, card)
