@@ -7,7 +7,6 @@ XLA's arithmetic runs in a process that compiles as users do.
 import dataclasses
 import functools
 import importlib.util
-import itertools
 import json
 import pathlib
 import re
@@ -52,13 +51,6 @@ def test_a_token_has_the_same_bits_in_any_batch(options):
     # Where its neighbours are others: the same call, the same number of tokens.
     others = dataclasses.replace(case, x=case.x.at[1:].set(-case.x[:-1]))
     helpers.assert_bit_equal(others.run()[:1], expected[:1])
-
-
-@pytest.mark.parametrize("precision", ["w4a16", "w4a4"])
-def test_a_cpu_needs_no_option_for_that(precision):
-    """It takes it, and gives the same bits."""
-    case = frozen.case(37).with_options(precision=precision, combine="ordered", out_dtype=jnp.float32)
-    assert frozen.digest(case.run(batch_invariant=True)) == frozen.FUSED_MOE[f"{precision}-ordered"]
 
 
 def test_ordered_and_atomic_differ_where_a_token_has_three_experts():
@@ -231,35 +223,6 @@ def test_the_page_says_which_few_tokens_have_orders_of_their_own():
                 if any(getattr(launch.spec, "config", None) == program.FEW_UNITS for launch in each)
             ]
             assert table[name] == (", ".join(few) or "none")
-
-
-def _k_warpgroups(call) -> set[int]:
-    """How many warpgroups share the contraction, of each product that a call makes."""
-    specs = [launch.spec for launch in cuda_call.program(call).launches]
-    return {spec.config.k_warpgroups for spec in specs if spec.tensor_core_ptx}
-
-
-@pytest.mark.parametrize("card", [SM90.cards[0], SM90.cards[1], SM90.cards[-1]], ids=lambda card: card.name)
-def test_batch_invariant_calls_have_plans_of_one_order(card):
-    """For any T, on one GPU and on some of many; without the option, some have another."""
-    counts = [*range(1, 150), *np.geomspace(150, 20000, 30, dtype=int)]
-    usual = set()
-    with targets.planned_for(card):
-        for model, tokens in itertools.product(shapes.MODELS.values(), map(int, counts)):
-            layer = cuda_call.problem(
-                num_tokens=tokens, top_k=model.top_k, local_experts=model.num_experts, hidden_size=model.hidden_size,
-                intermediate_size=model.intermediate_size, combine="ordered", batch_invariant=True,
-            )  # fmt: skip
-            on_a_mesh = dataclasses.replace(layer, local_experts=model.num_experts // 8, num_experts=model.num_experts)
-            product = cuda_call.product(
-                num_rows=tokens, num_groups=1, local_groups=1, in_features=model.hidden_size,
-                out_features=model.intermediate_size, batch_invariant=True,
-            )  # fmt: skip
-            for call in (layer, on_a_mesh, product):
-                assert _k_warpgroups(call) == {1}
-            if tokens in (1, 2, 64):
-                usual |= _k_warpgroups(dataclasses.replace(layer, batch_invariant=False))
-    assert usual >= {2, 4}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("cutlass") is None, reason="nvidia-cutlass-dsl is not installed")

@@ -28,6 +28,7 @@ TENSOR_SPREAD = Layout({"tensor": 4}, {"data_axis": "tensor"})
 BOTH = Layout({"expert": 4, "tensor": 2}, {"data_axis": ("expert", "tensor")})
 BOTH_TURNED = Layout({"expert": 4, "tensor": 2}, {"data_axis": ("tensor", "expert")})
 HALF = Layout({"expert": 4, "tensor": 2}, {"data_axis": "expert"})
+INVARIANT = {"combine": "ordered", "batch_invariant": True}
 
 
 def random_case(seed=0, **options):
@@ -216,58 +217,6 @@ PARCELS = ("all_gather", T * (H * 9 // 16 + K * 8 + 4))  # a row is a multiple o
 )  # fmt: skip
 def test_everything_that_travels(layout, precision, sum_dtype, expected):
     assert moved(layout, make_exact_case(precision=precision), sum_dtype=sum_dtype) == sorted(expected)
-
-
-# --- Sums in the order of devices ---------------------------------------------------------------------------------
-
-INVARIANT = {"combine": "ordered", "batch_invariant": True}
-
-
-@pytest.mark.parametrize(
-    ("layout", "sum_dtype", "expected"),
-    [
-        (REPLICATED, jnp.float32, [("all_to_all", F32), ("all_reduce", F32)]),
-        (REPLICATED, jnp.bfloat16, [("all_to_all", BF16), ("all_reduce", BF16)]),
-        (SPREAD, jnp.float32, [PARCELS, ("all_to_all", F32)]),
-        (SPREAD, jnp.bfloat16, [PARCELS, ("all_to_all", BF16)]),
-        # Two parts have one sum, whoever adds them.
-        (HALF, jnp.float32, [PARCELS, ("all_to_all", F32), ("all_reduce", F32 // 4)]),
-        (Layout({"expert": 2}), jnp.float32, [("all_reduce", F32)]),
-        (Layout({"expert": 2}, {"data_axis": "expert"}), jnp.float32, [PARCELS, ("reduce_scatter", F32 // 2)]),
-        (Layout({"data": 8}), jnp.float32, []),
-    ],
-    ids=str,
-)
-def test_what_travels_where_calls_are_batch_invariant(layout, sum_dtype, expected):
-    case = make_exact_case(precision="w4a4").with_options(**INVARIANT)
-    assert moved(layout, case, sum_dtype=sum_dtype) == sorted(expected)
-
-
-@pytest.mark.parametrize("sum_dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize(
-    "layout",
-    [REPLICATED, SPREAD, Layout({"expert": 4}), Layout({"expert": 3})],  # of three, slices are padded
-    ids=str,
-)
-def test_batch_invariant_parts_are_added_in_the_order_of_devices(layout, sum_dtype):
-    """Bit for bit what NumPy gives, which for float32 parts another order does not.
-
-    XLA's CPU backend would add in that order anyway: that it is not asked to is what the test above shows.
-    """
-    devices = layout.axes["expert"]
-    case = random_case(3, num_experts=2 * devices, top_k=6 if devices > 2 else 2).with_options(**INVARIANT)
-    parts = []
-    for first in range(0, 2 * devices, 2):
-        experts = jax.tree.map(lambda leaf, e=first: leaf[e : e + 2] if leaf.ndim else leaf, case.experts)
-        part = dataclasses.replace(case, experts=experts).run(expert_offset=first, out_dtype=sum_dtype)
-        parts.append(np.float32(part))
-
-    expected = functools.reduce(np.add, parts)
-    if sum_dtype == jnp.float32:
-        assert (functools.reduce(np.add, reversed(parts)) != expected).any()
-    elif layout is not SPREAD:  # the sum travels too
-        expected = statement.bfloat16(expected)
-    same(run_on(layout, case, sum_dtype=sum_dtype), expected)
 
 
 # --- Sums that travel in bfloat16 ---------------------------------------------------------------------------------

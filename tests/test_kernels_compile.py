@@ -30,6 +30,7 @@ HGMMA, WARPGROUP, LOCAL_LOAD, LOCAL_STORE = 0xDF0, 0x9C5, 0x983, 0x387
 GEMMS = (sm90_specs.Gemm1Spec, sm90_specs.Gemm2Spec, sm90_specs.ProductSpec)
 MAP_BYTES = (8 * FEW_ROUTES + 1) * 4
 """Of what a CTA makes of few routes (device/few_routes.py)."""
+CONFIGS = tuple(dict.fromkeys((*program.CONFIGS, program.FEW_UNITS, *program.BATCH_INVARIANT)))
 COSTS = SM90.cards[0].costs
 MODES = tuple(itertools.product(("w4a16", "w4a4"), ("atomic", "ordered")))
 SWIGLU = activations.SwiGLU()
@@ -58,7 +59,7 @@ def product_specs():
         for groups in (16, 600):
             launches = lowering.launches(cuda_call.product(local_groups=groups, **changes))
             specs |= {launch.spec for launch in launches if not launch.spec.tensor_core_ptx}
-    for index, config in enumerate((*program.CONFIGS, program.FEW_UNITS)):
+    for index, config in enumerate(CONFIGS):
         specs.add(program.product_spec(cuda_call.product(**options[index % 2]), config))
     return sorted(specs, key=lambda spec: spec.name)
 
@@ -87,7 +88,7 @@ def planned_specs():
     for model, tokens, precision in itertools.product(shapes.MODELS, shapes.TOKENS, ("w4a16", "w4a4")):
         calls.append(problem(model, tokens, precision, weight_on="input"))
     specs = {launch.spec for call in calls for launch in lowering.launches(call)}
-    for config, call in itertools.product((*program.CONFIGS, program.FEW_UNITS), calls[: len(MODES)]):
+    for config, call in itertools.product(CONFIGS, calls[: len(MODES)]):
         specs |= set(program.gemms(call, config))
     specs |= set(product_specs()) | set(parcel_specs())
     return sorted(specs, key=lambda spec: spec.name)

@@ -301,16 +301,6 @@ BAD = {
         TypeError,
         "command_buffer: got str, needs bool",
     ),
-    "batch_invariant is a word": (
-        arguments_with(batch_invariant="yes", combine="ordered"),
-        TypeError,
-        "batch_invariant: got str, needs bool",
-    ),
-    "batch_invariant sums in any order": (
-        arguments_with(batch_invariant=True),
-        ValueError,
-        "batch_invariant: got True with combine='atomic', needs combine='ordered'",
-    ),
     "beta is NaN": (
         arguments_with(activation=jax_moe.SwiGLU(beta=float("nan"))),
         ValueError,
@@ -492,7 +482,7 @@ def test_w4a16_needs_no_input_scales(good):
 
 # --- calibrate ----------------------------------------------------------------------------------------------------
 
-NOT_CALIBRATES = ("offset", "out_dtype", "combine", "precision", "w4a4", "command_buffer", "batch_invariant")
+NOT_CALIBRATES = ("offset", "out_dtype", "combine", "precision", "w4a4", "command_buffer")
 
 
 @pytest.mark.parametrize("name", [name for name in BAD if not any(word in name for word in NOT_CALIBRATES)])
