@@ -9,6 +9,7 @@ import itertools
 
 import cuda_call
 import frozen
+from helpers import make_exact_case
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,7 +105,7 @@ def test_batch_invariant_calls_have_plans_of_one_order(card):
     ids=str,
 )
 def test_what_travels_where_calls_are_batch_invariant(layout, sum_dtype, expected):
-    case = helpers.make_exact_case(precision="w4a4").with_options(**INVARIANT)
+    case = make_exact_case(precision="w4a4").with_options(**INVARIANT)
     assert moved(layout, case, sum_dtype=sum_dtype) == sorted(expected)
 
 
