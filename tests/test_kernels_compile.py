@@ -87,6 +87,7 @@ def planned_specs():
             )
     for model, tokens, precision in itertools.product(shapes.MODELS, shapes.TOKENS, ("w4a16", "w4a4")):
         calls.append(problem(model, tokens, precision, weight_on="input"))
+        calls.append(problem(model, tokens, precision, "ordered", batch_invariant=True))
     specs = {launch.spec for call in calls for launch in lowering.launches(call)}
     for config, call in itertools.product(CONFIGS, calls[: len(MODES)]):
         specs |= set(program.gemms(call, config))

@@ -39,10 +39,10 @@ FEW_UNITS = with_most_stages((8,), 1, 4, 4, 1)
 warpgroups for one unit."""
 
 
-BATCH_INVARIANT = (
-    with_most_stages((8,), 2, 1, 2, 2), with_most_stages((16,), 2, 1, 2, 2),
-    *(config for config in CONFIGS if config.k_warpgroups == 1),
-)  # fmt: skip
+BATCH_INVARIANT = tuple(
+    with_most_stages(config.widths, config.m_warpgroups, 1, config.stage_blocks, config.ctas_per_sm)
+    for config in CONFIGS
+)
 """What a batch-invariant call chooses from: all sum the blocks of the contraction in one order, from first to last."""
 
 
@@ -120,7 +120,7 @@ def _maps_routes(p: Problem, config: Config) -> bool:
 
     Only in the configs for a few rows of each expert: few routes on few experts are no case to have kernels for.
     """
-    return 0 < p.num_routes <= FEW_ROUTES and config.token_tile <= 16
+    return 0 < p.num_routes <= FEW_ROUTES and config.m_warpgroups == 1
 
 
 def _grid(card: Card, config: Config, tiles: int, row_blocks: int) -> int:
