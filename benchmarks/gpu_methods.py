@@ -37,8 +37,8 @@ def random_experts(model: str, precision: Any = "w4a16"):
     return jax_moe.prepare(canonical, precision=precision, progress=False), activation
 
 
-def ours(model: str, precision: Any, combine: Any, draw: timing.Routings = timing.routings):
-    """The op of this project; ``draw``: its routings."""
+def ours(model: str, precision: Any, combine: Any, *flags: str, draw: timing.Routings = timing.routings):
+    """The op of this project; ``flags``: names of further options that are True; ``draw``: its routings."""
     import jax
 
     import jax_moe
@@ -46,6 +46,7 @@ def ours(model: str, precision: Any, combine: Any, draw: timing.Routings = timin
     shape = shapes.MODELS[model]
     weights, activation = random_experts(model, precision)
     op = functools.partial(jax_moe.fused_moe, precision=precision, combine=combine, activation=activation)
+    op = functools.partial(op, **dict.fromkeys(flags, True))
 
     def make(count, length):
         arguments, touched = timing.chain_arguments(shape, weights, count, length, seed=count, draw=draw)

@@ -58,7 +58,7 @@ class Results:
 def main(
     model: Annotated[list[str] | None, typer.Option(help="Names of jax_moe.shapes.MODELS.")] = None,
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = "1,8,32,128,512,2048,8192",
-    variant: Annotated[list[str] | None, typer.Option(help="precision/combine of ours.")] = None,
+    variant: Annotated[list[str] | None, typer.Option(help="precision/combine[/batch_invariant] of ours.")] = None,
     peer: Annotated[list[str] | None, typer.Option(help=f"Any of {', '.join(PEERS)}.")] = None,
     repeats: Annotated[int, typer.Option(help="Timed runs of a chain; the median counts.")] = 15,
     output: Annotated[pathlib.Path | None, typer.Option(help="JSON file for the results.")] = None,

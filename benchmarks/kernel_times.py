@@ -124,7 +124,7 @@ def main(
                 for launch in lowering.launches(call):
                     cache.compiled(launch.spec, target.name)
         return
-    make = gpu_methods.ours(model, precision, combine, timing.even_routings if even else timing.routings)
+    make = gpu_methods.ours(model, precision, combine, draw=timing.even_routings if even else timing.routings)
     for count in map(int, tokens.split(",")):
         for one in configs:
             seconds = {}

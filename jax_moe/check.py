@@ -82,6 +82,12 @@ def _check_options(options: Options) -> Options:
     arguments.choice("combine", options.combine, Combine)
     arguments.choice("weight_on", options.weight_on, WeightOn)
     arguments.instance("command_buffer", options.command_buffer, bool)
+    arguments.instance("batch_invariant", options.batch_invariant, bool)
+    if options.batch_invariant and options.combine != "ordered":
+        raise ValueError(
+            f"batch_invariant: got True with combine={options.combine!r}, needs combine='ordered': contributions that "
+            "are added in any order have no bits to keep"
+        )
     return dataclasses.replace(options, out_dtype=arguments.dtype("out_dtype", options.out_dtype, OUT_DTYPES))
 
 

@@ -60,13 +60,14 @@ def _contents_jvp(axes: Axes, primals, tangents):
     return _contents(*primals, axes), gather(tangents[:2], axes)
 
 
-def add_up(partial: jax.Array, *, scattered: Axes, summed: Axes) -> jax.Array:
+def add_up(partial: jax.Array, *, scattered: Axes, summed: Axes, in_order: bool = False) -> jax.Array:
     """The sum of all devices' partial outputs, which travel in the dtype that they have.
 
     Args:
       partial: float32 or bfloat16 ``[T, H]``.
       scattered: axes of which each device keeps only its own tokens.
       summed: axes of which each device gets the same.
+      in_order: more than two parts are added in the order of devices, in float32, and not in one that may depend on T.
 
     Returns:
       float32 or ``partial``'s dtype, ``[t, H]``, one of ``scattered``'s n slices of tokens. bfloat16 parts are added
@@ -74,18 +75,37 @@ def add_up(partial: jax.Array, *, scattered: Axes, summed: Axes) -> jax.Array:
       bfloat16.
     """
     dtype, y = partial.dtype, partial
-    if scattered and dtype == jnp.bfloat16:
-        # As many bytes as a reduce-scatter sends, but no sum is rounded on the way, and their order is fixed: here,
-        # because the order of a reduction depends on its shape (docs/determinism.md).
-        parts = jax.lax.all_to_all(y, scattered, split_axis=0, concat_axis=0, tiled=True)
-        parts = parts.reshape(_size(scattered), -1, y.shape[1]).astype(jnp.float32)
-        y = functools.reduce(jnp.add, [parts[device] for device in range(len(parts))])
+    if scattered and (dtype == jnp.bfloat16 or (in_order and _size(scattered) > 2)):
+        y = _slice_of_the_sum(y, scattered)
     elif scattered:
         y = jax.lax.psum_scatter(y, scattered, tiled=True)
     if _size(summed) > 1:
         y = y.astype(dtype)
+    if in_order and _size(summed) > 2:
+        return _sum_in_order(y, summed)
     # Over axes of one device too: it says that y is the same on all of them.
     return jax.lax.psum(y, summed) if summed else y
+
+
+def _slice_of_the_sum(y: jax.Array, axes: Axes) -> jax.Array:
+    """float32: of the sum over n devices, in their order, this one's of n slices along the first axis.
+
+    As many bytes as a reduce-scatter sends, but no sum is rounded on the way, and their order is fixed: here, because
+    the order of a reduction depends on its shape (docs/determinism.md).
+    """
+    parts = jax.lax.all_to_all(y, axes, split_axis=0, concat_axis=0, tiled=True)
+    parts = parts.reshape(_size(axes), -1, *y.shape[1:]).astype(jnp.float32)
+    return functools.reduce(jnp.add, [parts[device] for device in range(len(parts))])
+
+
+def _sum_in_order(y: jax.Array, axes: Axes) -> jax.Array:
+    """The sum over all devices, in their order: each adds up a slice, and all get the slices of all."""
+    n = _size(axes)
+    slices = jnp.pad(y.reshape(-1), (0, -y.size % n)).reshape(n, -1)
+    mine = _slice_of_the_sum(slices, axes)[0].astype(y.dtype)
+    # A gather whose result is known to be the same everywhere: a slice and zeros have one sum.
+    placed = jnp.zeros_like(slices).at[jax.lax.axis_index(axes)].set(mine)
+    return jax.lax.psum(placed, axes).reshape(-1)[: y.size].reshape(y.shape)
 
 
 def _size(axes: Axes) -> int:

@@ -28,6 +28,7 @@ def fused_moe(
     num_experts: int | None = None,
     out_dtype=jnp.bfloat16,
     command_buffer: bool = True,
+    batch_invariant: bool = False,
 ) -> jax.Array:
     """Mixture-of-experts MLP with NVFP4 weights, as one XLA custom call.
 
@@ -65,6 +66,9 @@ def fused_moe(
         negative ids but not too large ones.
       out_dtype: bfloat16 or float32.
       command_buffer: whether XLA may record the call into a command buffer (a CUDA graph); no effect on a CPU.
+      batch_invariant: a token's result is the same bit for bit in any batch, whatever its size: all GPU kernels that a
+        call may be made of sum in one order, which makes some calls of few tokens slower (``docs/determinism.md``).
+        Needs ``combine="ordered"``; no effect on a CPU, where it always holds. Derivatives are not meant.
 
     Returns:
       ``[..., H]`` of ``out_dtype``. Tokens with no local expert are exact zeros.
@@ -77,7 +81,7 @@ def fused_moe(
     """
     options = Options(
         activation=activation, precision=precision, combine=combine, weight_on=weight_on, out_dtype=out_dtype,
-        command_buffer=command_buffer,
+        command_buffer=command_buffer, batch_invariant=batch_invariant,
     )  # fmt: skip
     problem = check.check(x, experts, routing, options, expert_offset=expert_offset, num_experts=num_experts)
     debug_ids(routing, num_experts)

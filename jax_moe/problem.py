@@ -27,6 +27,7 @@ class Options:
     weight_on: WeightOn
     out_dtype: Any
     command_buffer: bool
+    batch_invariant: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -92,15 +92,17 @@ def fused_moe(
     num_experts: int | None = None,
     out_dtype=jnp.bfloat16,
     command_buffer: bool = True,
+    batch_invariant: bool = False,
 ) -> jax.Array:
     """What :func:`jax_moe.fused_moe` computes, up to the order of float32 sums; the same arguments and result.
 
-    ``combine``, ``num_experts`` and ``command_buffer`` say how it is computed, so they have no effect here.
+    ``combine``, ``num_experts``, ``command_buffer`` and ``batch_invariant`` say how it is computed, so they have no
+    effect here.
 
     Raises:
       ValueError: the experts are prepared for a GPU; :func:`jax_moe.unprepare` undoes that.
     """
-    del combine, num_experts, command_buffer
+    del combine, num_experts, command_buffer, batch_invariant
     if experts.layout != CANONICAL:
         raise ValueError(
             f"experts.layout: got {experts.layout!r}, the reference needs {CANONICAL!r}; see jax_moe.unprepare"
@@ -137,9 +139,10 @@ def ragged_dot(
     group_offset: jax.Array | int = 0,
     out_dtype=jnp.bfloat16,
     command_buffer: bool = True,
+    batch_invariant: bool = False,
 ) -> jax.Array:
     """What :func:`jax_moe.ragged_dot` computes, up to the order of float32 sums; the same arguments and result."""
-    del command_buffer
+    del command_buffer, batch_invariant
     x = x.astype(jnp.float32)
     ends = jnp.cumsum(group_sizes)
     row = jnp.arange(x.shape[0])

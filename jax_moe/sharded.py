@@ -30,6 +30,7 @@ def sharded_moe(
     out_dtype=jnp.bfloat16,
     sum_dtype=jnp.float32,
     command_buffer: bool = True,
+    batch_invariant: bool = False,
 ) -> jax.Array:
     """:func:`jax_moe.fused_moe` over a device mesh, on weights that stay where :func:`expert_shardings` puts them.
 
@@ -54,6 +55,8 @@ def sharded_moe(
         each device of ``tensor_axis`` finds the scales of its own slice of the intermediate.
       sum_dtype: of the partial outputs as they travel between devices; no effect where there is nothing to sum.
         float32, or bfloat16: half the bytes, and each device's part is rounded (``docs/numerics.md``).
+      batch_invariant: as for ``fused_moe``, on this mesh: parts of more than two devices are added in the order of
+        devices, too, which sends half as many bytes again where all devices get the whole sum.
 
     Returns:
       ``[..., H]`` of ``out_dtype``, sharded over ``data_axis``.
@@ -67,7 +70,7 @@ def sharded_moe(
             raise ValueError("mesh: got None, and jax.set_mesh has set none")
     options = Options(
         activation=activation, precision=precision, combine=combine, weight_on=weight_on, out_dtype=out_dtype,
-        command_buffer=command_buffer,
+        command_buffer=command_buffer, batch_invariant=batch_invariant,
     )  # fmt: skip
     problem = check.check(x, experts, routing, options, expert_offset=0, num_experts=None)
     sum_dtype = arguments.dtype("sum_dtype", sum_dtype, OUT_DTYPES)
@@ -112,7 +115,7 @@ def sharded_moe(
         partial = dataclasses.replace(options, out_dtype=sum_dtype) if is_part else options
         local = check.check(x, experts, routing, partial, expert_offset=offset, num_experts=problem.local_experts)
         y = moe.bind(local, x, experts, routing, offset, received)
-        y = exchange.add_up(y, scattered=gathered, summed=summed)
+        y = exchange.add_up(y, scattered=gathered, summed=summed, in_order=batch_invariant)
         return y.reshape(local_shape).astype(out_dtype)
 
     run = jax.shard_map(local_moe, mesh=mesh, in_specs=(tokens, specs, tokens), out_specs=tokens)

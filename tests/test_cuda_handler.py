@@ -51,7 +51,8 @@ _MUTANTS = {
     "a kernel that is not there": ("cuda/stream_api.h", "&& zero_ != nullptr", ""),
     "no program without the kernel": (
         "cuda/program.cc",
-        "if (LoadedKernels::Instance().Get(driver, context_id, kind_->name(), launch, &zero).failure()) zero = nullptr;",
+        "if (LoadedKernels::Instance().Get(driver, context_id, kind_->name(), launch, &zero).failure())"
+        " zero = nullptr;",
         "JAX_MOE_TRY(LoadedKernels::Instance().Get(driver, context_id, kind_->name(), launch, &zero));",
     ),
     "half zeroed": ("cuda/stream_api.h", "bytes / kWord, 1}", "bytes / kWord / 2, 1}"),

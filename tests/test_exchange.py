@@ -28,6 +28,7 @@ TENSOR_SPREAD = Layout({"tensor": 4}, {"data_axis": "tensor"})
 BOTH = Layout({"expert": 4, "tensor": 2}, {"data_axis": ("expert", "tensor")})
 BOTH_TURNED = Layout({"expert": 4, "tensor": 2}, {"data_axis": ("tensor", "expert")})
 HALF = Layout({"expert": 4, "tensor": 2}, {"data_axis": "expert"})
+INVARIANT = {"combine": "ordered", "batch_invariant": True}
 
 
 def random_case(seed=0, **options):
@@ -281,7 +282,7 @@ _WRONG = {
 def test_a_sum_that_is_wrong_is_found(monkeypatch, layout, wrong):
     """The bound has room for what is rounded, and for no more."""
 
-    def add_up(partial, *, scattered, summed):
+    def add_up(partial, *, scattered, summed, **_):
         parts = _WRONG[wrong](jax.lax.all_gather(partial, scattered + summed)).astype(jnp.float32)
         total = jnp.sum(parts, 0)
         if not scattered:
@@ -381,12 +382,13 @@ def test_derivatives_are_those_of_the_bfloat16_gather(monkeypatch, layout):
     jax.tree.map(helpers.assert_bit_equal, got, expected)
 
 
+@pytest.mark.parametrize("options", [{}, INVARIANT], ids=["", "batch invariant"])
 @pytest.mark.parametrize("sum_dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("layout", [SPREAD, BOTH, REPLICATED], ids=str)
-def test_gradients_are_the_definitions(layout, sum_dtype):
+def test_gradients_are_the_definitions(layout, sum_dtype, options):
     """Each device rounds its part of dx to bfloat16."""
     case = with_input_scale(random_case(10, precision="w4a4"), 1 / 64)
-    case = case.with_options(expert_offset=0)
+    case = case.with_options(expert_offset=0, **options)
     dy = test_derivative.cotangent(case)  # values that bfloat16 holds
     loss = test_derivative.loss_of(case, dy, _op(layout, sum_dtype=sum_dtype))
     got = jax.jit(jax.grad(loss, (0, 1)))(case.x, case.routing.weights)
@@ -407,9 +409,10 @@ def test_experts_stay_frozen():
         jax.jit(jax.grad(loss))(case.experts.gate_up.input_scale)
 
 
+@pytest.mark.parametrize("options", [{}, INVARIANT], ids=["", "batch invariant"])
 @pytest.mark.parametrize("sum_dtype", [jnp.float32, jnp.bfloat16])
-def test_vmap_over_tokens(sum_dtype):
-    case = random_case(12, precision="w4a4", tokens=48)
+def test_vmap_over_tokens(sum_dtype, options):
+    case = random_case(12, precision="w4a4", tokens=48).with_options(**options)
     run = functools.partial(_op(SPREAD, sum_dtype=sum_dtype), **case.options)
     x, routing = jax.tree.map(lambda a: a.reshape(3, 16, -1), (case.x, case.routing))
     got = jax.jit(jax.vmap(run, in_axes=(0, None, 0)))(x, case.experts, routing)

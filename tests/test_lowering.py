@@ -170,6 +170,7 @@ def test_a_kernel_that_takes_other_parameters_is_refused(monkeypatch):
     {"activation": activations.ReLU2(), "top_k": 1},
     {"num_tokens": 512, "num_experts": 128},
     {"activation": activations.SwiGLU(1.702, 1, 7), "num_experts": 17, "top_k": 20},
+    {"combine": "ordered", "batch_invariant": True, "num_tokens": 2},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("biases", [(False, False), (True, True), (True, False), (False, True)])
 def test_the_command_in_the_error_makes_the_kernels(compiler, monkeypatch, changes, biases):
@@ -333,6 +334,7 @@ def test_products_that_the_kernels_cannot_run_are_refused():
 @pytest.mark.parametrize("changes", [
     {}, {"num_rows": 1, "local_groups": 1, "num_groups": 1, "bias": True}, {"num_rows": 8192, "num_groups": 64},
     {"precision": "w4a4", "out_dtype": jnp.dtype(jnp.float32)}, {"in_features": 64, "out_features": 48},
+    {"num_rows": 1, "batch_invariant": True},
     {"layout": "tcgen05_bf16_v1"}, {"layout": "tcgen05_fp4_v1", "precision": "w4a4", "num_rows": 8192, "bias": True},
 ], ids=str)  # fmt: skip
 def test_the_command_in_a_products_error_makes_the_kernels(compiler, changes):

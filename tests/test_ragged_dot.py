@@ -302,6 +302,7 @@ def test_prepared_matrices_have_the_same_values(target, lead):
         ({"group_offset": 1.0}, TypeError, "group_offset: got float"),
         ({"precision": "w8"}, ValueError, "precision: got 'w8'"),
         ({"out_dtype": jnp.float16}, TypeError, "out_dtype: got float16"),
+        ({"batch_invariant": 1}, TypeError, "batch_invariant: got int, needs bool"),
         ({"weights": None}, TypeError, "weights: got NoneType, needs Projection"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
@@ -311,6 +312,11 @@ def test_errors_name_the_argument(case, changes, error, message):
     arguments = {"x": x, "weights": weights, "group_sizes": sizes} | changes
     with pytest.raises(error, match=message):
         jax_moe.ragged_dot(**arguments)
+
+
+def test_a_cpu_is_batch_invariant_anyway(case):
+    x, weights, sizes = case
+    assert_equal(jax_moe.ragged_dot(x, weights, sizes, batch_invariant=True), jax_moe.ragged_dot(x, weights, sizes))
 
 
 def test_w4a4_needs_a_scale(case):

@@ -1,5 +1,6 @@
 """``python -m jax_moe bench``: time the op on this machine's default device."""
 
+from collections.abc import Mapping
 import dataclasses
 import functools
 import json
@@ -28,6 +29,9 @@ def bench(
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, as 1,32 or 1-8.")] = "1,32,256",
     precision: Annotated[str, typer.Option(help="Of w4a16, w4a4 and w4a4_dynamic, with commas.")] = "w4a16,w4a4",
     combine: Annotated[str, typer.Option(help="atomic or ordered.")] = "atomic",
+    batch_invariant: Annotated[
+        bool, typer.Option("--batch-invariant", help="As fused_moe's option; needs --combine ordered.")
+    ] = False,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs; the median is shown.")] = 20,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of weights, tokens and routing.")] = 0,
     output: Annotated[str | None, typer.Option("--json", help="Write the results to this file as well.")] = None,
@@ -40,6 +44,8 @@ def bench(
         counts = options.numbers("--tokens", tokens)
         kinds = options.choices("--precision", precision, problem.Precision)
         arguments.choice("--combine", combine, problem.Combine)
+        if batch_invariant and combine != "ordered":
+            raise ValueError(f"--batch-invariant: got --combine {combine}, needs ordered")
         if output is not None:
             output = os.path.expanduser(output)
             open(output, "a").close()  # whether it can be written is known before anything is measured
@@ -52,6 +58,7 @@ def bench(
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
 
+    mode = {"combine": combine, "batch_invariant": batch_invariant}
     device, ceilings = jax.devices()[0], floor.at_hand()
     results = []
     try:
@@ -59,7 +66,7 @@ def bench(
         for kind, count in progress.track([(kind, count) for kind in kinds for count in counts], "bench"):
             if experts is None or experts.layout != layouts[kind]:  # only one layout's at a time: they may be large
                 experts = jax_moe.prepare(canonical, layouts[kind])
-            seconds, touched = time_op(experts, shape, count, kind, combine, repeats, seed)
+            seconds, touched = time_op(experts, shape, count, kind, mode, repeats, seed)
             gflops = shape.flops(count) / seconds / 1e9
             gigabytes = touched * shape.weight_bytes_per_expert / seconds / 1e9
             result = {"precision": kind, "tokens": count, "seconds": seconds, "gflops": gflops, "weight_gbs": gigabytes}
@@ -69,7 +76,7 @@ def bench(
     except MissingKernelError as error:
         show.error(str(error))
         raise typer.Exit(1) from None
-    title = f"fused_moe on {device.device_kind}: {model}, combine={combine}"
+    title = f"fused_moe on {device.device_kind}: {model}, combine={combine}" + ", batch invariant" * batch_invariant
     rows = [
         (r["precision"], str(r["tokens"]), f"{r['seconds'] * 1e3:.3f}", f"{r['gflops']:.1f}", f"{r['weight_gbs']:.2f}")
         for r in results
@@ -83,7 +90,7 @@ def bench(
     show.table(title, headings, rows)
     if output is not None:
         facts = {"jax": jax.__version__, "jax_moe": jax_moe.__version__, "python": platform.python_version()}
-        document = {**facts, "device": device.device_kind, "model": model, "combine": combine, "results": results}
+        document = {**facts, "device": device.device_kind, "model": model, **mode, "results": results}
         if ceilings:
             document["ceilings"] = dataclasses.asdict(ceilings)
         with open(output, "w") as file:
@@ -95,14 +102,17 @@ def time_op(
     shape: shapes.LayerShape,
     tokens: int,
     precision: Any,
-    combine: Any,
+    mode: Mapping[str, Any],
     repeats: int,
     seed: int,
 ) -> tuple[float, float]:
-    """Median seconds of one call, on random tokens and routing, and how many experts it touches in the mean."""
+    """Median seconds of one call, on random tokens and routing, and how many experts it touches in the mean.
+
+    ``mode``: further options of it.
+    """
     on_gpu = jax.default_backend() == "gpu"
     length = _CHAIN if on_gpu else 1
-    op = functools.partial(jax_moe.fused_moe, precision=precision, combine=combine)
+    op = functools.partial(jax_moe.fused_moe, precision=precision, **mode)
     chain = timing.op_chain(op, chained=on_gpu and tokens <= timing.CHAINED_TOKENS)
     arguments, touched = timing.chain_arguments(shape, experts, tokens, length, seed + tokens)
     run = functools.partial(timing.run, timing.captured(chain), arguments)

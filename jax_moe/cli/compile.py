@@ -53,6 +53,9 @@ def compile(
     gate_up_bias: Annotated[bool, typer.Option("--gate-up-bias", help="The gate_up projection has a bias.")] = False,
     down_bias: Annotated[bool, typer.Option("--down-bias", help="The down projection has a bias.")] = False,
     bias: Annotated[bool, typer.Option("--bias", help="The grouped product has a bias.")] = False,
+    batch_invariant: Annotated[
+        bool, typer.Option("--batch-invariant", help="Calls are batch invariant; of layers, with --combine ordered.")
+    ] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Processes that compile.")] = 1,
     check: Annotated[bool, typer.Option("--check", help="Fail if a kernel spills, or a GEMM has no MMA.")] = False,
 ) -> None:
@@ -69,6 +72,8 @@ def compile(
         combines = options.choices("--combine", combine, problem.Combine)
         weights_on = options.choices("--weight-on", weight_on, problem.WeightOn)
         dtypes = options.dtypes("--out-dtype", out_dtype, problem.OUT_DTYPES)
+        if batch_invariant and layers and combines != ["ordered"]:
+            raise ValueError(f"--batch-invariant: got --combine {combine}, needs ordered")
         counts = options.numbers("--tokens", tokens)
         biases = {"gate_up.bias": gate_up_bias, "down.bias": down_bias}
         absent = tuple(name for name, is_given in biases.items() if not is_given)
@@ -77,11 +82,11 @@ def compile(
         modes = itertools.product(precisions, combines, weights_on, dtypes)
         with _planned(target, card, multiprocessors):
             for one, mode, count in itertools.product(layers, modes, counts):
-                call = problem_of(one, count, num_experts, target, absent, function, mode)
+                call = problem_of(one, count, num_experts, target, absent, function, mode, batch_invariant)
                 of_a_mesh = parcels.of_call(call) if parcels.are_taken(call) else ()
                 specs |= dict.fromkeys(launch.spec for each in (call, *of_a_mesh) for launch in lowering.launches(each))
             for one, mode, count in itertools.product(products, itertools.product(precisions, dtypes), counts):
-                call = product_of(one, count, num_experts, target, bias, mode)
+                call = product_of(one, count, num_experts, target, bias, mode, batch_invariant)
                 specs |= dict.fromkeys(launch.spec for launch in lowering.launches(call))
     except (NotImplementedError, TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
@@ -118,7 +123,9 @@ def _planned(target: str, card: str | None, multiprocessors: int | None) -> cont
     return targets.planned_for(dataclasses.replace(row, multiprocessors=multiprocessors or row.multiprocessors))
 
 
-def problem_of(layer: shapes.LayerShape, tokens, num_experts, target, absent, activation, mode) -> problem.Problem:
+def problem_of(
+    layer: shapes.LayerShape, tokens, num_experts, target, absent, activation, mode, batch_invariant=False
+) -> problem.Problem:
     """The call of a layer with so many tokens; ``mode``: precision, combine, weight_on and out_dtype."""
     _check_number(num_experts, "L", layer.num_experts)
     precision, combine, weight_on, out_dtype = mode
@@ -137,11 +144,12 @@ def problem_of(layer: shapes.LayerShape, tokens, num_experts, target, absent, ac
         out_dtype=out_dtype,
         layout=layout.name,
         command_buffer=True,
+        batch_invariant=batch_invariant,
         absent=absent,
     )
 
 
-def product_of(sizes: list[int], rows, num_groups, target, bias, mode) -> Product:
+def product_of(sizes: list[int], rows, num_groups, target, bias, mode, batch_invariant=False) -> Product:
     """The call of a grouped product with so many rows; ``mode``: precision and out_dtype."""
     local_groups, in_features, out_features = sizes
     _check_number(num_groups, "G", local_groups)
@@ -151,6 +159,7 @@ def product_of(sizes: list[int], rows, num_groups, target, bias, mode) -> Produc
         precision=precision,
         out_dtype=out_dtype,
         command_buffer=True,
+        batch_invariant=batch_invariant,
         num_rows=rows,
         num_groups=num_groups or local_groups,
         local_groups=local_groups,

@@ -99,6 +99,7 @@ def command_arguments(problem: Problem | Product | Parcels) -> list[str]:
             f"--precision {problem.precision}",
             f"--out-dtype {jnp.dtype(problem.out_dtype).name}",
             *["--bias"] * problem.has_bias,
+            *["--batch-invariant"] * problem.batch_invariant,
         ]
     alpha, beta, limit = activations.parameters(problem.activation)
     arguments = [
@@ -116,6 +117,8 @@ def command_arguments(problem: Problem | Product | Parcels) -> list[str]:
         arguments.append("--gate-up-bias")
     if problem.has_down_bias:
         arguments.append("--down-bias")
+    if problem.batch_invariant:
+        arguments.append("--batch-invariant")
     return arguments
 
 

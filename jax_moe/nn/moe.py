@@ -67,6 +67,7 @@ class MoE(nnx.Module):
         combine: Combine = "atomic",
         weight_on: WeightOn = "output",
         command_buffer: bool = True,
+        batch_invariant: bool = False,
         mesh: Mesh | None = None,
         expert_axis: placement.Axis = "expert",
         tensor_axis: placement.Axis = "tensor",
@@ -83,6 +84,8 @@ class MoE(nnx.Module):
           shared_expert: a :class:`jax_moe.SharedExpert` with weights ``[P, I', H]`` and ``[H, I']``, I' its
             own; or None.
           activation, precision, combine, weight_on, command_buffer: as for :func:`jax_moe.fused_moe`.
+          batch_invariant: as for :func:`jax_moe.fused_moe`, of the experts: the router's logits and the shared expert
+            are XLA's products, whose bits may depend on the batch.
           mesh: run over this mesh. None is the mesh that the experts, or else ``x``, are placed on when the module is
             called, or else the one that ``jax.set_mesh`` has set; without any, one device.
           expert_axis, tensor_axis, data_axis, sum_dtype: as for :func:`jax_moe.sharded_moe`.
@@ -96,7 +99,7 @@ class MoE(nnx.Module):
         arguments.instance("shared_expert", shared_expert, SharedExpert | None)
         self.options = Options(
             activation=activation, precision=precision, combine=combine, weight_on=weight_on, out_dtype=jnp.float32,
-            command_buffer=command_buffer,
+            command_buffer=command_buffer, batch_invariant=batch_invariant,
         )  # fmt: skip
         self.mesh = mesh
         self.axes = Axes(expert_axis, tensor_axis, data_axis)

@@ -24,6 +24,7 @@ def ragged_dot(
     group_offset: jax.Array | int | None = None,
     out_dtype=jnp.bfloat16,
     command_buffer: bool = True,
+    batch_invariant: bool = False,
 ) -> jax.Array:
     """Grouped matrix product with NVFP4 weights, as one XLA custom call: ``jax.lax.ragged_dot`` with 4-bit matrices.
 
@@ -46,6 +47,8 @@ def ragged_dot(
         devices return. None: 0, and E must be G.
       out_dtype: bfloat16 or float32.
       command_buffer: whether XLA may record the call into a command buffer (a CUDA graph); no effect on a CPU.
+      batch_invariant: a row's result is the same bit for bit among any others, however many: as for
+        :func:`jax_moe.fused_moe`. No effect on a CPU, where it always holds.
 
     Returns:
       ``[T, N]`` of ``out_dtype``, rounded once.
@@ -73,6 +76,7 @@ def ragged_dot(
     if num_groups == 0:
         raise ValueError("group_sizes: got E = 0, needs at least one group")
     arguments.instance("command_buffer", command_buffer, bool)
+    arguments.instance("batch_invariant", batch_invariant, bool)
 
     input_scale = weights.input_scale
     if input_scale is not None and input_scale.ndim == 0:
@@ -91,6 +95,7 @@ def ragged_dot(
         precision=precision,
         out_dtype=arguments.dtype("out_dtype", out_dtype, OUT_DTYPES),
         command_buffer=command_buffer,
+        batch_invariant=batch_invariant,
         num_rows=num_rows,
         num_groups=num_groups,
         local_groups=local_groups,
@@ -138,6 +143,7 @@ def linear(
     precision: Precision = "w4a16",
     out_dtype=jnp.bfloat16,
     command_buffer: bool = True,
+    batch_invariant: bool = False,
 ) -> jax.Array:
     """The dense layer ``x @ W.T + bias`` with NVFP4 weights: :func:`ragged_dot` of one group, over any leading axes.
 
@@ -145,7 +151,7 @@ def linear(
       x: bfloat16 ``[..., C]``.
       weights: ``[N, C]``: a projection without lead axes, from :func:`jax_moe.quantize_projection` or
         :func:`jax_moe.checkpoints.load_projection`; on a GPU after :func:`jax_moe.prepare`.
-      precision, out_dtype, command_buffer: as for :func:`ragged_dot`.
+      precision, out_dtype, command_buffer, batch_invariant: as for :func:`ragged_dot`.
 
     Returns:
       ``[..., N]`` of ``out_dtype``.
@@ -169,5 +175,6 @@ def linear(
         precision=precision,
         out_dtype=out_dtype,
         command_buffer=command_buffer,
+        batch_invariant=batch_invariant,
     )
     return y.reshape(*leading, y.shape[-1])

@@ -20,7 +20,7 @@ class Product:
     """All that is static about one grouped product. Hashable, so that it can be a static argument.
 
     Attributes:
-      precision, out_dtype, command_buffer: as :func:`jax_moe.ragged_dot` takes them.
+      precision, out_dtype, command_buffer, batch_invariant: as :func:`jax_moe.ragged_dot` takes them.
       num_rows, in_features, out_features: T, C and N.
       num_groups: E, the groups that have a size.
       local_groups: G, those whose matrices are held here.
@@ -37,6 +37,7 @@ class Product:
     precision: Precision
     out_dtype: Any
     command_buffer: bool
+    batch_invariant: bool = False
     num_rows: int
     num_groups: int
     local_groups: int

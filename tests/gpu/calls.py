@@ -214,15 +214,18 @@ def call(
     return raw_call(target, results, attributes, *operands)
 
 
-def product(case: ProductCase, *, command_buffer: bool = True):
-    """The grouped product of ``case`` as a function of x, group sizes, offset and weights; and these, prepared."""
+def product(case: ProductCase, **options):
+    """The grouped product of ``case`` as a function of x, group sizes, offset and weights; and these, prepared.
+
+    ``options``: further ones of ``ragged_dot``.
+    """
     if target().product is None:
         pytest.skip(f"no grouped products for {target().name} yet")
 
     def function(x, group_sizes, group_offset, weights):
         return jax_moe.ragged_dot(
             x, weights, group_sizes, group_offset=group_offset, precision=case.precision, out_dtype=case.out_dtype,
-            command_buffer=command_buffer,
+            **options,
         )  # fmt: skip
 
     return function, prepare(case.weights, case.precision)

@@ -34,6 +34,7 @@ CASES = {
     "small w4a16 atomic": (_SMALL, dict(precision="w4a16", combine="atomic")),
     "small w4a4 ordered": (_SMALL, dict(precision="w4a4", combine="ordered")),
     "few units w4a16 atomic": (_FEW_UNITS, dict(precision="w4a16", combine="atomic")),
+    "batch invariant w4a16 ordered": (_FEW_UNITS, dict(precision="w4a16", combine="ordered", batch_invariant=True)),
     "many experts w4a4 atomic": (_MANY_EXPERTS, dict(precision="w4a4", combine="atomic")),
     "ragged w4a16 atomic": (_RAGGED, dict(precision="w4a16", combine="atomic")),
     "ragged w4a16 ordered": (_RAGGED, dict(precision="w4a16", combine="ordered")),
@@ -125,7 +126,8 @@ def prepared(name: str, *, exact: bool, compiler_options):
         function = functools.partial(jax_moe.fused_moe, **case.options)
         ready = calls.prepared(case)
         values = (ready.x, ready.experts, ready.routing)
-        rest = {key: each for key, each in case.options.items() if key not in ("combine", "out_dtype")}
+        how = ("combine", "batch_invariant", "out_dtype")  # nothing to the definition
+        rest = {key: each for key, each in case.options.items() if key not in how}
         value, bound = statement.moe(case.x, case.experts, case.routing, **{"activation": jax_moe.SwiGLU(), **rest})
     jitted = calls.jit(function, compiler_options)
 

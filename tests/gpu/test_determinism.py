@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
+import product_cases
 import pytest
 
 import jax_moe
@@ -27,6 +28,7 @@ _CAPTURE = {"xla_gpu_graph_min_graph_size": 1}
 _EAGER = {"xla_gpu_enable_command_buffer": ""}
 _PRECISIONS = ["w4a16", "w4a4"]
 _ORDERED = dict(combine="ordered", out_dtype=jnp.float32)
+_INVARIANT = _ORDERED | {"batch_invariant": True}
 
 
 def _case(tokens, top_k=4, **options) -> helpers.Case:
@@ -93,6 +95,45 @@ def test_a_token_has_the_same_bits_in_any_batch_of_one_order(poison, precision):
 
 
 @pytest.mark.parametrize("precision", _PRECISIONS)
+def test_a_token_has_the_same_bits_in_any_batch(poison, precision):
+    """Where calls are batch invariant, and nowhere else: without that, few tokens have orders of their own."""
+    whole, results, usual = _case(1000, precision=precision, **_INVARIANT), {}, {}
+    shuffled = np.random.default_rng(1).permutation(1000)
+    for count in (1, 2, 3, 8, 9, 33, 64, 200, 1000):
+        part = frozen.rows(whole, shuffled[:count])
+        poison(0.5)
+        results[count], usual[count] = _run(part), _run(part.with_options(batch_invariant=False))
+    calls.require_gpu()
+    for count, got in results.items():
+        helpers.assert_bit_equal(got, results[1000][:count])
+    if precision == "w4a16" and hasattr(program, "BATCH_INVARIANT"):  # w4a4: see below
+        assert [count for count, got in usual.items() if (got != results[count]).any()]
+
+
+@pytest.mark.parametrize("precision", _PRECISIONS)
+def test_a_row_of_a_product_has_the_same_bits_among_any(poison, precision):
+    """The same of ``ragged_dot`` and ``linear``."""
+    sizes = dict(in_features=1040, out_features=400)
+    case = product_cases.make_case(5, [700], 700, **sizes, exact=False, precision=precision)
+    results = {True: {}, False: {}}
+    for is_invariant, of_counts in results.items():
+        function, weights = calls.product(case, batch_invariant=is_invariant)
+        run = jax.jit(function, compiler_options=_CAPTURE)
+        for count in (1, 8, 9, 40, 130, 700):
+            arguments = case.x[:count], jnp.full((1,), count, jnp.int32), jnp.int32(0), weights
+            poison(0.5)
+            if calls.why_not_run():
+                calls.lower(run, *arguments)
+            else:
+                of_counts[count] = np.asarray(run(*arguments))
+    calls.require_gpu()
+    for count, got in results[True].items():
+        helpers.assert_bit_equal(got, results[True][700][:count])
+    if precision == "w4a16" and hasattr(program, "BATCH_INVARIANT"):
+        assert (results[False][1] != results[True][1]).any()
+
+
+@pytest.mark.parametrize("precision", _PRECISIONS)
 @pytest.mark.parametrize("tokens", [9, 300])
 def test_a_token_does_not_depend_on_its_neighbours(poison, tokens, precision):
     """The same program, whatever the others are: other values, another order, all of them at other experts."""
@@ -116,6 +157,7 @@ def test_every_plan_of_one_order_gives_the_same_bits(poison, monkeypatch, precis
     """Whatever would be chosen: widths, stages and warpgroups are not seen in the sums."""
     case, results = _case(300, precision=precision), collections.defaultdict(dict)
     configs = program.CONFIGS[precision] if isinstance(program.CONFIGS, dict) else program.CONFIGS
+    configs = dict.fromkeys((*configs, *getattr(program, "BATCH_INVARIANT", ())))
     for config in configs:
         monkeypatch.setattr(program, "best_config", lambda *_, config=config: config)
         assert _configs(case) == (config, config)
@@ -256,3 +298,25 @@ def test_two_gpus_have_the_bits_of_one(poison, axis, top_k, names, precision):
         poison(0.25)
         got = run(x, placed, routing)
     helpers.assert_bit_equal(np.asarray(got) + np.float32(0), expected + np.float32(0))
+
+
+@pytest.mark.parametrize("names", [{}, {"data_axis": "expert"}], ids=["replicated", "spread"])
+def test_a_token_has_the_same_bits_in_any_batch_on_four_gpus(poison, names):
+    """Four parts, in the order of devices."""
+    mesh = jax.make_mesh((4,), ("expert",), axis_types=(AxisType.Auto,), devices=calls.devices(4))
+    case, results = _case(1000, **_INVARIANT), {}
+    placed = calls.prepare(jax.device_put(case.experts, jax_moe.expert_shardings(case.experts, mesh)))
+    options = {k: v for k, v in case.options.items() if k != "expert_offset"}
+    run = jax.jit(functools.partial(jax_moe.sharded_moe, mesh=mesh, **names, **options), compiler_options=_CAPTURE)
+    for count in (4, 8, 200, 1000):
+        part = frozen.rows(case, range(count))
+        where = NamedSharding(mesh, P("expert" if names else None, None))
+        x, routing = jax.device_put((part.x, part.routing), where)
+        poison(0.25)
+        if calls.why_not_run():
+            calls.lower(run, x, placed, routing)
+        else:
+            results[count] = np.asarray(run(x, placed, routing))
+    calls.require_gpu()
+    for count, got in results.items():
+        helpers.assert_bit_equal(got, results[1000][:count])

@@ -72,6 +72,13 @@ class FewUnits:
     handing_over: float
 
 
+BATCH_INVARIANT = tuple(
+    with_most_stages(config.widths, config.m_warpgroups, 1, config.stage_blocks, config.ctas_per_sm)
+    for config in CONFIGS
+)
+"""What a batch-invariant call chooses from: all sum the blocks of the contraction in one order, from first to last."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Costs:
     """What a card's kernels are chosen by.
@@ -90,9 +97,10 @@ class Costs:
 
 
 @functools.lru_cache(maxsize=1024)  # every layer of a model asks, each time that it is lowered
-def best_config(card: Card, num_tokens: int, top_k: int, num_experts: int) -> Config:
+def best_config(card: Card, num_tokens: int, top_k: int, num_experts: int, batch_invariant: bool = False) -> Config:
     """The config with the least expected time (``tiling.py``)."""
-    return tiling.cheapest(CONFIGS, functools.partial(_cost, card.costs), num_tokens, top_k, num_experts)
+    configs = BATCH_INVARIANT if batch_invariant else CONFIGS
+    return tiling.cheapest(configs, functools.partial(_cost, card.costs), num_tokens, top_k, num_experts)
 
 
 def _cost(costs: Costs, rows: int, config: Config) -> float:
@@ -188,7 +196,7 @@ def build(p: Problem, card: Card) -> Program:
     """
     # Without tokens nothing is launched, and any config will do.
     num_experts = p.num_experts or p.local_experts
-    config = best_config(card, max(1, p.num_tokens), p.top_k, num_experts)
+    config = best_config(card, max(1, p.num_tokens), p.top_k, num_experts, p.batch_invariant)
     gemm1, gemm2 = gemms(p, config)
     is_ordered, quantised = p.combine == "ordered", p.precision != "w4a16"
     has_x_rows = (quantised and p.x_form != "rounded") or p.weight_on == "input"
@@ -280,8 +288,9 @@ def build_product(p: Product, card: Card) -> Program:
       ValueError: a size is beyond what the kernels take.
     """
     if p.num_groups == p.local_groups == 1:
-        return linear_with_form(p, card, *linear_form(card, max(1, p.num_rows), *_matrix_blocks(p)))
-    config = best_config(card, max(1, p.num_rows), 1, p.num_groups)
+        form = linear_form(card, max(1, p.num_rows), *_matrix_blocks(p), p.batch_invariant)
+        return linear_with_form(p, card, *form)
+    config = best_config(card, max(1, p.num_rows), 1, p.num_groups, p.batch_invariant)
     row_blocks, columns = _matrix_blocks(p)
     groups, workspaces = steps.groups(p, config.token_tile, card)
     before, rows = [groups], "x"
@@ -308,9 +317,15 @@ _ROOM = 0.9
 
 
 @functools.lru_cache(maxsize=1024)
-def linear_form(card: Card, num_rows: int, row_blocks: int, k_blocks: int) -> tuple[Config, int]:
-    """The config of a product with one matrix, and how many CTAs share a unit: what takes the least time."""
-    forms = itertools.product((*CONFIGS, FEW_UNITS), [split for split in SPLITS if split <= k_blocks])
+def linear_form(
+    card: Card, num_rows: int, row_blocks: int, k_blocks: int, batch_invariant: bool = False
+) -> tuple[Config, int]:
+    """The config of a product with one matrix, and how many CTAs share a unit: what takes the least time.
+
+    Batch-invariant: none share one, as that sums in an order of its own.
+    """
+    configs, splits = ((*CONFIGS, FEW_UNITS), SPLITS) if not batch_invariant else (BATCH_INVARIANT, (1,))
+    forms = itertools.product(configs, [split for split in splits if split <= k_blocks])
     return min(forms, key=lambda form: _linear_nanoseconds(card, *form, num_rows, row_blocks, k_blocks))
 
 
