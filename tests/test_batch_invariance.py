@@ -53,6 +53,16 @@ def test_a_module_passes_it_on():
         MoE(case.experts, router, batch_invariant=True)
 
 
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_products_are_planned_with_it(batch_invariant):
+    """What is traced says so; from there on it is test_batch_invariant_calls_have_plans_of_one_order."""
+    x, weights = jnp.ones((3, 32), jnp.bfloat16), jax_moe.quantize_projection(np.ones((1, 16, 32), np.float32))
+    one, sizes = jax.tree.map(lambda leaf: leaf[0], weights), jnp.asarray([3], jnp.int32)
+    for op, *arguments in ((jax_moe.ragged_dot, x, weights, sizes), (jax_moe.linear, x, one)):
+        traced = jax.make_jaxpr(functools.partial(op, batch_invariant=batch_invariant))(*arguments)
+        assert f"batch_invariant={batch_invariant}" in str(traced)
+
+
 # --- Plans of a GPU -----------------------------------------------------------------------------------------------
 
 
