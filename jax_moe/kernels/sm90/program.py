@@ -28,7 +28,7 @@ def _config(*widths: int) -> Config:
 
 CONFIGS = (
     _config(8), _config(16), _config(16, 24, 32), _config(32, 40), _config(32, 48), _config(48, 64), _config(64, 80),
-    _config(80, 96), _config(96, 112), _config(80, 112, 128, 144),
+    _config(80, 96), _config(96, 112), _config(112, 128, 144), _config(128, 136, 152),
 )  # fmt: skip
 """What a call chooses from. Experts with about as many rows want widths below the widest, so that few of them need two
 tiles and few multiply padding; experts with two tiles or more have balanced ones."""
@@ -66,12 +66,13 @@ def _cost(costs: Costs, rows: int, config: Config) -> float:
     """Of a weight block of an expert with so many rows."""
     tile = config.token_tile
     if granule := _granule(config):
-        tile = _blocks(_blocks(rows, _blocks(rows, tile)), granule) * granule
+        tile = math.ceil(rows / (math.ceil(rows / tile) * granule)) * granule
     full, rest = divmod(rows, tile)
-    busy = sum(
-        count * costs.nanoseconds[config.m_warpgroups][next(width for width in config.widths if width >= size)]
-        for count, size in ((full, tile), (1, rest)) if size
-    )  # fmt: skip
+    nanoseconds = costs.nanoseconds[config.m_warpgroups]
+    busy = 0.0
+    for count, size in ((full, tile), (1, rest)):
+        if count and size:
+            busy += count * nanoseconds[next(width for width in config.widths if width >= size)]
     return max(costs.memory, busy) + min(costs.memory, busy) / 10
 
 
