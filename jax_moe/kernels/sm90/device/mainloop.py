@@ -78,8 +78,8 @@ class Gemm(entry.Kernel):
         self.token_bytes = self.n * TOKEN_ROW_BYTES  # of one block
         self.accumulators = self.n // 8 * 4  # fp32 registers of one 64-row half
         # Two blocks of A registers are 64; where they do not fit beside the accumulators (and about 60 others) the
-        # compiler would serialise wgmma (ptxas C7512), and the two halves of one block take turns instead, with 32. Three
-        # widths of more than 96 rows leave room for 16: then two of a block's k16-steps take turns.
+        # compiler would serialise wgmma (ptxas C7512), and the two halves of one block take turns instead, with 32.
+        # Beside three widths of more than 96 rows there is room for 16: then two of a block's k16-steps take turns.
         if 2 * self.accumulators + 64 + 60 <= self._registers()[1]:
             self.groups, self.fragment_sets = _WHOLE_BLOCK, 2
         else:
