@@ -79,11 +79,11 @@ class Gemm(entry.Kernel):
         self.accumulators = self.n // 8 * 4  # fp32 registers of one 64-row half
         # Two blocks of A registers are 64; where they do not fit beside the accumulators (and about 60 others) the
         # compiler would serialise wgmma (ptxas C7512), and the two halves of one block take turns instead, with 32.
-        # Beside three widths of more than 96 rows there is room for 16: then two of a block's k16-steps take turns.
+        # Beside three widths of more than 112 rows there is room for 16: then two of a block's k16-steps take turns.
         if 2 * self.accumulators + 64 + 60 <= self._registers()[1]:
             self.groups, self.fragment_sets = _WHOLE_BLOCK, 2
         else:
-            self.groups, self.fragment_sets = (_STEP_BY_STEP if self.n > 96 else _HALF_BY_HALF), 1
+            self.groups, self.fragment_sets = (_STEP_BY_STEP if self.n > 112 else _HALF_BY_HALF), 1
 
     def _registers(self):
         """(producer, consumer) registers a thread after the split."""
