@@ -64,7 +64,7 @@ class Config:
         barriers = 16 * self.stages
         units = 16 * self.stages + 16  # the unit that begins with a stage; the producers' next one, double-buffered
         rows = 8 * self.m_warpgroups * self.token_tile  # GEMM2: output row and weight, a copy for each warpgroup
-        alignment = 128  # the tokens come first, and dynamic shared memory begins at a multiple of their 1024
+        alignment = 1024
         return self.stages * self.stage_bytes + self.reduction_bytes + barriers + units + rows + alignment
 
 
