@@ -127,8 +127,7 @@ def _method(model: str, method: str):
     import gpu_methods
 
     if method.startswith("jax_moe "):
-        precision, combine = method.split()[1].split("/")
-        return gpu_methods.ours(model, precision, combine)
+        return gpu_methods.ours(model, *method.split()[1].split("/"))
     if method == "humming":
         import gpu_humming
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from jax_moe import check, nvfp4
+from jax_moe.kernels.sm90 import program
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("cutlass") is None, reason="nvidia-cutlass-dsl is not installed"),
@@ -109,3 +110,18 @@ def test_a_hopper_gpu_gave_the_same(name):
     # intermediate is then rounded to its other neighbour, which shows in one output in some hundred thousand sums.
     error = np.linalg.norm(emulated - recorded) / np.linalg.norm(recorded)
     assert error < {"w4a16": 1e-3, "w4a4": 1e-2}[case.options["precision"]]
+
+
+@pytest.mark.parametrize(
+    "config", [config for config in program.CONFIGS if config.token_tile > 96], ids=lambda config: config.name
+)
+@pytest.mark.parametrize("precision", ["w4a16", "w4a4"])
+def test_tiles_of_many_rows_have_the_bits_of_the_cpu(monkeypatch, config, precision):
+    """Their products come a k16-step at a time. The experts have a tile and two balanced ones, a stage has a rest."""
+    monkeypatch.setattr(program, "best_config", lambda *_: config)
+    case = make_exact_case(7, tokens=260, num_experts=3, top_k=1, hidden=208, intermediate=64, precision=precision,
+                           combine="ordered", out_dtype=jnp.float32)  # fmt: skip
+    experts = jnp.where(jnp.arange(260) < 155, 0, 2)[:, None]
+    case = dataclasses.replace(case, routing=dataclasses.replace(case.routing, expert_ids=experts.astype(jnp.int32)))
+    call = emulated_call.prepare(case, "sm_90a")
+    assert_bit_equal(call.run(order="random", seed=2), case.run())

@@ -160,8 +160,8 @@ def test_machine_code(spec):
     assert kernel.shared_bytes <= a_cta
     assert counts[HGMMA] > 0
     assert counts[HGMMA] == kernel.tensor_core_instructions
-    # Serialised wgmma (ptxas C7512) is one fence and one wait for each; ours wait once for four or eight.
-    assert counts[WARPGROUP] < counts[HGMMA]
+    # Serialised wgmma (ptxas C7512) is a fence and a wait for each; ours have these once for two, four or eight.
+    assert counts[WARPGROUP] < 1.25 * counts[HGMMA]
     assert counts[LOCAL_LOAD] + counts[LOCAL_STORE] <= 16
     assert kernel.registers * config.threads * config.ctas_per_sm <= 65536
     module, _, name = spec.implementation.partition(":")
@@ -226,20 +226,30 @@ def test_experts_elsewhere_have_their_share_of_the_routes():
     assert configs[0] == configs[1] != configs[2]
 
 
-def test_the_cost_of_an_expert_is_that_of_all_its_tiles():
-    tile = next(tile for tile in program.CONFIGS if tile.widths == (128, 144))
-    whole, part = (COSTS.nanoseconds[tile.m_warpgroups][width] for width in (144, 128))
-    assert [program._cost(COSTS, rows, tile) for rows in (1, 128, 129, 144, 145, 288, 289)] == [
-        part, part, whole, whole, whole + part, 2 * whole, 2 * whole + part,
-    ]  # fmt: skip
+def test_the_cost_of_an_expert_is_that_of_all_its_balanced_tiles():
+    tile = next(tile for tile in program.CONFIGS if tile.token_tile == 144)
+    nanoseconds = COSTS.nanoseconds[tile.m_warpgroups]
+    widths = {
+        1: [112], 112: [112], 113: [128], 129: [144], 145: [112, 112], 225: [128, 112], 288: [144, 144],
+        289: [112, 112, 112],
+    }  # fmt: skip
+    assert tile.widths == (112, 128, 144)
+    for rows, used in widths.items():
+        assert program._cost(COSTS, rows, tile) == sum(nanoseconds[width] for width in used)
+
+
+@pytest.mark.parametrize(("tokens", "granule"), [(128, 0), (512, 8), (2048, 8)])
+def test_tiles_are_balanced_where_there_are_widths_to_choose_from(tokens, granule):
+    sort = cuda_call.program(problem("qwen3-235b-a22b", tokens)).launches[0]
+    assert (sort.name, sort.spec.granule) == ("sort", granule)
 
 
 _CHOSEN = {  # for T = 1, 8, ... 8192: token tile, and the narrower widths of its config
-    "qwen3-30b-a3b": "8 8 8 16 48/32 144/128 128/32/64",
-    "qwen3-235b-a22b": "8 8 8 16 48/32 144/128 128/32/64",
-    "deepseek-r1-ep8": "8 8 16 48/32 144/128 144/128 144/128",
-    "mixtral-8x7b": "8 8 16 48/32 144/128 144/128 144/128",
-    "gpt-oss-120b": "8 8 8 16 32/16/24 80/64 144/128",
+    "qwen3-30b-a3b": "8 8 8 16 48/32 152/128/136 152/128/136",
+    "qwen3-235b-a22b": "8 8 8 16 48/32 152/128/136 152/128/136",
+    "deepseek-r1-ep8": "8 8 16 48/32 152/128/136 152/128/136 152/128/136",
+    "mixtral-8x7b": "8 8 16 48/32 152/128/136 152/128/136 152/128/136",
+    "gpt-oss-120b": "8 8 8 16 32/16/24 80/64 152/128/136",
 }
 """What was chosen when the kernels were measured (benchmarks/notes-h200.md)."""
 

@@ -37,10 +37,12 @@ def _config(*widths: int) -> Config:
 
 CONFIGS = (
     _config(8), _config(16), _config(16, 24, 32), _config(32, 40), _config(32, 48), _config(48, 64), _config(64, 80),
-    _config(80, 96), _config(96, 112), _config(112, 128), _config(32, 64, 128), _config(128, 144),
+    _config(80, 96), _config(96, 112), _config(112, 128, 144), _config(128, 136, 152),
 )  # fmt: skip
-"""What a call chooses from. Experts with about as many rows want a second width below the widest, so that few of them
-need two tiles and few multiply padding; experts with many tiles want to multiply little in their last one."""
+"""What a call chooses from. Experts with about as many rows want widths below the widest, so that few of them need two
+tiles and few multiply padding; experts with two tiles or more have balanced ones."""
+
+_GRANULE = 8  # of balanced tiles: the least rows that a product has
 
 
 FEW_UNITS = with_most_stages((8,), 1, 4, 4, 1)
@@ -105,12 +107,21 @@ def best_config(card: Card, num_tokens: int, top_k: int, num_experts: int, batch
 
 def _cost(costs: Costs, rows: int, config: Config) -> float:
     """Of a weight block of an expert with so many rows."""
+    tile = config.token_tile
+    if granule := _granule(config):
+        tile = math.ceil(rows / (math.ceil(rows / tile) * granule)) * granule
+    full, rest = divmod(rows, tile)
     nanoseconds = costs.nanoseconds[config.m_warpgroups]
-    full, rest = divmod(rows, config.token_tile)
-    busy = full * nanoseconds[config.token_tile]
-    if rest:
-        busy += nanoseconds[next(width for width in config.widths if width >= rest)]
+    busy = 0.0
+    for count, size in ((full, tile), (1, rest)):
+        if count and size:
+            busy += count * nanoseconds[next(width for width in config.widths if width >= size)]
     return max(costs.memory, busy) + min(costs.memory, busy) / 10
+
+
+def _granule(config: Config) -> int:
+    """Of balanced tiles, where there are widths to choose from: an expert's tiles then take the least of them."""
+    return _GRANULE if len(config.widths) > 1 else 0
 
 
 def fitted(config: Config, card: Card, routes: tuple[int, int, int, int], row_blocks: int, k_blocks: int) -> Config:
@@ -209,7 +220,7 @@ def build(p: Problem, card: Card) -> Program:
     down_columns = tiling.blocks(p.intermediate_size, weight_block.BLOCK_K)
     h_blocks = gate_up_rows * weight_block.BLOCK_ROWS // parts // weight_block.BLOCK_K
 
-    sort, workspaces = steps.sort(p, config.token_tile)
+    sort, workspaces = steps.sort(p, config.token_tile, _granule(config))
     before, between, after = [sort], [], []
     if gemm1.maps_routes:
         before, workspaces = [], {}

@@ -8,18 +8,20 @@ from jax_moe.kernels.target import Card, Ceilings, Target
 from jax_moe.problem import Precision
 
 # Nanoseconds in which a multiprocessor gets through a 128 x 64 block of GEMM1's weights, by m warpgroups and by the
-# rows that it is multiplied with; measured on an H200 (benchmarks/notes-h200.md), whose memory alone would take 136.
+# rows that it is multiplied with; measured on an H200 (benchmarks/notes-h200.md), whose memory alone would take 136. Of
+# 136 and 152 rows they are those of their neighbours' mean.
 _H200_NANOSECONDS = {
     1: {8: 153, 16: 154},
     3: {16: 158, 24: 168, 32: 174, 40: 188, 48: 199},
-    2: {32: 216, 48: 223, 64: 246, 80: 280, 96: 300, 112: 339, 128: 365, 144: 400},
+    2: {32: 216, 48: 223, 64: 246, 80: 280, 96: 300, 112: 339, 128: 365, 136: 382, 144: 400, 152: 420},
 }
 
 # The same of an H100 SXM (3.07 TB/s read): of three blocks of a call, two of GEMM1 and one of GEMM2 (the same notes).
+# Of 136 and 152 rows, which were not timed there, the line through 128 and 144.
 _H100_NANOSECONDS = {
     1: {8: 212, 16: 217},
     3: {16: 218, 24: 226, 32: 232, 40: 243, 48: 258},
-    2: {32: 248, 48: 269, 64: 301, 80: 341, 96: 383, 112: 422, 128: 461, 144: 500},
+    2: {32: 248, 48: 269, 64: 301, 80: 341, 96: 383, 112: 422, 128: 461, 136: 480, 144: 500, 152: 520},
 }
 
 # Which form few units have: fitted to calls with T = 1 to 8, and products with one matrix, on an H200 (the notes, Few

@@ -55,6 +55,12 @@ REDUCTION_FULL, REDUCTION_EMPTY, NEXT_UNIT, EPILOGUE = 1, 2, 3, 4
 MAP_ROUTES = NEXT_UNIT  # nobody has a unit yet
 _NO_UNIT = -1
 
+# The products of a block in groups of wgmma: (64-row halves, k16-steps) of each.
+_STEPS = tuple(range(BLOCK_K // 16))
+_WHOLE_BLOCK = (((0, 1), _STEPS),)
+_HALF_BY_HALF = (((0,), _STEPS), ((1,), _STEPS))
+_STEP_BY_STEP = tuple(((0, 1), (step,)) for step in _STEPS)
+
 TILE_MAP = ("row_route", "tile_expert", "expert_tiles", "expert_ids", "expert_offset")
 """Operands that say what the tiles are, and are indexed: the sort's map, or what ``few_routes.py`` makes one of."""
 
@@ -83,8 +89,12 @@ class Gemm(entry.Kernel):
         self.token_bytes = self.n * TOKEN_ROW_BYTES  # of one block
         self.accumulators = self.n // 8 * 4  # fp32 registers of one 64-row half
         # Two blocks of A registers are 64; where they do not fit beside the accumulators (and about 60 others) the
-        # compiler would serialise wgmma (ptxas C7512), and the two halves of one block take turns instead.
-        self.group_per_half = 2 * self.accumulators + 64 + 60 > self._registers()[1]
+        # compiler would serialise wgmma (ptxas C7512), and the two halves of one block take turns instead, with 32.
+        # Beside three widths of more than 112 rows there is room for 16: then two of a block's k16-steps take turns.
+        if 2 * self.accumulators + 64 + 60 <= self._registers()[1]:
+            self.groups, self.fragment_sets = _WHOLE_BLOCK, 2
+        else:
+            self.groups, self.fragment_sets = (_STEP_BY_STEP if self.n > 112 else _HALF_BY_HALF), 1
 
     def _registers(self):
         """(producer, consumer) registers a thread after the split."""
@@ -110,15 +120,15 @@ class Gemm(entry.Kernel):
 
     # -- consumer -----------------------------------------------------------------------------------------------
 
-    def _dequantise(self, words, fragment, half, scales):
-        """Fills ``fragment`` (u32[4 registers, 4 steps]) with one 64-row half of a block."""
-        for step in range(4):
+    def _dequantise(self, words, fragment, half, steps, scales):
+        """Fills ``steps`` of ``fragment`` (u32[4 registers, 4 steps]) with those of one 64-row half of a block."""
+        for step in steps:
             pairs = dequantise.pairs(words[step], scales[2 * half][step], scales[2 * half + 1][step])
             for i, pair in enumerate(pairs):
                 fragment[i, step] = pair
 
     def _multiply(self, mma, accumulators, fragments, tokens, shared, me, slot, block, first_group_done):
-        """Dequantises one block of a stage and issues its products, as one or two ``wgmma`` groups.
+        """Dequantises one block of a stage and issues its products, in one or several ``wgmma`` groups.
 
         Each group waits for the one before it. ``first_group_done`` is called when all products of earlier blocks are
         complete.
@@ -130,21 +140,21 @@ class Gemm(entry.Kernel):
         scale_words = ptx.load_shared_v4(address + weight_block.CODE_BYTES + me.tid // 4 * 16)
         scales = [dequantise.scales(word) for word in scale_words]  # of a thread's rows: 4 rows by 4 steps
         codes = [ptx.load_shared_v4(address + half * (weight_block.CODE_BYTES // 2) + me.tid * 16) for half in range(2)]
-        groups = ((0,), (1,)) if self.group_per_half else ((0, 1),)
-        for group in groups:
-            for half in group:
+        for group in self.groups:
+            halves, steps = group
+            for half in halves:
                 registers = cute.recast_tensor(fragments[half], Uint32)
                 registers = cute.make_tensor(registers.iterator, cute.make_layout((4, 4)))
-                self._dequantise(codes[half], registers, half, scales)
+                self._dequantise(codes[half], registers, half, steps, scales)
             warpgroup.fence()
-            for step in range(4):
+            for step in steps:
                 token_step = tokens[None, None, step, slot * self.blocks + block]
-                for half in group:
+                for half in halves:
                     sums = accumulators[half]
                     cute.gemm(mma, sums, fragments[half][None, None, step], token_step, sums)
             warpgroup.commit_group()
             warpgroup.wait_group(1)
-            if group is groups[0]:
+            if group is self.groups[0]:
                 first_group_done()
 
     @cute.jit
@@ -468,8 +478,7 @@ class Gemm(entry.Kernel):
         tokens = mma.make_fragment_B(thread_mma.partition_B(used))
         accumulators = [mma.make_fragment_C(thread_mma.partition_shape_C((64, width))) for _ in range(2)]
         a_shape = thread_mma.partition_shape_A((64, BLOCK_K))
-        sets = 1 if self.group_per_half else 2
-        fragment_sets = [[mma.make_fragment_A(a_shape) for _ in range(2)] for _ in range(sets)]
+        fragment_sets = [[mma.make_fragment_A(a_shape) for _ in range(2)] for _ in range(self.fragment_sets)]
         first, end = self._part(op)
         if cutlass.const_expr(self.config.cluster > 1):
             first, end = Int32(0), op.k_blocks
