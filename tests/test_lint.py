@@ -204,7 +204,8 @@ def parameters(wanted):
     ("target", "spec"),
     parameters(
         {
-            "sm_90a": "gemm._n(16|48)m.*w4a4|gemm1_n112.*w4a16|(product|linear).*w4a16|groups_e128.*rows|_maps",
+            "sm_90a": "gemm._n(16|48)m.*w4a4|gemm1_n112.*w4a16|(product|linear).*w4a16|groups_e128.*rows|_maps"
+            "|dynamic|h_rows",
             "sm_100f": "",
         }
     ),
