@@ -101,8 +101,8 @@ def fitted(config: Config, card: Card, routes: tuple[int, int, int, int], row_bl
     """``config``, or :data:`FEW_UNITS` or :data:`SPLIT_UNITS` where that is likely to take less time.
 
     What counts is how many units the busiest multiprocessor has, one after the other or side by side. One expert more
-    may be one turn more, so each number of experts counts as it is likely. Units are shared only of one token, since its
-    bits would depend on the others (which are, depends on how many there are), and only where there is at most one for
+    may be one turn more, so each number of experts counts as it is likely. Which units are shared depends on how many
+    there are: only those of one token are, as its bits would depend on others; and only where there is at most one for
     two CTAs, which was measured.
 
     Args:
