@@ -129,7 +129,8 @@ def fitted(config: Config, card: Card, routes: tuple[int, int, int, int], row_bl
 
     What counts is how many units the busiest multiprocessor has, one after the other or side by side. One expert more
     may be one turn more, so each number of experts counts as it is likely. Which units are shared depends on how many
-    there are: with more than one token, its bits would depend on the others.
+    there are: only those of one token are, as its bits would depend on others; and only where there is at most one for
+    two CTAs, which was measured.
 
     Args:
       config: chosen for its token tile.
@@ -144,20 +145,18 @@ def fitted(config: Config, card: Card, routes: tuple[int, int, int, int], row_bl
     few, unit = card.costs.few_units, _cost(card.costs, config.token_tile, config) * k_blocks
     times = dict.fromkeys((config, FEW_UNITS), 0.0)
     if tokens == 1 and k_blocks > 1:
-        times[SPLIT_UNITS] = 0.0
+        times[SPLIT_UNITS] = few.meeting * SPLIT_UNITS.cluster + few.handing_over * SPLIT_UNITS.token_tile
     for experts, likelihood in tiling.touched(*routes):
         units = max(experts, tiles) * row_blocks / card.multiprocessors  # of each
         even = units > few.turns
         turns = {
             config: units if even else _turns_of_pairs(units),
             FEW_UNITS: units if even else math.ceil(units),
-            SPLIT_UNITS: math.ceil(2 * units) / 2,
+            SPLIT_UNITS: 1 / 2 if units <= 1 / 2 else math.inf,
         }
         for form in times:
-            start = few.pair if form == config else few.alone
-            if form == SPLIT_UNITS and turns[form] % 1:
-                start += few.meeting * form.cluster + few.handing_over * form.token_tile
-            times[form] += likelihood * (start + unit * turns[form] * (1 if form == config else few.block))
+            start, block = (few.pair, 1.0) if form == config else (few.alone, few.block)
+            times[form] += likelihood * (start + unit * block * turns[form])
     return min(times, key=lambda form: times[form])
 
 

@@ -68,8 +68,7 @@ class Config:
     def shared_bytes(self) -> int:
         """Upper bound of what the kernel allocates."""
         barriers = 16 * self.stages + 8 * (self.cluster - 1)
-        # The unit that begins with a stage; the producers' next one, double-buffered.
-        units = (16 + 4 * (self.cluster - 1)) * self.stages + 16
+        units = 16 * self.cluster * self.stages + 16  # what begins with a stage; the producers' next, double-buffered
         rows = 12 * self.m_warpgroups * self.token_tile  # GEMM2: output row, weight, scale; a copy for each warpgroup
         alignment = 1024
         return self.stages * self.stage_bytes + self.reduction_bytes + barriers + units + rows + alignment

@@ -84,7 +84,7 @@ class Gemm(entry.Kernel):
         self.stages = config.stages
         self.blocks = config.stage_blocks
         self.consumers = config.m_warpgroups * config.k_warpgroups
-        self.unit_words = 4 if config.cluster == 1 else 5
+        self.unit_words = 4 * config.cluster  # of a stage: whole vectors, of which compilers may load more than is used
         self.weight_bytes = self.blocks * weight_block.BLOCK_BYTES  # of one m warpgroup in one stage
         self.token_bytes = self.n * TOKEN_ROW_BYTES  # of one block
         self.accumulators = self.n // 8 * 4  # fp32 registers of one 64-row half
@@ -449,8 +449,9 @@ class Gemm(entry.Kernel):
     def _receive(self, shared, slot, phase):
         """Expert, m tile, token tile and width of the unit that begins with this stage, and whether it is shared."""
         cute.arch.mbarrier_wait(shared.barriers + slot, phase)
-        words = [shared.units[slot * self.unit_words + i] for i in range(self.unit_words)]
-        return (*words, *[Int32(0)] * (5 - self.unit_words))
+        words = [shared.units[slot * self.unit_words + i] for i in range(4)]
+        is_shared = Int32(0) if self.config.cluster == 1 else shared.units[slot * self.unit_words + 4]
+        return (*words, is_shared)
 
     @cute.jit
     def _consume(self, op, shared, tid, consumer):
