@@ -117,6 +117,29 @@ def load_shared_v4(address: Int32, *, loc=None, ip=None) -> tuple[Uint32, Uint32
 
 
 @dsl_user_op
+def load_matrices(address: Int32, *, loc=None, ip=None) -> tuple[Uint32, Uint32, Uint32, Uint32]:
+    """Four 8 x 8 matrices of 16-bit values from shared memory: lane ``8*i + r`` has the address of row r of matrix i.
+
+    Word i of lane ``4*r + q`` is values 2*q and 2*q + 1 of row r of matrix i.
+    """
+    struct = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
+    text = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];"
+    value = assemble(struct, [Int32(address).ir_value(loc=loc, ip=ip)], text, "=r,=r,=r,=r,r", False, loc, ip)
+    return tuple(Uint32(llvm.extractvalue(T.i32(), value, [i], loc=loc, ip=ip)) for i in range(4))
+
+
+@dsl_user_op
+def multiply_add_bf16(sums, a, b, *, loc=None, ip=None) -> tuple[Float32, Float32, Float32, Float32]:
+    """A warp's ``mma.m16n8k16``: fp32 sums plus bf16 products; four, four and two registers of a lane."""
+    struct = ir.Type.parse("!llvm.struct<(f32, f32, f32, f32)>")
+    operands = [*_words([*a, *b], loc, ip), *(Float32(value).ir_value(loc=loc, ip=ip) for value in sums)]
+    text = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, "
+    text += "{$10, $11, $12, $13};"
+    value = assemble(struct, operands, text, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", True, loc, ip)
+    return tuple(Float32(llvm.extractvalue(T.f32(), value, [i], loc=loc, ip=ip)) for i in range(4))
+
+
+@dsl_user_op
 def load_early(array: cute.Tensor, index, *, loc=None, ip=None):
     """``array[index]``, a word of global memory, for who has not waited for the end of the grid that wrote it.
 

@@ -25,6 +25,7 @@ class Config:
         k_warpgroups.
       stages: how many of those are in flight.
       ctas_per_sm: resident CTAs of one multiprocessor, all persistent.
+      by_warp: each warp multiplies its rows by itself (``mma.sync``), instead of a warpgroup together (``wgmma``).
     """
 
     widths: tuple[int, ...]
@@ -33,12 +34,13 @@ class Config:
     stage_blocks: int
     stages: int
     ctas_per_sm: int
+    by_warp: bool = False
 
     @property
     def name(self) -> str:
         return (
             f"n{self.token_tile}m{self.m_warpgroups}k{self.k_warpgroups}b{self.stage_blocks}s{self.stages}"
-            f"c{self.ctas_per_sm}" + "".join(f"w{width}" for width in self.widths[:-1])
+            f"c{self.ctas_per_sm}" + "".join(f"w{width}" for width in self.widths[:-1]) + "_by_warp" * self.by_warp
         )
 
     @property
@@ -75,25 +77,30 @@ def with_most_stages(
     stage_blocks: int,
     ctas_per_sm: int,
     limit: int = 64,
+    by_warp: bool = False,
 ) -> Config:
     """A config with as many stages as shared memory holds, at most ``limit``."""
-    config = Config(widths, m_warpgroups, k_warpgroups, stage_blocks, 0, ctas_per_sm)
+    config = Config(widths, m_warpgroups, k_warpgroups, stage_blocks, 0, ctas_per_sm, by_warp)
     available = SHARED_MEMORY // ctas_per_sm - (_RESERVED_PER_CTA if ctas_per_sm > 1 else 0)
     per_stage = dataclasses.replace(config, stages=1).shared_bytes - config.shared_bytes
     return dataclasses.replace(config, stages=min(limit, (available - config.shared_bytes) // per_stage))
 
 
-class _Wgmma:
+class _TensorCores:
+    config: Config
     cluster = 1
-    tensor_core_ptx = "wgmma.mma_async"
     maps_routes = False
+
+    @property
+    def tensor_core_ptx(self) -> str:
+        return "mma.sync" if self.config.by_warp else "wgmma.mma_async"
 
 
 _ROUTES = {"expert_ids": "i32*", "expert_offset": "i32*"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Gemm1Spec(_Wgmma, specs.Gemm1Spec):
+class Gemm1Spec(_TensorCores, specs.Gemm1Spec):
     """GEMM1 of this target; ``maps_routes``: each CTA makes the tile map for itself (``few_routes.py``)."""
 
     maps_routes: bool = False
@@ -116,7 +123,7 @@ class Gemm1Spec(_Wgmma, specs.Gemm1Spec):
 
 
 @dataclasses.dataclass(frozen=True)
-class Gemm2Spec(_Wgmma, specs.Gemm2Spec):
+class Gemm2Spec(_TensorCores, specs.Gemm2Spec):
     """GEMM2 of this target; ``maps_routes`` as GEMM1's. ``weighted``: if so, the weight of a row is its routing weight.
 
     Else it is 1. With a sort's map that says the weight, the field has no meaning.
@@ -144,7 +151,7 @@ class Gemm2Spec(_Wgmma, specs.Gemm2Spec):
 
 
 @dataclasses.dataclass(frozen=True)
-class ProductSpec(_Wgmma, specs.ProductSpec):
+class ProductSpec(_TensorCores, specs.ProductSpec):
     """The grouped product of this target."""
 
     implementation = "jax_moe.kernels.sm90.device.product:Product"

@@ -13,6 +13,7 @@ void RegisterWarpOperations();
 void RegisterBarriers();
 void RegisterCopies();
 void RegisterWgmma();
+void RegisterMatrices();
 void RegisterTensorMemory();
 void RegisterTensorProducts();
 void RegisterPairs();
@@ -35,6 +36,7 @@ const std::map<std::string, Operation, std::less<>>& FilledTable() {
     RegisterBarriers();
     RegisterCopies();
     RegisterWgmma();
+    RegisterMatrices();
     RegisterTensorMemory();
     RegisterTensorProducts();
     RegisterPairs();

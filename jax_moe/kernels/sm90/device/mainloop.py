@@ -210,6 +210,46 @@ class Gemm(entry.Kernel):
             slot, phase = self._next(slot, phase)
         return slot, phase
 
+    # -- consumer whose warps multiply by themselves ------------------------------------------------------------
+
+    def _multiply_by_warp(self, accumulators, shared, me, slot, block):
+        """As ``_multiply``, with ``mma.sync``: complete when it returns. Registers are those of ``wgmma``."""
+        place = slot * self.weight_bytes + block * weight_block.BLOCK_BYTES
+        address = Int32(shared.weights.toint()) + place
+        scale_words = ptx.load_shared_v4(address + weight_block.CODE_BYTES + me.tid // 4 * 16)
+        codes = [ptx.load_shared_v4(address + half * (weight_block.CODE_BYTES // 2) + me.tid * 16) for half in range(2)]
+        row, chunk = me.tid % 8, me.tid % 32 // 8
+        tokens = Int32(shared.tokens.iterator.toint()) + (slot * self.blocks + block) * self.token_bytes
+        tokens = tokens + row * TOKEN_ROW_BYTES + (chunk ^ row) * 16
+        columns = range(self.n // 8)
+        words = [  # of 8 tokens: two for each step
+            [*ptx.load_matrices(tokens + j * 1024), *ptx.load_matrices((tokens + j * 1024) ^ 64)] for j in columns
+        ]
+        scales = [dequantise.scales(word) for word in scale_words]
+        for step in range(4):
+            for half in range(2):
+                a = [*dequantise.pairs(codes[half][step], scales[2 * half][step], scales[2 * half + 1][step])]
+                for j in columns:
+                    sums = [accumulators[half][4 * j + i] for i in range(4)]
+                    sums = ptx.multiply_add_bf16(sums, a, words[j][2 * step : 2 * step + 2])
+                    for i in range(4):
+                        accumulators[half][4 * j + i] = sums[i]
+
+    @cute.jit
+    def _loop_by_warp(self, accumulators, shared, me, slot, phase, k_blocks):
+        """As ``_main_loop``."""
+        for half in cutlass.range_constexpr(2):
+            accumulators[half].fill(0.0)
+        for first in cutlass.range(0, k_blocks, self.blocks, unroll=1):
+            cute.arch.mbarrier_wait(shared.barriers + slot, phase)
+            for i in cutlass.range_constexpr(self.blocks // self.config.k_warpgroups):
+                block = me.k_warpgroup + i * self.config.k_warpgroups
+                if first + block < k_blocks:
+                    self._multiply_by_warp(accumulators, shared, me, slot, block)
+            self._release(shared, me, slot)
+            slot, phase = self._next(slot, phase)
+        return slot, phase
+
     @cute.jit
     def _add_up(self, accumulators, shared, me):
         """Adds the sums of all k warpgroups into those of warpgroup 0, which alone goes on to the epilogue."""
@@ -379,17 +419,25 @@ class Gemm(entry.Kernel):
     @cute.jit
     def _compute(self, op, shared, me, unit, prefetched, slot, phase, width: cutlass.Constexpr):
         """One 128-row block of weights times the first ``width`` rows of a token tile, for this warpgroup."""
-        mma = self._tiled_mma(width)
-        thread_mma = mma.get_slice(me.tid)
-        used = cute.local_tile(shared.tokens, (width, BLOCK_K), (0, 0, None))
-        tokens = mma.make_fragment_B(thread_mma.partition_B(used))
-        accumulators = [mma.make_fragment_C(thread_mma.partition_shape_C((64, width))) for _ in range(2)]
-        a_shape = thread_mma.partition_shape_A((64, BLOCK_K))
-        sets = 1 if self.group_per_half else 2
-        fragment_sets = [[mma.make_fragment_A(a_shape) for _ in range(2)] for _ in range(sets)]
-        slot, phase = self._main_loop(mma, accumulators, fragment_sets, tokens, shared, me, slot, phase, op.k_blocks)
+        if cutlass.const_expr(self.config.by_warp):
+            accumulators = [cute.make_rmem_tensor(self.accumulators, Float32) for _ in range(2)]
+            slot, phase = self._loop_by_warp(accumulators, shared, me, slot, phase, op.k_blocks)
+        else:
+            mma = self._tiled_mma(width)
+            thread_mma = mma.get_slice(me.tid)
+            used = cute.local_tile(shared.tokens, (width, BLOCK_K), (0, 0, None))
+            tokens = mma.make_fragment_B(thread_mma.partition_B(used))
+            accumulators = [mma.make_fragment_C(thread_mma.partition_shape_C((64, width))) for _ in range(2)]
+            a_shape = thread_mma.partition_shape_A((64, BLOCK_K))
+            sets = 1 if self.group_per_half else 2
+            fragment_sets = [[mma.make_fragment_A(a_shape) for _ in range(2)] for _ in range(sets)]
+            slot, phase = self._main_loop(mma, accumulators, fragment_sets, tokens, shared, me, slot, phase, op.k_blocks)
+        self._end_unit(op, shared, me, unit, prefetched, accumulators, width)
+        return slot, phase
+
+    @cute.jit
+    def _end_unit(self, op, shared, me, unit, prefetched, accumulators, width: cutlass.Constexpr):
         if cutlass.const_expr(self.config.k_warpgroups > 1):
             self._add_up(accumulators, shared, me)
         if me.k_warpgroup == 0:
             self._epilogue(op, shared, me, unit, prefetched, accumulators, width)
-        return slot, phase
