@@ -120,7 +120,8 @@ def _grid(card: Card, config: Config, tiles: int, row_blocks: int) -> int:
 
     One without work holds up the next kernel, which starts when all have run (benchmarks/notes-h200.md, T = 1).
     """
-    return min(card.multiprocessors * config.ctas_per_sm, tiles * _blocks(row_blocks, config.m_warpgroups))
+    units = tiles * _blocks(row_blocks, config.m_warpgroups)
+    return min(card.multiprocessors * config.ctas_per_sm // config.cluster, units) * config.cluster
 
 
 def build(p: Problem, card: Card) -> Program:

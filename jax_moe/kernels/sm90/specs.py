@@ -26,6 +26,8 @@ class Config:
       stages: how many of those are in flight.
       ctas_per_sm: resident CTAs of one multiprocessor, all persistent.
       by_warp: each warp multiplies its rows by itself (``mma.sync``), instead of a warpgroup together (``wgmma``).
+      cluster: CTAs that share a unit: each takes a part of the contraction, and their sums are added at the end. With
+        ``by_warp`` only; there are at least so many blocks.
     """
 
     widths: tuple[int, ...]
@@ -35,12 +37,14 @@ class Config:
     stages: int
     ctas_per_sm: int
     by_warp: bool = False
+    cluster: int = 1
 
     @property
     def name(self) -> str:
         return (
             f"n{self.token_tile}m{self.m_warpgroups}k{self.k_warpgroups}b{self.stage_blocks}s{self.stages}"
             f"c{self.ctas_per_sm}" + "".join(f"w{width}" for width in self.widths[:-1]) + "_by_warp" * self.by_warp
+            + (f"_x{self.cluster}" if self.cluster > 1 else "")
         )
 
     @property
@@ -58,12 +62,12 @@ class Config:
 
     @property
     def reduction_bytes(self) -> int:
-        return (self.k_warpgroups - 1) * weight_block.BLOCK_ROWS * self.token_tile * 4
+        return (self.cluster * self.k_warpgroups - 1) * weight_block.BLOCK_ROWS * self.token_tile * 4
 
     @property
     def shared_bytes(self) -> int:
         """Upper bound of what the kernel allocates."""
-        barriers = 16 * self.stages
+        barriers = 16 * self.stages + (16 if self.cluster > 1 else 0)
         units = 16 * self.stages + 16  # the unit that begins with a stage; the producers' next one, double-buffered
         rows = 8 * self.m_warpgroups * self.token_tile  # GEMM2: output row and weight, a copy for each warpgroup
         alignment = 1024
@@ -78,9 +82,10 @@ def with_most_stages(
     ctas_per_sm: int,
     limit: int = 64,
     by_warp: bool = False,
+    cluster: int = 1,
 ) -> Config:
     """A config with as many stages as shared memory holds, at most ``limit``."""
-    config = Config(widths, m_warpgroups, k_warpgroups, stage_blocks, 0, ctas_per_sm, by_warp)
+    config = Config(widths, m_warpgroups, k_warpgroups, stage_blocks, 0, ctas_per_sm, by_warp, cluster)
     available = SHARED_MEMORY // ctas_per_sm - (_RESERVED_PER_CTA if ctas_per_sm > 1 else 0)
     per_stage = dataclasses.replace(config, stages=1).shared_bytes - config.shared_bytes
     return dataclasses.replace(config, stages=min(limit, (available - config.shared_bytes) // per_stage))
@@ -88,8 +93,11 @@ def with_most_stages(
 
 class _TensorCores:
     config: Config
-    cluster = 1
     maps_routes = False
+
+    @property
+    def cluster(self) -> int:
+        return self.config.cluster
 
     @property
     def tensor_core_ptx(self) -> str:

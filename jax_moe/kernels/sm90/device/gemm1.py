@@ -37,8 +37,8 @@ class Gemm1(mainloop.Gemm):
     @cute.jit
     def _produce(self, op, shared, tid):
         """Weights by bulk copies of one thread, token rows by cp.async of all: 8 threads a row, 16 bytes each."""
-        index, _, _ = cute.arch.block_idx()
-        ctas, _, _ = cute.arch.grid_dim()
+        index, ctas = self._first_unit()
+        first_k, end = self._part(op)
         chunk = tid % _CHUNKS
         # All 16 rows of a pass are of one block, or, where a tile has 8 rows, of two.
         blocks_per_pass = max(1, _ROWS_PER_PASS // self.n)
@@ -71,12 +71,12 @@ class Gemm1(mainloop.Gemm):
                 if route >= 0:
                     offset = (route // op.row_divisor) * (op.hidden_size // 8) + chunk  # in units of 16 bytes
                 offsets[i] = offset
-            for k_block in cutlass.range(0, op.k_blocks, self.blocks, unroll=1):
+            for k_block in cutlass.range(first_k, end, self.blocks, unroll=1):
                 cute.arch.mbarrier_wait(shared.barriers + self.stages + slot, phase)
                 if tid == 0:
-                    if k_block == 0:
+                    if k_block == first_k:
                         self._tell(shared, slot, (unit.expert, unit.m_tile, unit.token_tile, self._width(op, unit)))
-                    count = min(op.k_blocks - k_block, self.blocks)
+                    count = min(end - k_block, self.blocks)
                     self._copy_weights(op, shared, slot, unit, k_block, count, 0)
                 for j in cutlass.range_constexpr((self.blocks + blocks_per_pass - 1) // blocks_per_pass):
                     block = first_block + j * blocks_per_pass

@@ -57,44 +57,44 @@ class Gemm2(mainloop.Gemm):
     @cute.jit
     def _produce(self, op, shared, tid):
         """One thread: everything is a bulk copy, because GEMM1 stored its result as tiles in shared-memory order."""
-        index, _, _ = cute.arch.block_idx()
-        ctas, _, _ = cute.arch.grid_dim()
+        index, ctas = self._first_unit()
+        first, end = self._part(op)
         if tid == 0:
             slot, phase = Int32(0), Int32(1)
             units = self._num_units(op)
-            early = Int32(0)  # blocks of the first unit whose weights are asked for before GEMM1 has ended
+            early = Int32(0)  # end of the first unit's blocks whose weights are asked for before GEMM1 has ended
             if index < units:
-                early = min(op.k_blocks, self.stages * self.blocks)
+                early = min(end, first + self.stages * self.blocks)
                 unit = self._unit(op, index)
                 width = self._width(op, unit)
-                for k_block in cutlass.range(0, early, self.blocks, unroll=1):
-                    self._begin_stage(op, shared, k_block // self.blocks, unit, width, k_block)
+                for k_block in cutlass.range(first, early, self.blocks, unroll=1):
+                    self._begin_stage(op, shared, (k_block - first) // self.blocks, unit, width, k_block, first, end)
             cute.arch.griddepcontrol_wait()
             while index < units:
                 unit = self._unit(op, index)
                 width = self._width(op, unit)
                 taken = self._take(op, index, 1, ctas)
-                for k_block in cutlass.range(0, op.k_blocks, self.blocks, unroll=1):
+                for k_block in cutlass.range(first, end, self.blocks, unroll=1):
                     cute.arch.mbarrier_wait(shared.barriers + self.stages + slot, phase)
                     if k_block >= early:
-                        self._begin_stage(op, shared, slot, unit, width, k_block)
-                    self._copy_tokens(op, shared, slot, unit, width, k_block)
+                        self._begin_stage(op, shared, slot, unit, width, k_block, first, end)
+                    self._copy_tokens(op, shared, slot, unit, width, k_block, end)
                     slot, phase = self._next(slot, phase)
                 index, early = taken, Int32(0)
             self._finish(shared, slot, phase, tid)
 
     @cute.jit
-    def _begin_stage(self, op, shared, slot, unit, width, k_block):
+    def _begin_stage(self, op, shared, slot, unit, width, k_block, first, end):
         """Announces a stage, and with a unit's first one the unit; copies its weights."""
-        if k_block == 0:
+        if k_block == first:
             self._tell(shared, slot, (unit.expert, unit.m_tile, unit.token_tile, width))
-        count = min(op.k_blocks - k_block, self.blocks)
+        count = min(end - k_block, self.blocks)
         self._copy_weights(op, shared, slot, unit, k_block, count, width * TOKEN_ROW_BYTES)
 
     @cute.jit
-    def _copy_tokens(self, op, shared, slot, unit, width, k_block):
+    def _copy_tokens(self, op, shared, slot, unit, width, k_block, end):
         """The first ``width`` rows of each block: nobody has written those behind, and nobody multiplies them."""
-        count = min(op.k_blocks - k_block, self.blocks)
+        count = min(end - k_block, self.blocks)
         source = Int64(op.h.toint()) + (Int64(unit.token_tile) * op.h_blocks + k_block) * self.token_bytes
         place = Int32(shared.tokens.iterator.toint()) + slot * (self.blocks * self.token_bytes)
         full = Int32((shared.barriers + slot).toint())

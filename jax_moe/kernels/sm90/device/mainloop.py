@@ -272,6 +272,60 @@ class Gemm(entry.Kernel):
                         index = (other * registers + half * self.accumulators + i) * WARPGROUP + me.tid
                         accumulators[half][i] = accumulators[half][i] + shared.scratch[index]
 
+    @cute.jit
+    def _add_up_cluster(self, accumulators, shared, me, parity):
+        """As ``_add_up`` for all warpgroups of the cluster: the first of rank 0 goes on. ``parity``: of the unit."""
+        registers = 2 * self.accumulators
+        others = self.config.cluster * self.config.k_warpgroups - 1
+        full, empty = (Int32((shared.barriers + 2 * self.stages + i).toint()) for i in range(2))
+        number = me.rank * self.config.k_warpgroups + me.k_warpgroup
+        if number > 0:
+            self._wait_cluster(empty, parity ^ 1)
+            place = ptx.in_cta(Int32(shared.scratch.iterator.toint()), 0)
+            place = place + ((number - 1) * registers * WARPGROUP + me.tid) * 4
+            for half in cutlass.range_constexpr(2):
+                for i in cutlass.range_constexpr(self.accumulators):
+                    offset = (half * self.accumulators + i) * WARPGROUP * 4
+                    ptx.store_cluster(place + offset, Int32(ptx.bits(accumulators[half][i])))
+            cute.arch.sync_warp()
+            if me.tid % 32 == 0:
+                ptx.arrive_cluster(ptx.in_cta(full, 0))
+        else:
+            self._wait_cluster(full, parity)
+            for other in cutlass.range_constexpr(others):
+                for half in cutlass.range_constexpr(2):
+                    for i in cutlass.range_constexpr(self.accumulators):
+                        index = (other * registers + half * self.accumulators + i) * WARPGROUP + me.tid
+                        accumulators[half][i] = accumulators[half][i] + shared.scratch[index]
+            cute.arch.sync_warp()
+            if me.tid % 32 == 0:
+                for rank in cutlass.range_constexpr(self.config.cluster):
+                    ptx.arrive_cluster(ptx.in_cta(empty, rank))
+
+    @cute.jit
+    def _wait_cluster(self, barrier, parity):
+        """For what other CTAs of the cluster arrive at."""
+        done = ptx.try_wait_cluster(barrier, parity)
+        while done == 0:
+            done = ptx.try_wait_cluster(barrier, parity)
+
+    def _sync_cluster(self):
+        cute.arch.sync_warp()
+        cute.arch.cluster_arrive()
+        cute.arch.cluster_wait()
+
+    def _rank(self):
+        """Of this CTA in its cluster."""
+        index, _, _ = cute.arch.block_idx()
+        return index % self.config.cluster if self.config.cluster > 1 else Int32(0)
+
+    def _part(self, op):
+        """``(first, end)`` of the blocks of the contraction that this CTA takes of every unit; never none of them."""
+        if self.config.cluster == 1:
+            return 0, op.k_blocks
+        rank = self._rank()
+        return rank * op.k_blocks // self.config.cluster, (rank + 1) * op.k_blocks // self.config.cluster
+
     # -- producer -----------------------------------------------------------------------------------------------
 
     @cute.jit
@@ -325,9 +379,17 @@ class Gemm(entry.Kernel):
             return few_routes.route(op.tiles, token_tile, row)
         return self.read(op.row_route, token_tile * self.n + row)
 
+    def _first_unit(self):
+        """This CTA's first unit, and how many CTAs, or clusters, which share their units, take one at first."""
+        index, _, _ = cute.arch.block_idx()
+        ctas, _, _ = cute.arch.grid_dim()
+        if self.config.cluster > 1:
+            return index // self.config.cluster, ctas // self.config.cluster
+        return index, ctas
+
     def _take(self, op, index, gemm, ctas):
         """The unit of GEMM1 (``gemm`` 0) or GEMM2 (1) that this CTA does after unit ``index``."""
-        if self.spec.maps_routes:
+        if self.spec.maps_routes or self.config.cluster > 1:  # all CTAs of a cluster must know it
             return index + ctas  # units are few and alike
         return schedule.take(op.expert_tiles, op.local_experts, gemm, ctas)
 
@@ -358,7 +420,8 @@ class Gemm(entry.Kernel):
         shared = named(
             tokens=smem.allocate_tensor(BFloat16, token_layout.outer, byte_alignment=1024, swizzle=token_layout.inner),
             weights=smem.allocate_array(Uint8, self.stages * self.config.m_warpgroups * self.weight_bytes),
-            barriers=smem.allocate_array(Int64, 2 * self.stages),  # a stage is full, then a stage is empty
+            # A stage is full, then a stage is empty; of a cluster, the sums of others are full, are empty.
+            barriers=smem.allocate_array(Int64, 2 * self.stages + (2 if self.config.cluster > 1 else 0)),
             scratch=self._array(smem, Float32, self.config.reduction_bytes // 4),
             rows=self._allocate_rows(smem),
             units=self._array(smem, Int32, 4 * self.stages),  # of a stage: expert, m tile, token tile, width
@@ -369,11 +432,18 @@ class Gemm(entry.Kernel):
             for i in cutlass.range_constexpr(self.stages):
                 cute.arch.mbarrier_init(shared.barriers + i, self._full_arrivals())
                 cute.arch.mbarrier_init(shared.barriers + self.stages + i, 4 * self.consumers)
+            if cutlass.const_expr(self.config.cluster > 1):
+                others = self.config.cluster * self.config.k_warpgroups - 1
+                cute.arch.mbarrier_init(shared.barriers + 2 * self.stages, 4 * others)
+                cute.arch.mbarrier_init(shared.barriers + 2 * self.stages + 1, 4)
             cute.arch.mbarrier_init_fence()
         if cutlass.const_expr(maps_routes):
             if warpgroup_index == 0 and tid < FEW_ROUTES:
                 few_routes.make(op, tiles, self.n, MAP_ROUTES, tid)
-        cute.arch.sync_threads()
+        if cutlass.const_expr(self.config.cluster > 1):
+            self._sync_cluster()
+        else:
+            cute.arch.sync_threads()
 
         m_tiles = (op.m_blocks + self.config.m_warpgroups - 1) // self.config.m_warpgroups
         op = named(m_tiles=m_tiles, tiles=tiles, **op._asdict())
@@ -384,6 +454,8 @@ class Gemm(entry.Kernel):
         else:
             cute.arch.setmaxregister_increase(consumer_registers)
             self._consume(op, shared, tid, warpgroup_index - 1)
+        if cutlass.const_expr(self.config.cluster > 1):
+            self._sync_cluster()  # nobody's shared memory goes while another may reach into it
 
     def _array(self, smem, dtype, size):
         return cute.make_tensor(smem.allocate_array(dtype, size), cute.make_layout(size)) if size else None
@@ -403,25 +475,28 @@ class Gemm(entry.Kernel):
 
     @cute.jit
     def _consume(self, op, shared, tid, consumer):
-        me = named(tid=tid, m_warpgroup=consumer, k_warpgroup=Int32(0))
+        rank = self._rank()
+        me = named(tid=tid, m_warpgroup=consumer, k_warpgroup=Int32(0), rank=rank)
         if cutlass.const_expr(self.config.k_warpgroups > 1):
-            me = named(tid=tid, m_warpgroup=Int32(0), k_warpgroup=consumer)
-        slot, phase = Int32(0), Int32(0)
+            me = named(tid=tid, m_warpgroup=Int32(0), k_warpgroup=consumer, rank=rank)
+        slot, phase, parity = Int32(0), Int32(0), Int32(0)
         expert, m_tile, token_tile, width = self._receive(shared, slot, phase)
         while expert != _NO_UNIT:
             unit = named(expert=expert, m_tile=m_tile, token_tile=token_tile)
             prefetched = self._prefetch_epilogue(op, unit, tid)
             for w in self.config.widths:
                 if width == w:
-                    slot, phase = self._compute(op, shared, me, unit, prefetched, slot, phase, w)
+                    slot, phase = self._compute(op, shared, me, unit, prefetched, slot, phase, parity, w)
+            parity = parity ^ 1
             expert, m_tile, token_tile, width = self._receive(shared, slot, phase)
 
     @cute.jit
-    def _compute(self, op, shared, me, unit, prefetched, slot, phase, width: cutlass.Constexpr):
+    def _compute(self, op, shared, me, unit, prefetched, slot, phase, parity, width: cutlass.Constexpr):
         """One 128-row block of weights times the first ``width`` rows of a token tile, for this warpgroup."""
         if cutlass.const_expr(self.config.by_warp):
             accumulators = [cute.make_rmem_tensor(self.accumulators, Float32) for _ in range(2)]
-            slot, phase = self._loop_by_warp(accumulators, shared, me, slot, phase, op.k_blocks)
+            first, end = self._part(op)
+            slot, phase = self._loop_by_warp(accumulators, shared, me, slot, phase, end - first)
         else:
             mma = self._tiled_mma(width)
             thread_mma = mma.get_slice(me.tid)
@@ -432,12 +507,14 @@ class Gemm(entry.Kernel):
             sets = 1 if self.group_per_half else 2
             fragment_sets = [[mma.make_fragment_A(a_shape) for _ in range(2)] for _ in range(sets)]
             slot, phase = self._main_loop(mma, accumulators, fragment_sets, tokens, shared, me, slot, phase, op.k_blocks)
-        self._end_unit(op, shared, me, unit, prefetched, accumulators, width)
+        self._end_unit(op, shared, me, unit, prefetched, accumulators, parity, width)
         return slot, phase
 
     @cute.jit
-    def _end_unit(self, op, shared, me, unit, prefetched, accumulators, width: cutlass.Constexpr):
-        if cutlass.const_expr(self.config.k_warpgroups > 1):
+    def _end_unit(self, op, shared, me, unit, prefetched, accumulators, parity, width: cutlass.Constexpr):
+        if cutlass.const_expr(self.config.cluster > 1):
+            self._add_up_cluster(accumulators, shared, me, parity)
+        elif cutlass.const_expr(self.config.k_warpgroups > 1):
             self._add_up(accumulators, shared, me)
-        if me.k_warpgroup == 0:
+        if me.k_warpgroup + me.rank == 0:
             self._epilogue(op, shared, me, unit, prefetched, accumulators, width)
