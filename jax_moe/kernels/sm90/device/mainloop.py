@@ -493,10 +493,10 @@ class Gemm(entry.Kernel):
     @cute.jit
     def _compute(self, op, shared, me, unit, prefetched, slot, phase, parity, width: cutlass.Constexpr):
         """One 128-row block of weights times the first ``width`` rows of a token tile, for this warpgroup."""
+        k_blocks = self._part(op)[1] - self._part(op)[0]
         if cutlass.const_expr(self.config.by_warp):
             accumulators = [cute.make_rmem_tensor(self.accumulators, Float32) for _ in range(2)]
-            first, end = self._part(op)
-            slot, phase = self._loop_by_warp(accumulators, shared, me, slot, phase, end - first)
+            slot, phase = self._loop_by_warp(accumulators, shared, me, slot, phase, k_blocks)
         else:
             mma = self._tiled_mma(width)
             thread_mma = mma.get_slice(me.tid)
@@ -506,7 +506,7 @@ class Gemm(entry.Kernel):
             a_shape = thread_mma.partition_shape_A((64, BLOCK_K))
             sets = 1 if self.group_per_half else 2
             fragment_sets = [[mma.make_fragment_A(a_shape) for _ in range(2)] for _ in range(sets)]
-            slot, phase = self._main_loop(mma, accumulators, fragment_sets, tokens, shared, me, slot, phase, op.k_blocks)
+            slot, phase = self._main_loop(mma, accumulators, fragment_sets, tokens, shared, me, slot, phase, k_blocks)
         self._end_unit(op, shared, me, unit, prefetched, accumulators, parity, width)
         return slot, phase
 
