@@ -94,7 +94,7 @@ def forms_of(model: str, tokens: int) -> tuple:
 def _measured() -> list[tuple[str, int, list[str]]]:
     """Model, T, and the times of the four pairs of forms in the notes, a bold one among them."""
     notes = (pathlib.Path(__file__).parents[1] / "benchmarks" / "notes-h200.md").read_text()
-    table = notes.partition("## Few units")[2]
+    table = notes.partition("## Few units")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| ([\w-]+), (\d+) \|((?: \**[\d.]+\** \|){4})", table, re.MULTILINE)
     assert len(rows) == 13
     found = []
