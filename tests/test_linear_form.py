@@ -47,12 +47,20 @@ def test_sums_of_any_form_fit_where_the_stages_were():
         assert sums <= config.stages * config.stage_bytes
 
 
+def _card(**changes):
+    few_units = dataclasses.replace(H200.costs.few_units, **changes)
+    return dataclasses.replace(H200, costs=dataclasses.replace(H200.costs, few_units=few_units))
+
+
 def test_few_units_are_shared_and_many_are_not():
-    few = program.linear_form(H200, 1, 32, 64)
-    assert few[1] > 1
+    assert program.linear_form(H200, 1, 32, 64)[1] > 1
     assert program.linear_form(H200, 8192, 32, 64)[1] == 1
-    meeting = dataclasses.replace(H200.costs, few_units=dataclasses.replace(H200.costs.few_units, meeting=1e6))
-    assert program.linear_form(dataclasses.replace(H200, costs=meeting), 1, 32, 64)[1] == 1
+    assert program.linear_form(_card(meeting=1e6), 1, 32, 64)[1] == 1
+
+
+def test_each_cta_has_a_block_of_the_contraction():
+    """Without one it would wait for ever, however cheap it is to share."""
+    assert [program.linear_form(_card(meeting=-1e6), 1, 1, k_blocks)[1] for k_blocks in (1, 2, 3, 9)] == [1, 2, 3, 4]
 
 
 def test_no_kernel_goes_in_front_but_the_pass_over_x():
