@@ -83,8 +83,8 @@ dist/.built: $(SOURCES) | build/uv/.tried
 	$(UV) build --sdist --out-dir dist .
 	export JAX_MOE_ZIG=$$($(find_zig)); for architecture in $(ARCHITECTURES); do \
 	  JAX_MOE_MANYLINUX=$$architecture $(UV) build --wheel --out-dir dist \
-	    --config-setting build-dir=$(CURDIR)/build/manylinux_$$architecture dist/*.tar.gz || exit 1; \
-	done
+	    --config-setting build-dir=$(CURDIR)/build/manylinux_$$architecture dist/*.tar.gz & builds="$$builds $$!"; \
+	done; for build in $$builds; do wait $$build || exit 1; done
 	touch $@
 
 # MANYLINUX=x86_64 installs that wheel instead of the one for this machine.

@@ -1,6 +1,7 @@
 """``prepare`` and ``unprepare``: canonical weights into the layout of a GPU's kernels, once, at load, and back."""
 
 import dataclasses
+import functools
 import math
 from typing import overload
 
@@ -162,24 +163,32 @@ def _pad_intermediate(experts: Experts, multiple: int) -> Experts:
     )
 
 
-def unprepare(experts: Experts, hidden_size: int, intermediate_size: int) -> Experts:
+@overload
+def unprepare(experts: Experts, hidden_size: int, intermediate_size: int) -> Experts: ...
+@overload
+def unprepare(experts: PreparedProjection, hidden_size: int) -> Projection: ...
+def unprepare(
+    experts: Experts | PreparedProjection, hidden_size: int, intermediate_size: int | None = None
+) -> Experts | Projection:
     """The inverse of :func:`prepare`: canonical experts with the same values, bit for bit where no block scale was
     negative, NaN, or zero over nonzero codes.
 
     On a mesh they stay where they are, as in :func:`prepare`. I must be in as many slices now as when it was prepared.
 
     Args:
-      experts: prepared, of one layer.
-      hidden_size, intermediate_size: H and I without padding.
+      experts: prepared, of one layer. Or a PreparedProjection, in one place.
+      hidden_size, intermediate_size: H and I without padding; of a projection, C alone.
 
     Raises:
-      TypeError: not Experts, or a size is not an int.
+      TypeError: not Experts or a PreparedProjection, or a size is not an int.
       ValueError: the experts are not prepared, not of these sizes, prepared in another number of slices of I (not seen
         under ``jax.jit``), of several layers, or placed on a mesh in another way than :func:`jax_moe.expert_shardings`
         says; traced for several devices outside ``jax.shard_map``.
     """
-    arguments.instance("experts", experts, Experts)
+    arguments.instance("experts", experts, Experts | PreparedProjection)
     layout = layouts.get(experts.layout)
+    if isinstance(experts, PreparedProjection):
+        return _unprepare_projection(experts, layout, arguments.integer("hidden_size", hidden_size))
     if layout.name == CANONICAL:
         raise ValueError(f"experts.layout: got {CANONICAL!r}, needs a layout that jax_moe.prepare made")
     hidden_size = arguments.integer("hidden_size", hidden_size)
@@ -194,6 +203,29 @@ def unprepare(experts: Experts, hidden_size: int, intermediate_size: int) -> Exp
             "would be: these experts were prepared in another number of slices"
         )
     return canonical
+
+
+def _unprepare_projection(weights: PreparedProjection, layout: layouts.Layout, in_features: int) -> Projection:
+    weights = placement.refuse_to_gather("unprepare", weights)
+    lead = weights.global_scale.shape
+    payloads = jnp.reshape(weights.payload, (-1, *weights.payload.shape[-3:]))
+    # Padding included: what is cut off is looked at.
+    unpack = functools.partial(layout.unpack_matrix, out_features=weights.out_features, in_features=None)
+    unpacked = jax.lax.map(unpack, payloads)
+    codes, scales = (leaf.reshape(*lead, *leaf.shape[1:]) for leaf in unpacked)
+    padded = 2 * codes.shape[-1]
+    if in_features % nvfp4.BLOCK_SIZE or not 0 < in_features <= padded:
+        raise ValueError(f"hidden_size: got {in_features}, needs a multiple of {nvfp4.BLOCK_SIZE} from 16 to {padded}")
+    cut = codes[..., in_features // 2 :]
+    if not isinstance(cut, jax.core.Tracer) and cut.any():
+        raise ValueError(f"hidden_size: got {in_features}, but weights stand where the padding of C would be")
+    return Projection(
+        codes[..., : in_features // 2],
+        scales[..., : in_features // nvfp4.BLOCK_SIZE],
+        weights.global_scale,
+        weights.input_scale,
+        weights.bias,
+    )
 
 
 def _unprepare_local(

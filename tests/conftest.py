@@ -4,6 +4,7 @@ pyproject.toml puts ``tests/``, ``tests/gpu`` and ``tests/checkpoints`` on the p
 helpers`` (cases, the comparison, programs in a fresh process) or ``import statement`` (the definitions in plain NumPy).
 """
 
+import functools
 import os
 import pathlib
 import shutil
@@ -11,6 +12,7 @@ import tempfile
 
 import hypothesis
 import jax
+from jax._src.interpreters import mlir
 import pytest
 
 # Most of the time of a test is compiling, which XLA does faster where it need not do it well; no bound depends on it.
@@ -21,6 +23,8 @@ if not pathlib.Path("/dev/nvidiactl").exists():
     if jax.__version_info__ < (0, 11):  # an unknown flag ends the process, and later versions do not know these
         # With the older emitters, and in one piece, our small programs compile in two thirds of the time.
         flags += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
+        # They make an MLIR context for each program, which takes as long as compiling a small one; later ones do not.
+        mlir.make_ir_context = functools.cache(mlir.make_ir_context)
     os.environ.setdefault("XLA_FLAGS", " ".join(flags))
     # Tests make the same program again and again, each as a function of its own. A process compiles it once, and then
     # loads what it has kept. A folder of its own: JAX does not write its files whole. What a test starts afresh, in
@@ -44,10 +48,12 @@ hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000
 hypothesis.settings.load_profile("suite")
 
 _LONG = (
-    "test_kernels_compile.py", "test_sm100_calls.py", "test_lint.py", "test_cuda_handler.py", "test_emulator.py",
+    "test_wheels.py", "test_kernels_compile.py", "test_sm100_calls.py", "test_lint.py", "test_cuda_handler.py",
+    "test_emulator.py",
     "test_sharded_moe.py", "test_prepare.py", "test_nn.py", "gpu/test_op.py", "gpu/test_sharded.py",
     "test_hostile_calls.py", "test_fused_moe.py", "test_launch_rule.py", "test_batches.py",
-    "checkpoints/test_memory.py", "test_jax_citizen.py", "test_sm100_machine_code.py",
+    "checkpoints/test_memory.py", "test_jax_citizen.py", "test_sm100_machine_code.py", "test_processes.py",
+    "test_exchange.py", "test_derivative.py", "test_placement.py", "checkpoints/test_convert.py",
 )  # fmt: skip
 """Files that take long. They come first: one that came last would leave the other processes without work."""
 

@@ -195,11 +195,11 @@ assert xla_bridge.backends_are_initialized()
 
 
 def test_importing_is_quick():
-    """Under 0.3 s beyond jax's own import. The least CPU time of five: neighbours make it longer, never shorter."""
+    """Under 0.3 s beyond jax's own import. The CPU time of one in five: neighbours make it longer, never shorter."""
     program = (
         "import time, jax, jax.numpy; start = time.process_time(); import jax_moe; print(time.process_time() - start)"
     )
-    assert min(float(helpers.run_python(program)) for _ in range(5)) < 0.3
+    assert any(float(helpers.run_python(program)) < 0.3 for _ in range(5))
 
 
 def test_importing_does_not_need_the_optional_packages():
@@ -269,9 +269,14 @@ except Exception as error:
     print("reported")
 """
     assert helpers.run_python(program, JAX_MOE_DEBUG="1") == "reported\n"
-    quiet = program.replace("    print", "    raise\nprint")
-    for off in ("0", ""):
-        assert helpers.run_python(quiet, JAX_MOE_DEBUG=off) == "reported\n"
+
+
+@pytest.mark.parametrize("off", ["0", ""])
+def test_without_debug_mode_an_id_of_nobody_is_skipped(case, monkeypatch, off):
+    monkeypatch.setenv("JAX_MOE_DEBUG", off)
+    routing = jax_moe.Routing(case.routing.expert_ids.at[3, 1].set(-7), case.routing.weights)
+    jax.block_until_ready(jax.jit(moe(case))(case.x, case.experts, routing))
+    jax.effects_barrier()
 
 
 def test_disable_jit_runs_the_op_all_the_same():

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import helpers
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -12,7 +13,7 @@ import pytest
 import statement
 
 import jax_moe
-from jax_moe import nvfp4
+from jax_moe import layouts, nvfp4
 
 
 def exact_weights(rng, groups: int, n: int, c: int, *, bias=False) -> jax_moe.Projection:
@@ -267,23 +268,27 @@ def test_quantize_projection():
         jax_moe.quantize_projection(dense_weights[..., :40])
 
 
-@pytest.mark.parametrize("target", ["sm_90a"])
+@pytest.mark.parametrize(("target", "precision"), [("sm_90a", "w4a16"), ("sm_100f", "w4a16"), ("sm_100f", "w4a4")])
 @pytest.mark.parametrize("lead", [(), (2,), (2, 3)], ids=str)
-def test_prepared_matrices_have_the_same_values(target, lead):
-    from jax_moe import layouts
-
+def test_prepared_matrices_have_the_same_values(target, precision, lead):
+    """Unprepared they are what they were, eagerly and under jit."""
     rng = np.random.default_rng(5)
-    flat = exact_weights(rng, int(np.prod(lead, dtype=int)), 144, 80)
+    flat = exact_weights(rng, int(np.prod(lead, dtype=int)), 144, 80, bias=True)
     weights = jax.tree.map(lambda leaf: leaf.reshape(*lead, *leaf.shape[1:]), flat)
-    prepared = jax_moe.prepare(weights, target)
+    prepared = jax_moe.prepare(weights, target, precision)
     assert isinstance(prepared, jax_moe.PreparedProjection)
     assert (prepared.out_features, prepared.global_scale.shape) == (144, lead)
-    layout = layouts.get(prepared.layout)
-    payloads = prepared.payload.reshape(-1, *prepared.payload.shape[-3:])
-    unscaled = dense(dataclasses.replace(flat, global_scale=jnp.ones(len(payloads))))
-    for payload, original in zip(payloads, unscaled, strict=True):
-        assert_equal(nvfp4.dequantize(*layout.unpack_matrix(payload, 144, 80)), original)
-    assert jax_moe.prepare(prepared, target) is prepared
+    for unprepare in (jax_moe.unprepare, jax.jit(jax_moe.unprepare, static_argnums=1)):
+        again = unprepare(prepared, 80)
+        assert type(again) is jax_moe.Projection
+        jax.tree.map(helpers.assert_bit_equal, again, weights)
+    last = prepared.payload.reshape(-1, *prepared.payload.shape[-3:])[-1]
+    unpacked = layouts.get(prepared.layout).unpack_matrix(last, 144, 80)  # as the derivative does
+    jax.tree.map(helpers.assert_bit_equal, unpacked, (flat.payload[-1], flat.block_scale[-1]))
+    for size, message in ((64, "weights stand where the padding"), (72, "a multiple of 16"), (0, "from 16 to")):
+        with pytest.raises(ValueError, match=f"hidden_size: got {size}, .*{message}"):
+            jax_moe.unprepare(prepared, size)
+    assert jax_moe.prepare(prepared, target, precision) is prepared
     assert jax_moe.prepare(weights, "canonical") is weights
     if lead == (2,):
         with pytest.raises(ValueError, match="on a CPU ragged_dot needs 'canonical'"):

@@ -74,8 +74,12 @@ class Layout(Protocol):
         """A canonical projection ``[G, N, C]``, already checked, with leaves as this layout has them."""
         ...
 
-    def unpack_matrix(self, payload: jax.Array, out_features: int, in_features: int) -> tuple[jax.Array, jax.Array]:
-        """Canonical payload ``[N, C/2]`` and block scales ``[N, C/16]`` of one matrix that was packed."""
+    def unpack_matrix(
+        self, payload: jax.Array, out_features: int, in_features: int | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Canonical payload ``[N, C/2]`` and block scales ``[N, C/16]`` of one matrix that was packed; None: C with
+        its padding.
+        """
         ...
 
 

@@ -205,12 +205,12 @@ class Blocks:
     def pack_matrices(self, weights: Projection) -> Projection:
         return self._pack_projection(_with_a_part(weights), range(weights.global_scale.shape[0]), ())
 
-    def unpack_matrix(self, payload: jax.Array, out_features: int, in_features: int) -> tuple[jax.Array, jax.Array]:
+    def unpack_matrix(
+        self, payload: jax.Array, out_features: int, in_features: int | None
+    ) -> tuple[jax.Array, jax.Array]:
         codes, scales = _unpack_expert(payload, layout=self, parts=1)
-        return (
-            nvfp4.pack(codes[0, :out_features, :in_features]),
-            scales[0, :out_features, : in_features // nvfp4.BLOCK_SIZE],
-        )
+        num_scales = in_features and in_features // nvfp4.BLOCK_SIZE
+        return nvfp4.pack(codes[0, :out_features, :in_features]), scales[0, :out_features, :num_scales]
 
 
 def _with_a_part(projection: Projection) -> Projection:

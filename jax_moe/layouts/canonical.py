@@ -75,5 +75,7 @@ class Canonical:
     def pack_matrices(self, weights: Projection) -> Projection:
         return weights
 
-    def unpack_matrix(self, payload: jax.Array, out_features: int, in_features: int) -> tuple[jax.Array, jax.Array]:
+    def unpack_matrix(
+        self, payload: jax.Array, out_features: int, in_features: int | None
+    ) -> tuple[jax.Array, jax.Array]:
         raise NotImplementedError("canonical matrices are not packed")
