@@ -81,7 +81,7 @@ zig: | build/uv/.tried
 dist/.built: $(SOURCES) | build/uv/.tried
 	rm -rf dist
 	$(UV) build --sdist --out-dir dist .
-	export JAX_MOE_ZIG=$$($(find_zig)); for architecture in $(ARCHITECTURES); do \
+	export JAX_MOE_ZIG=$$($(find_zig)); builds=; for architecture in $(ARCHITECTURES); do \
 	  JAX_MOE_MANYLINUX=$$architecture $(UV) build --wheel --out-dir dist \
 	    --config-setting build-dir=$(CURDIR)/build/manylinux_$$architecture dist/*.tar.gz & builds="$$builds $$!"; \
 	done; for build in $$builds; do wait $$build || exit 1; done

@@ -206,6 +206,21 @@ def test_the_page_says_where_the_order_of_sums_changes():
             assert first_tokens_of_the_other_order(card, model.top_k, model.num_experts) == int(first)
 
 
+def test_the_page_says_where_the_order_of_a_linear_changes():
+    """4096 x 4096: k warpgroups, and CTAs that share a unit, are what the order depends on."""
+    said = re.search(
+        r"4096 inputs and outputs it changes at T = ([\d, ]+) on an H200, and at T = ([\d, ]+) on an H100", PAGE
+    )
+    for card, changes in zip(CARDS, said.groups(), strict=True):
+        orders = []
+        for rows in range(1, 1500):
+            config, split = program.linear_form(card, rows, 4096 // 128, 4096 // 64)
+            orders.append((config.k_warpgroups, split))
+        assert [i + 1 for i in range(1, len(orders)) if orders[i] != orders[i - 1]] == list(
+            map(int, changes.split(","))
+        )
+
+
 def test_the_page_says_which_few_tokens_have_orders_of_their_own():
     table = dict(re.findall(r"^\| ([\w.-]+) \| ([\d, ]+|none) \|$", PAGE, re.MULTILINE))
     assert set(table) == set(shapes.MODELS)

@@ -217,6 +217,14 @@ def test_a_config_fits(config):
     assert resident * config.ctas_per_sm <= sm90_specs.SHARED_MEMORY + 1024 * (config.ctas_per_sm > 1)
 
 
+def test_tiles_of_a_product_are_taken_to_be_full():
+    """160 rows in tiles of up to 144 are 80 and 80 if balanced, else 144 and 16; 80 and 16 are multiplied as 112."""
+    (config,) = [config for config in program.CONFIGS if config.widths == (112, 128, 144)]
+    nanoseconds = COSTS.nanoseconds[config.m_warpgroups]
+    assert program._cost(COSTS, 160, config) == 2 * nanoseconds[112]
+    assert program._cost(COSTS, 160, config, balanced=False) == nanoseconds[144] + nanoseconds[112]
+
+
 def test_experts_elsewhere_have_their_share_of_the_routes():
     """Under expert parallelism most routes are not local: the tile is that of the whole layer."""
     whole = problem("qwen3-235b-a22b", 512)

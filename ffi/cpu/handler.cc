@@ -31,8 +31,9 @@ ffi::Error DecodeWorkspaces(const Results& results, Call* call) {
   JAX_MOE_TRY(GetData("workspace sums", *results[6], ffi::F32, {sum_rows, p.hidden_size}, &call->sums));
   if (!ordered && !p.out_is_bf16()) call->sums = static_cast<float*>(p.out);
   if (p.precision == Precision::kW4A4Dynamic) {
-    JAX_MOE_TRY(GetData("workspace x_scales", *results[7], ffi::F32, {x_rows}, &call->x_scales));
-    JAX_MOE_TRY(GetData("workspace intermediate_scales", *results[8], ffi::F32, {routes}, &call->intermediate_scales));
+    JAX_MOE_TRY(GetData("workspace x_row_scales", *results[7], ffi::F32, {x_rows}, &call->x_row_scales));
+    JAX_MOE_TRY(
+        GetData("workspace intermediate_row_scales", *results[8], ffi::F32, {routes}, &call->intermediate_row_scales));
   }
   return ffi::Error::Success();
 }

@@ -160,12 +160,12 @@ void XRow(const Call& call, int64_t row) {
       RoundBlock(p.precision, *p.gate_up.input_scale, block);
     memcpy(to + h, block, sizeof(block));
   }
-  if (p.precision == Precision::kW4A4Dynamic) call.x_scales[row] = QuantizeRow(to, p.hidden_size);
+  if (p.precision == Precision::kW4A4Dynamic) call.x_row_scales[row] = QuantizeRow(to, p.hidden_size);
 }
 
 void IntermediateRow(const Call& call, int64_t row) {
   const int64_t size = call.problem.intermediate_size;
-  call.intermediate_scales[row] = QuantizeRow(call.intermediate + row * size, size);
+  call.intermediate_row_scales[row] = QuantizeRow(call.intermediate + row * size, size);
 }
 
 // Sixteen sums scaled and biased.
@@ -192,7 +192,7 @@ void GateUpUnit(const Call& call, int64_t unit) {
     for (int t = 0; t < count; ++t) {
       const int64_t row = p.weight_on == WeightOn::kInput ? begin + t : call.route_order[begin + t] / p.top_k;
       inputs[t] = call.x_rows + row * p.hidden_size;
-      input_scales[t] = dynamic ? call.x_scales[row] : input_scale;
+      input_scales[t] = dynamic ? call.x_row_scales[row] : input_scale;
     }
     alignas(64) float sums[2][kBlockTokens][kColumns];
     for (int64_t part = 0; part < p.num_parts; ++part) {
@@ -240,7 +240,7 @@ void DownUnit(const Call& call, int64_t unit) {
           const int64_t route = call.route_order[begin + t];
           const float weight = p.weight_on == WeightOn::kInput ? 1.0f : p.routing_weights[route];
           const float row_scale =
-              p.precision == Precision::kW4A4Dynamic ? call.intermediate_scales[begin + t] : input_scale;
+              p.precision == Precision::kW4A4Dynamic ? call.intermediate_row_scales[begin + t] : input_scale;
           float block[kColumns];
           Finish(sums[t], row_scale * p.down.global_scale[expert], bias, block);
           float* to = call.sums + (ordered ? route : route / p.top_k) * p.hidden_size + column;
@@ -310,7 +310,7 @@ void ProductRow(const ProductCall& call, int64_t row) {
     if (p.precision == Precision::kW4A4) RoundBlock(p.precision, input_scale, block);
     memcpy(to + c, block, sizeof(block));
   }
-  if (p.precision == Precision::kW4A4Dynamic) call.x_scales[row] = QuantizeRow(to, p.in_features);
+  if (p.precision == Precision::kW4A4Dynamic) call.x_row_scales[row] = QuantizeRow(to, p.in_features);
 }
 
 void ProductUnit(const ProductCall& call, int64_t unit) {
@@ -332,7 +332,7 @@ void ProductUnit(const ProductCall& call, int64_t unit) {
       Multiply(WeightRows(p.weights, weight_row, p.in_features), inputs, count, sums);
       for (int t = 0; t < count; ++t) {
         const int64_t at = (begin + t) * p.out_features + column;
-        const float row_scale = p.precision == Precision::kW4A4Dynamic ? call.x_scales[begin + t] : input_scale;
+        const float row_scale = p.precision == Precision::kW4A4Dynamic ? call.x_row_scales[begin + t] : input_scale;
         float block[kColumns];
         Finish(sums[t], row_scale * p.weights.global_scale[group], bias, block);
         if (p.out_is_bf16()) {

@@ -19,8 +19,8 @@ struct Call {
   float* intermediate;      // what GEMM2 multiplies: [T*K, I], by permuted row
   float* sums;              // ordered: contributions [T*K, H], by route; atomic: the fp32 output [T, H]
   // Only w4a4_dynamic has these: the scale of each row of x_rows and of intermediate.
-  float* x_scales;
-  float* intermediate_scales;
+  float* x_row_scales;
+  float* intermediate_row_scales;
 
   int64_t num_active;
   int64_t num_rows;           // permuted rows: the routes whose expert is local
@@ -37,7 +37,7 @@ struct ProductCall {
   int32_t* group_starts;   // [G+1]: first row of each local group
   int32_t* active_groups;  // [G]: the local groups that have rows; num_active of them
   float* x_rows;           // what is multiplied: [T, C], for the rows of local groups
-  float* x_scales;         // w4a4_dynamic: the scale of each of these
+  float* x_row_scales;     // w4a4_dynamic: the scale of each of these
 
   int64_t num_active;
   int64_t unit_columns;  // a multiple of 16

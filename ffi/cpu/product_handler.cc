@@ -19,7 +19,7 @@ ffi::Error DecodeWorkspaces(const Results& results, ProductCall* call) {
   JAX_MOE_TRY(GetData("workspace active_groups", *results[2], ffi::S32, {p.local_groups}, &call->active_groups));
   JAX_MOE_TRY(GetData("workspace x_rows", *results[3], ffi::F32, {p.num_rows, p.in_features}, &call->x_rows));
   if (p.precision != Precision::kW4A4Dynamic) return ffi::Error::Success();
-  return GetData("workspace x_scales", *results[4], ffi::F32, {p.num_rows}, &call->x_scales);
+  return GetData("workspace x_row_scales", *results[4], ffi::F32, {p.num_rows}, &call->x_row_scales);
 }
 
 // First row of each local group, and which of them have rows. Sizes that no rows are there for, and negative ones, are

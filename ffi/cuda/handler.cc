@@ -6,8 +6,8 @@
 //                it): load them into the current context, once
 //   execute      check the buffers, then enqueue by the launch rule (launch_sequence.h), eager or captured
 //
-// A call that succeeds allocates nothing (captured behind other nodes: a list of them), synchronises nothing, and owns
-// no stream and no event; the only state that calls share is the loaded kernels and three counters.
+// A call that succeeds allocates nothing, but for a list of the nodes that a captured call comes behind, synchronises
+// nothing, and owns no stream and no event; the only state that calls share is the loaded kernels and three counters.
 
 #include <atomic>
 #include <cstdint>

@@ -1,5 +1,5 @@
 // What zeroes a short output while capturing. In a graph, a memset node of at most 4096 bytes costs 5 to 8 us, a longer
-// one or a kernel 0.3 (benchmarks/notes-h200.md, Zeroing): it does not go the way of a kernel. Hence a kernel, as PTX,
+// one or a kernel 0.3 (benchmarks/notes-h200.md, Zeroing): such a memset is not run as a kernel is. Hence one, as PTX,
 // which the driver compiles for any GPU when a program is loaded.
 
 #ifndef JAX_MOE_CUDA_ZERO_KERNEL_H_

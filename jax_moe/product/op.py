@@ -48,7 +48,8 @@ def ragged_dot(
       out_dtype: bfloat16 or float32.
       command_buffer: whether XLA may record the call into a command buffer (a CUDA graph); no effect on a CPU.
       batch_invariant: a row's result is the same bit for bit among any others, however many: as for
-        :func:`jax_moe.fused_moe`. No effect on a CPU, where it always holds.
+        :func:`jax_moe.fused_moe`. It slows a product of one matrix with few rows, where several blocks of threads
+        of a GPU may otherwise share the contraction. No effect on a CPU, where it always holds.
 
     Returns:
       ``[T, N]`` of ``out_dtype``, rounded once.

@@ -63,5 +63,5 @@ def cpu_workspaces(product: Product) -> list[jax.ShapeDtypeStruct]:
         jax.ShapeDtypeStruct((product.num_rows, product.in_features), jnp.float32),  # x_rows: rounded
     ]
     if product.precision == "w4a4_dynamic":
-        workspaces.append(jax.ShapeDtypeStruct((product.num_rows,), jnp.float32))  # x_scales
+        workspaces.append(jax.ShapeDtypeStruct((product.num_rows,), jnp.float32))  # x_row_scales
     return workspaces

@@ -99,16 +99,19 @@ class Costs:
 
 
 @functools.lru_cache(maxsize=1024)  # every layer of a model asks, each time that it is lowered
-def best_config(card: Card, num_tokens: int, top_k: int, num_experts: int, batch_invariant: bool = False) -> Config:
-    """The config with the least expected time (``tiling.py``)."""
+def best_config(
+    card: Card, num_tokens: int, top_k: int, num_experts: int, batch_invariant: bool = False, balanced: bool = True
+) -> Config:
+    """The config with the least expected time (``tiling.py``); ``balanced``: whether an expert's tiles are."""
     configs = BATCH_INVARIANT if batch_invariant else CONFIGS
-    return tiling.cheapest(configs, functools.partial(_cost, card.costs), num_tokens, top_k, num_experts)
+    cost = functools.partial(_cost, card.costs, balanced=balanced)
+    return tiling.cheapest(configs, cost, num_tokens, top_k, num_experts)
 
 
-def _cost(costs: Costs, rows: int, config: Config) -> float:
-    """Of a weight block of an expert with so many rows."""
+def _cost(costs: Costs, rows: int, config: Config, balanced: bool = True) -> float:
+    """Of a weight block of an expert with so many rows; those of a product are in full tiles, not in balanced ones."""
     tile = config.token_tile
-    if granule := _granule(config):
+    if balanced and (granule := _granule(config)):
         tile = math.ceil(rows / (math.ceil(rows / tile) * granule)) * granule
     full, rest = divmod(rows, tile)
     nanoseconds = costs.nanoseconds[config.m_warpgroups]
@@ -300,7 +303,7 @@ def build_product(p: Product, card: Card) -> Program:
     if p.num_groups == p.local_groups == 1:
         form = linear_form(card, max(1, p.num_rows), *_matrix_blocks(p), p.batch_invariant)
         return linear_with_form(p, card, *form)
-    config = best_config(card, max(1, p.num_rows), 1, p.num_groups, p.batch_invariant)
+    config = best_config(card, max(1, p.num_rows), 1, p.num_groups, p.batch_invariant, balanced=False)
     row_blocks, columns = _matrix_blocks(p)
     groups, workspaces = steps.groups(p, config.token_tile, card)
     before, rows = [groups], "x"
@@ -349,7 +352,7 @@ def _linear_nanoseconds(card: Card, config: Config, split: int, num_rows: int, r
     turns = math.ceil(ctas / places)
     if turns > 1:
         turns = math.ceil(turns / config.ctas_per_sm) * config.ctas_per_sm
-    block = _cost(card.costs, num_rows, config) / tiles * (few.block if config == FEW_UNITS else 1)
+    block = _cost(card.costs, num_rows, config, balanced=False) / tiles * (few.block if config == FEW_UNITS else 1)
     start = few.alone if config.ctas_per_sm == 1 else few.pair
     if split > 1:
         start += few.meeting * split + few.handing_over * config.m_warpgroups * config.token_tile

@@ -191,10 +191,14 @@ class LinearSpec(_Wgmma, specs.ProductSpec):
     """The product with one matrix, which needs no tile map: what its units are is known without one.
 
     Attributes:
-      split: CTAs of a cluster, which share the contraction of a unit.
+      split: CTAs of a cluster, which share the contraction of a unit; in a config without clusters of its own.
     """
 
     split: int = 1
+
+    def __post_init__(self):
+        if self.config.cluster > 1:
+            raise ValueError(f"config: got {self.config.name}, whose CTAs are in clusters already")
 
     implementation = "jax_moe.kernels.sm90.device.linear:Linear"
 
