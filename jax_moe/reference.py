@@ -30,7 +30,7 @@ def project(x: jax.Array, weights: Projection, input_scale: jax.Array | float) -
     """
     matrix = nvfp4.dequantize(weights.payload, weights.block_scale)
     products = jnp.dot(x.astype(jnp.float32), matrix.T, precision=jax.lax.Precision.HIGHEST)
-    scaled = products * (jnp.asarray(input_scale)[..., None] * weights.global_scale)
+    scaled = products * (_over_rows(input_scale) * weights.global_scale)
     return scaled if weights.bias is None else scaled + weights.bias[None]
 
 
@@ -193,7 +193,13 @@ def _straight_through(values: jax.Array, rounded: jax.Array, scale: jax.Array) -
 @_straight_through.defjvp
 def _straight_through_jvp(primals, tangents):
     _, rounded, scale = primals
-    return rounded, tangents[0] / scale[..., None]
+    return rounded, tangents[0] / _over_rows(scale)
+
+
+def _over_rows(scale: jax.Array | float) -> jax.Array:
+    """One scale as it is, ``[T]`` as ``[T, 1]``: what rows ``[T, C]`` are multiplied by."""
+    scale = jnp.asarray(scale)
+    return scale[:, None] if scale.ndim else scale
 
 
 def _select(tree, index):
