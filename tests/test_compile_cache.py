@@ -266,6 +266,8 @@ def test_every_field_of_a_spec_is_in_the_key():
             value = getattr(spec, field.name)
             if value is config:
                 for part in dataclasses.fields(config):
+                    if isinstance(spec, LinearSpec) and part.name == "cluster":
+                        continue  # it has clusters of its own, and refuses others
                     changed = dataclasses.replace(config, **{part.name: another(getattr(config, part.name))})
                     other = dataclasses.replace(spec, config=changed)
                     assert cache._prefix(other, "sm_90a") != cache._prefix(spec, "sm_90a"), part.name

@@ -101,13 +101,12 @@ def store_product(spec, made, accumulators, j, c, out_row, end, row_scale=None):
     _store_row(spec, is_there, out_row, made.column, made.row_bytes, values)
 
 
-def store_product_or_zeros(spec, made, sums, c, out_row, end, num_rows, row_scale):
+def store_product_or_zeros(spec, made, sums, c, out_row, end, num_rows):
     """Stores a row of the ``num_rows`` of a product, zeros from ``end`` on, of what a thread has of 8 tokens' sums.
 
-    ``sums``: its ``accumulators``, one half after the other; ``c``: which of its two neighbouring tokens;
-    ``row_scale`` as above.
+    ``sums``: its ``accumulators``, one half after the other; ``c``: which of its two neighbouring tokens.
     """
-    values = _scaled(made, (sums[:4], sums[4:]), 0, c, row_scale)
+    values = _scaled(made, (sums[:4], sums[4:]), 0, c, None)
     values = [cutlass.select_(out_row < end, value, Float32(0.0)) for value in values]
     _store_row(spec, out_row < num_rows, out_row, made.column, made.row_bytes, values)
 

@@ -300,10 +300,10 @@ def build_product(p: Product, card: Card) -> Program:
     Raises:
       ValueError: a size is beyond what the kernels take.
     """
-    if p.num_groups == p.local_groups == 1:
+    if p.num_groups == p.local_groups == 1 and p.precision != "w4a4_dynamic":  # whose rows have scales of their own
         form = linear_form(card, max(1, p.num_rows), *_matrix_blocks(p), p.batch_invariant)
         return linear_with_form(p, card, *form)
-    config = best_config(card, max(1, p.num_rows), 1, p.num_groups, p.batch_invariant, balanced=False)
+    config = best_config(card, max(1, p.num_rows), 1, p.num_groups, p.batch_invariant, False)
     row_blocks, columns = _matrix_blocks(p)
     groups, workspaces = steps.groups(p, config.token_tile, card)
     before, rows = [groups], "x"
@@ -367,7 +367,7 @@ def linear_with_form(p: Product, card: Card, config: Config, split: int) -> Prog
     """
     row_blocks, columns = _matrix_blocks(p)
     before, workspaces, rows = [], {}, "x"
-    if p.precision != "w4a16":
+    if p.precision == "w4a4":
         x_rows, workspaces = steps.rounded_rows(p, per_group=False)
         before, rows = [x_rows], "x_rows"
     spec = linear_spec(p, config, split)

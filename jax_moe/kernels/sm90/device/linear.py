@@ -15,7 +15,7 @@ import cutlass.cute as cute
 
 from jax_moe.kernels.device import bf16_weights, outputs, ptx
 from jax_moe.kernels.device.entry import named
-from jax_moe.kernels.sm90.device import gemm1, product
+from jax_moe.kernels.sm90.device import gemm1
 from jax_moe.kernels.sm90.device.mainloop import WARPGROUP
 
 _SUMS = 8  # that a thread has of 8 tokens
@@ -77,12 +77,6 @@ class Linear(gemm1.Gemm1):
         rank = self._rank()
         return rank * op.k_blocks // self.split, (rank + 1) * op.k_blocks // self.split
 
-    def _allocate_rows(self, smem):
-        return None
-
-    def _prefetch_epilogue(self, op, unit, tid):
-        return None
-
     # -- what is done with the sums -----------------------------------------------------------------------------
 
     @cute.jit
@@ -142,8 +136,7 @@ class Linear(gemm1.Gemm1):
 
     def _store_tokens(self, op, made, first, sums):
         for c in range(2):
-            scale = product.row_scale(op, first + c, op.num_rows) if self.is_dynamic else None
-            outputs.store_product_or_zeros(self.spec, made, sums, c, first + c, op.end, op.num_rows, scale)
+            outputs.store_product_or_zeros(self.spec, made, sums, c, first + c, op.end, op.num_rows)
 
     @cute.jit
     def _share(self, shared, me, accumulators, width: cutlass.Constexpr):

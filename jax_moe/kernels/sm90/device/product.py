@@ -41,14 +41,12 @@ class Product(gemm1.Gemm1):
         for j in range(width // 8):
             for c in range(2):
                 row = first + 8 * j + c
-                scale = row_scale(op, row, end) if self.is_dynamic else None
+                scale = self._row_scale(op, row, end) if self.is_dynamic else None
                 outputs.store_product(self.spec, made, accumulators, j, c, row, end, scale)
 
-
-@cute.jit
-def row_scale(op, row, end) -> Float32:
-    """The scale of a row before ``end`` (w4a4_dynamic)."""
-    scale = Float32(0.0)
-    if row < end:
-        scale = op.input_scale[row]
-    return scale
+    @cute.jit
+    def _row_scale(self, op, row, end) -> Float32:
+        scale = Float32(0.0)
+        if row < end:
+            scale = op.input_scale[row]
+        return scale
