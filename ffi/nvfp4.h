@@ -84,14 +84,20 @@ static inline float RowScale(float amax) {
   return scale < kLeast ? kLeast : scale;
 }
 
-// Quantises a block under a global scale; the rules are those of jax_moe.nvfp4.quantize. Returns the e4m3 block scale.
-static inline uint8_t QuantizeBlock(const float* values, float global_scale, uint8_t* codes) {
-  uint32_t largest = 0;  // magnitudes order like their bits, and a NaN is above every number: it wins, as it must
-  for (int i = 0; i < kBlockSize; ++i) {
+// The largest of the magnitudes of `count` values. They order like their bits, and a NaN is above every number: it
+// wins, as it must.
+static inline float LargestMagnitude(const float* values, int64_t count) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
     const uint32_t magnitude = BitsOf(values[i]) & 0x7FFFFFFFu;
     largest = magnitude > largest ? magnitude : largest;
   }
-  const float ratio = FloatOf(largest) / (kE2M1Max * global_scale);
+  return FloatOf(largest);
+}
+
+// Quantises a block under a global scale; the rules are those of jax_moe.nvfp4.quantize. Returns the e4m3 block scale.
+static inline uint8_t QuantizeBlock(const float* values, float global_scale, uint8_t* codes) {
+  const float ratio = LargestMagnitude(values, kBlockSize) / (kE2M1Max * global_scale);
   const uint8_t block_scale = E4M3FromFloat(ratio > kE4M3Max ? kE4M3Max : ratio);
   const float decoded = E4M3ToFloat(block_scale);
   const float inverse = 1.0f / (decoded * global_scale);

@@ -133,12 +133,7 @@ inline void RoundBlock(Precision precision, float global_scale, float* values) {
 
 // Quantises a row in place, with a scale of its own (docs/numerics.md), which it returns.
 inline float QuantizeRow(float* row, int64_t size) {
-  uint32_t largest = 0;  // as in QuantizeBlock
-  for (int64_t i = 0; i < size; ++i) {
-    const uint32_t magnitude = BitsOf(row[i]) & 0x7FFFFFFFu;
-    largest = magnitude > largest ? magnitude : largest;
-  }
-  const float scale = RowScale(FloatOf(largest));
+  const float scale = RowScale(LargestMagnitude(row, size));
   for (int64_t i = 0; i < size; i += kBlockSize) RoundBlock(Precision::kW4A4, scale, row + i);
   return scale;
 }

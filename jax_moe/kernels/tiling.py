@@ -15,6 +15,11 @@ def blocks(size: int, block: int) -> int:
     return -(-size // block)
 
 
+def balanced_tile(rows: int, token_tile: int, granule: int) -> int:
+    """Rows of each of an expert's tiles where they are balanced (``specs.SortSpec.granule``)."""
+    return blocks(blocks(rows, blocks(rows, token_tile)), granule) * granule
+
+
 def max_tiles(num_routes: int, local_experts: int, token_tile: int) -> int:
     """Upper bound of the number of tiles, whatever the routing: each expert's last tile may hold one row."""
     return min(num_routes, (num_routes + local_experts * (token_tile - 1)) // token_tile)

@@ -62,7 +62,7 @@ def best_config(card: Card, precision: Precision, num_tokens: int, top_k: int, n
 def _cost(costs: Costs, precision: Precision, rows: int, config: Config) -> float:
     """Of 128 x 256 weights of an expert with so many rows: memory and all else hide each other but for a tenth."""
     tiles = tiling.blocks(rows, config.token_tile)
-    width = tiling.blocks(tiling.blocks(rows, tiles), config.granule) * config.granule
+    width = tiling.balanced_tile(rows, config.token_tile, config.granule)
     product = costs.product[precision] * width
     fill = _loaded_bytes(precision, width, config.pair) / costs.fill
     busy = tiles * (max(product, fill) + costs.tile + (costs.pair if config.pair else 0))

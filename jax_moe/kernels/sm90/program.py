@@ -112,7 +112,7 @@ def _cost(costs: Costs, rows: int, config: Config, balanced: bool = True) -> flo
     """Of a weight block of an expert with so many rows; those of a product are in full tiles, not in balanced ones."""
     tile = config.token_tile
     if balanced and (granule := _granule(config)):
-        tile = math.ceil(rows / (math.ceil(rows / tile) * granule)) * granule
+        tile = tiling.balanced_tile(rows, tile, granule)
     full, rest = divmod(rows, tile)
     nanoseconds = costs.nanoseconds[config.m_warpgroups]
     busy = 0.0
@@ -197,8 +197,12 @@ def _grid(card: Card, config: Config, tiles: int, row_blocks: int) -> int:
 
     One without work holds up the next kernel, which starts when all have run (benchmarks/notes-h200.md, T = 1).
     """
-    units = tiles * tiling.blocks(row_blocks, config.m_warpgroups)
+    units = _units(config, tiles, row_blocks)
     return config.cluster * min(card.multiprocessors * config.ctas_per_sm // config.cluster, units)
+
+
+def _units(config: Config, tiles: int, row_blocks: int) -> int:
+    return tiles * tiling.blocks(row_blocks, config.m_warpgroups)
 
 
 def build(p: Problem, card: Card) -> Program:
@@ -345,7 +349,7 @@ def linear_form(
 def _linear_nanoseconds(card: Card, config: Config, split: int, num_rows: int, row_blocks: int, k_blocks: int) -> float:
     """Of a product with one matrix. Units are alike, and CTAs have a multiprocessor each if there are enough."""
     few, tiles = card.costs.few_units, tiling.blocks(num_rows, config.token_tile)
-    ctas = split * tiles * tiling.blocks(row_blocks, config.m_warpgroups)
+    ctas = split * _units(config, tiles, row_blocks)
     places = card.multiprocessors * (_ROOM if split > 2 else 1)
     if split > 1 and ctas > places * config.ctas_per_sm:
         return math.inf
@@ -371,8 +375,8 @@ def linear_with_form(p: Product, card: Card, config: Config, split: int) -> Prog
         x_rows, workspaces = steps.rounded_rows(p, per_group=False)
         before, rows = [x_rows], "x_rows"
     spec = linear_spec(p, config, split)
-    units = tiling.blocks(row_blocks, config.m_warpgroups) * tiling.blocks(p.num_rows, config.token_tile)
-    grid = units * split if split > 1 else min(card.multiprocessors * config.ctas_per_sm, units)
+    tiles = tiling.blocks(p.num_rows, config.token_tile)
+    grid = split * _units(config, tiles, row_blocks) if split > 1 else _grid(card, config, tiles, row_blocks)
     launch = Launch("product", spec, grid, {
         **steps.linear_arguments(p), "x": rows, "m_blocks": row_blocks, "k_blocks": columns,
     })  # fmt: skip

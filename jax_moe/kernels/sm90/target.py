@@ -54,13 +54,13 @@ def _card(name: str, multiprocessors: int, terabytes: float, teraflops: float) -
     return Card(name, multiprocessors, terabytes, derived(multiprocessors, terabytes, teraflops))
 
 
+_PRECISIONS = get_args(Precision)
+
 # Multiprocessors, TB/s and TFLOP/s of bf16 as stated, by pages that repeat NVIDIA's figures.
 # H100 SXM and PCIe: archive-lib.hpctech.co.jp/gpuproduct/nvidia-h100.html. H100 and H200: anandtech.com/show/21136.
 # H100 NVL: gpu.blog/gpus/nvidia-h100-nvl (132), and 3.9 TB/s by grokipedia.com/page/210100120. GH200 with 96 GB (480
 # GB at its CPU): 4 TB/s by nishikiout.net/entry/2023/08/09/143040. H20: willitrunai.com/es/gpus/h20-96gb, and 78
 # multiprocessors by Geekbench. Not looked up but remembered: 835 TFLOP/s of the NVL, 4.9 TB/s of the GH200 with 144 GB.
-_PRECISIONS = get_args(Precision)
-
 SM90 = Target(
     name="sm_90a",
     generation="Hopper",
