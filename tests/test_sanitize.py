@@ -3,6 +3,7 @@
 import importlib.util
 import pathlib
 import sys
+import time
 
 import cuda_call
 import pytest
@@ -105,12 +106,25 @@ else:
 
 
 def test_a_tool_that_does_not_end_is_ended(tmp_path, monkeypatch, capsys):
-    _program(tmp_path, "", before="import time\nsys.stdout.write('CASE some\\n')\nsys.stdout.flush()\ntime.sleep(60)")
+    """With the program that it runs, which writes to the same pipe."""
+    started = time.monotonic()
+    _program(
+        tmp_path,
+        "",
+        before="""
+import subprocess, time
+sys.stdout.write("CASE some\\n")
+sys.stdout.flush()
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+time.sleep(60)
+""",
+    )
     monkeypatch.setenv("PATH", str(tmp_path))
     assert not sanitize.under_tools(["memcheck"], ["some"], 1, False)
     said = capsys.readouterr().out
     assert "memcheck: not done after 1 seconds" in said
     assert "CASE some" in said  # what it had printed is told
+    assert time.monotonic() - started < 30
 
 
 def test_a_failed_run_is_not_clean(tmp_path, monkeypatch, capsys):

@@ -6,17 +6,20 @@
 
 Every result is compared with the definition, and what each tool reports is told case by case, with its text. Buffers
 are allocated one by one (no pool), so that memcheck knows where each ends, and initcheck what was written since.
-The exit code is 0 only if nothing was wrong and everything ran.
+Weights are prepared on the CPU: under a tool, XLA's kernels would take most of the time. The exit code is 0 only if
+nothing was wrong and everything ran.
 """
 
 import argparse
 import collections
 import concurrent.futures
 import functools
+import itertools
 import os
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -58,6 +61,7 @@ There are no kernels for w4a4_dynamic on Blackwell: there, name the other cases.
 _OPTIONS = {"captured": {"xla_gpu_graph_min_graph_size": 1}, "eager": {"xla_gpu_enable_command_buffer": ""}}
 _MARK = "CASE"
 _QUEUED = 64
+_PROCESSES = 3  # of each tool, which share the cases
 
 
 def main() -> None:
@@ -106,6 +110,7 @@ def prepared(name: str, *, exact: bool, compiler_options):
     """A case as a function without arguments, and ``check(out)``: what is wrong with an output, or None."""
     import calls
     import helpers
+    import jax
     import jax.numpy as jnp
     import numpy as np
     import product_cases
@@ -114,21 +119,23 @@ def prepared(name: str, *, exact: bool, compiler_options):
     import jax_moe
 
     sizes, options = CASES[name]
-    if "rows" in sizes:
-        case = product_cases.make_case(1, **sizes, **options, exact=exact)
-        function, weights = calls.product(case)
-        values = (case.x, jnp.asarray(case.group_sizes, jnp.int32), jnp.int32(case.group_offset), weights)
-        value, bound = product_cases.defined(case)
-    else:
-        make = functools.partial(helpers.make_exact_case, 1) if exact else functools.partial(helpers.make_case, 1)
-        sizes = {key: size for key, size in sizes.items() if not (exact and key == "bias")}
-        case = make(**sizes, **options, out_dtype=jnp.float32)
-        function = functools.partial(jax_moe.fused_moe, **case.options)
-        ready = calls.prepared(case)
-        values = (ready.x, ready.experts, ready.routing)
-        how = ("combine", "batch_invariant", "out_dtype")  # nothing to the definition
-        rest = {key: each for key, each in case.options.items() if key not in how}
-        value, bound = statement.moe(case.x, case.experts, case.routing, **{"activation": jax_moe.SwiGLU(), **rest})
+    with jax.default_device(jax.devices("cpu")[0]):
+        if "rows" in sizes:
+            case = product_cases.make_case(1, **sizes, **options, exact=exact)
+            function, weights = calls.product(case)
+            values = (case.x, jnp.asarray(case.group_sizes, jnp.int32), jnp.int32(case.group_offset), weights)
+            value, bound = product_cases.defined(case)
+        else:
+            make = functools.partial(helpers.make_exact_case, 1) if exact else functools.partial(helpers.make_case, 1)
+            sizes = {key: size for key, size in sizes.items() if not (exact and key == "bias")}
+            case = make(**sizes, **options, out_dtype=jnp.float32)
+            function = functools.partial(jax_moe.fused_moe, **case.options)
+            ready = calls.prepared(case)
+            values = (ready.x, ready.experts, ready.routing)
+            how = ("combine", "batch_invariant", "out_dtype")  # nothing to the definition
+            rest = {key: each for key, each in case.options.items() if key not in how}
+            value, bound = statement.moe(case.x, case.experts, case.routing, **{"activation": jax_moe.SwiGLU(), **rest})
+    values = jax.device_put(values, jax.devices()[0])
     jitted = calls.jit(function, compiler_options)
 
     def run():
@@ -159,45 +166,51 @@ def under_tools(tools, names, seconds: float, pool: bool) -> bool:
         return False
     env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     env |= {} if pool else {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}
-    cases = [part for name in names for part in ("--case", name)]
 
-    def run(tool):
+    def run(tool, some) -> tuple[str, int | None]:
+        cases = [part for name in some for part in ("--case", name)]
         command = [program, "--tool", tool, "--print-limit", "1000", sys.executable, __file__, "cases", *cases]
         to_us = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
-        with subprocess.Popen(command, env=env, **to_us) as process:
+        with subprocess.Popen(command, env=env, start_new_session=True, **to_us) as process:
             try:
                 return process.communicate(timeout=seconds)[0], process.returncode
             except subprocess.TimeoutExpired:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)  # the tool, and the program that it runs
                 return process.communicate()[0], None
 
     # A thread for each reads what it prints: a pipe that nobody reads would fill up and stop its tool.
-    pool = concurrent.futures.ThreadPoolExecutor(len(tools))
+    parts = [names[i::_PROCESSES] for i in range(min(_PROCESSES, len(names)))]
+    jobs = list(itertools.product(tools, parts))
+    threads = concurrent.futures.ThreadPoolExecutor(len(jobs))
+    running = [threads.submit(run, *job) for job in jobs]
+    return all([_report(*job, seconds, *future.result()) for job, future in zip(jobs, running, strict=True)])
+
+
+def _report(tool: str, names, seconds: float, output: str, code: int | None) -> bool:
+    """Prints what a tool found in cases; whether that is nothing, and all ran."""
     clean = True
-    for tool, (output, code) in zip(tools, pool.map(run, tools), strict=True):
-        if code is None:
-            print(f"{tool}: not done after {seconds:g} seconds")
-        found = by_case(output)
-        for name in names:
-            lines, reports = found.get(name, ([], []))
-            results = [line for line in lines if re.match("(eager|captured): ", line)]
-            is_right = len(results) == len(_OPTIONS) and all(line.endswith(": right") for line in results)
-            clean &= is_right and not reports
-            said = "results right" if is_right else "; ".join(results) or "did not run"
-            print(f"{tool:10} {name:28} {len(reports)} reports, {said}")
-            for text, times in collections.Counter(map(_kind, reports)).most_common(40):
-                print(f"    {times} x {text}")
-            for report in reports[:1]:
-                print("      " + "\n      ".join(report.splitlines()[:12]))
-        outside = found.get("", ([], []))[1] + found.get("end", ([], []))[1]
-        for text, times in collections.Counter(map(_kind, outside)).most_common(8):
-            print(f"{tool:10} outside of the cases: {times} x {text}")
-        summary = re.findall(r"=+ ((?:ERROR|RACECHECK) SUMMARY: .*)", output)
-        print(f"{tool:10} {summary[-1] if summary else 'printed no summary'}; exit code {code}", flush=True)
-        clean &= bool(summary) and code == 0
-        if not summary:
-            print("    " + "\n    ".join(output.splitlines()[-8:]))
-    return clean
+    if code is None:
+        print(f"{tool}: not done after {seconds:g} seconds")
+    found = by_case(output)
+    for name in names:
+        lines, reports = found.get(name, ([], []))
+        results = [line for line in lines if re.match("(eager|captured): ", line)]
+        is_right = len(results) == len(_OPTIONS) and all(line.endswith(": right") for line in results)
+        clean &= is_right and not reports
+        said = "results right" if is_right else "; ".join(results) or "did not run"
+        print(f"{tool:10} {name:28} {len(reports)} reports, {said}")
+        for text, times in collections.Counter(map(_kind, reports)).most_common(40):
+            print(f"    {times} x {text}")
+        for report in reports[:1]:
+            print("      " + "\n      ".join(report.splitlines()[:12]))
+    outside = found.get("", ([], []))[1] + found.get("end", ([], []))[1]
+    for text, times in collections.Counter(map(_kind, outside)).most_common(8):
+        print(f"{tool:10} outside of the cases: {times} x {text}")
+    summary = re.findall(r"=+ ((?:ERROR|RACECHECK) SUMMARY: .*)", output)
+    print(f"{tool:10} {summary[-1] if summary else 'printed no summary'}; exit code {code}", flush=True)
+    if not summary:
+        print("    " + "\n    ".join(output.splitlines()[-8:]))
+    return clean and bool(summary) and code == 0
 
 
 def by_case(output: str) -> dict[str, tuple[list[str], list[str]]]:
