@@ -94,11 +94,6 @@ class Linear(gemm1.Gemm1):
                 self._meet()
                 self._meet()
 
-    def _meet(self):
-        cute.arch.sync_warp()
-        cute.arch.cluster_arrive()
-        cute.arch.cluster_wait()
-
     @cute.jit
     def _epilogue(self, op, shared, me, unit, prefetched, accumulators, width: cutlass.Constexpr):
         if cutlass.const_expr(self.split > 1):

@@ -14,10 +14,10 @@ A stage is ``config.stage_blocks`` weight blocks for each m warpgroup and as man
                                                    GEMM2: a thread (weights and tokens, with their bytes)
     empty[stage] mbarrier   GEMM1: all producers   each consumer warp, when the products of the stage are complete
                             GEMM2: one thread      (at first all stages are empty: producers begin with parity 1)
-    REDUCTION_EMPTY, _FULL  k warpgroups > 1: warpgroup 0 lets the others write their sums, they let it read them
+    REDUCTION               k warpgroups > 1: the consumers, twice a unit: sums may be, then are, handed over
     sums         mbarrier   clusters: warpgroup 0 of rank 0; the 4 warps of rank 1's, which have sent their sums of the
                             unit that both share: there is one at most
-    the cluster's barrier   clusters: before rank 1 sends, everybody has begun
+    the cluster's barrier   clusters: before rank 1 sends, everybody has begun; at the end, nobody has left
     NEXT_UNIT               GEMM1: the producers, once a unit: thread 0 has taken the next one
     EPILOGUE + m warpgroup  GEMM2, and GEMM1 in w4a4_dynamic: one warpgroup: rows, weights and scales of the unit may
                             be, then are, written
@@ -51,8 +51,7 @@ from jax_moe.kernels.sm90.device.weight_block import BLOCK_K
 WARPGROUP = 128
 TOKEN_ROW_BYTES = BLOCK_K * 2
 # Named barriers; 0 is sync_threads, and each m warpgroup has an epilogue's.
-REDUCTION_FULL, REDUCTION_EMPTY, NEXT_UNIT, EPILOGUE = 1, 2, 3, 4
-MAP_ROUTES = NEXT_UNIT  # nobody has a unit yet
+REDUCTION, MAP_ROUTES, NEXT_UNIT, EPILOGUE = 1, 2, 3, 4
 _NO_UNIT = -1
 
 # The products of a block in groups of wgmma: (64-row halves, k16-steps) of each.
@@ -236,17 +235,14 @@ class Gemm(entry.Kernel):
         """Adds the sums of all k warpgroups into those of warpgroup 0, which alone goes on to the epilogue."""
         registers = 2 * self.accumulators
         everyone = self.consumers * WARPGROUP
+        cute.arch.barrier(barrier_id=REDUCTION, number_of_threads=everyone)  # the unit before this one is added up
         if me.k_warpgroup > 0:
-            cute.arch.barrier(barrier_id=REDUCTION_EMPTY, number_of_threads=everyone)
             for half in cutlass.range_constexpr(2):
                 for i in cutlass.range_constexpr(self.accumulators):
                     index = ((me.k_warpgroup - 1) * registers + half * self.accumulators + i) * WARPGROUP + me.tid
                     shared.scratch[index] = accumulators[half][i]
-            cute.arch.fence_acq_rel_cta()
-            cute.arch.barrier_arrive(barrier_id=REDUCTION_FULL, number_of_threads=everyone)
-        else:
-            cute.arch.barrier_arrive(barrier_id=REDUCTION_EMPTY, number_of_threads=everyone)
-            cute.arch.barrier(barrier_id=REDUCTION_FULL, number_of_threads=everyone)
+        cute.arch.barrier(barrier_id=REDUCTION, number_of_threads=everyone)
+        if me.k_warpgroup == 0:
             for other in cutlass.range_constexpr(self.config.k_warpgroups - 1):
                 for half in cutlass.range_constexpr(2):
                     for i in cutlass.range_constexpr(self.accumulators):
@@ -278,7 +274,7 @@ class Gemm(entry.Kernel):
 
     def _rank(self):
         """Of this CTA in its cluster."""
-        return cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
+        return cute.arch.block_idx_in_cluster()
 
     # -- producer -----------------------------------------------------------------------------------------------
 
@@ -419,9 +415,7 @@ class Gemm(entry.Kernel):
             if warpgroup_index == 0 and tid < FEW_ROUTES:
                 few_routes.make(op, tiles, self.n, MAP_ROUTES, tid)
         if cutlass.const_expr(self.config.cluster > 1):
-            cute.arch.sync_warp()
-            cute.arch.cluster_arrive()
-            cute.arch.cluster_wait()
+            self._meet()
         else:
             cute.arch.sync_threads()
 
@@ -434,6 +428,16 @@ class Gemm(entry.Kernel):
         else:
             cute.arch.setmaxregister_increase(consumer_registers)
             self._consume(op, shared, tid, warpgroup_index - 1)
+        if cutlass.const_expr(self.config.cluster > 1):
+            cute.arch.sync_warp()
+            cute.arch.cluster_arrive_relaxed()
+            cute.arch.cluster_wait()
+
+    def _meet(self):
+        """Waits for all threads of the cluster, and for what they have written."""
+        cute.arch.sync_warp()
+        cute.arch.cluster_arrive()
+        cute.arch.cluster_wait()
 
     def _array(self, smem, dtype, size):
         return cute.make_tensor(smem.allocate_array(dtype, size), cute.make_layout(size)) if size else None
