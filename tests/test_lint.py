@@ -120,6 +120,11 @@ def changed(old, new, text=snippets.TENSOR_MEMORY, count=1):
          .replace("%p<30>", "%p<31>"), "fence before"),
         (changed(" @%p2 bra END;\n", " setp.ne.s32 %p20, %r2, 3;\n @%p20 bra END;\n"), "one allocator"),
         (changed(" @%p2 bra END;\n", " setp.ne.s32 %p20, %r1, 128;\n @%p20 bra END;\n"), "whole warps"),
+        (changed(" bar.warp.sync -1;\n setp.ne.s32 %p5, %r3, 0;\n @%p5 bra GATHERED;\n",
+                 " setp.ne.s32 %p5, %r3, 0;\n @%p5 bra GATHERED;\n bar.warp.sync -1;\n"), "whole warps"),
+        (changed(" mbarrier.arrive.shared.b64 %rd3, [%r4+40960], %r6;\nGATHERED:",
+                 " mbarrier.arrive.shared.b64 %rd3, [%r4+40960], %r6;\n shfl.sync.idx.b32 %r12, %r10, 0, 31, -1;\n"
+                 "GATHERED:"), "whole warps"),
         (changed("tcgen05.commit.cta_group::1", "tcgen05.commit.cta_group::2"), "cta_group"),
         # Too late, too early, too often, too few.
         (changed(" tcgen05.dealloc", " tcgen05.ld.sync.aligned.16x256b.x1.b32 {%r20, %r21, %r22, %r23}, [%r9];\n"

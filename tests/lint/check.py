@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import itertools
 
-from ptx.parser import Address, Kernel
+from ptx.parser import Address, Immediate, Kernel
 
 from lint import flow, rules
 from lint.sites import ASYNC_READERS, Graph, RANK, Site
@@ -13,6 +13,8 @@ from lint.values import Slice
 
 _USERS = ("try_wait", "arrive", "expect", "commit", "bulk")
 """Kinds of instructions that use an mbarrier."""
+
+_ALL_LANES = 0xFFFFFFFF
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,14 +167,17 @@ class Lint:
     # -- what is no matter of one path --------------------------------------------------------------------------------
 
     def _roles(self) -> list[Finding]:
-        """One thread issues all products, copies of scales and commits; whole warps do what is ``.sync.aligned``."""
+        """One thread issues all products, copies of scales and commits; whole warps do what is ``.sync.aligned``, and
+        what waits for all lanes.
+        """
         findings = []
         issue = self.graph.kinds("mma", "cp", "commit")
         issuers = self._threads_of(*issue)
         if len(issuers) > 1 or any(thread % 32 for thread in issuers):
             message = f"threads {sorted(issuers)} issue products, scale copies or commits; one thread has to"
             findings.append(self._finding("one issuer", message, issue[0], issue[-1]))
-        for site in self.graph.kinds("alloc", "relinquish", "dealloc", "ld", "st", "wait_ld", "wait_st"):
+        aligned = self.graph.kinds("alloc", "relinquish", "dealloc", "ld", "st", "wait_ld", "wait_st")
+        for site in [*aligned, *filter(self._waits_for_a_warp, self.graph.kinds("warp", "warp_sync"))]:
             threads = self._threads_of(site)
             alone = {thread for thread in threads if thread ^ 1 not in threads}
             if alone:
@@ -183,6 +188,10 @@ class Lint:
             sites = self.graph.kinds("alloc", "dealloc", "relinquish")
             findings.append(self._finding("one allocator", "one warp has to allocate and to free", sites[0], sites[-1]))
         return findings
+
+    def _waits_for_a_warp(self, site: Site) -> bool:
+        mask = self.kernel.instructions[site.index].operands[-1]
+        return isinstance(mask, Immediate) and mask.bits & _ALL_LANES == _ALL_LANES
 
     def _cta_groups(self) -> list[Finding]:
         sites = self.graph.kinds("alloc", "relinquish", "dealloc", "cp", "mma", "commit")

@@ -34,6 +34,7 @@ _KINDS = (
     ("bar", r"(bar|barrier(\.cta)?)\.sync(\.aligned)?"),
     ("bar_arrive", r"(bar|barrier(\.cta)?)\.arrive(\.aligned)?"),
     ("warp_sync", r"bar\.warp\.sync"),
+    ("warp", r"(shfl|vote|match|redux|elect)\.[\w.]+"),
     ("cluster_arrive", r"barrier\.cluster\.arrive(\.release|\.relaxed)?(\.aligned)?"),
     ("cluster_wait", r"barrier\.cluster\.wait(\.acquire)?(\.aligned)?"),
     ("copy", r"cp\.async\.c[ag]\.shared(::cta)?\.global(\.L2::\d+B)?"),
