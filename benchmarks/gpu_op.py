@@ -1,7 +1,7 @@
 """The whole op on a GPU, sort to combine, beside what else one could call, as ratios to the physical floor.
 
     python benchmarks/gpu_op.py --model qwen3-235b-a22b --peer ragged_dot --peer torch --output results.json
-    python benchmarks/gpu_op.py --plot results.json results.png
+    python benchmarks/gpu_op.py --plot results.json --plot peers.json --picture results.png
 
 Method. A chain of calls in one jitted program, recorded into a command buffer (jax_moe/cli/timing.py says how and why);
 the time of one call is the median time of the program over its length. torch and humming run the same chain as a CUDA
@@ -62,11 +62,12 @@ def main(
     peer: Annotated[list[str] | None, typer.Option(help=f"Any of {', '.join(PEERS)}.")] = None,
     repeats: Annotated[int, typer.Option(help="Timed runs of a chain; the median counts.")] = 15,
     output: Annotated[pathlib.Path | None, typer.Option(help="JSON file for the results.")] = None,
-    plot: Annotated[tuple[pathlib.Path, pathlib.Path] | None, typer.Option(help="Only plot: results, picture.")] = None,
+    plot: Annotated[list[pathlib.Path] | None, typer.Option(help="Only plot these results; may be repeated.")] = None,
+    picture: Annotated[pathlib.Path, typer.Option(help="Where to, with --plot.")] = pathlib.Path("results.png"),
 ) -> None:
     """Time the op and its peers; see the module's text."""
     if plot:
-        _plot(json.loads(plot[0].read_text()), plot[1])
+        _plot([json.loads(path.read_text()) for path in plot], picture)
         return
     from jax_moe import shapes  # not needed for a plot, which is drawn where there may be no jax
 
@@ -229,13 +230,13 @@ def _print(rows) -> None:
         )
 
 
-def _plot(document, picture: pathlib.Path) -> None:
+def _plot(documents, picture: pathlib.Path) -> None:
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    rows = document["results"]
+    rows = [row for document in documents for row in document["results"]]
     models = list(dict.fromkeys(row["model"] for row in rows))
     figure, axes = plt.subplots(1, len(models), figsize=(6 * len(models), 4.5), squeeze=False, sharey=True)
     for axis, model in zip(axes[0], models, strict=True):
@@ -251,7 +252,7 @@ def _plot(document, picture: pathlib.Path) -> None:
         axis.grid(which="both", alpha=0.3)
         axis.legend()
     axes[0][0].set_ylabel("time, in multiples of the physical floor")
-    figure.suptitle(f"{document['environment']['gpu']}, {document['environment']['time'][:10]}")
+    figure.suptitle(f"{documents[0]['environment']['gpu']}, {documents[0]['environment']['time'][:10]}")
     figure.tight_layout()
     figure.savefig(picture, dpi=120)
 

@@ -85,7 +85,8 @@ def _draw_outputs(plt, arrays) -> None:
 
 
 def _draw_speed(plt) -> None:
-    rows = json.loads((RESULTS / "h200-qwen3-235b-a22b.json").read_text())["results"]
+    files = [RESULTS / f"h200-{name}.json" for name in ("qwen3-235b-a22b", "bf16-peers")]
+    rows = [row for file in files for row in json.loads(file.read_text())["results"]]
     figure, axis = plt.subplots(figsize=(7, 4.5))
     for method in dict.fromkeys(row["method"] for row in rows):
         mine = [row for row in rows if row["method"] == method]
