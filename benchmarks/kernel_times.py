@@ -86,7 +86,7 @@ def calls_made_of(target: Target, config: Any, steps: tuple[str, ...]) -> Iterat
     chosen = program.best_config
     targets.TARGETS[target.name] = dataclasses.replace(target, program=build)
     if config is not None:
-        program.best_config = lambda *_: config
+        program.best_config = lambda *_, **__: config
     try:
         yield
     finally:

@@ -253,7 +253,7 @@ def test_plans_of_hopper_sum_in_two_orders(monkeypatch):
                              out_dtype=jnp.float32)  # fmt: skip
     results = {1: [], 2: []}
     for config in (*program.CONFIGS[:2], *program.BATCH_INVARIANT[:3]):
-        monkeypatch.setattr(program, "best_config", lambda *_, config=config: config)
+        monkeypatch.setattr(program, "best_config", lambda *_, config=config, **__: config)
         results[config.k_warpgroups].append(emulated_call.prepare(case, "sm_90a").run(order="random", seed=1))
     assert [len(same) for same in results.values()] == [3, 2]
     for first, *others in results.values():

@@ -118,7 +118,7 @@ def test_a_hopper_gpu_gave_the_same(name):
 @pytest.mark.parametrize("precision", ["w4a16", "w4a4"])
 def test_tiles_of_many_rows_have_the_bits_of_the_cpu(monkeypatch, config, precision):
     """Their products come a k16-step at a time. The experts have a tile and two balanced ones, a stage has a rest."""
-    monkeypatch.setattr(program, "best_config", lambda *_: config)
+    monkeypatch.setattr(program, "best_config", lambda *_, **__: config)
     case = make_exact_case(7, tokens=260, num_experts=3, top_k=1, hidden=208, intermediate=64, precision=precision,
                            combine="ordered", out_dtype=jnp.float32)  # fmt: skip
     experts = jnp.where(jnp.arange(260) < 155, 0, 2)[:, None]

@@ -41,7 +41,7 @@ def test_exact_calls_have_the_bits_of_the_cpu(monkeypatch, tokens, form):
 
     Of seven clusters some have an odd number of units and others not, in both GEMMs.
     """
-    monkeypatch.setattr(program, "best_config", lambda *_: form)
+    monkeypatch.setattr(program, "best_config", lambda *_, **__: form)
     for seed, (precision, combine) in enumerate((("w4a16", "atomic"), ("w4a4", "ordered"))):
         case = make_exact_case(
             seed, tokens=tokens, num_experts=4, top_k=2, hidden=576, intermediate=448, gated=False,
@@ -72,7 +72,7 @@ def test_gemms_of_a_call_may_differ(monkeypatch):
 @needs_compiler
 @pytest.mark.parametrize("form", [ALONE, SPLIT], ids=["alone", "split"])
 def test_exact_products_have_the_bits_of_their_definition(monkeypatch, form):
-    monkeypatch.setattr(program, "best_config", lambda *_: form)
+    monkeypatch.setattr(program, "best_config", lambda *_, **__: form)
     case = product_cases.make_case(1, [3, 0, 5, 2], 12, in_features=320)
     call = emulated_call.prepare_product(case, multiprocessors=4)
     assert call.program.launches[-1].spec.config == form

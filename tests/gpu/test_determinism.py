@@ -159,7 +159,7 @@ def test_every_plan_of_one_order_gives_the_same_bits(poison, monkeypatch, precis
     configs = program.CONFIGS[precision] if isinstance(program.CONFIGS, dict) else program.CONFIGS
     configs = dict.fromkeys((*configs, *getattr(program, "BATCH_INVARIANT", ())))
     for config in configs:
-        monkeypatch.setattr(program, "best_config", lambda *_, config=config: config)
+        monkeypatch.setattr(program, "best_config", lambda *_, config=config, **__: config)
         assert _configs(case) == (config, config)
         poison(0.5)
         results[_order((config, config))][config.name] = _run(case)
@@ -202,7 +202,7 @@ def test_replays_of_sums_that_warpgroups_and_ctas_share(poison, monkeypatch, for
     if not hasattr(program, form):
         pytest.skip("needs a Hopper GPU: others have no such form")
     config = getattr(program, form)
-    monkeypatch.setattr(program, "best_config", lambda *_: config)
+    monkeypatch.setattr(program, "best_config", lambda *_, **__: config)
     case = helpers.make_case(
         8, tokens=2, hidden=2048, intermediate=1536, num_experts=8, top_k=4, precision="w4a16", **_ORDERED
     )

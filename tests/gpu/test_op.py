@@ -150,7 +150,7 @@ def _configs(precision):
 )
 def test_every_config(poison, monkeypatch, config, tokens, precision):
     """Whatever would be chosen; experts have several tiles or few rows, stages a rest, CTAs several units."""
-    monkeypatch.setattr(program, "best_config", lambda *_: config)
+    monkeypatch.setattr(program, "best_config", lambda *_, **__: config)
     monkeypatch.setattr(program, "fitted", lambda config, *_: config, raising=False)  # sm_90a's
     case = helpers.make_case(tokens, tokens=tokens, hidden=528, intermediate=304, num_experts=24, top_k=4,
                              precision=precision)  # fmt: skip
@@ -165,7 +165,7 @@ def test_the_forms_for_few_units(poison, monkeypatch, form, sizes, options):
     """Whatever would be chosen; warpgroups have unequal parts, and in the last sizes CTAs take several units."""
     if not hasattr(program, form):
         pytest.skip("needs a Hopper GPU: others have no such form")
-    monkeypatch.setattr(program, "best_config", lambda *_: getattr(program, form))
+    monkeypatch.setattr(program, "best_config", lambda *_, **__: getattr(program, form))
     tokens, hidden, intermediate = sizes
     case = helpers.make_case(tokens, tokens=tokens, hidden=hidden, intermediate=intermediate, num_experts=8, top_k=4,
                              bias=True, **options)  # fmt: skip

@@ -100,7 +100,7 @@ class Costs:
 
 @functools.lru_cache(maxsize=1024)  # every layer of a model asks, each time that it is lowered
 def best_config(
-    card: Card, num_tokens: int, top_k: int, num_experts: int, batch_invariant: bool = False, balanced: bool = True
+    card: Card, num_tokens: int, top_k: int, num_experts: int, batch_invariant: bool = False, *, balanced: bool = True
 ) -> Config:
     """The config with the least expected time (``tiling.py``); ``balanced``: whether an expert's tiles are."""
     configs = BATCH_INVARIANT if batch_invariant else CONFIGS
@@ -307,7 +307,7 @@ def build_product(p: Product, card: Card) -> Program:
     if p.num_groups == p.local_groups == 1 and p.precision != "w4a4_dynamic":  # whose rows have scales of their own
         form = linear_form(card, max(1, p.num_rows), *_matrix_blocks(p), p.batch_invariant)
         return linear_with_form(p, card, *form)
-    config = best_config(card, max(1, p.num_rows), 1, p.num_groups, p.batch_invariant, False)
+    config = best_config(card, max(1, p.num_rows), 1, p.num_groups, p.batch_invariant, balanced=False)
     row_blocks, columns = _matrix_blocks(p)
     groups, workspaces = steps.groups(p, config.token_tile, card)
     before, rows = [groups], "x"
