@@ -12,6 +12,7 @@ from ptx import parser
 import pytest
 
 HAS_DSL = importlib.util.find_spec("cutlass") is not None
+EPILOGUE = 4  # of kernels/sm90/device/mainloop.py, which needs the DSL
 needs_dsl = pytest.mark.skipif(not HAS_DSL, reason="nvidia-cutlass-dsl is not installed")
 
 ORDERING = (
@@ -217,6 +218,19 @@ def parameters(wanted):
 )
 def test_our_kernels_keep_the_rules(target, spec):
     assert [str(finding) for finding in check(compiled(spec, target)[1], spec.overlap, spec.cluster)] == []
+
+
+@needs_dsl
+def test_the_number_of_a_barrier_follows_from_the_thread():
+    """Epilogues of three m warpgroups have a barrier each, by one instruction."""
+    (spec,) = [spec for spec in some_specs("sm_90a") if re.match("jax_moe_gemm1_n32m3.*dynamic", spec.name)]
+    lint = Lint(compiled(spec, "sm_90a")[1], spec.overlap)
+    met = collections.defaultdict(set)
+    for barrier in lint.graph.kinds("bar"):
+        if barrier.number is None:
+            for thread, number in lint._numbers(barrier).items():
+                met[thread // 128].add(number)
+    assert met == {warpgroup: {EPILOGUE + warpgroup - 1} for warpgroup in (1, 2, 3)}
 
 
 SURVIVORS = {

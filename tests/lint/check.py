@@ -144,10 +144,20 @@ class Lint:
         elif site.is_meeting(self.kernel.threads) or site.kind == "cluster_arrive":
             return True
         else:
-            barriers = self.graph.kinds("bar", "bar_arrive")
-            listeners = self._threads_of(*[each for each in barriers if each.number in (site.number, None)])
+            numbers = set(self._numbers(site).values())
+            listeners = {
+                thread
+                for each in self.graph.kinds("bar", "bar_arrive")
+                for thread, number in self._numbers(each).items()
+                if number in numbers or None in numbers or number is None
+            }
         readers = self._threads_of(*self.graph.kinds(*ASYNC_READERS))
         return listeners is None or bool(listeners & readers)
+
+    def _numbers(self, barrier: Site) -> dict[int, int | None]:
+        """Which named barrier it is for the threads that can reach it; None: cannot tell."""
+        operand = self.kernel.instructions[barrier.index].operands[0]
+        return {thread: self.graph.offsets.constant(operand, thread) for thread in self._threads_of(barrier)}
 
     def _is_operand(self, site: Site) -> bool:
         """Whether a store to shared memory is taken to write what products read.

@@ -58,8 +58,8 @@ def some_specs(target: str) -> list[Spec]:
             specs |= {sm90_program.linear_spec(call, config, 4) for config in configs}
             specs.add(sm90_program.linear_spec(call, sm90_program.FEW_UNITS, 1))
     if "w4a4_dynamic" in TARGETS[target].layouts:
-        # Of GEMM1 only with one m warpgroup. With more, epilogues meet at a barrier whose number is in a register, and
-        # the lint must take it for the one at which producers meet with copies in flight: a finding that is none.
+        for config in (sm90_program.CONFIGS[2], sm90_program.CONFIGS[9]):  # epilogues of m warpgroups that meet
+            specs |= set(_gemms(target, problem(target, "w4a4_dynamic"), config))
         for weight_on in ("output", "input"):
             call = problem(target, "w4a4_dynamic", num_tokens=1, weight_on=weight_on)
             specs |= {launch.spec for launch in lowering.launches(call)}
@@ -77,7 +77,7 @@ def all_specs(target: str) -> list[Spec]:
                 top_k=model.top_k, hidden_size=model.hidden_size, intermediate_size=model.intermediate_size,
             )  # fmt: skip
             specs |= {launch.spec for launch in lowering.launches(call)}
-    for precision, activation in itertools.product(("w4a4", "w4a16"), _ACTIVATIONS):
+    for precision, activation in itertools.product(TARGETS[target].layouts, _ACTIVATIONS):
         for config in _configs(target, precision):
             for combine, dtype in (("atomic", jnp.bfloat16), ("atomic", jnp.float32), ("ordered", jnp.bfloat16)):
                 options = dict(activation=activation, combine=combine, out_dtype=jnp.dtype(dtype))

@@ -254,9 +254,9 @@ class Offsets:
         base, _ = self._operand(address.base, thread, 0) if isinstance(address.base, Register) else (0, True)
         return None if base is None else base + address.offset
 
-    def constant(self, operand) -> int | None:
-        """The value of an operand that is constant."""
-        value, whole = self._operand(operand, None, 0)
+    def constant(self, operand, thread: int | None = None) -> int | None:
+        """The value of an operand that is constant, or that follows from the thread's index, if that is given."""
+        value, whole = self._operand(operand, thread, 0)
         return value if whole else None
 
     def _operand(self, operand, thread: int | None, depth: int) -> tuple[int | None, bool]:
