@@ -252,7 +252,9 @@ def _plot(documents, picture: pathlib.Path) -> None:
         axis.grid(which="both", alpha=0.3)
         axis.legend()
     axes[0][0].set_ylabel("time, in multiples of the physical floor")
-    figure.suptitle(f"{documents[0]['environment']['gpu']}, {documents[0]['environment']['time'][:10]}")
+    environments = [document["environment"] for document in documents]
+    days = dict.fromkeys(each["time"][:10] for each in environments)
+    figure.suptitle(f"{environments[0]['gpu']}, {' and '.join(days)}")
     figure.tight_layout()
     figure.savefig(picture, dpi=120)
 

@@ -36,13 +36,18 @@ def rows_of(page: str, heading: str) -> dict[int, list[str]]:
 
 def test_the_table_of_one_model():
     ours = {row["tokens"]: row for row in results("qwen3-235b-a22b")}
-    torch = {row["tokens"]: 1e6 * row["seconds"] for row in results("bf16-peers") if row["method"] == "torch"}
+    peers = results("bf16-peers")
+    torch, ragged = (
+        {r["tokens"]: 1e6 * r["seconds"] for r in peers if r["method"] == name} for name in ("torch", "ragged_dot")
+    )
     table = rows_of("hopper.md", "## Speed")
     assert table.keys() == ours.keys()
-    for tokens, (time, floor, _, peer, *_) in table.items():
+    for tokens, (time, floor, _, peer, slower, _, much_slower) in table.items():
         assert is_rounded(time.removesuffix(" us"), 1e6 * ours[tokens]["seconds"]), time
         assert is_rounded(floor, ours[tokens]["ratio"]), floor
         assert is_rounded(peer.removesuffix(" us"), torch[tokens]), peer
+        assert is_rounded(slower, torch[tokens] / (1e6 * ours[tokens]["seconds"])), slower
+        assert not much_slower or is_rounded(much_slower, ragged[tokens] / (1e6 * ours[tokens]["seconds"])), much_slower
 
 
 def test_the_table_of_variants_and_what_choosing_makes_of_it():

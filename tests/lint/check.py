@@ -177,8 +177,8 @@ class Lint:
     # -- what is no matter of one path --------------------------------------------------------------------------------
 
     def _roles(self) -> list[Finding]:
-        """One thread issues all products, copies of scales and commits; whole warps do what is ``.sync.aligned``, and
-        what waits for all lanes.
+        """One thread issues all products, copies of scales and commits; whole warps do what is ``.sync.aligned``
+        of tcgen05, and what waits for all lanes.
         """
         findings = []
         issue = self.graph.kinds("mma", "cp", "commit")
@@ -200,6 +200,7 @@ class Lint:
         return findings
 
     def _waits_for_a_warp(self, site: Site) -> bool:
+        """Whether its mask has all lanes; one that is in a register cannot be told, and passes."""
         mask = self.kernel.instructions[site.index].operands[-1]
         return isinstance(mask, Immediate) and mask.bits & _ALL_LANES == _ALL_LANES
 
