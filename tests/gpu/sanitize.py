@@ -61,7 +61,7 @@ There are no kernels for w4a4_dynamic on Blackwell: there, name the other cases.
 _OPTIONS = {"captured": {"xla_gpu_graph_min_graph_size": 1}, "eager": {"xla_gpu_enable_command_buffer": ""}}
 _MARK = "CASE"
 _QUEUED = 64
-_PROCESSES = 3  # of each tool, which share the cases
+_PROCESSES = 3  # of each tool, which share its cases: most of the time is the CPU's
 
 
 def main() -> None:
@@ -69,7 +69,7 @@ def main() -> None:
     arguments.add_argument("what", choices=["tools", "stress", "cases", "neighbour"])
     arguments.add_argument("--tool", action="append", choices=TOOLS, help="only these")
     arguments.add_argument("--case", action="append", choices=list(CASES), help="only these")
-    arguments.add_argument("--seconds", type=float, default=600, help="limit of a tool; all run side by side")
+    arguments.add_argument("--seconds", type=float, default=600, help="limit of each process; all run side by side")
     arguments.add_argument("--pool", action="store_true", help="keep JAX's pool of memory: faster, and blunter")
     given = arguments.parse_args()
     names = given.case or list(CASES)
@@ -178,9 +178,9 @@ def under_tools(tools, names, seconds: float, pool: bool) -> bool:
                 os.killpg(process.pid, signal.SIGKILL)  # the tool, and the program that it runs
                 return process.communicate()[0], None
 
-    # A thread for each reads what it prints: a pipe that nobody reads would fill up and stop its tool.
     parts = [names[i::_PROCESSES] for i in range(min(_PROCESSES, len(names)))]
     jobs = list(itertools.product(tools, parts))
+    # A thread for each reads what it prints: a pipe that nobody reads would fill up and stop its tool.
     threads = concurrent.futures.ThreadPoolExecutor(len(jobs))
     running = [threads.submit(run, *job) for job in jobs]
     return all([_report(*job, seconds, *future.result()) for job, future in zip(jobs, running, strict=True)])

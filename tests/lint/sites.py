@@ -84,7 +84,7 @@ class Site:
     Attributes:
       index: in ``Kernel.instructions``.
       kind: see ``_KINDS``; None: of no interest, but for the registers.
-      number: of a wait_group, the groups that may stay in flight; of a barrier its id.
+      number: of a wait_group, the groups that may stay in flight.
       count: threads of a named barrier; None: all of the CTA.
       offset: of the mbarrier that is used, in shared memory, without what is not constant: where an array starts, if it
         is indexed in one. None: cannot tell.
@@ -194,10 +194,10 @@ def _site(index: int, instruction: Instruction, offsets: "Offsets") -> Site:
     operands = instruction.operands
     name = kind(instruction.operation)
     number = count = offset = None
-    if name in ("copy_wait", "wgmma_wait", "bar", "bar_arrive"):
+    if name in ("copy_wait", "wgmma_wait"):
         number = operands[0].bits if isinstance(operands[0], Immediate) else None
-        if len(operands) > 1:
-            count = operands[1].bits if isinstance(operands[1], Immediate) else -1
+    if name in ("bar", "bar_arrive") and len(operands) > 1:
+        count = operands[1].bits if isinstance(operands[1], Immediate) else -1
     if name in _WITH_OFFSET:
         found = [operand for operand in operands if isinstance(operand, Address)]
         offset = offsets.of(found[-1])

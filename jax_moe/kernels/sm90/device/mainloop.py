@@ -17,7 +17,7 @@ A stage is ``config.stage_blocks`` weight blocks for each m warpgroup and as man
     REDUCTION               k warpgroups > 1: the consumers, twice a unit: sums may be, then are, handed over
     sums         mbarrier   clusters: warpgroup 0 of rank 0; the 4 warps of rank 1's, which have sent their sums of the
                             unit that both share: there is one at most
-    the cluster's barrier   clusters: before rank 1 sends, everybody has begun; at the end, nobody has left
+    the cluster's barrier   clusters: before rank 1 sends, all have begun; before anybody leaves, all are done
     NEXT_UNIT               GEMM1: the producers, once a unit: thread 0 has taken the next one
     EPILOGUE + m warpgroup  GEMM2, and GEMM1 in w4a4_dynamic: one warpgroup: rows, weights and scales of the unit may
                             be, then are, written
@@ -235,6 +235,7 @@ class Gemm(entry.Kernel):
         """Adds the sums of all k warpgroups into those of warpgroup 0, which alone goes on to the epilogue."""
         registers = 2 * self.accumulators
         everyone = self.consumers * WARPGROUP
+        # Both sides wait at both barriers: of one that only arrives, compute-sanitizer sees no order.
         cute.arch.barrier(barrier_id=REDUCTION, number_of_threads=everyone)  # the unit before this one is added up
         if me.k_warpgroup > 0:
             for half in cutlass.range_constexpr(2):
@@ -273,7 +274,7 @@ class Gemm(entry.Kernel):
                 ptx.arrive_cluster(ptx.in_cta(barrier, 0))
 
     def _rank(self):
-        """Of this CTA in its cluster."""
+        """Of this CTA in its cluster. Not made warp-uniform by a shuffle: one thread of a warp asks, too."""
         return cute.arch.block_idx_in_cluster()
 
     # -- producer -----------------------------------------------------------------------------------------------
@@ -429,14 +430,14 @@ class Gemm(entry.Kernel):
             cute.arch.setmaxregister_increase(consumer_registers)
             self._consume(op, shared, tid, warpgroup_index - 1)
         if cutlass.const_expr(self.config.cluster > 1):
-            cute.arch.sync_warp()
-            cute.arch.cluster_arrive_relaxed()
-            cute.arch.cluster_wait()
+            # Rank 0 has waited for the sums, but only here can compute-sanitizer see that it is still there when they
+            # come. Nobody reads anything behind it: the arrival need not release.
+            self._meet(cute.arch.cluster_arrive_relaxed)
 
-    def _meet(self):
-        """Waits for all threads of the cluster, and for what they have written."""
+    def _meet(self, arrive=cute.arch.cluster_arrive):
+        """Waits for all threads of the cluster and, if ``arrive`` releases it, for what they have written."""
         cute.arch.sync_warp()
-        cute.arch.cluster_arrive()
+        arrive()
         cute.arch.cluster_wait()
 
     def _array(self, smem, dtype, size):
